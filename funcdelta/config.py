@@ -1,0 +1,336 @@
+"""Configs: frozen, hashable descriptions of a delta; config and method are one class.
+
+A subclass is a delta method. It gives ``init`` and any of ``before``, ``after`` and ``weights``, each a pure
+function on the tensors of *one* member at *one* site. It never sees the member axis, the executor or another method.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import numbers
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError
+from .match import near
+
+if TYPE_CHECKING:
+    from .site import Site
+
+METHODS: dict[str, type[BaseDeltaConfig]] = {}
+"""Every registered method by its ``delta_type``."""
+
+Config = TypeVar("Config", bound="type[BaseDeltaConfig]")
+
+# What fields are called in PEFT, where most people come from.
+ELSEWHERE = {
+    "r": "lora_r",
+    "target_modules": "modified_modules",
+    "modules_to_save": "unfrozen_modules",
+    "adapter_name": "name",
+    "bottleneck_size": "bottleneck_dim",
+}
+
+NUMBERS: dict[str, tuple[type, str]] = {"int": (int, "a whole number"), "float": (numbers.Real, "a number")}
+"""What a field of an annotated type may hold; other types check themselves."""
+
+# Versions describe the file, not the delta; readers of every age have to pass over them.
+VERSION_FIELDS = ("transformers_version", "funcdelta_version", "opendelta_version")
+
+
+def register(delta_type: str) -> Callable[[Config], Config]:
+    """Register a config class as the method ``delta_type``, for :class:`AutoDeltaConfig` and saved files.
+
+    >>> @register("shift")
+    ... @dataclasses.dataclass(frozen=True)
+    ... class ShiftConfig(BaseDeltaConfig):
+    ...     def init(self, site, rng):
+    ...         return {"shift": torch.zeros(site.out_features)}
+    ...     def after(self, site, p, y, x):
+    ...         return y + p["shift"]
+    >>> AutoDeltaConfig.from_dict({"delta_type": "shift", "modified_modules": ["dense"]}).modified_modules
+    ('dense',)
+    >>> del METHODS["shift"]
+    """
+
+    def add(cls: Config) -> Config:
+        if "__dataclass_fields__" not in vars(cls):
+            raise ConfigError(f"{cls.__name__} is not a dataclass: write @dataclass(frozen=True) below @register(...).")
+        known = METHODS.get(delta_type)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ConfigError(
+                f"The delta type {delta_type!r} is already {known.__module__}.{known.__qualname__}; "
+                f"register {cls.__qualname__} under another name."
+            )
+        cls.delta_type = delta_type
+        METHODS[delta_type] = cls
+        return cls
+
+    return add
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseDeltaConfig:
+    """What to change and where: the fields that every delta method shares, and the functions that it may give.
+
+    Attributes:
+        modified_modules: names of the sites (whole-token suffix, ``[r]regex``); ``None``: the method's own sites.
+        exclude_modules: module paths left out, each with everything below it.
+        unfrozen_modules: ``"deltas"`` and names of backbone modules or parameters that are trained too.
+        common_structure: whether names are backbone-independent (``attn@.q@``); ``None``: names with ``@`` are.
+        backbone_class, backbone_checkpoint_name, backbone_hash: where the delta was made; written by saving.
+        name: the delta's name at its sites, if not the method's (two of a kind on one site).
+        batch_dim: which axis of the inputs counts the rows.
+        unfrozen_init: ``"copy"`` starts trained backbone leaves from the backbone, ``"fresh"`` draws them anew.
+
+    >>> config = BaseDeltaConfig(modified_modules=["query", "value"])
+    >>> config.modified_modules, config == config.replace(), config.replace(name="slow").name
+    (('query', 'value'), True, 'slow')
+    """
+
+    delta_type: ClassVar[str] = ""
+    default_name: ClassVar[str | None] = None
+    default_modified_modules: ClassVar[tuple[str, ...]] = ()
+    """Common names of the sites that the method takes when none are given."""
+    identity_at_start: ClassVar[bool] = False
+    """Whether fresh params change nothing (law 2 is then tested)."""
+
+    modified_modules: tuple[str, ...] | None = None
+    exclude_modules: tuple[str, ...] | None = None
+    unfrozen_modules: tuple[str, ...] = ("deltas",)
+    common_structure: bool | None = None
+    backbone_class: str | None = None
+    backbone_checkpoint_name: str | None = None
+    backbone_hash: str | None = None
+    name: str | None = None
+    batch_dim: int = 0
+    unfrozen_init: str = "copy"
+
+    def __new__(cls, *args: Any, **fields: Any) -> Self:
+        # Before the generated __init__, whose TypeError would not say what the field is called here.
+        cls._check_fields(fields)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for names in ("modified_modules", "exclude_modules", "unfrozen_modules"):
+            given = getattr(self, names)
+            if given is not None:
+                object.__setattr__(self, names, _tuple_of_names(names, given))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                object.__setattr__(self, field.name, tuple(value))
+            kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
+            allowed, words = NUMBERS.get(kind, (object, ""))
+            if not isinstance(value, allowed) or (words and isinstance(value, bool)):
+                raise ConfigError(f"{field.name}={value!r}: write {words}.")
+        if self.batch_dim < 0:
+            raise ConfigError(f"batch_dim={self.batch_dim}: count the axis of rows from the front, 0 or more.")
+        if self.unfrozen_modules is None:
+            object.__setattr__(self, "unfrozen_modules", ("deltas",))
+        if "deltas" not in self.unfrozen_modules:
+            raise ConfigError(
+                f"unfrozen_modules={list(self.unfrozen_modules)} leaves out 'deltas', so the delta itself would not be "
+                f"trained. Write unfrozen_modules={['deltas', *self.unfrozen_modules]}; to train a part of the params, "
+                f"split them with fd.partition(params, names)."
+            )
+        if self.unfrozen_init not in ("copy", "fresh"):
+            raise ConfigError(f'unfrozen_init={self.unfrozen_init!r}: write "copy" or "fresh".')
+        if self.name is not None and (not self.name or "." in self.name):
+            raise ConfigError(f"name={self.name!r}: a delta's name is one token of a dotted path; leave out the dots.")
+
+    # -- the method: pure functions on one member's tensors at one site -------------------------------------------
+
+    def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
+        """One member's leaves at ``site``, drawn from ``rng``: ``{leaf name: tensor}``."""
+        raise ConfigError(f"{type(self).__name__} gives no init(self, site, rng).")
+
+    def before(self, site: Site, p: dict[str, Tensor], x: Tensor) -> Tensor:
+        """The hidden input that the site gets instead of ``x``."""
+        return x
+
+    def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
+        """The hidden output that leaves the site instead of ``y``; ``x`` is what the site was given."""
+        return y
+
+    def weights(self, site: Site, p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The site's own tensors rewritten: ``{own name: tensor}``; what ``merge`` writes."""
+        return w
+
+    # -- facts about the method ------------------------------------------------------------------------------------
+
+    def constants(self, site: Site) -> tuple[str, ...]:
+        """Names of leaves that never train (scales, frozen bases)."""
+        return ()
+
+    def expand(self, path: str, module: nn.Module) -> Iterator[str]:
+        """The sites that a matched module stands for; itself unless the method spreads to modules below it."""
+        yield path
+
+    def check(self, site: Site) -> str | None:
+        """Why the method cannot act at ``site``; ``None`` if it can. Widths may not be known when this is asked."""
+        return None
+
+    def unmergeable(self, site: Site) -> str | None:
+        """Why the delta at ``site`` is no function of its weights; ``None`` if ``weights`` is exact."""
+        return None if self.gives("weights") else f"{self.delta_type or type(self).__name__} has no weights form"
+
+    @classmethod
+    def gives(cls, function: str) -> bool:
+        """Whether the method gives its own ``before``, ``after`` or ``weights``.
+
+        >>> BaseDeltaConfig.gives("after")
+        False
+        """
+        return getattr(cls, function) is not getattr(BaseDeltaConfig, function)
+
+    # -- data ------------------------------------------------------------------------------------------------------
+
+    def replace(self, **changes: Any) -> Self:
+        """A new config with some fields changed.
+
+        >>> BaseDeltaConfig(modified_modules=["query"]).replace(batch_dim=1).batch_dim
+        1
+        """
+        self._check_fields(changes)
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as JSON-ready data, with its ``delta_type``.
+
+        >>> BaseDeltaConfig(modified_modules=["query"]).to_dict()["modified_modules"]
+        ['query']
+        """
+        data: dict[str, Any] = {"delta_type": self.delta_type}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            data[field.name] = list(value) if isinstance(value, tuple) else value
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], **changes: Any) -> Self:
+        """A config from data such as :meth:`to_dict` gives; ``changes`` override, unknown fields are errors.
+
+        >>> BaseDeltaConfig.from_dict({"modified_modules": ["query"]}, name="slow").name
+        'slow'
+        """
+        fields = {key: value for key, value in data.items() if key not in ("delta_type", *VERSION_FIELDS)}
+        fields.update(changes)
+        cls._check_fields(fields)
+        # Other libraries write null for a field that was never set.
+        defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)}
+        return cls(**{key: defaults[key] if value is None else value for key, value in fields.items()})
+
+    def save_finetuned(self, path: str | os.PathLike[str]) -> Path:
+        """Write the config alone, as ``config.json`` in the folder ``path``.
+
+        >>> import tempfile
+        >>> folder = BaseDeltaConfig(modified_modules=["query"]).save_finetuned(tempfile.mkdtemp())
+        >>> (folder / "config.json").exists()
+        True
+        """
+        from .atomic import write_file
+        from .configfile import config_text
+
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / "config.json", config_text([self.to_dict()], {}))
+        return folder
+
+    @classmethod
+    def from_finetuned(cls, path: str | os.PathLike[str], backbone_model: Any = None, **changes: Any) -> Self:
+        """The config in a saved folder (or a ``config.json`` file); ``changes`` override.
+
+        ``backbone_model`` is what OpenDelta's callers pass; a config needs none.
+
+        >>> import tempfile
+        >>> folder = fd.LoraConfig(lora_r=4).save_finetuned(tempfile.mkdtemp())
+        >>> config = fd.LoraConfig.from_finetuned(folder, lora_alpha=8)
+        >>> config.lora_r, config.lora_alpha
+        (4, 8)
+        """
+        config = AutoDeltaConfig.from_finetuned(path, **changes)
+        if not isinstance(config, cls):
+            raise ConfigError(f"{path} holds a {type(config).__name__}, not a {cls.__name__}.")
+        return config
+
+    @classmethod
+    def _check_fields(cls, given: Mapping[str, Any]) -> None:
+        names = [field.name for field in dataclasses.fields(cls)]
+        for key in given:
+            if key not in names:
+                here = ELSEWHERE.get(key)
+                hint = f" PEFT's {key} is {here} here." if here in names else near(key, names)
+                raise ConfigError(f"{cls.__name__} has no field {key!r}.{hint}")
+
+
+def _tuple_of_names(field: str, given: Any) -> tuple[str, ...]:
+    names = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
+    for name in names:
+        if not isinstance(name, str):
+            raise ConfigError(f"{field} holds {name!r}; expected names of modules, such as {field}=['query', 'value'].")
+    return names
+
+
+class AutoDeltaConfig:
+    """The config class that a ``delta_type`` names.
+
+    >>> AutoDeltaConfig.from_dict({"delta_type": "lora", "lora_r": 4}).lora_r
+    4
+    """
+
+    @staticmethod
+    def for_type(delta_type: str) -> type[BaseDeltaConfig]:
+        """The registered config class of ``delta_type``.
+
+        >>> AutoDeltaConfig.for_type("lora").__name__
+        'LoraConfig'
+        """
+        if delta_type not in METHODS:
+            raise ConfigError(f"There is no delta type {delta_type!r}.{near(delta_type, list(METHODS))}")
+        return METHODS[delta_type]
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any], **changes: Any) -> BaseDeltaConfig:
+        """The config that ``data["delta_type"]`` names, from data; ``changes`` override.
+
+        >>> AutoDeltaConfig.from_dict({"delta_type": "adapter"}, bottleneck_dim=8).bottleneck_dim
+        8
+        """
+        if "delta_type" not in data:
+            raise ConfigError(f'No "delta_type" in {sorted(data)}: add one of {sorted(METHODS)}.')
+        return AutoDeltaConfig.for_type(data["delta_type"]).from_dict(data, **changes)
+
+    @staticmethod
+    def from_finetuned(path: str | os.PathLike[str], **changes: Any) -> BaseDeltaConfig:
+        """The config in a saved folder, whatever its type; ``changes`` override.
+
+        >>> import tempfile
+        >>> folder = fd.LoraConfig(lora_r=4).save_finetuned(tempfile.mkdtemp())
+        >>> AutoDeltaConfig.from_finetuned(folder).delta_type
+        'lora'
+        """
+        from .configfile import configs_of, load_configs, read_config
+
+        file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+        configs = configs_of(file.parent, read_config(file), provenance=True) if file.is_file() else load_configs(path)
+        if len(configs) != 1:
+            kinds = ", ".join(config.delta_type for config in configs)
+            raise ConfigError(f"{path} holds {len(configs)} configs ({kinds}): load them with their delta.")
+        return configs[0].replace(**changes)
+
+
+def funcdelta_version() -> str:
+    """The installed version of funcdelta, for saved files.
+
+    >>> funcdelta_version()[0].isdigit()
+    True
+    """
+    return importlib.metadata.version("funcdelta")

@@ -1,0 +1,134 @@
+"""Errors of funcdelta: each says where, what was expected, what was found, and what to write instead."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "EngineError",
+    "FoldError",
+    "FuncdeltaError",
+    "MatchError",
+    "MergeError",
+    "ParamsError",
+    "StackError",
+    "StaleBackboneError",
+]
+
+
+class FuncdeltaError(Exception):
+    """The base of every error that funcdelta raises on purpose.
+
+    >>> import funcdelta as fd
+    >>> try:
+    ...     fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(2, 2)), modified_modules=["1"])
+    ... except fd.FuncdeltaError as error:
+    ...     print(type(error).__name__)
+    MatchError
+    """
+
+
+class MatchError(FuncdeltaError, ValueError):
+    """A name selects nothing, or selects something that the method cannot act on.
+
+    >>> fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(2, 2)), modified_modules=["query"])
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.MatchError: modified_modules: 'query' matches no module of Sequential...
+    """
+
+
+class ConfigError(FuncdeltaError, ValueError):
+    """A config has an unknown field, an impossible value, or does not fit the other configs.
+
+    >>> fd.AutoDeltaConfig.from_dict({"delta_type": "lora", "lora_rank": 4})
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.ConfigError: LoraConfig has no field 'lora_rank'...
+    """
+
+
+class ParamsError(FuncdeltaError, ValueError):
+    """Params have an unknown key, lack a key, or have a leaf of the wrong shape.
+
+    >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(2, 2)), modified_modules=["0"])
+    >>> try:
+    ...     delta.apply({"0.lora.lora_a": torch.zeros(8, 2)}, torch.zeros(1, 2))
+    ... except fd.ParamsError as error:
+    ...     print("lora_A" in str(error))
+    True
+    """
+
+
+class StackError(ParamsError):
+    """One member was given where a stack belongs, or a stack where one member belongs.
+
+    >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(2, 2)), modified_modules=["0"])
+    >>> try:
+    ...     delta.apply(delta.init(0, n=3), torch.zeros(1, 2))
+    ... except fd.StackError as error:
+    ...     print("apply_many" in str(error))
+    True
+    """
+
+
+class EngineError(FuncdeltaError, RuntimeError):
+    """The chosen engine cannot run this model on these inputs; another one can.
+
+    >>> issubclass(fd.FoldError, fd.EngineError), issubclass(fd.EngineError, RuntimeError)
+    (True, True)
+    """
+
+
+class FoldError(EngineError):
+    """The backbone mixes rows, or an output has no batch axis, so members cannot share one batch.
+
+    >>> class Mean(torch.nn.Linear):
+    ...     def forward(self, x):
+    ...         return super().forward(x).mean()
+    >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(2, 2), Mean(2, 1)), modified_modules=["0"])
+    >>> try:
+    ...     delta.apply_many(delta.init(0, n=3), torch.zeros(4, 2), engine="fold")
+    ... except fd.FoldError as error:
+    ...     print(type(error).__name__)
+    FoldError
+    >>> delta.apply_many(delta.init(0, n=3), torch.zeros(4, 2), engine="vmap").shape
+    torch.Size([3])
+    """
+
+
+class MergeError(FuncdeltaError, ValueError):
+    """The delta is no function of the backbone's weights, or is one end of a tied pair.
+
+    >>> delta = fd.AdapterModel(torch.nn.Sequential(torch.nn.Linear(2, 2)), modified_modules=["0"])
+    >>> delta.merge(delta.init(0))
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.MergeError: adapter at 0 cannot be merged: adapter has no weights form...
+    """
+
+
+class CheckpointError(FuncdeltaError, ValueError):
+    """A folder cannot be read, or does not belong to this backbone.
+
+    >>> try:
+    ...     fd.AutoDeltaModel.from_finetuned("./no-such-folder", torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    ... except fd.CheckpointError as error:
+    ...     print("no-such-folder" in str(error))
+    True
+    """
+
+
+class StaleBackboneError(FuncdeltaError, RuntimeError):
+    """The backbone's tensors moved (``backbone.to(...)``) after the delta was built.
+
+    >>> backbone = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    >>> delta = fd.LoraModel(backbone, modified_modules=["0"])
+    >>> params, x = delta.init(0), torch.zeros(1, 2)
+    >>> backbone = backbone.double()
+    >>> try:
+    ...     delta.apply(params, x.double())
+    ... except fd.StaleBackboneError as error:
+    ...     print("refresh" in str(error))
+    True
+    """

@@ -1,0 +1,111 @@
+"""Which module does a name mean? Whole-token suffixes, ``[r]`` regular expressions, and near names for errors.
+
+The rules are OpenDelta's (its ``find_key`` and ``endswith_in``), with one difference: a name that means nothing
+is an error that lists the nearest names, never an empty selection.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from .errors import MatchError
+
+REGEX_PREFIX = "[r]"
+
+
+def matches(key: str, target: str) -> bool:
+    """Whether ``target`` is a whole-token suffix of ``key``, or, as ``[r]pattern``, a regular expression at its end.
+
+    A suffix ends with the key and starts at a token: ``attention.query`` means ``layer.0.attention.query`` but
+    not ``layer.0.cross_attention.query``. A pattern is searched once from the left; its match must start at a
+    token and end with the key.
+
+    >>> matches("layer.0.attention.query", "attention.query"), matches("layer.10.attention", "0.attention")
+    (True, False)
+    >>> matches("layer.10.attention", r"[r][0-5]\\.attention"), matches("layer.3.attention", r"[r][0-5]\\.attention")
+    (False, True)
+    """
+    if target.startswith(REGEX_PREFIX):
+        try:
+            found = re.search(target[len(REGEX_PREFIX) :], key)
+        except re.error as error:
+            raise MatchError(f"{target!r} is not a regular expression after {REGEX_PREFIX!r}: {error}.") from error
+        if found is None or found.end() != len(key):
+            return False
+        start = found.start()
+    else:
+        if not target or not key.endswith(target):
+            return False
+        start = len(key) - len(target)
+    return start == 0 or key[start - 1] == "."
+
+
+def find_key(key: str, targets: str | Iterable[str]) -> bool:
+    """Whether any of ``targets`` means the dotted name ``key`` (whole-token suffix or ``[r]regex``).
+
+    >>> find_key("encoder.layer.1.output.dense", ["query", "output.dense"])
+    True
+    >>> find_key("encoder.layer.1.output.dense", "put.dense")
+    False
+    """
+    return any(matches(key, target) for target in as_names(targets))
+
+
+def within(key: str, prefix: str) -> bool:
+    """Whether ``key`` is ``prefix`` or lies below it, compared token by token.
+
+    >>> within("layer.1.output", "layer.1"), within("layer.10.output", "layer.1"), within("layer", "")
+    (True, False, True)
+    """
+    return not prefix or key == prefix or key.startswith(prefix + ".")
+
+
+def find_module(root: nn.Module, key: str) -> tuple[nn.Module, str, nn.Module]:
+    """The parent, the child's name and the child at the dotted path ``key`` of ``root``.
+
+    >>> root = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(2, 3)))
+    >>> parent, name, child = find_module(root, "0.0")
+    >>> parent is root[0], name, child
+    (True, '0', Linear(in_features=2, out_features=3, bias=True))
+    """
+    parent_path, _, name = key.rpartition(".")
+    names = [path for path, _ in root.named_modules() if path]
+    if not key or key not in names:
+        raise MatchError(f"There is no module {key!r} in {type(root).__name__}.{near(key, names)}")
+    return root.get_submodule(parent_path), name, root.get_submodule(key)
+
+
+def as_names(names: str | Iterable[str]) -> tuple[str, ...]:
+    """``names`` as a tuple; a single string counts as one name.
+
+    >>> as_names("query"), as_names(["query", "value"])
+    (('query',), ('query', 'value'))
+    """
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def near(name: str, names: Sequence[str], most: int = 5) -> str:
+    """A sentence with the names most like ``name``, to end an error message with.
+
+    Whole dotted names and their last tokens are compared, because people misspell the last token.
+
+    >>> near("qurey", ["layer.0.query", "layer.0.value"])
+    ' Near names: query (layer.0.query).'
+    >>> near("zzz", [])
+    ''
+    """
+    last_tokens: dict[str, str] = {}
+    for path in names:
+        last_tokens.setdefault(path.rpartition(".")[2], path)
+    wanted = name.removeprefix(REGEX_PREFIX)
+    close = difflib.get_close_matches(wanted.rpartition(".")[2], list(last_tokens), n=most, cutoff=0.6)
+    found = [f"{token} ({last_tokens[token]})" for token in close]
+    found += difflib.get_close_matches(wanted, list(names), n=most - len(found), cutoff=0.7) if "." in wanted else []
+    if found:
+        return f" Near names: {', '.join(dict.fromkeys(found))}."
+    words = [token for token in last_tokens if not token.isdigit()]
+    return f" There are: {', '.join(words[:12])}{', …' if len(words) > 12 else ''}." if words else ""

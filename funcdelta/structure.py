@@ -1,0 +1,67 @@
+"""The structural copy of a backbone: its module tree, sharing every parameter's storage."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def copy_structure(backbone: nn.Module, trains: bool = False) -> nn.Module:
+    """A deep copy that shares every parameter's storage: tied ones stay tied, buffers are copied.
+
+    Nothing in it requires grad, unless ``trains``: then whatever does in the backbone.
+    """
+    memo: dict[int, Any] = {}
+    for module in backbone.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            # Its forward shortens rows of the weight in place, which must not reach the backbone.
+            memo[id(module.weight)] = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in memo:
+                # Subclasses (quantised tensors) carry state that an alias would lose.
+                plain = type(parameter) is nn.Parameter
+                needs = trains and parameter.requires_grad
+                memo[id(parameter)] = nn.Parameter(parameter.detach(), needs) if plain else parameter
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(backbone, memo)
+    except Exception as error:
+        path = _uncopyable(backbone)
+        error.add_note(f"funcdelta: the backbone's structure cannot be copied; the attributes of {path} refuse it.")
+        raise
+
+
+def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Every parameter and buffer by all of its names."""
+    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+
+
+def paired_buffers(backbone: nn.Module, skeleton: nn.Module) -> list[tuple[Tensor, Tensor, int, int]]:
+    """``(the backbone's buffer, the skeleton's copy, their versions when they were equal)``."""
+    copies = dict(skeleton.named_buffers())
+    # Tensors made in inference mode count no versions.
+    pairs = [(b, copies[name]) for name, b in backbone.named_buffers() if not b.is_inference()]
+    return [(source, own, source._version, own._version) for source, own in pairs]
+
+
+def _uncopyable(backbone: nn.Module) -> str:
+    """The path of the innermost module that ``copy.deepcopy`` refuses."""
+    found = "the backbone itself"
+    for path, module in backbone.named_modules():
+        try:
+            copy.deepcopy({key: value for key, value in vars(module).items() if key != "_modules"})
+        except Exception:  # any failure is the answer to the question asked
+            found = f"{path or 'the backbone itself'} ({type(module).__name__})"
+    return found
+
+
+def forget_batch_statistics(module: nn.Module) -> None:
+    """Stop batch norms in training mode from keeping running statistics: a call has no memory."""
+    for child in module.modules():
+        if isinstance(child, nn.modules.batchnorm._NormBase) and child.training and child.track_running_stats:
+            child.track_running_stats = False
+            child.running_mean = child.running_var = child.num_batches_tracked = None
