@@ -1,0 +1,7 @@
+"""The delta methods: one a file, registered on import; nothing outside a method's file names it."""
+
+from .adapter import AdapterConfig
+from .bitfit import BitFitConfig
+from .lora import LoraConfig
+
+__all__ = ["AdapterConfig", "BitFitConfig", "LoraConfig"]

@@ -1,0 +1,152 @@
+"""LoRA: ``W + s B A`` with ``s = alpha / r``, through the activations or through the weights.
+
+Shapes: ``lora_A`` (r, in), ``lora_B`` (out, r), ``scale`` (). A convolution's ``lora_A`` is (r, in / groups, *kernel).
+Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"; the split of a fused projection is that
+of its reference code (``enable_lora``), ``use_rslora`` is Kalajdzievski 2023.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import BaseDeltaConfig, register
+from ..errors import ConfigError
+from ..site import Site
+
+CONVOLVE: dict[str, Callable[..., Tensor]] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
+KINDS = ("linear", "transposed_linear", "embedding", *CONVOLVE)
+
+
+@register("lora")
+@dataclass(frozen=True)
+class LoraConfig(BaseDeltaConfig):
+    """Low-rank adaptation, ``y + s B A dropout(x)``, on linear, embedding and convolution sites.
+
+    Attributes:
+        lora_r: the rank r.
+        lora_alpha: ``s = lora_alpha / lora_r`` (with ``use_rslora``: over the square root of r).
+        lora_dropout: dropout on the input of the low-rank branch, in training.
+        use_rslora: rank-stabilised scale.
+        enable_lora: for a fused projection (``c_attn``), which of its equal parts are adapted:
+            ``(True, False, True)`` adapts q and v of q,k,v, each with factors of its own.
+
+    >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 6))
+    >>> delta = fd.DeltaModel(backbone, fd.LoraConfig(lora_r=2, modified_modules=["0"]))
+    >>> delta.shapes
+    {'0.lora.lora_A': (2, 4), '0.lora.lora_B': (6, 2), '0.lora.scale': ()}
+    """
+
+    default_name: ClassVar[str] = "lora"
+    default_modified_modules: ClassVar[tuple[str, ...]] = ("attn@.q@", "attn@.v@")
+    identity_at_start: ClassVar[bool] = True
+
+    lora_r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    enable_lora: tuple[bool, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.enable_lora is not None and not all(isinstance(on, bool) for on in self.enable_lora):
+            raise ConfigError(
+                f"enable_lora={self.enable_lora!r}: write True or False for each part, as (True, False, True)."
+            )
+        if self.lora_r < 1:
+            raise ConfigError(
+                f"lora_r={self.lora_r}: the rank must be at least 1; apply({{}}, ...) runs without a delta."
+            )
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout={self.lora_dropout}: write a probability in [0, 1).")
+        if self.enable_lora is not None and not any(self.enable_lora):
+            raise ConfigError(f"enable_lora={self.enable_lora} adapts nothing: set at least one part to True.")
+
+    def check(self, site: Site) -> str | None:
+        if site.kind not in KINDS:
+            return f"LoRA acts on Linear, Conv1D, Embedding and Conv1d/2d/3d, not on {site.module_type}"
+        if site.weight is None and site.kind in CONVOLVE:
+            return f"{site.module_type} has no weight tensor"
+        if site.kind in CONVOLVE and site.option("padding_mode") != "zeros":
+            return f"its padding_mode is {site.option('padding_mode')!r}; only 'zeros' is supported"
+        if self.enable_lora is not None:
+            if site.kind not in ("linear", "transposed_linear"):
+                return f"enable_lora splits fused linear projections, not {site.module_type}"
+            if site.width % len(self.enable_lora):
+                return f"enable_lora has {len(self.enable_lora)} equal parts, but it has {site.width} outputs"
+        return None
+
+    def unmergeable(self, site: Site) -> str | None:
+        return None if site.weight is not None else f"{site.module_type} has no weight tensor"
+
+    def constants(self, site: Site) -> tuple[str, ...]:
+        return ("scale",)
+
+    def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
+        parts, enabled = self._parts
+        fan_in = self._fan_in(site)
+        if site.kind == "embedding":
+            # The output is a row of A, so it is A that has to start at zero.
+            a, b = torch.zeros(self.lora_r, *fan_in), torch.randn(site.width, self.lora_r, generator=rng)
+        else:
+            bound = 1 / math.sqrt(math.prod(fan_in))  # Kaiming uniform with a = sqrt 5, as torch.nn.Linear
+            a = torch.empty(enabled * self.lora_r, *fan_in).uniform_(-bound, bound, generator=rng)
+            b = torch.zeros(enabled * site.width // parts, self.lora_r)
+        rank = math.sqrt(self.lora_r) if self.use_rslora else self.lora_r
+        return {"lora_A": a, "lora_B": b, "scale": torch.tensor(self.lora_alpha / rank)}
+
+    def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
+        """``y + s B (A x)``: two thin products, never the dense ``B A``."""
+        a, b = p["lora_A"], p["lora_B"]
+        if site.kind == "embedding":
+            return y + F.embedding(x, a.mT) @ (p["scale"] * b).mT
+        x = F.dropout(x, self.lora_dropout, site.training) if self.lora_dropout else x
+        if site.kind in CONVOLVE:
+            groups, ones = site.option("groups"), [1] * (a.ndim - 2)
+            convolve = CONVOLVE[site.kind]
+            made_with = {key: site.option(key) for key in ("stride", "padding", "dilation")}
+            hidden = convolve(x, a.repeat(groups, *[1] * (a.ndim - 1)), groups=groups, **made_with)
+            return y + convolve(hidden, (p["scale"] * b).view(*b.shape, *ones), groups=groups)
+        if self.enable_lora is None:
+            # Scaled between the two products, where there are fewest numbers.
+            return y + F.linear(F.linear(x, a) * p["scale"], b)
+        hidden = (x @ a.mT).chunk(self._parts[1], -1)
+        rows = (p["scale"] * b).chunk(self._parts[1], 0)
+        return y + self._place([h @ part.mT for h, part in zip(hidden, rows, strict=True)], -1)
+
+    def weights(self, site: Site, p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``W + s B A``, in the layout of the module's weight."""
+        a, b = p["lora_A"], p["scale"] * p["lora_B"]
+        if self.enable_lora is None:
+            change = b @ a.flatten(1)
+        else:
+            pairs = zip(a.chunk(self._parts[1], 0), b.chunk(self._parts[1], 0), strict=True)
+            change = self._place([part_b @ part_a for part_a, part_b in pairs], 0)
+        if site.kind in ("transposed_linear", "embedding"):
+            change = change.mT
+        return w | {"weight": w["weight"] + change.reshape(w["weight"].shape)}
+
+    @property
+    def _parts(self) -> tuple[int, int]:
+        """How many equal parts the output has, and how many of them are adapted."""
+        return (1, 1) if self.enable_lora is None else (len(self.enable_lora), sum(self.enable_lora))
+
+    def _place(self, pieces: list[Tensor], axis: int) -> Tensor:
+        """The adapted parts in their places along ``axis``, zeros in the others."""
+        given = iter(pieces)
+        assert self.enable_lora is not None
+        return torch.cat([next(given) if on else torch.zeros_like(pieces[0]) for on in self.enable_lora], axis)
+
+    @staticmethod
+    def _fan_in(site: Site) -> tuple[int, ...]:
+        """The shape that one row of ``lora_A`` covers."""
+        if site.kind in CONVOLVE and site.weight is not None:
+            return tuple(site.weight[1:])
+        assert site.in_features is not None
+        return (site.in_features,)

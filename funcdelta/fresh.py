@@ -1,0 +1,101 @@
+"""Fresh params: every leaf drawn from (seed, site, delta name) alone, so member i never depends on n.
+
+Random numbers come from a CPU generator a leaf group, whatever the device: a member is the same everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError
+from .plan import Attachment, Plan
+from .seeding import derive
+
+
+def fresh_member(
+    plan: Plan,
+    backbone: nn.Module,
+    order: tuple[str, ...],
+    seed: int,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> dict[str, Tensor]:
+    """One member's params in the order of ``order``."""
+    params: dict[str, Tensor] = {}
+    for attachment in plan.all():
+        params.update(_fresh_leaves(attachment, seed, dtype, device))
+    parameters = dict(backbone.named_parameters())
+    for name in plan.trained:
+        tensor = parameters[name]
+        value = _redrawn(backbone, name, tensor, seed) if name in plan.fresh else tensor.detach().clone()
+        params[name] = value.to(dtype=dtype or trained_dtype(tensor), device=device or tensor.device)
+    return {name: params[name] for name in order}
+
+
+def trained_dtype(tensor: Tensor) -> torch.dtype:
+    """Trained backbone leaves follow the rule of all leaves: float32 where the backbone is half precision.
+
+    >>> trained_dtype(torch.zeros(1, dtype=torch.bfloat16)), trained_dtype(torch.zeros(1, dtype=torch.float64))
+    (torch.float32, torch.float64)
+    """
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _fresh_leaves(
+    attachment: Attachment, seed: int, dtype: torch.dtype | None, device: torch.device | str | None
+) -> dict[str, Tensor]:
+    site = attachment.site
+    rng = torch.Generator().manual_seed(derive(seed, f"{site.path}.{attachment.name}"))
+    leaves: Mapping[str, Tensor] = attachment.config.init(site, rng)
+    found: dict[str, Tensor] = {}
+    for leaf, key in attachment.leaves.items():
+        if leaf not in leaves or tuple(leaves[leaf].shape) != attachment.shapes[key]:
+            raise ConfigError(
+                f"{type(attachment.config).__name__}.init gave other leaves at {site.path} than when the delta was "
+                f"built: "
+                f"shapes may depend on the site only. Expected {attachment.shapes[key]} for {leaf}."
+            )
+        like = dtype if dtype and leaves[leaf].is_floating_point() else attachment.dtypes[key]
+        found[key] = leaves[leaf].to(dtype=like, device=device or site.device)
+    return found
+
+
+def _redrawn(backbone: nn.Module, name: str, tensor: Tensor, seed: int) -> Tensor:
+    """A backbone leaf drawn anew, as its model would draw it: matrices at random, biases 0, norms 1.
+
+    Transformers models draw N(0, initializer_range); others as torch's own layers, U(±1/sqrt(fan in)).
+    """
+    rng = torch.Generator().manual_seed(derive(seed, name))
+    if tensor.ndim < 2:
+        norm = "norm" in type(backbone.get_submodule(name.rpartition(".")[0])).__name__.lower()
+        return torch.ones(tensor.shape) if norm and name.endswith("weight") else torch.zeros(tensor.shape)
+    spread = getattr(getattr(backbone, "config", None), "initializer_range", None)
+    if isinstance(spread, float):
+        return torch.randn(tensor.shape, generator=rng) * spread
+    bound = 1 / math.sqrt(math.prod(tensor.shape[1:]))
+    return torch.empty(tensor.shape).uniform_(-bound, bound, generator=rng)
+
+
+def random_members(
+    plan: Plan, backbone: nn.Module, order: tuple[str, ...], n: int, present: frozenset[str]
+) -> dict[str, Tensor]:
+    """A stack of n members with every leaf moved away from its start, for the probe: a fresh LoRA would hide a mix."""
+    from .params import stack
+
+    constants = {key for attachment in plan.all() for key in attachment.constants}
+    kept = {key for a in plan.all() if a.name in present for key in a.leaves.values()} | (present & plan.trained.keys())
+    members = []
+    for seed in range(n):
+        fresh = fresh_member(plan, backbone, order, seed, None, None)
+        moved: dict[str, Tensor] = {}
+        for name, leaf in fresh.items():
+            if name in kept:
+                rng = torch.Generator().manual_seed(derive(seed, name, "probe"))
+                noise = torch.randn(leaf.shape, generator=rng).to(leaf) * 0.05
+                moved[name] = leaf if name in constants or not leaf.is_floating_point() else leaf + noise
+        members.append(moved)
+    return stack(members)

@@ -1,0 +1,73 @@
+"""The program of a delta: its skeletons, one a thread and mode, one a mode for compiled code."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import nn
+
+from .errors import StaleBackboneError
+from .plan import Plan
+from .skeleton import Prepare, Skeleton
+from .transforms import eager
+
+
+class Skeletons:
+    """The skeletons of one plan: one a thread and mode, one a mode for compiled code, rebuilt when weights move."""
+
+    def __init__(self, backbone: nn.Module, plan: Plan, prepare: Prepare | None) -> None:
+        self.backbone, self.plan, self.prepare = backbone, plan, prepare
+        self._local = threading.local()
+        self._traced: dict[bool | None, Skeleton] = {}
+        self._generation = 0
+        # A mode belongs to the delta: what becomes of the backbone's flags later does not matter.
+        self.flags = {path: module.training for path, module in backbone.named_modules()}
+        self._ends = self._first_and_last()
+
+    def get(self, training: bool | None, hooked: bool = True) -> Skeleton:
+        """This thread's skeleton in the given mode (``None``: the backbone's own flags)."""
+        if torch.compiler.is_compiling():
+            return self._traced[training]
+        self.check()
+        if getattr(self._local, "generation", None) != self._generation:
+            self._local.cache, self._local.generation = {}, self._generation
+        key = (training, hooked)
+        if key not in self._local.cache:
+            self._local.cache[key] = self.build(training, hooked)
+        skeleton = self._local.cache[key]
+        skeleton.follow_buffers()
+        return skeleton
+
+    @eager
+    def build(self, training: bool | None, hooked: bool = True) -> Skeleton:
+        """A skeleton that nobody else uses."""
+        return Skeleton(self.backbone, self.plan if hooked else None, training, self.prepare, self.flags)
+
+    def reserve(self, training: bool | None) -> None:
+        """Build the skeleton that compiled code uses: tracing cannot build one."""
+        if training not in self._traced:
+            self._traced[training] = self.build(training)
+
+    def refresh(self, plan: Plan | None = None) -> None:
+        """Forget every skeleton; the next calls copy the backbone as it is now, hooked as ``plan`` says."""
+        self.plan = plan or self.plan
+        self._generation += 1
+        self._ends = self._first_and_last()
+        self._traced = {training: self.build(training) for training in self._traced}
+
+    def check(self) -> None:
+        """Compare the first and the last parameter with what the skeletons share."""
+        for module, name, pointer, dtype, device in self._ends:
+            tensor = module._parameters.get(name)
+            if tensor is None or (tensor.data_ptr(), tensor.dtype, tensor.device) != (pointer, dtype, device):
+                raise StaleBackboneError(
+                    f"The backbone's tensors moved after this delta was built (its {name} was {dtype} on {device}, "
+                    f"is {'gone' if tensor is None else f'{tensor.dtype} on {tensor.device}'}): call delta.refresh() "
+                    f"after backbone.to(...)."
+                )
+
+    def _first_and_last(self) -> list[tuple[nn.Module, str, int, torch.dtype, torch.device]]:
+        owned = [(m, name, t) for m in self.backbone.modules() for name, t in m._parameters.items() if t is not None]
+        ends = owned[:1] + owned[-1:]
+        return [(module, name, t.data_ptr(), t.dtype, t.device) for module, name, t in ends]

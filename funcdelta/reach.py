@@ -1,0 +1,89 @@
+"""Is every site reached? A site that no call passes through would be a delta that silently does nothing."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .errors import MatchError
+from .skeleton import Call, Params
+from .transforms import concrete, eager, outside_transforms
+
+if TYPE_CHECKING:
+    from .model import DeltaModel
+    from .plan import Plan
+
+UNCHANGED = (Tensor, str, int, float, bool, complex, bytes, type(None))
+
+
+def verify_reached(
+    delta: DeltaModel, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any], reached: set[str]
+) -> bool:
+    """Compare the sites of ``params`` with those that the first call passed through.
+
+    A site whose tensors are read by a module above is rerouted to the method's weights form, once and for all calls.
+
+    Returns whether anything was rerouted, so that the call has to be made again. Raises :class:`MatchError` naming the
+    sites that nothing reads.
+    """
+    plan = delta.plan
+    missed = missed_sites(plan, params, reached)
+    if missed and torch.compiler.is_compiling():
+        raise MatchError(
+            f"{missed[0]} is not called, and how its tensors are read has to be found out by a call: run "
+            f"delta.apply(params, ...) once before compiling it."
+        )
+    for path in missed:
+        attachments = plan.attachments[path]
+        if not all(a.config.gives("weights") for a in attachments) or not _is_read(delta, path, args, kwargs):
+            raise MatchError(
+                f"{len(missed)} of {len(plan.attachments)} sites were not reached by the first call, the first is "
+                f"{path}: its "
+                f"module was not called, so the delta there would do nothing. Name modules that run "
+                f'(exclude_modules=["{path}"] leaves it out), or call the model as it is used.'
+            )
+        plan.attachments[path] = tuple(dataclasses.replace(a, by_weights=True) for a in attachments)
+        plan.uncalled.add(path)
+    return bool(missed)
+
+
+def missed_sites(plan: Plan, params: Params, reached: set[str]) -> list[str]:
+    """The sites of ``params`` whose hidden values nothing passed through."""
+    return [
+        path
+        for path, attachments in plan.attachments.items()
+        if path not in reached and any(a.among(params) and not a.by_weights for a in attachments)
+    ]
+
+
+def spare(inputs: Any) -> Any:
+    """The inputs for a run besides the call itself: objects that a run may change (a cache) are copied.
+
+    >>> cache = [object()]
+    >>> spare((cache, 1))[0] is cache
+    False
+    """
+    return pytree.tree_map(lambda leaf: leaf if isinstance(leaf, UNCHANGED) else copy.deepcopy(leaf), inputs)
+
+
+@eager
+def _is_read(delta: DeltaModel, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the outputs see the tensors of the module at ``path``: with NaN in them the outputs have NaN too."""
+    skeleton = delta.skeletons.build(delta.mode_flag)
+    module = skeleton.module.get_submodule(path)
+    poison = {
+        f"{path}.{name}": torch.full_like(tensor, torch.nan)
+        for name, tensor in module._parameters.items()
+        if tensor is not None and tensor.is_floating_point()
+    }
+    args, kwargs = pytree.tree_map_only(Tensor, concrete, spare((args, kwargs)))
+    with torch.no_grad(), outside_transforms():
+        skeleton.call = Call({})
+        output = torch.func.functional_call(skeleton.module, poison, args, kwargs, tie_weights=False)
+    tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return any(bool(leaf.isnan().any()) for leaf in tensors)

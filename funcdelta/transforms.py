@@ -1,0 +1,84 @@
+"""What ``torch.func`` is doing right now: the one place that asks torch's interpreter stack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+# torch has no public way to ask; its own Python layer uses these functions.
+_functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  (the type checker does not know the attribute)
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def eager(function: Function) -> Function:
+    """``function``, run as plain Python also where the code around it is compiled.
+
+    >>> eager(max)(1, 2)
+    2
+    """
+    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
+
+
+def inside_transform() -> bool:
+    """Whether a ``torch.func`` transform is under way (compiled code is not asked: tracing hides it).
+
+    >>> inside_transform(), torch.vmap(lambda x: x + inside_transform())(torch.zeros(2))
+    (False, tensor([1., 1.]))
+    """
+    return not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
+
+
+def wants_mathematical_attention() -> bool:
+    """Whether fused attention cannot serve: two Grad levels, a Jvp level, or a Vmap level.
+
+    Fused kernels have no double backward, no forward derivative, and no batching rule (vmap would loop over members).
+
+    >>> wants_mathematical_attention()
+    False
+    """
+    levels = _functorch.get_interpreter_stack()
+    if not levels:
+        return False
+    kinds = [level.key() for level in levels]
+    transform = _functorch.TransformType
+    return kinds.count(transform.Grad) >= 2 or transform.Jvp in kinds or transform.Vmap in kinds
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether ``tensor`` belongs to a transform, so that its values cannot be read.
+
+    >>> is_wrapped(torch.zeros(2))
+    False
+    """
+    return _functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def concrete(tensor: Tensor) -> Tensor:
+    """The plain tensor inside the wrappers of ``torch.func``; of a mapped one, its first entry.
+
+    >>> concrete(torch.ones(2))
+    tensor([1., 1.])
+    """
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        axis = _functorch.maybe_get_bdim(tensor) if _functorch.is_batchedtensor(tensor) else None
+        tensor = _functorch.get_unwrapped(tensor)
+        tensor = tensor if axis is None else tensor.select(axis, 0)
+    return tensor.detach()
+
+
+def outside_transforms() -> AbstractContextManager[Any]:
+    """A block that runs as if no transform were under way.
+
+    >>> with outside_transforms():
+    ...     inside_transform()
+    False
+    """
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
