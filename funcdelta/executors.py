@@ -1,0 +1,148 @@
+"""Executors: how many members run. ``loop`` calls them in turn, ``vmap`` maps them, ``fold`` puts them into the batch.
+
+*Fold outside, vmap inside*: members are folded into the batch axis, (n, b, …) → (n·b, …), so the backbone runs its
+normal fast path once; only at a site is the hidden value split again, and the method's function mapped over members.
+``rows`` is a fold of picked members with one row each. All four give the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .attention import attention_for_this_call
+from .errors import EngineError, ParamsError
+from .inputs import Inputs
+from .layout import Layout
+from .lift import Folded, split_members
+from .params import take
+from .probe import layout_for, runners
+from .skeleton import TENSOR, Call, Params
+from .transforms import is_wrapped
+
+if TYPE_CHECKING:
+    from .model import DeltaModel
+
+
+def call_single(
+    delta: DeltaModel, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any], reached: set[str] | None = None
+) -> Any:
+    """One member: the backbone's own output; ``reached`` collects the sites that the call passes through."""
+    skeleton = delta.skeletons.get(delta.mode_flag, hooked=bool(params))
+    with attention_for_this_call():
+        return skeleton.run("", params, args, kwargs, Call(params, reached=reached))
+
+
+def call_loop(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
+    """Members in turn, outputs stacked."""
+    outputs = [call_single(delta, take(stack, i), *inputs.member(i)) for i in range(inputs.n)]
+    leaves = [pytree.tree_flatten(output) for output in outputs]
+    spec = leaves[0][1]
+    columns = zip(*[row for row, _ in leaves], strict=True)
+    joined = [torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
+    return pytree.tree_unflatten(joined, spec)
+
+
+def call_vmap(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
+    """Members mapped by ``torch.vmap``; work before the first site is shared where inputs are."""
+    found: list[Any] = []
+
+    def member(p: Params, mapped: list[Tensor]) -> tuple[Tensor, ...]:
+        output = call_single(delta, p, *inputs.fill_mapped(mapped))
+        leaves, spec = pytree.tree_flatten(output)
+        found[:] = [spec, [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]]
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+    try:
+        results = iter(torch.vmap(member, in_dims=(0, 0), randomness="different")(stack, inputs.mapped()))
+    except RuntimeError as error:
+        reason = known_vmap_limit(str(error))
+        if reason is None:
+            raise
+        raise EngineError(f'{reason}. Use engine="fold" (or "loop").') from error
+    spec, others = found
+    return pytree.tree_unflatten([next(results) if other is TENSOR else other for other in others], spec)
+
+
+def known_vmap_limit(message: str) -> str | None:
+    """What torch's message means, for the limits of ``torch.vmap`` that another engine does not have."""
+    if "data-dependent control flow" in message:
+        return "torch.vmap cannot map this model over inputs whose values steer Python code (a mapped attention_mask)"
+    if "Batching rule not implemented" in message or "could not generate a fallback" in message:
+        return f"torch.vmap cannot map this model ({message.splitlines()[0][:120]})"
+    if "It looks like you're calling .item()" in message:
+        return "torch.vmap cannot map this model: it reads values of tensors in Python"
+    if "setup_context" in message or "autograd.Function" in message:
+        return "torch.vmap cannot map this model: it has an autograd.Function without a batching rule"
+    if message.startswith("vmap") or "vmap" in message.split(":")[0]:
+        return f"torch.vmap cannot map this model ({message.splitlines()[0][:160]})"
+    return None
+
+
+def call_fold(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
+    """All members' rows in one batch."""
+    if inputs.b == 0:
+        return call_loop(delta, stack, inputs)
+    if inputs.n == 1:
+        return pytree.tree_map_only(
+            Tensor, lambda t: t.unsqueeze(0), call_single(delta, take(stack, 0), *inputs.member(0))
+        )
+    args, kwargs = inputs.folded()
+    layout = layout_for(delta, stack, args, kwargs, inputs.row_axis, inputs.n * inputs.b)
+    output = _folded_run(delta, stack, layout, args, kwargs, Folded(inputs.n, inputs.b))
+    leaves, spec = pytree.tree_flatten(output)
+    split = [
+        split_members(leaf, dim, inputs.n) if isinstance(leaf, Tensor) else leaf
+        for leaf, dim in zip(leaves, layout.outputs, strict=True)
+    ]
+    return pytree.tree_unflatten(split, spec)
+
+
+def route_rows(
+    delta: DeltaModel,
+    stack: Params,
+    n: int,
+    index: Sequence[int] | Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Row i of the batch with member ``index[i]`` of the stack; -1 runs the bare backbone."""
+    device = next(iter(stack.values())).device
+    index = torch.as_tensor(index, device=device)
+    if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+        raise ParamsError(f"index has the shape {tuple(index.shape)} and dtype {index.dtype}; expected (b,) integers.")
+    inputs = Inputs(delta.backbone, n, args, kwargs, None, delta.batch_dim)
+    if index.shape[0] != inputs.b:
+        raise ParamsError(f"index has {index.shape[0]} entries for a batch of {inputs.b} rows: give one member a row.")
+    # Values steer Python code only where they can be read: compiled code and transforms mask every row.
+    readable = not torch.compiler.is_compiling() and not is_wrapped(index)
+    if readable and (int(index.max()) >= n or int(index.min()) < -1):
+        raise ParamsError(
+            f"index names the members {int(index.min())} to {int(index.max())}; there are 0 to {n - 1}, and -1."
+        )
+    bare = index < 0
+    present = None if readable and not bool(bare.any()) else ~bare
+    if inputs.b == 0:
+        return call_single(delta, {name: leaf[0] for name, leaf in stack.items()}, args, kwargs)
+    if inputs.b == 1 and present is None:
+        return call_single(delta, {name: leaf[index[0]] for name, leaf in stack.items()}, args, kwargs)
+    taken = {name: leaf[index.clamp(min=0)] for name, leaf in stack.items()}
+    layout = layout_for(delta, taken, args, kwargs, inputs.row_axis, inputs.b)
+    return _folded_run(delta, taken, layout, args, kwargs, Folded(inputs.b, 1, present))
+
+
+def _folded_run(
+    delta: DeltaModel, stack: Params, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], lift: Folded
+) -> Any:
+    skeleton = delta.skeletons.get(delta.mode_flag)
+    call = Call(stack, lift=lift, layout=layout, runners=runners(delta, stack, layout))
+    with attention_for_this_call():
+        outer, skeleton.call = skeleton.call, call
+        try:
+            return skeleton.module(*args, **kwargs)
+        finally:
+            skeleton.call = outer
