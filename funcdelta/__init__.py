@@ -1,0 +1,42 @@
+"""funcdelta: delta tuning as pure pytrees of tensors on a frozen backbone."""
+
+from . import optim as optim
+from . import tree as tree
+from .attention import higher_order as higher_order
+from .auto import AdapterModel as AdapterModel
+from .auto import AutoDeltaModel as AutoDeltaModel
+from .auto import BitFitModel as BitFitModel
+from .auto import LoraModel as LoraModel
+from .config import AutoDeltaConfig as AutoDeltaConfig
+from .config import BaseDeltaConfig as BaseDeltaConfig
+from .config import register as register
+from .deltas import AdapterConfig as AdapterConfig
+from .deltas import BitFitConfig as BitFitConfig
+from .deltas import LoraConfig as LoraConfig
+from .errors import CheckpointError as CheckpointError
+from .errors import ConfigError as ConfigError
+from .errors import EngineError as EngineError
+from .errors import FoldError as FoldError
+from .errors import FuncdeltaError as FuncdeltaError
+from .errors import MatchError as MatchError
+from .errors import MergeError as MergeError
+from .errors import ParamsError as ParamsError
+from .errors import StackError as StackError
+from .errors import StaleBackboneError as StaleBackboneError
+from .gradients import value_and_grad as value_and_grad
+from .match import find_key as find_key
+from .match import find_module as find_module
+from .model import DeltaModel as DeltaModel
+from .params import broadcast as broadcast
+from .params import cat as cat
+from .params import combine as combine
+from .params import members as members
+from .params import partition as partition
+from .params import seeds as seeds
+from .params import stack as stack
+from .params import take as take
+from .params import unstack as unstack
+from .site import Site as Site
+from .view import unbind as unbind
+
+DeltaBase = DeltaModel

@@ -1,0 +1,133 @@
+"""Ways to make a delta: one constructor a method, and deltas from configs as data or from saved folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from .config import AutoDeltaConfig, BaseDeltaConfig
+from .deltas import AdapterConfig, BitFitConfig, LoraConfig
+from .errors import ConfigError
+from .model import DeltaModel
+from .skeleton import Prepare
+
+
+class MethodModel(DeltaModel):
+    """A delta of one method: ``LoraModel(backbone_model=b, lora_r=8)`` is ``DeltaModel(b, LoraConfig(lora_r=8))``."""
+
+    config_class: ClassVar[type[BaseDeltaConfig]]
+
+    def __init__(
+        self,
+        backbone_model: nn.Module,
+        *,
+        example: Mapping[str, Any] | Sequence[Any] | None = None,
+        prepare: Prepare | None = None,
+        backend: str = "hf",
+        interactive_modify: bool | int = False,
+        **fields: Any,
+    ) -> None:
+        if backend != "hf":
+            raise ConfigError(f"backend={backend!r}: any nn.Module is a backbone here; leave out backend.")
+        if interactive_modify:
+            raise ConfigError("interactive_modify: print(delta.sites) shows what modified_modules select.")
+        super().__init__(backbone_model, self.config_class.from_dict(fields), example=example, prepare=prepare)
+
+    @classmethod
+    def from_config(
+        cls, config: BaseDeltaConfig | Mapping[str, Any], backbone_model: nn.Module, **fields: Any
+    ) -> DeltaModel:
+        """The delta that ``config`` describes, which has to be of this method; ``fields`` override.
+
+        >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8))
+        >>> fd.LoraModel.from_config(fd.LoraConfig(modified_modules=["0"]), backbone, lora_r=2).configs[0].lora_r
+        2
+        """
+        if isinstance(config, Mapping):
+            config = {"delta_type": cls.config_class.delta_type} | dict(config)
+        delta = AutoDeltaModel.from_config(config, backbone_model, **fields)
+        if not isinstance(delta.configs[0], cls.config_class):
+            found = type(delta.configs[0]).__name__
+            raise ConfigError(f"{cls.__name__} takes a {cls.config_class.__name__}; found a {found}.")
+        return delta
+
+
+class LoraModel(MethodModel):
+    """LoRA on a backbone; the fields are those of :class:`LoraConfig`.
+
+    >>> fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"]).sites
+    ('0',)
+    """
+
+    config_class = LoraConfig
+
+
+class AdapterModel(MethodModel):
+    """Bottleneck adapters on a backbone; the fields are those of :class:`AdapterConfig`.
+
+    >>> fd.AdapterModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"]).delta_type
+    'adapter'
+    """
+
+    config_class = AdapterConfig
+
+
+class BitFitModel(MethodModel):
+    """BitFit on a backbone; the fields are those of :class:`BitFitConfig`.
+
+    >>> fd.BitFitModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"]).names
+    ('0.bitfit.bias',)
+    """
+
+    config_class = BitFitConfig
+
+
+class AutoDeltaModel:
+    """Deltas from configs as data, and from saved folders.
+
+    >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8))
+    >>> fd.AutoDeltaModel.from_config({"delta_type": "bitfit", "modified_modules": ["0"]}, backbone)
+    DeltaModel(Sequential: bitfit at 0; 8 numbers a member)
+    """
+
+    @staticmethod
+    def from_config(
+        config: BaseDeltaConfig | Mapping[str, Any],
+        backbone_model: nn.Module,
+        *,
+        example: Mapping[str, Any] | Sequence[Any] | None = None,
+        prepare: Prepare | None = None,
+        **fields: Any,
+    ) -> DeltaModel:
+        """The delta that ``config`` (a config, or its dict) describes; ``fields`` override the config's.
+
+        >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8))
+        >>> config = {"delta_type": "lora", "modified_modules": ["0"]}
+        >>> fd.AutoDeltaModel.from_config(config, backbone_model=backbone, lora_r=2).configs[0].lora_r
+        2
+        """
+        if isinstance(config, BaseDeltaConfig):
+            made = config.replace(**fields)
+        else:
+            made = AutoDeltaConfig.from_dict(config, **fields)
+        return DeltaModel(backbone_model, made, example=example, prepare=prepare)
+
+    @staticmethod
+    def from_finetuned(
+        path: str | os.PathLike[str], backbone_model: nn.Module, **options: Any
+    ) -> tuple[DeltaModel, dict[str, Tensor]]:
+        """``(delta, params)`` from a folder that ``save_finetuned`` wrote; every key is accounted for.
+
+        >>> import tempfile
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+        >>> folder = delta.save_finetuned(delta.init(0), tempfile.mkdtemp() + "/run")
+        >>> loaded, params = fd.AutoDeltaModel.from_finetuned(folder, backbone_model=delta.backbone)
+        >>> loaded.configs[0].lora_r, list(params) == list(delta.names)
+        (8, True)
+        """
+        from .checkpoint import load
+
+        return load(path, backbone_model, **options)

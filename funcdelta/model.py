@@ -1,0 +1,543 @@
+"""DeltaModel: a delta on a backbone, static and stateless; every call is a pure function of params."""
+
+from __future__ import annotations
+
+import operator
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from . import executors
+from .check import check_member, check_stack
+from .config import BaseDeltaConfig
+from .constants import declare_leaves
+from .errors import ConfigError, EngineError, ParamsError
+from .fresh import fresh_member, random_members
+from .gradients import note_members
+from .habits import Habits, need_dict
+from .inputs import InDims, Inputs, accepts
+from .layout import Layout
+from .merge import merge, merged
+from .params import partition, seeds, stack, take
+from .plan import Plan, build_plan
+from .program import Skeletons
+from .reach import spare, verify_reached
+from .skeleton import Params, Prepare
+from .transforms import concrete, inside_transform, outside_transforms
+from .view import bind
+from .widths import measure_widths
+
+ENGINES = ("auto", "fold", "vmap", "loop")
+
+_deltas: weakref.WeakValueDictionary[int, DeltaModel] = weakref.WeakValueDictionary()
+
+
+def delta_of(handle: int) -> DeltaModel:
+    """The living delta with that handle; compiled code passes numbers where it cannot pass objects."""
+    return _deltas[handle]
+
+
+class DeltaModel(Habits):
+    """What to change and where in ``backbone_model``, as pure functions of params; the backbone is never modified.
+
+    Args:
+        backbone_model: any ``nn.Module``.
+        configs: one config a delta; the first given acts first.
+        example: inputs (a dict of keywords, or a tuple) where shapes cannot be read off weights.
+        prepare: called once on every private copy of the backbone's structure.
+
+    >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> delta = fd.DeltaModel(backbone, fd.LoraConfig(lora_r=2, modified_modules=["0", "2"]))
+    >>> params = delta.init(seed=0)
+    >>> x = torch.randn(3, 4)
+    >>> torch.equal(delta.apply(params, x), backbone(x))  # B starts at zero
+    True
+    >>> outs = delta.apply_many(delta.init(0, n=5), x)
+    >>> outs.shape
+    torch.Size([5, 3, 2])
+    """
+
+    def __init__(
+        self,
+        backbone_model: nn.Module,
+        *configs: BaseDeltaConfig,
+        example: Mapping[str, Any] | Sequence[Any] | None = None,
+        prepare: Prepare | None = None,
+    ) -> None:
+        if not isinstance(backbone_model, nn.Module):
+            raise ConfigError(f"backbone_model is a {type(backbone_model).__name__}; expected an nn.Module.")
+        if not configs or not all(isinstance(config, BaseDeltaConfig) for config in configs):
+            found = ", ".join(type(config).__name__ for config in configs) or "nothing"
+            raise ConfigError(f"Give one or more configs, DeltaModel(backbone, fd.LoraConfig(...)); found {found}.")
+        axes = {config.batch_dim for config in configs}
+        if len(axes) > 1:
+            raise ConfigError(f"The configs disagree about batch_dim: {sorted(axes)}.")
+        self.backbone = backbone_model
+        self.configs = configs
+        self.example = example
+        self.prepare = prepare
+        self.batch_dim = axes.pop()
+        self.mode_flag: bool | None = None
+        plan = build_plan(backbone_model, configs, lambda paths: measure_widths(backbone_model, paths, example))
+        self.skeletons = Skeletons(backbone_model, plan, prepare)
+        self.skeletons.reserve(None)
+        self.layouts: dict[Any, Layout] = {}
+        self._verified: set[Any] = set()
+        self._first = threading.RLock()
+        self._shapes = {key: shape for a in self.plan.all() for key, shape in a.shapes.items()}
+        parameters = dict(backbone_model.named_parameters())
+        self._shapes |= {name: tuple(parameters[name].shape) for name in self.plan.trained}
+        self.constants: tuple[str, ...] = tuple(key for a in self.plan.all() for key in a.constants)
+        self._constants = frozenset(self.constants)
+        self._groups = {a.name: frozenset[str]() for a in self.plan.all()}
+        for a in self.plan.all():
+            self._groups[a.name] |= frozenset(a.leaves.values())
+        self._read_backbone()
+        declare_leaves(trainable=filter(self.trainable, self._shapes), constants=self.constants)
+        self._register()
+
+    def _register(self) -> None:
+        self.handle = id(self)
+        _deltas[self.handle] = self
+
+    def _read_backbone(self) -> None:
+        """The backbone's tensors as detached aliases, each once; what ``attach`` lists."""
+        named = [*self.backbone.named_parameters(), *self.backbone.named_buffers()]
+        self._tensors = {name: tensor.detach() for name, tensor in named}
+        self._backbone_shapes = {
+            name: tuple(tensor.shape) for name, tensor in self._tensors.items() if name not in self._shapes
+        }
+
+    # -- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """Which delta acts where; shared by this delta in every mode."""
+        return self.skeletons.plan
+
+    @property
+    def backbone_model(self) -> nn.Module:
+        """The backbone, under OpenDelta's name."""
+        return self.backbone
+
+    @property
+    def delta_type(self) -> str:
+        """The method's name, or ``union`` for several configs."""
+        return self.configs[0].delta_type if len(self.configs) == 1 else "union"
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The matched module paths, in the backbone's order: print them as a dry run.
+
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+        >>> delta.sites
+        ('0',)
+        """
+        return tuple(self.plan.attachments)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all leaves, in their one order."""
+        return tuple(self._shapes)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every leaf of one member."""
+        return dict(self._shapes)
+
+    def trainable(self, name: str) -> bool:
+        """Whether the leaf ``name`` trains: ``fd.partition(params, delta.trainable)``.
+
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+        >>> some, rest = fd.partition(delta.init(0), delta.trainable)
+        >>> list(some), list(rest)
+        (['0.lora.lora_A', '0.lora.lora_B'], ['0.lora.scale'])
+        """
+        return name not in self._constants
+
+    @property
+    def training(self) -> bool:
+        """Whether calls run in training mode."""
+        return self.skeletons.flags[""] if self.mode_flag is None else self.mode_flag
+
+    def __repr__(self) -> str:
+        inner = ", ".join(f"{a.name} at {a.site.path}" for a in self.plan.all()[:3])
+        more = len(self.plan.all()) - 3
+        return (
+            f"{type(self).__name__}({type(self.backbone).__name__}: {inner}{f' and {more} more' if more > 0 else ''}; "
+            f"{sum(_numel(shape) for shape in self._shapes.values()):,} numbers a member)"
+        )
+
+    def __reduce__(self) -> Any:
+        """A delta travels as what it was made from: the backbone, the configs and the mode."""
+        return _rebuilt, (self.backbone, self.configs, self.example, self.prepare, self.mode_flag)
+
+    # -- modes -----------------------------------------------------------------------------------------------------
+
+    def mode(self, train: bool = True) -> DeltaModel:
+        """This delta in training or evaluation mode; the backbone's own flag is not touched.
+
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+        >>> delta.mode(train=False).training, delta.backbone.training
+        (False, True)
+        """
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.mode_flag = bool(train)
+        other.skeletons.reserve(other.mode_flag)
+        other._register()
+        return other
+
+    def refresh(self) -> DeltaModel:
+        """Read the backbone again after ``backbone.to(...)`` or a replaced parameter; gives the same delta.
+
+        >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8))
+        >>> delta = fd.LoraModel(backbone, modified_modules=["0"])
+        >>> params, backbone = delta.init(0), backbone.double()
+        >>> delta.refresh().apply(params, torch.zeros(3, 4, dtype=torch.float64)).dtype
+        torch.float64
+        """
+        widths = {a.site.path: a.site.width for a in self.plan.all() if a.site.out_features}
+        plan = build_plan(self.backbone, self.configs, lambda paths: {path: widths[path] for path in paths})
+        self.skeletons.refresh(plan)
+        self._read_backbone()
+        self.layouts.clear()
+        self._verified.clear()
+        return self
+
+    # -- params ----------------------------------------------------------------------------------------------------
+
+    def init(
+        self,
+        seed: int | Iterable[int] | torch.Generator,
+        n: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> dict[str, Tensor]:
+        """Fresh params of one member, or with ``n`` (or several seeds) a stack.
+
+        A leaf depends on the member's seed and on the site's name alone: member i is the same whatever n is.
+
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), lora_r=2, modified_modules=["0"])
+        >>> {name: tuple(leaf.shape) for name, leaf in delta.init(0, n=3).items()}
+        {'0.lora.lora_A': (3, 2, 4), '0.lora.lora_B': (3, 8, 2), '0.lora.scale': (3,)}
+        >>> one = delta.init(fd.seeds(0, 3)[1])
+        >>> all(torch.equal(leaf, fd.take(delta.init(0, n=64), 1)[name]) for name, leaf in one.items())
+        True
+        """
+        if isinstance(seed, torch.Generator):
+            seed = int(torch.randint(2**62, (), generator=seed, device=seed.device))
+        if isinstance(seed, Iterable) and not (isinstance(seed, str) or (isinstance(seed, Tensor) and seed.ndim == 0)):
+            each = [_seed(one) for one in seed]
+            if n is not None and n != len(each):
+                raise ParamsError(f"n={n}, but {len(each)} seeds were given: leave out n.")
+        elif n is None:
+            return self._fresh(_seed(seed), dtype, device)
+        else:
+            each = seeds(_seed(seed), _seed(n, f"n={n!r}, the number of members,"))
+        if not each:
+            raise ParamsError("A stack needs at least one member: n=0.")
+        return stack([self._fresh(one, dtype, device) for one in each])
+
+    def _fresh(self, seed: int, dtype: torch.dtype | None, device: torch.device | str | None) -> dict[str, Tensor]:
+        return fresh_member(self.plan, self.backbone, self.names, seed, dtype, device)
+
+    def random_members(self, n: int, present: frozenset[str]) -> dict[str, Tensor]:
+        """n members away from their start, for the probe of the batch's layout.
+
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+        >>> list(delta.random_members(2, frozenset(["lora"])))[1]
+        '0.lora.lora_B'
+        """
+        return random_members(self.plan, self.backbone, self.names, n, present)
+
+    def attach(self, params: Params | None = None) -> dict[str, Tensor]:
+        """``{every backbone name: tensor} | params``: one dict with everything, which ``apply`` accepts.
+
+        Each tied tensor is listed once; given there, a changed tensor acts on all its ends.
+
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+        >>> params = delta.init(0)
+        >>> list(delta.attach(params))
+        ['0.weight', '0.bias', '0.lora.lora_A', '0.lora.lora_B', '0.lora.scale']
+        """
+        params = need_dict(params, "attach", "full = delta.attach(params)")
+        check_member(params, self._shapes, self._groups, self._backbone_shapes)
+        return self._tensors | dict(params)
+
+    def detach(self, full: Params | None = None) -> dict[str, Tensor]:
+        """``full`` without this delta's leaves; trained backbone leaves are the backbone's own again.
+
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+        >>> list(delta.detach(delta.attach(delta.init(0))))
+        ['0.weight', '0.bias']
+        """
+        full = need_dict(full, "detach", "plain = delta.detach(full)")
+        kept = {name: tensor for name, tensor in full.items() if name not in self._shapes or name in self.plan.trained}
+        return {name: self._tensors[name] if name in self.plan.trained else tensor for name, tensor in kept.items()}
+
+    def freeze_module(
+        self, module: Any = None, exclude: Iterable[str] | str | None = None, set_state_dict: bool = True
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """``(trainable, frozen)``: ``full`` split by name; ``exclude`` names what trains, ``"deltas"`` this delta.
+
+        Nothing is flagged: differentiate with respect to the first dict. ``exclude=None`` takes the configs' own
+        ``unfrozen_modules``.
+
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+        >>> trainable, frozen = delta.freeze_module(delta.attach(delta.init(0)))
+        >>> list(trainable), list(frozen)
+        (['0.lora.lora_A', '0.lora.lora_B'], ['0.weight', '0.bias', '0.lora.scale'])
+        """
+        full = need_dict(module, "freeze_module", "trainable, frozen = delta.freeze_module(delta.attach(params))")
+        names = list(exclude) if exclude is not None and not isinstance(exclude, str) else exclude
+        if isinstance(names, str):
+            names = [names]
+        if names is None:
+            names = list(dict.fromkeys(name for config in self.configs for name in config.unfrozen_modules))
+        wanted = [name for name in names if name != "deltas"]
+        backbone_part = {name: tensor for name, tensor in full.items() if name in self._tensors}
+        chosen = set(partition(backbone_part, wanted)[0]) if wanted else set()
+        if "deltas" in names:
+            chosen |= {
+                name for name in full if name in self._shapes and name not in self._tensors and self.trainable(name)
+            }
+        return partition(full, lambda name: name in chosen)
+
+    # -- calls -----------------------------------------------------------------------------------------------------
+
+    def apply(self, params: Params, /, *args: Any, inputs: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+        """The backbone's output with one member's params; ``apply({}, ...)`` is the backbone bit for bit.
+
+        Raises ``ParamsError`` for unknown, missing or misshapen leaves, ``StackError`` for a stack.
+
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+        >>> delta.apply(delta.init(0), torch.zeros(3, 4)).shape
+        torch.Size([3, 8])
+        """
+        params = self._member(params)
+        args, kwargs = self._given(args, kwargs, inputs, transformed=inside_transform())
+        if torch.compiler.is_compiling():
+            return self._first_call(params, args, kwargs)
+        if self.is_verified(params):
+            return executors.call_single(self, params, args, kwargs)
+        # One at a time: a first call may find that a site has to be reached in another way.
+        with self._first:
+            return self._first_call(params, args, kwargs)
+
+    def _first_call(self, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        spare_args, spare_kwargs = (args, kwargs) if torch.compiler.is_compiling() else spare((args, kwargs))
+        reached: set[str] = set()
+        output = executors.call_single(self, params, args, kwargs, reached)
+        if verify_reached(self, params, spare_args, spare_kwargs, reached):
+            self.skeletons.refresh()
+            output = executors.call_single(self, params, spare_args, spare_kwargs)
+        if not torch.compiler.is_compiling():
+            self._verified.add((self.mode_flag, frozenset(params)))
+        return output
+
+    def is_verified(self, params: Iterable[str]) -> bool:
+        """Whether a call with these leaves in this mode has shown that every site is reached.
+
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+        >>> params, before = delta.init(0), delta.is_verified(delta.names)
+        >>> output = delta.apply(params, torch.randn(2, 4))
+        >>> before, delta.is_verified(params)
+        (False, True)
+        """
+        return (self.mode_flag, frozenset(params)) in self._verified
+
+    def __call__(self, params: Params, /, *args: Any, **kwargs: Any) -> Any:
+        """The same as :meth:`apply`."""
+        return self.apply(params, *args, **kwargs)
+
+    def apply_many(
+        self,
+        stack: Params,
+        /,
+        *args: Any,
+        in_dims: InDims = None,
+        engine: str = "auto",
+        chunk_size: int | None = None,
+        inputs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Every member's output; leaves are (n, b, …).
+
+        Args:
+            in_dims: ``None``, one batch (b, …) for all members; 0, every tensor is (n, b, …); or a dict by input name.
+            engine: ``fold`` (one batch), ``vmap``, ``loop``, or ``auto``: fold where the model allows it.
+            chunk_size: members at a time.
+
+        Raises ``EngineError`` where the chosen engine cannot run the model, naming the place and another engine.
+
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+        >>> stack = delta.init(0, n=5)
+        >>> delta.apply_many(stack, torch.zeros(3, 4)).shape  # one batch for all
+        torch.Size([5, 3, 8])
+        >>> delta.apply_many(stack, torch.zeros(5, 3, 4), in_dims=0).shape  # a batch for each
+        torch.Size([5, 3, 8])
+        """
+        if engine not in ENGINES:
+            raise ParamsError(f"engine={engine!r}: write one of {', '.join(ENGINES)}.")
+        n = check_stack(stack, self._shapes, self._groups, self._backbone_shapes)
+        if not torch.compiler.is_compiling():
+            note_members(n)
+        stack = self._ready(stack)
+        args, kwargs = self._given(args, kwargs, inputs, transformed=True)
+        whole = Inputs(self.backbone, n, args, kwargs, in_dims, self.batch_dim)
+        if chunk_size is None or chunk_size >= n:
+            return self._many(stack, whole, engine)
+        if chunk_size < 1:
+            raise ParamsError(f"chunk_size={chunk_size}: write how many members run at a time, at least 1.")
+        parts = []
+        for start in range(0, n, chunk_size):
+            stop = min(start + chunk_size, n)
+            parts.append(self._many(take(stack, slice(start, stop)), whole.chunk(start, stop), engine))
+        return _cat_outputs(parts)
+
+    def _many(self, stack: Params, inputs: Inputs, engine: str) -> Any:
+        self._verify_many(stack, inputs)
+        run = {"fold": executors.call_fold, "vmap": executors.call_vmap, "loop": executors.call_loop}
+        if engine != "auto":
+            return run[engine](self, stack, inputs)
+        # Fold is fastest; what cannot be folded can often be mapped; a loop runs everything.
+        for choice in ("fold", "vmap"):
+            try:
+                return run[choice](self, stack, inputs)
+            except EngineError:
+                continue
+        return executors.call_loop(self, stack, inputs)
+
+    def apply_rows(
+        self,
+        stack: Params,
+        index: Sequence[int] | Tensor,
+        /,
+        *args: Any,
+        inputs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Row i of the batch with member ``index[i]``, -1 for the bare backbone; leaves (b, …).
+
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+        >>> delta.apply_rows(delta.init(0, n=5), [4, -1, 0], torch.zeros(3, 4)).shape
+        torch.Size([3, 8])
+        """
+        n = check_stack(stack, self._shapes, self._groups, self._backbone_shapes)
+        stack = self._ready(stack)
+        args, kwargs = self._given(args, kwargs, inputs, transformed=True)
+        self._verify_many(stack, Inputs(self.backbone, n, args, kwargs, None, self.batch_dim))
+        return executors.route_rows(self, stack, n, index, args, kwargs)
+
+    def _verify_many(self, stack: Params, inputs: Inputs) -> None:
+        """The first call's check that every site is reached, with the first member alone."""
+        if torch.compiler.is_compiling() or self.is_verified(stack):
+            return
+        args, kwargs = pytree.tree_map_only(Tensor, concrete, spare(inputs.member(0)))
+        with torch.no_grad(), torch.random.fork_rng(), outside_transforms():
+            self.apply({name: concrete(leaf)[0] for name, leaf in stack.items()}, *args, **kwargs)
+
+    # -- elsewhere -------------------------------------------------------------------------------------------------
+
+    def bind(self, params: Params) -> nn.Module:
+        """A module of the backbone's class that runs with copies of ``params``: for ``generate``, Trainer, pipelines.
+
+        Only the delta's leaves require grad; ``state_dict()`` holds them alone. ``fd.unbind(view)`` gives params back.
+
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+        >>> view = delta.bind(delta.init(0))
+        >>> type(view).__name__, list(view.state_dict())
+        ('Sequential', ['0.lora.lora_A', '0.lora.lora_B', '0.lora.scale'])
+        """
+        self.skeletons.check()
+        return bind(self, self._member(params))
+
+    def merge(self, params: Params, untie: bool = False) -> dict[str, Tensor]:
+        """A new state dict with the delta written into the weights; loading it *and* applying would count twice.
+
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+        >>> list(delta.merge(delta.init(0)))
+        ['0.weight', '0.bias']
+        """
+        return merge(self, self._member(params), untie)
+
+    def merged(self, params: Params, untie: bool = False) -> nn.Module:
+        """A new module of the backbone's class with the merged weights and storage of its own.
+
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+        >>> params, x = fd.tree.map(torch.ones_like, delta.init(0)), torch.ones(3, 4)
+        >>> torch.allclose(delta.merged(params)(x), delta.apply(params, x))
+        True
+        """
+        return merged(self, self._member(params), untie)
+
+    def save_finetuned(
+        self, params: Params | None = None, path: str | os.PathLike[str] | None = None, **options: Any
+    ) -> Any:
+        """Write ``config.json`` and ``delta.safetensors`` to the folder ``path``, atomically; one member or a stack.
+
+        >>> import tempfile
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+        >>> stack = delta.init(0, n=5)
+        >>> folder = delta.save_finetuned(stack, tempfile.mkdtemp() + "/run")
+        >>> _, loaded = fd.AutoDeltaModel.from_finetuned(folder, backbone_model=delta.backbone)
+        >>> all(torch.equal(loaded[name], stack[name]) for name in delta.names)
+        True
+        """
+        from .checkpoint import save
+
+        if path is None or not isinstance(params, Mapping):
+            raise ParamsError("params are no state of a delta here: write delta.save_finetuned(params, path).")
+        return save(self, params, path, **options)
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _member(self, params: Params) -> dict[str, Tensor]:
+        check_member(params, self._shapes, self._groups, self._backbone_shapes)
+        return self._ready(params)
+
+    def _ready(self, params: Params) -> dict[str, Tensor]:
+        """Constants take no gradient; the backbone's own tensors, as ``attach`` lists them, need no swap."""
+        own = self._tensors
+        return {
+            name: leaf.detach() if name in self._constants else leaf
+            for name, leaf in params.items()
+            if leaf is not own.get(name)
+        }
+
+    def _given(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Mapping[str, Any] | None, transformed: bool
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if inputs is not None:
+            kwargs = {**inputs, **kwargs} if isinstance(inputs, Mapping) else {**kwargs, "inputs": inputs}
+        if transformed and "use_cache" not in kwargs and accepts(self.backbone, "use_cache"):
+            # A cache in the output can be neither mapped nor split by member.
+            kwargs = {**kwargs, "use_cache": False}
+        return args, kwargs
+
+
+def _rebuilt(backbone: nn.Module, configs: Any, example: Any, prepare: Any, mode: bool | None) -> DeltaModel:
+    delta = DeltaModel(backbone, *configs, example=example, prepare=prepare)
+    return delta if mode is None else delta.mode(train=mode)
+
+
+def _seed(value: Any, what: str = "A seed") -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ParamsError(f"{what} is an integer; found {value!r}: write a whole number.") from None
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _cat_outputs(parts: list[Any]) -> Any:
+    return pytree.tree_map(lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *parts)
