@@ -164,13 +164,30 @@ class BaseDeltaConfig:
         """The site's own tensors rewritten: ``{own name: tensor}``; what ``merge`` writes."""
         return w
 
+    # -- leaves that sites share -----------------------------------------------------------------------------------
+
+    def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> dict[str, Tensor]:
+        """One member's leaves that all ``sites`` use: in params ``<delta name>.<leaf>``, in ``p`` beside a site's own.
+
+        With :meth:`expand` a site gets what that computes from them instead.
+        """
+        return {}
+
+    def expand(self, sites: tuple[Site, ...], p: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """``{site path: {leaf: tensor}}``, computed from the shared leaves ``p`` once a call."""
+        return {}
+
+    def baked(self) -> Self:
+        """The config whose sites own the leaves that :meth:`expand` computes; what ``delta.bake`` goes over to."""
+        raise ConfigError(f"{type(self).__name__} has nothing to bake: its sites own all of their leaves.")
+
     # -- facts about the method ------------------------------------------------------------------------------------
 
     def constants(self, site: Site) -> tuple[str, ...]:
         """Names of leaves that never train (scales, frozen bases)."""
         return ()
 
-    def expand(self, path: str, module: nn.Module) -> Iterator[str]:
+    def spread(self, path: str, module: nn.Module) -> Iterator[str]:
         """The sites that a matched module stands for; itself unless the method spreads to modules below it."""
         yield path
 
@@ -184,7 +201,7 @@ class BaseDeltaConfig:
 
     @classmethod
     def gives(cls, function: str) -> bool:
-        """Whether the method gives its own ``before``, ``after`` or ``weights``.
+        """Whether the method gives its own ``before``, ``after``, ``weights`` or another of the functions above.
 
         >>> BaseDeltaConfig.gives("after")
         False

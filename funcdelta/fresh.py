@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .errors import ConfigError
 from .plan import Attachment, Plan
 from .seeding import derive
+from .sharing import Shared
+from .site import Site
 
 
 def fresh_member(
@@ -26,8 +28,13 @@ def fresh_member(
 ) -> dict[str, Tensor]:
     """One member's params in the order of ``order``."""
     params: dict[str, Tensor] = {}
+    for group in plan.shared:
+        drawn = group.config.shared(group.sites, torch.Generator().manual_seed(derive(seed, group.name)))
+        params.update(_placed(group, drawn, group.sites[0], dtype, device))
     for attachment in plan.all():
-        params.update(_fresh_leaves(attachment, seed, dtype, device))
+        rng = torch.Generator().manual_seed(derive(seed, f"{attachment.site.path}.{attachment.name}"))
+        drawn = attachment.config.init(attachment.site, rng)
+        params.update(_placed(attachment, drawn, attachment.site, dtype, device))
     parameters = dict(backbone.named_parameters())
     for name in plan.trained:
         tensor = parameters[name]
@@ -45,22 +52,25 @@ def trained_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _fresh_leaves(
-    attachment: Attachment, seed: int, dtype: torch.dtype | None, device: torch.device | str | None
+def _placed(
+    part: Attachment | Shared,
+    drawn: Mapping[str, Tensor],
+    site: Site,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
 ) -> dict[str, Tensor]:
-    site = attachment.site
-    rng = torch.Generator().manual_seed(derive(seed, f"{site.path}.{attachment.name}"))
-    leaves: Mapping[str, Tensor] = attachment.config.init(site, rng)
+    """The leaves that a method drew, by key, in their dtype and on the site's device."""
     found: dict[str, Tensor] = {}
-    for leaf, key in attachment.leaves.items():
-        if leaf not in leaves or tuple(leaves[leaf].shape) != attachment.shapes[key]:
+    for leaf, key in part.leaves.items():
+        if key not in part.shapes:
+            continue  # shared with other sites, or expanded from such
+        if leaf not in drawn or tuple(drawn[leaf].shape) != part.shapes[key]:
             raise ConfigError(
-                f"{type(attachment.config).__name__}.init gave other leaves at {site.path} than when the delta was "
-                f"built: "
-                f"shapes may depend on the site only. Expected {attachment.shapes[key]} for {leaf}."
+                f"{type(part.config).__name__}.init gave other leaves at {site.path} than when the delta was built: "
+                f"shapes may depend on the site only. Expected {part.shapes[key]} for {leaf}."
             )
-        like = dtype if dtype and leaves[leaf].is_floating_point() else attachment.dtypes[key]
-        found[key] = leaves[leaf].to(dtype=like, device=device or site.device)
+        like = dtype if dtype and drawn[leaf].is_floating_point() else part.dtypes[key]
+        found[key] = drawn[leaf].to(dtype=like, device=device or site.device)
     return found
 
 
@@ -86,8 +96,9 @@ def random_members(
     """A stack of n members with every leaf moved away from its start, for the probe: a fresh LoRA would hide a mix."""
     from .params import stack
 
-    constants = {key for attachment in plan.all() for key in attachment.constants}
-    kept = {key for a in plan.all() if a.name in present for key in a.leaves.values()} | (present & plan.trained.keys())
+    constants = set(plan.constants)
+    kept = {key for name, keys in plan.keys().items() if name in present for key in keys}
+    kept |= present & plan.trained.keys()
     members = []
     for seed in range(n):
         fresh = fresh_member(plan, backbone, order, seed, None, None)

@@ -28,6 +28,7 @@ from .params import partition, seeds, stack, take
 from .plan import Plan, build_plan
 from .program import Skeletons
 from .reach import spare, verify_reached
+from .sharing import expand_member, expand_stack
 from .skeleton import Params, Prepare
 from .transforms import concrete, inside_transform, outside_transforms
 from .view import bind
@@ -90,14 +91,12 @@ class DeltaModel(Habits):
         self.layouts: dict[Any, Layout] = {}
         self._verified: set[Any] = set()
         self._first = threading.RLock()
-        self._shapes = {key: shape for a in self.plan.all() for key, shape in a.shapes.items()}
+        self._shapes = self.plan.shapes
         parameters = dict(backbone_model.named_parameters())
         self._shapes |= {name: tuple(parameters[name].shape) for name in self.plan.trained}
-        self.constants: tuple[str, ...] = tuple(key for a in self.plan.all() for key in a.constants)
+        self.constants: tuple[str, ...] = self.plan.constants
         self._constants = frozenset(self.constants)
-        self._groups = {a.name: frozenset[str]() for a in self.plan.all()}
-        for a in self.plan.all():
-            self._groups[a.name] |= frozenset(a.leaves.values())
+        self._groups = self.plan.keys()
         self._read_backbone()
         declare_leaves(trainable=filter(self.trainable, self._shapes), constants=self.constants)
         self._register()
@@ -326,12 +325,13 @@ class DeltaModel(Habits):
         if torch.compiler.is_compiling():
             return self._first_call(params, args, kwargs)
         if self.is_verified(params):
-            return executors.call_single(self, params, args, kwargs)
+            return executors.call_single(self, expand_member(self.plan.shared, params), args, kwargs)
         # One at a time: a first call may find that a site has to be reached in another way.
         with self._first:
             return self._first_call(params, args, kwargs)
 
-    def _first_call(self, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _first_call(self, given: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        params = expand_member(self.plan.shared, given)
         spare_args, spare_kwargs = (args, kwargs) if torch.compiler.is_compiling() else spare((args, kwargs))
         reached: set[str] = set()
         output = executors.call_single(self, params, args, kwargs, reached)
@@ -339,7 +339,7 @@ class DeltaModel(Habits):
             self.skeletons.refresh()
             output = executors.call_single(self, params, spare_args, spare_kwargs)
         if not torch.compiler.is_compiling():
-            self._verified.add((self.mode_flag, frozenset(params)))
+            self._verified.add((self.mode_flag, frozenset(given)))
         return output
 
     def is_verified(self, params: Iterable[str]) -> bool:
@@ -404,6 +404,7 @@ class DeltaModel(Habits):
 
     def _many(self, stack: Params, inputs: Inputs, engine: str) -> Any:
         self._verify_many(stack, inputs)
+        stack = expand_stack(self.plan.shared, stack)
         run = {"fold": executors.call_fold, "vmap": executors.call_vmap, "loop": executors.call_loop}
         if engine != "auto":
             return run[engine](self, stack, inputs)
@@ -434,7 +435,7 @@ class DeltaModel(Habits):
         stack = self._ready(stack)
         args, kwargs = self._given(args, kwargs, inputs, transformed=True)
         self._verify_many(stack, Inputs(self.backbone, n, args, kwargs, None, self.batch_dim))
-        return executors.route_rows(self, stack, n, index, args, kwargs)
+        return executors.route_rows(self, expand_stack(self.plan.shared, stack), n, index, args, kwargs)
 
     def _verify_many(self, stack: Params, inputs: Inputs) -> None:
         """The first call's check that every site is reached, with the first member alone."""
@@ -466,7 +467,7 @@ class DeltaModel(Habits):
         >>> list(delta.merge(delta.init(0)))
         ['0.weight', '0.bias']
         """
-        return merge(self, self._member(params), untie)
+        return merge(self, expand_member(self.plan.shared, self._member(params)), untie)
 
     def merged(self, params: Params, untie: bool = False) -> nn.Module:
         """A new module of the backbone's class with the merged weights and storage of its own.
@@ -476,7 +477,26 @@ class DeltaModel(Habits):
         >>> torch.allclose(delta.merged(params)(x), delta.apply(params, x))
         True
         """
-        return merged(self, self._member(params), untie)
+        return merged(self, expand_member(self.plan.shared, self._member(params)), untie)
+
+    def bake(self, params: Params) -> tuple[DeltaModel, dict[str, Tensor]]:
+        """``(delta, params)`` that give the same without the shared leaves: each site owns what they expand to.
+
+        Takes one member or a stack. A reparameterised prefix becomes plain prefixes, a small fraction of its numbers.
+
+        Raises ``ConfigError`` where no method of this delta expands shared leaves.
+        """
+        params = self._ready(params)
+        is_stack = any(params[name].ndim > len(self._shapes[name]) for name in params if name in self._shapes)
+        (check_stack if is_stack else check_member)(params, self._shapes, self._groups, self._backbone_shapes)
+        expanding = {group.name for group in self.plan.shared if group.expanded}
+        named = zip(self.configs, self.plan.names, strict=True)
+        configs = [config.baked() if not expanding or name in expanding else config for config, name in named]
+        baked = DeltaModel(self.backbone, *configs, example=self.example, prepare=self.prepare)
+        found = (expand_stack if is_stack else expand_member)(self.plan.shared, params)
+        return baked if self.mode_flag is None else baked.mode(train=self.mode_flag), {
+            name: found[name] for name in baked.names if name in found
+        }
 
     def save_finetuned(
         self, params: Params | None = None, path: str | os.PathLike[str] | None = None, **options: Any

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .config import BaseDeltaConfig
 from .errors import ConfigError, MatchError
 from .match import find_key, matches, near, within
+from .sharing import Shared, share
 from .site import Site, site_of
 from .structures import resolve
 
@@ -23,10 +24,10 @@ class Attachment:
 
     Attributes:
         name: the delta's name, between the site's path and the leaf in every key of params.
-        leaves: ``{leaf: key in params}``.
-        shapes, dtypes: of one member's leaves, by key.
+        leaves: ``{leaf: key}`` of all that the method's functions get here, shared and expanded leaves too.
+        shapes, dtypes: of one member's own leaves here, by key in params.
         by_weights: whether the delta acts by rewriting the site's tensors instead of its hidden values.
-        key: the key of the first leaf, which stands for all.
+        key: the key in params of the first leaf, own or shared, which stands for all.
     """
 
     name: str
@@ -62,6 +63,8 @@ class Plan:
         fresh: those of ``trained`` that start anew instead of as a copy.
         ends: every parameter and buffer of the backbone, ``{name: every name of the same tensor}``.
         uncalled: sites whose tensors are read by the module above, which never calls them.
+        shared: the leaves that the sites of one delta share.
+        names: one name a config, in their order.
     """
 
     attachments: dict[str, tuple[Attachment, ...]]
@@ -69,6 +72,25 @@ class Plan:
     fresh: frozenset[str]
     ends: dict[str, tuple[str, ...]]
     uncalled: set[str]
+    shared: tuple[Shared, ...] = ()
+    names: tuple[str, ...] = ()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every leaf of the deltas, shared ones first."""
+        return {key: shape for part in (*self.shared, *self.all()) for key, shape in part.shapes.items()}
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """The keys of all leaves that never train."""
+        return tuple(key for part in (*self.shared, *self.all()) for key in part.constants)
+
+    def keys(self) -> dict[str, frozenset[str]]:
+        """``{delta name: the keys of its leaves in params}``."""
+        found = {a.name: frozenset[str]() for a in self.all()}
+        for part in (*self.shared, *self.all()):
+            found[part.name] |= frozenset(part.shapes)
+        return found
 
     def runner(self, path: str) -> str:
         """The module that runs with the tensors of the one at ``path``: itself, or the first called one above."""
@@ -124,17 +146,32 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: 
             sites[path] = dataclasses.replace(sites[path], out_features=width)
 
     attachments: dict[str, list[Attachment]] = {}
+    shared: list[Shared] = []
     for config, name, paths in zip(configs, names, chosen, strict=True):
+        group = share(config, name, tuple(sites[path] for path in paths))
+        if group is not None:
+            if name in modules or any(key in modules for key in group.shapes):
+                raise MatchError(
+                    f"The backbone already has a module {name!r}, where {config.delta_type} would keep its shared "
+                    f"leaves: give the config another name, name={name + '_delta'!r}."
+                )
+            shared.append(group)
         for path in paths:
             if isinstance(getattr(modules[path], name, None), (nn.Module, Tensor)):
                 raise MatchError(
                     f"{path} already has a child {name!r}: give the config another name, name={name + '_delta'!r}."
                 )
-            attachments.setdefault(path, []).append(_attach(config, name, sites[path], modules))
+            attachments.setdefault(path, []).append(_attach(config, name, sites[path], modules, group))
     trained, fresh = _trained(backbone, modules, configs)
     uncalled = {path for path in attachments if _read_by_parent(path, modules)}
     return Plan(
-        {path: tuple(group) for path, group in attachments.items()}, trained, fresh, _all_ends(backbone), uncalled
+        {path: tuple(group) for path, group in attachments.items()},
+        trained,
+        fresh,
+        _all_ends(backbone),
+        uncalled,
+        tuple(shared),
+        tuple(names),
     )
 
 
@@ -209,7 +246,7 @@ def _select(
             )
     for path in names:
         if find_key(path, targets) and not any(within(path, left_out) for left_out in excluded):
-            for site in config.expand(path, modules[path]):
+            for site in config.spread(path, modules[path]):
                 if not any(within(site, left_out) for left_out in excluded):
                     found[canonical[id(modules[site])]] = None
     if not found:
@@ -218,7 +255,9 @@ def _select(
     return sorted(found, key=order.__getitem__)
 
 
-def _attach(config: BaseDeltaConfig, name: str, site: Site, modules: dict[str, nn.Module]) -> Attachment:
+def _attach(
+    config: BaseDeltaConfig, name: str, site: Site, modules: dict[str, nn.Module], group: Shared | None
+) -> Attachment:
     before = torch.get_rng_state()
     leaves = config.init(site, torch.Generator().manual_seed(0))
     if not torch.equal(before, torch.get_rng_state()):
@@ -227,10 +266,15 @@ def _attach(config: BaseDeltaConfig, name: str, site: Site, modules: dict[str, n
             f"{type(config).__name__}.init drew from torch's global generator, so members could not be reproduced: "
             f"pass generator=rng to every random call."
         )
+    common = group.leaves if group is not None else {}
     constants = config.constants(site)
-    if not leaves or set(constants) - leaves.keys():
+    if not (leaves or common) or set(constants) - leaves.keys() - common.keys():
         raise ConfigError(f"{type(config).__name__}.init gave {sorted(leaves)}; constants are {sorted(constants)}.")
     keys = {leaf: f"{site.path}.{name}.{leaf}" for leaf in leaves}
+    given = group.expanded[site.path] if group is not None and group.expanded else common
+    twice = sorted(given.keys() & keys.keys())
+    if twice:
+        raise ConfigError(f"{type(config).__name__} gives {twice[0]!r} at {site.path} and as a shared leaf.")
     read_by_parent = _read_by_parent(site.path, modules)
     if read_by_parent and not config.gives("weights"):
         raise MatchError(
@@ -242,11 +286,11 @@ def _attach(config: BaseDeltaConfig, name: str, site: Site, modules: dict[str, n
         name=name,
         config=config,
         site=site,
-        leaves=keys,
+        leaves=keys | given,
         shapes={keys[leaf]: tuple(tensor.shape) for leaf, tensor in leaves.items()},
         dtypes={keys[leaf]: site.leaf_dtype if t.is_floating_point() else t.dtype for leaf, t in leaves.items()},
-        constants=tuple(keys[leaf] for leaf in constants),
-        key=next(iter(keys.values())),
+        constants=tuple(keys[leaf] for leaf in constants if leaf in keys),
+        key=next(iter((keys or common).values())),
         by_weights=read_by_parent or not (config.gives("before") or config.gives("after")),
     )
 

@@ -15,6 +15,7 @@ from .layout import Layout, Recorder, WithoutDropout, close, compare
 from .lift import Folded, split_members
 from .params import take
 from .reach import spare
+from .sharing import expand_stack
 from .skeleton import Call, Params, Skeleton
 from .transforms import concrete, eager, outside_transforms
 
@@ -134,7 +135,7 @@ def _learn(
     pick: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]],
 ) -> Layout:
     with outside_transforms(), torch.no_grad(), torch.random.fork_rng(), WithoutDropout():
-        members = delta.random_members(2, names)
+        members = expand_stack(delta.plan.shared, delta.random_members(2, names))
         first = take(members, 0)
         # The last row first, too: where rows change places, one of the two orders shows it.
         _compare_orders(skeleton, first, pick)

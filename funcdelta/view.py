@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .errors import MatchError, ParamsError, StaleBackboneError
 from .match import near, within
 from .reach import missed_sites
+from .sharing import Expanding
 from .skeleton import Call, Params, Skeleton
 
 if TYPE_CHECKING:
@@ -110,10 +111,14 @@ def bind(delta: DeltaModel, params: Params) -> nn.Module:
         else:
             _place(module, name, value, trains=name not in delta.constants)
     leaves = Leaves(module, names)
-    runners = _runners(delta, leaves)
+    given = Expanding(delta.plan.shared, leaves)
+    if len(given) > len(leaves):
+        module.register_forward_pre_hook(given.begin, prepend=True)
+        module.register_forward_hook(given.end, always_call=True)
+    runners = _runners(delta, given)
     if "" in runners:
         skeleton.open_forward("")
-    skeleton.call = Call(leaves, runners=runners)
+    skeleton.call = Call(given, runners=runners)
     kind = type(delta.backbone)
     module.__class__ = type(kind.__name__, (View, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
     object.__setattr__(module, "_delta", delta)

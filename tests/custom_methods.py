@@ -47,3 +47,46 @@ class RowScaleConfig(fd.BaseDeltaConfig):
 
     def weights(self, site: fd.Site, p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
         return w | {"weight": w["weight"] * (1 + p["size"] * p["rows"])}
+
+
+@fd.register("test_shared")
+@dataclass(frozen=True)
+class SharedGainConfig(fd.BaseDeltaConfig):
+    """``y + c g tanh(y)``: the gain g stands once for all sites, c once a site."""
+
+    identity_at_start: ClassVar[bool] = True
+
+    def shared(self, sites: tuple[fd.Site, ...], rng: torch.Generator) -> dict[str, Tensor]:
+        return {"gain": torch.randn((), generator=rng)}
+
+    def init(self, site: fd.Site, rng: torch.Generator) -> dict[str, Tensor]:
+        return {"own": torch.zeros(())}
+
+    def after(self, site: fd.Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
+        return y + p["own"] * p["gain"] * torch.tanh(y)
+
+
+@fd.register("test_written")
+@dataclass(frozen=True)
+class WrittenConfig(fd.BaseDeltaConfig):
+    """``y + gᵢ tanh(y)``, where one table writes the gains of all sites, gᵢ = Tᵢ·c, or each site owns its gain."""
+
+    written: bool = True
+
+    def shared(self, sites: tuple[fd.Site, ...], rng: torch.Generator) -> dict[str, Tensor]:
+        if not self.written:
+            return {}
+        return {"code": torch.randn(3, generator=rng), "table": torch.randn(len(sites), 3, generator=rng)}
+
+    def expand(self, sites: tuple[fd.Site, ...], p: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        gains = p["table"] @ p["code"]
+        return {site.path: {"gain": gain} for site, gain in zip(sites, gains.unbind(), strict=True)}
+
+    def baked(self) -> WrittenConfig:
+        return self.replace(written=False)
+
+    def init(self, site: fd.Site, rng: torch.Generator) -> dict[str, Tensor]:
+        return {} if self.written else {"gain": torch.zeros(())}
+
+    def after(self, site: fd.Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
+        return y + p["gain"] * torch.tanh(y)

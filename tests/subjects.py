@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-import custom_methods  # noqa: F401  (registers two methods from outside the package)
+import custom_methods  # noqa: F401  (registers methods from outside the package)
 import torch
 from torch import Tensor, nn
 from zoo import ZOO, Architecture, cast

@@ -34,7 +34,7 @@ class BitFitConfig(BaseDeltaConfig):
     default_modified_modules: ClassVar[tuple[str, ...]] = ("attn@", "ff@", "layer_norm@")
     identity_at_start: ClassVar[bool] = True
 
-    def expand(self, path: str, module: nn.Module) -> Iterator[str]:
+    def spread(self, path: str, module: nn.Module) -> Iterator[str]:
         # A parametrised layer has modules below it and is a layer all the same.
         if all(name == "parametrizations" for name, _ in module.named_children()):
             yield path
