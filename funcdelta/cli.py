@@ -67,7 +67,7 @@ def build_parser() -> Parser:
         help="one value a member of lr or weight_decay; may be repeated (lr=3e-3,5e-3,7e-3)",
     )
     how.add_argument("--seeds", metavar="N", type=_count, help="members for each combination (4)")
-    how.add_argument("--steps", metavar="N", type=_count, help="steps of every member (80)")
+    how.add_argument("--steps", metavar="N", type=_count, help="steps of every member (120)")
     how.add_argument("--batch-size", metavar="N", type=_count, help="texts a member sees at each step (4)")
     how.add_argument("--length", metavar="N", type=_count, help="tokens of a text; the rest is cut (48)")
     how.add_argument("--dropout", action="store_true", help="train with dropout (of backbone and delta)")

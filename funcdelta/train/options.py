@@ -50,7 +50,7 @@ class Settings:
     set: tuple[str, ...] = ()
     sweep: tuple[str, ...] = ()
     seeds: int = 4
-    steps: int = 80
+    steps: int = 120
     batch_size: int = 4
     length: int = 48
     layers: int | None = None
