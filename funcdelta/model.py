@@ -485,6 +485,13 @@ class DeltaModel(Habits):
         Takes one member or a stack. A reparameterised prefix becomes plain prefixes, a small fraction of its numbers.
 
         Raises ``ConfigError`` where no method of this delta expands shared leaves.
+
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+        >>> try:
+        ...     delta.bake(delta.init(0))
+        ... except fd.ConfigError as error:
+        ...     print(error)
+        LoraConfig has nothing to bake: its sites own all of their leaves.
         """
         params = self._ready(params)
         is_stack = any(params[name].ndim > len(self._shapes[name]) for name in params if name in self._shapes)
