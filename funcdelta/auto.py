@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .config import AutoDeltaConfig, BaseDeltaConfig
-from .deltas import AdapterConfig, BitFitConfig, LoraConfig
+from .deltas import AdapterConfig, BitFitConfig, LoraConfig, LowRankAdapterConfig
 from .errors import ConfigError
 from .model import DeltaModel
 from .skeleton import Prepare
@@ -83,6 +83,17 @@ class BitFitModel(MethodModel):
     """
 
     config_class = BitFitConfig
+
+
+class LowRankAdapterModel(MethodModel):
+    """Low-rank adapters on a backbone; the fields are those of :class:`LowRankAdapterConfig`.
+
+    >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8))
+    >>> fd.LowRankAdapterModel(backbone, reduction_factor=2, modified_modules=["0"]).delta_type
+    'low_rank_adapter'
+    """
+
+    config_class = LowRankAdapterConfig
 
 
 class AutoDeltaModel:

@@ -3,5 +3,6 @@
 from .adapter import AdapterConfig
 from .bitfit import BitFitConfig
 from .lora import LoraConfig
+from .low_rank_adapter import LowRankAdapterConfig
 
-__all__ = ["AdapterConfig", "BitFitConfig", "LoraConfig"]
+__all__ = ["AdapterConfig", "BitFitConfig", "LoraConfig", "LowRankAdapterConfig"]
