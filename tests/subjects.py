@@ -23,7 +23,10 @@ UNDER_LAW = [
     if config.__module__.partition(".")[0] in ("funcdelta", "custom_methods")
 ]
 # Where a method's defaults do not fit the zoo's narrow layers.
-FIELDS: dict[str, dict[str, Any]] = {"low_rank_adapter": {"reduction_factor": 4, "low_rank_rank": 2}}
+FIELDS: dict[str, dict[str, Any]] = {
+    "low_rank_adapter": {"reduction_factor": 4, "low_rank_rank": 2},
+    "compacter": {"reduction_factor": 2, "hypercomplex_division": 2, "shared_phm_rule": True, "learn_phm": False},
+}
 PAIRS = [(method, name) for method in UNDER_LAW for name in ZOO]
 
 
