@@ -76,8 +76,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "shared rule in factors": {"shared_phm_rule": True, "factorized_phm_rule": True},
     "shared weights": {"shared_W_phm": True},
     "all shared": {
-        **{"shared_W_phm": True, "shared_phm_rule": True, "factorized_phm": False},
-        **{"use_bias_up_sampler": False, "use_bias_down_sampler": False},
+        "shared_W_phm": True,
+        "shared_phm_rule": True,
+        "factorized_phm": False,
+        "use_bias_up_sampler": False,
+        "use_bias_down_sampler": False,
     },
     "fixed rule": {"learn_phm": False},
     "one bias": {"use_bias_down_sampler": False, "kronecker_prod": True},

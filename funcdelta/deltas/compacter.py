@@ -1,9 +1,9 @@
 """Compacter: ``h + P_up(act(P_down(h)))`` after a site, with ``P(x) = x (Σᵢ Aᵢ ⊗ (Sᵢ Tᵢ)) + b``.
 
 Shapes of a layer (in, out) with n = hypercomplex_division and k = phm_rank: ``phm_rule`` A (n, n, n), ``W_left`` S
-(n, in / n, k), ``W_right`` T (n, k, out / n), ``b`` (out); without ``factorized_phm`` one ``W`` (n, in / n, out / n), with
-``factorized_phm_rule`` ``phm_rule_left`` (n, n, 1) and ``phm_rule_right`` (n, 1, n). ``down_sampler`` is (d, m) and
-``up_sampler`` (m, d) with m = d // reduction_factor; both d and m must be multiples of n.
+(n, in / n, k), ``W_right`` T (n, k, out / n), ``b`` (out); without ``factorized_phm`` one ``W`` (n, in / n, out / n),
+with ``factorized_phm_rule`` ``phm_rule_left`` (n, n, 1) and ``phm_rule_right`` (n, 1, n). ``down_sampler`` is (d, m)
+and ``up_sampler`` (m, d) with m = d // reduction_factor; both d and m must be multiples of n.
 Source: Karimi Mahabadi et al. 2021, "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers"; fields, names (the
 ``compactor`` in keys too) and initial values are OpenDelta's.
 """
@@ -77,7 +77,7 @@ class CompacterConfig(BaseDeltaConfig):
     hypercomplex_nonlinearity: str = "glorot-uniform"
     shared_phm_rule: bool = False
     factorized_phm: bool = True
-    shared_W_phm: bool = False
+    shared_W_phm: bool = False  # noqa: N815  (OpenDelta's name)
     factorized_phm_rule: bool = False
     phm_rank: int = 1
     phm_init_range: float = 0.0001
