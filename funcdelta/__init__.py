@@ -6,13 +6,17 @@ from .attention import higher_order as higher_order
 from .auto import AdapterModel as AdapterModel
 from .auto import AutoDeltaModel as AutoDeltaModel
 from .auto import BitFitModel as BitFitModel
+from .auto import CompacterModel as CompacterModel
 from .auto import LoraModel as LoraModel
+from .auto import LowRankAdapterModel as LowRankAdapterModel
 from .config import AutoDeltaConfig as AutoDeltaConfig
 from .config import BaseDeltaConfig as BaseDeltaConfig
 from .config import register as register
 from .deltas import AdapterConfig as AdapterConfig
 from .deltas import BitFitConfig as BitFitConfig
+from .deltas import CompacterConfig as CompacterConfig
 from .deltas import LoraConfig as LoraConfig
+from .deltas import LowRankAdapterConfig as LowRankAdapterConfig
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import EngineError as EngineError

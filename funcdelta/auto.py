@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .config import AutoDeltaConfig, BaseDeltaConfig
-from .deltas import AdapterConfig, BitFitConfig, LoraConfig
+from .deltas import AdapterConfig, BitFitConfig, CompacterConfig, LoraConfig, LowRankAdapterConfig
 from .errors import ConfigError
 from .model import DeltaModel
 from .skeleton import Prepare
@@ -83,6 +83,28 @@ class BitFitModel(MethodModel):
     """
 
     config_class = BitFitConfig
+
+
+class CompacterModel(MethodModel):
+    """Compacters on a backbone; the fields are those of :class:`CompacterConfig`.
+
+    >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 64))
+    >>> fd.CompacterModel(backbone, modified_modules=["0"]).delta_type
+    'compacter'
+    """
+
+    config_class = CompacterConfig
+
+
+class LowRankAdapterModel(MethodModel):
+    """Low-rank adapters on a backbone; the fields are those of :class:`LowRankAdapterConfig`.
+
+    >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8))
+    >>> fd.LowRankAdapterModel(backbone, reduction_factor=2, modified_modules=["0"]).delta_type
+    'low_rank_adapter'
+    """
+
+    config_class = LowRankAdapterConfig
 
 
 class AutoDeltaModel:

@@ -192,7 +192,7 @@ class BaseDeltaConfig:
         yield path
 
     def check(self, site: Site) -> str | None:
-        """Why the method cannot act at ``site``; ``None`` if it can. Widths may not be known when this is asked."""
+        """Why the method cannot act at ``site``; ``None`` if it can. Asked again once widths have been measured."""
         return None
 
     def unmergeable(self, site: Site) -> str | None:

@@ -133,17 +133,12 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: 
     chosen = [_select(backbone, modules, canonical, config) for config in configs]
 
     sites = {path: site_of(path, modules[path]) for paths in chosen for path in paths}
-    for config, paths in zip(configs, chosen, strict=True):
-        for path in paths:
-            refusal = config.check(sites[path])
-            if refusal:
-                inner = [inner for inner, _ in modules[path].named_modules() if inner]
-                below = f" Below it are: {', '.join(inner[:8])}." if inner else ""
-                raise MatchError(f"{config.delta_type} cannot act at {path}: {refusal}.{below}")
+    _check(configs, chosen, sites, modules)
     unknown = [path for path, site in sites.items() if site.out_features is None]
     if unknown:
         for path, width in widths(unknown).items():
             sites[path] = dataclasses.replace(sites[path], out_features=width)
+        _check(configs, chosen, sites, modules)
 
     attachments: dict[str, list[Attachment]] = {}
     shared: list[Shared] = []
@@ -173,6 +168,22 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: 
         tuple(shared),
         tuple(names),
     )
+
+
+def _check(
+    configs: Sequence[BaseDeltaConfig],
+    chosen: Sequence[Sequence[str]],
+    sites: Mapping[str, Site],
+    modules: Mapping[str, nn.Module],
+) -> None:
+    """Ask every method whether it can act at its sites."""
+    for config, paths in zip(configs, chosen, strict=True):
+        for path in paths:
+            refusal = config.check(sites[path])
+            if refusal:
+                inner = [inner for inner, _ in modules[path].named_modules() if inner]
+                below = f" Below it are: {', '.join(inner[:8])}." if inner else ""
+                raise MatchError(f"{config.delta_type} cannot act at {path}: {refusal}.{below}")
 
 
 def _read_by_parent(path: str, modules: dict[str, nn.Module]) -> bool:

@@ -22,6 +22,11 @@ UNDER_LAW = [
     for method, config in METHODS.items()
     if config.__module__.partition(".")[0] in ("funcdelta", "custom_methods")
 ]
+# Where a method's defaults do not fit the zoo's narrow layers.
+FIELDS: dict[str, dict[str, Any]] = {
+    "low_rank_adapter": {"reduction_factor": 4, "low_rank_rank": 2},
+    "compacter": {"reduction_factor": 2, "hypercomplex_division": 2, "shared_phm_rule": True, "learn_phm": False},
+}
 PAIRS = [(method, name) for method in UNDER_LAW for name in ZOO]
 
 
@@ -69,6 +74,7 @@ def config_for(method: str, architecture: Architecture, **fields: Any) -> fd.Bas
     targets = architecture.blocks if method == "adapter" else architecture.linears
     if method == "test_rows" and "batch_free_target" in architecture.flags:
         targets = (architecture.default_target,)
+    fields = FIELDS.get(method, {}) | fields
     return METHODS[method](modified_modules=targets, unfrozen_modules=("deltas", architecture.head), **fields)
 
 

@@ -2,6 +2,8 @@
 
 from .adapter import AdapterConfig
 from .bitfit import BitFitConfig
+from .compacter import CompacterConfig
 from .lora import LoraConfig
+from .low_rank_adapter import LowRankAdapterConfig
 
-__all__ = ["AdapterConfig", "BitFitConfig", "LoraConfig"]
+__all__ = ["AdapterConfig", "BitFitConfig", "CompacterConfig", "LoraConfig", "LowRankAdapterConfig"]
