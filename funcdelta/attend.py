@@ -1,4 +1,4 @@
-"""Keys and values added to an attention site: ``softmax(q [p; k]ᵀ s + [0; m]) [w; v]`` with a member's p and w in front.
+"""Keys and values added to an attention site: ``softmax(q [p; k]ᵀ s + [0; m]) [w; v]``, a member's p and w in front.
 
 Transformers' models call one function with the attention module, its queries, keys and values and a mask. The site's
 module in a skeleton gets a config of its own that names another function, which puts the added keys and values in

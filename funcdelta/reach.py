@@ -41,7 +41,9 @@ def verify_reached(
         )
     for path in missed:
         attachments = plan.attachments[path]
-        if not all(a.config.gives("weights") and not a.adds_keys for a in attachments) or not _is_read(delta, path, args, kwargs):
+        if not all(a.config.gives("weights") and not a.adds_keys for a in attachments) or not _is_read(
+            delta, path, args, kwargs
+        ):
             raise MatchError(
                 f"{len(missed)} of {len(plan.attachments)} sites were not reached by the first call, the first is "
                 f"{path}: its "

@@ -119,9 +119,7 @@ class PrefixConfig(BaseDeltaConfig):
         hidden = F.linear(p["wte.weight"], p["control_trans.0.weight"], p["control_trans.0.bias"]).tanh()
         written = F.linear(hidden, p["control_trans.2.weight"], p["control_trans.2.bias"])
         pieces = written.chunk(2 * len(sites), -1)
-        return {
-            site.path: {"past_key": pieces[2 * i], "past_value": pieces[2 * i + 1]} for i, site in enumerate(sites)
-        }
+        return {site.path: {"past_key": pieces[2 * i], "past_value": pieces[2 * i + 1]} for i, site in enumerate(sites)}
 
     def baked(self) -> Self:
         if not self.reparameterize:
