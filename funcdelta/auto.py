@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .config import AutoDeltaConfig, BaseDeltaConfig
-from .deltas import AdapterConfig, BitFitConfig, CompacterConfig, LoraConfig, LowRankAdapterConfig
+from .deltas import AdapterConfig, BitFitConfig, CompacterConfig, LoraConfig, LowRankAdapterConfig, PrefixConfig
 from .errors import ConfigError
 from .model import DeltaModel
 from .skeleton import Prepare
@@ -105,6 +105,18 @@ class LowRankAdapterModel(MethodModel):
     """
 
     config_class = LowRankAdapterConfig
+
+
+class PrefixModel(MethodModel):
+    """Prefix tuning of a backbone; the fields are those of :class:`PrefixConfig`.
+
+    >>> from transformers import GPT2Config, GPT2Model
+    >>> backbone = GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=2))
+    >>> fd.PrefixModel(backbone, reparameterize=False).names
+    ('h.0.attn.prefix.past_key', 'h.0.attn.prefix.past_value')
+    """
+
+    config_class = PrefixConfig
 
 
 class AutoDeltaModel:

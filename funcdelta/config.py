@@ -1,7 +1,8 @@
 """Configs: frozen, hashable descriptions of a delta; config and method are one class.
 
-A subclass is a delta method. It gives ``init`` and any of ``before``, ``after`` and ``weights``, each a pure
-function on the tensors of *one* member at *one* site. It never sees the member axis, the executor or another method.
+A subclass is a delta method. It gives ``init`` and any of ``before``, ``after``, ``weights`` and ``attend``, each a
+pure function on the tensors of *one* member at *one* site. It never sees the member axis, the executor or another
+method.
 """
 
 from __future__ import annotations
@@ -163,6 +164,14 @@ class BaseDeltaConfig:
     def weights(self, site: Site, p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
         """The site's own tensors rewritten: ``{own name: tensor}``; what ``merge`` writes."""
         return w
+
+    def attend(self, site: Site, p: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values (P, heads · size) that every query of the attention module at ``site`` sees too."""
+        raise ConfigError(f"{type(self).__name__} gives no attend(self, site, p).")
+
+    def widen_bias(self, site: Site, module: nn.Module, bias: Tensor, added: int) -> Tensor:
+        """The position bias (1, heads, queries, length) that ``module`` computed, with ``added`` columns in front."""
+        return torch.nn.functional.pad(bias, (added, 0))
 
     # -- leaves that sites share -----------------------------------------------------------------------------------
 

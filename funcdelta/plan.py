@@ -14,7 +14,7 @@ from .config import BaseDeltaConfig
 from .errors import ConfigError, MatchError
 from .match import find_key, matches, near, within
 from .sharing import Shared, share
-from .site import Site, site_of
+from .site import AttentionShape, Site, site_of
 from .structures import resolve
 
 
@@ -27,6 +27,7 @@ class Attachment:
         leaves: ``{leaf: key}`` of all that the method's functions get here, shared and expanded leaves too.
         shapes, dtypes: of one member's own leaves here, by key in params.
         by_weights: whether the delta acts by rewriting the site's tensors instead of its hidden values.
+        by_values: whether it acts on the hidden values that enter or leave the site.
         key: the key in params of the first leaf, own or shared, which stands for all.
     """
 
@@ -38,7 +39,13 @@ class Attachment:
     dtypes: dict[str, torch.dtype]
     constants: tuple[str, ...]
     by_weights: bool
+    by_values: bool
     key: str
+
+    @property
+    def adds_keys(self) -> bool:
+        """Whether the delta adds keys and values to the site's attention."""
+        return self.config.gives("attend")
 
     def among(self, params: Mapping[str, Any]) -> bool:
         """Whether ``params`` holds this delta's leaves."""
@@ -120,21 +127,34 @@ class Plan:
 
 
 WidthProbe = Callable[[list[str]], dict[str, int]]
+AttentionProbe = Callable[[list[str]], dict[str, AttentionShape]]
 
 
-def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: WidthProbe) -> Plan:
-    """Match every config against ``backbone``; ``widths(paths)`` measures features that weights do not tell."""
+def build_plan(
+    backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: WidthProbe, attention: AttentionProbe
+) -> Plan:
+    """Match every config against ``backbone``.
+
+    ``widths(paths)`` measures features that weights do not tell, ``attention(paths)`` the keys of attention sites.
+    """
     modules = dict(backbone.named_modules(remove_duplicate=False))
     canonical = {id(module): path for path, module in backbone.named_modules()}
     for config in configs:
-        if not any(config.gives(function) for function in ("before", "after", "weights")):
-            raise ConfigError(f"{type(config).__name__} gives none of before, after and weights: it would do nothing.")
+        if not any(config.gives(function) for function in ("before", "after", "weights", "attend")):
+            raise ConfigError(
+                f"{type(config).__name__} gives none of before, after, weights and attend: it would do nothing."
+            )
     names = _delta_names(configs)
     chosen = [_select(backbone, modules, canonical, config) for config in configs]
 
     sites = {path: site_of(path, modules[path]) for paths in chosen for path in paths}
     _check(configs, chosen, sites, modules)
-    unknown = [path for path, site in sites.items() if site.out_features is None]
+    attended = {path for config, paths in zip(configs, chosen, strict=True) for path in paths if config.gives("attend")}
+    if attended:
+        for path, shape in attention([path for path in sites if path in attended]).items():
+            sites[path] = dataclasses.replace(sites[path], shape_of_attention=shape)
+    hidden = {path for config, paths in zip(configs, chosen, strict=True) for path in paths if _by_values(config)}
+    unknown = [path for path, site in sites.items() if site.out_features is None and path not in attended - hidden]
     if unknown:
         for path, width in widths(unknown).items():
             sites[path] = dataclasses.replace(sites[path], out_features=width)
@@ -302,8 +322,14 @@ def _attach(
         dtypes={keys[leaf]: site.leaf_dtype if t.is_floating_point() else t.dtype for leaf, t in leaves.items()},
         constants=tuple(keys[leaf] for leaf in constants if leaf in keys),
         key=next(iter((keys or common).values())),
-        by_weights=read_by_parent or not (config.gives("before") or config.gives("after")),
+        by_weights=read_by_parent or not (_by_values(config) or config.gives("attend")),
+        by_values=not read_by_parent and _by_values(config),
     )
+
+
+def _by_values(config: BaseDeltaConfig) -> bool:
+    """Whether the method acts on hidden values."""
+    return config.gives("before") or config.gives("after")
 
 
 def _trained(

@@ -5,5 +5,6 @@ from .bitfit import BitFitConfig
 from .compacter import CompacterConfig
 from .lora import LoraConfig
 from .low_rank_adapter import LowRankAdapterConfig
+from .prefix import PrefixConfig
 
-__all__ = ["AdapterConfig", "BitFitConfig", "CompacterConfig", "LoraConfig", "LowRankAdapterConfig"]
+__all__ = ["AdapterConfig", "BitFitConfig", "CompacterConfig", "LoraConfig", "LowRankAdapterConfig", "PrefixConfig"]
