@@ -30,6 +30,8 @@ from .errors import ParamsError as ParamsError
 from .errors import StackError as StackError
 from .errors import StaleBackboneError as StaleBackboneError
 from .gradients import value_and_grad as value_and_grad
+from .interop.opendelta import load_opendelta as load_opendelta
+from .interop.opendelta import save_opendelta as save_opendelta
 from .match import find_key as find_key
 from .match import find_module as find_module
 from .model import DeltaModel as DeltaModel

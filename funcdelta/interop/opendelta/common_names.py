@@ -67,7 +67,6 @@ OPT = {
     "decoder.layers.$.fc1": "decoder.block.$.ff.w1",
     "decoder.layers.$.fc2": "decoder.block.$.ff.w2",
     "decoder.layers.$.final_layer_norm": "decoder.block.$.ff.layer_norm",
-    "decoder.final_layer_norm": "decoder.layer_norm",
 }
 
 
