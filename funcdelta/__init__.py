@@ -7,12 +7,14 @@ from .auto import AdapterModel as AdapterModel
 from .auto import AutoDeltaModel as AutoDeltaModel
 from .auto import BitFitModel as BitFitModel
 from .auto import LoraModel as LoraModel
+from .auto import SoftPromptModel as SoftPromptModel
 from .config import AutoDeltaConfig as AutoDeltaConfig
 from .config import BaseDeltaConfig as BaseDeltaConfig
 from .config import register as register
 from .deltas import AdapterConfig as AdapterConfig
 from .deltas import BitFitConfig as BitFitConfig
 from .deltas import LoraConfig as LoraConfig
+from .deltas import SoftPromptConfig as SoftPromptConfig
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import EngineError as EngineError

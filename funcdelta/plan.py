@@ -28,6 +28,7 @@ class Attachment:
         shapes, dtypes: of one member's own leaves here, by key in params.
         by_weights: whether the delta acts by rewriting the site's tensors instead of its hidden values.
         key: the key in params of the first leaf, own or shared, which stands for all.
+        prompt_rows: how many positions it adds before the input.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Attachment:
     constants: tuple[str, ...]
     by_weights: bool
     key: str
+    prompt_rows: int = 0
 
     def among(self, params: Mapping[str, Any]) -> bool:
         """Whether ``params`` holds this delta's leaves."""
@@ -127,28 +129,36 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: 
     modules = dict(backbone.named_modules(remove_duplicate=False))
     canonical = {id(module): path for path, module in backbone.named_modules()}
     for config in configs:
-        if not any(config.gives(function) for function in ("before", "after", "weights")):
-            raise ConfigError(f"{type(config).__name__} gives none of before, after and weights: it would do nothing.")
+        if not any(config.gives(function) for function in ("before", "after", "weights", "prompt")):
+            raise ConfigError(
+                f"{type(config).__name__} gives none of before, after, weights and prompt: it would do nothing."
+            )
     names = _delta_names(configs)
     chosen = [_select(backbone, modules, canonical, config) for config in configs]
 
-    sites = {path: site_of(path, modules[path]) for paths in chosen for path in paths}
-    for config, paths in zip(configs, chosen, strict=True):
-        for path in paths:
+    plain = {path: site_of(path, modules[path]) for paths in chosen for path in paths}
+    described = [
+        {path: config.describe(plain[path], modules[path]) for path in paths}
+        for config, paths in zip(configs, chosen, strict=True)
+    ]
+    for config, sites in zip(configs, described, strict=True):
+        for path in sites:
             refusal = config.check(sites[path])
             if refusal:
                 inner = [inner for inner, _ in modules[path].named_modules() if inner]
                 below = f" Below it are: {', '.join(inner[:8])}." if inner else ""
                 raise MatchError(f"{config.delta_type} cannot act at {path}: {refusal}.{below}")
-    unknown = [path for path, site in sites.items() if site.out_features is None]
-    if unknown:
-        for path, width in widths(unknown).items():
-            sites[path] = dataclasses.replace(sites[path], out_features=width)
+    unknown = {path: None for sites in described for path, site in sites.items() if site.out_features is None}
+    measured = widths(list(unknown)) if unknown else {}
+    for sites in described:
+        for path, site in sites.items():
+            if site.out_features is None:
+                sites[path] = dataclasses.replace(site, out_features=measured[path])
 
     attachments: dict[str, list[Attachment]] = {}
     shared: list[Shared] = []
-    for config, name, paths in zip(configs, names, chosen, strict=True):
-        group = share(config, name, tuple(sites[path] for path in paths))
+    for config, name, sites in zip(configs, names, described, strict=True):
+        group = share(config, name, tuple(sites.values()))
         if group is not None:
             if name in modules or any(key in modules for key in group.shapes):
                 raise MatchError(
@@ -156,7 +166,7 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: 
                     f"leaves: give the config another name, name={name + '_delta'!r}."
                 )
             shared.append(group)
-        for path in paths:
+        for path in sites:
             if isinstance(getattr(modules[path], name, None), (nn.Module, Tensor)):
                 raise MatchError(
                     f"{path} already has a child {name!r}: give the config another name, name={name + '_delta'!r}."
@@ -220,6 +230,10 @@ def _select(
 ) -> list[str]:
     """The sites that ``config`` names, in the backbone's order; every name given has to mean something."""
     given = config.modified_modules
+    # OpenDelta writes "root" where a method finds its own place.
+    own = config.own_sites(backbone) if given in (None, ("root",)) and "root" not in modules else None
+    if own is not None:
+        return sorted({canonical[id(modules[path])] for path in own}, key=list(modules).index)
     if given is None:
         given = config.default_modified_modules
         if not given:
@@ -270,7 +284,8 @@ def _attach(
     constants = config.constants(site)
     if not (leaves or common) or set(constants) - leaves.keys() - common.keys():
         raise ConfigError(f"{type(config).__name__}.init gave {sorted(leaves)}; constants are {sorted(constants)}.")
-    keys = {leaf: f"{site.path}.{name}.{leaf}" for leaf in leaves}
+    above = f"{site.path}.{name}" if site.path else name
+    keys = {leaf: f"{above}.{leaf}" for leaf in leaves}
     given = group.expanded[site.path] if group is not None and group.expanded else common
     twice = sorted(given.keys() & keys.keys())
     if twice:
@@ -291,8 +306,22 @@ def _attach(
         dtypes={keys[leaf]: site.leaf_dtype if t.is_floating_point() else t.dtype for leaf, t in leaves.items()},
         constants=tuple(keys[leaf] for leaf in constants if leaf in keys),
         key=next(iter((keys or common).values())),
-        by_weights=read_by_parent or not (config.gives("before") or config.gives("after")),
+        by_weights=read_by_parent or not any(config.gives(f) for f in ("before", "after", "prompt")),
+        prompt_rows=_prompt_rows(config, site, leaves, group) if config.gives("prompt") else 0,
     )
+
+
+def _prompt_rows(config: BaseDeltaConfig, site: Site, leaves: dict[str, Tensor], group: Shared | None) -> int:
+    """How many rows the method's prompt has, as its leaves at their start tell."""
+    p = dict(leaves)
+    if group is not None:
+        drawn = config.shared(group.sites, torch.Generator().manual_seed(0))
+        p |= config.expand(group.sites, drawn)[site.path] if group.expanded else drawn
+    rows = config.prompt(site, p)
+    if not isinstance(rows, Tensor) or rows.ndim != 2:
+        found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise ConfigError(f"{type(config).__name__}.prompt gave {found} at {site.path}; expected rows (P, d).")
+    return rows.shape[0]
 
 
 def _trained(

@@ -23,6 +23,7 @@ from .errors import ConfigError, FuncdeltaError
 from .hidden import hidden_input, hidden_output
 from .layout import Layout, Recorder, SiteLayout
 from .plan import Attachment, Plan
+from .prompt import Prompts
 from .structure import copy_structure, forget_batch_statistics, named_tensors, paired_buffers
 from .transforms import is_wrapped, outside_transforms
 
@@ -75,6 +76,7 @@ class Call:
     reached: set[str] | None = None
     visits: dict[str, int] = field(default_factory=dict)
     input_dims: dict[str, int | None] = field(default_factory=dict)
+    prompted: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def visit(self, path: str) -> int:
         """Count one more call of the module at ``path``; the index of this one."""
@@ -129,7 +131,14 @@ class Skeleton:
                 if isinstance(child, FUSED):
                     child.register_forward_hook(_stand_aside)
             for path, attachments in plan.attachments.items():
-                self._hook(path, tuple(a for a in attachments if not a.by_weights))
+                prompting = tuple(a for a in attachments if a.prompt_rows)
+                prompts = Prompts(self, path, prompting, _act) if prompting else None
+                if prompts is not None:
+                    prompts.open()
+                hidden = ("before", "after")
+                self._hook(path, tuple(a for a in attachments if not a.by_weights and any(map(a.config.gives, hidden))))
+                if prompts is not None:
+                    prompts.close()
             for path in sorted(runner_candidates(plan)):
                 self.open_forward(path)
 

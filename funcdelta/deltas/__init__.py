@@ -3,5 +3,6 @@
 from .adapter import AdapterConfig
 from .bitfit import BitFitConfig
 from .lora import LoraConfig
+from .soft_prompt import SoftPromptConfig
 
-__all__ = ["AdapterConfig", "BitFitConfig", "LoraConfig"]
+__all__ = ["AdapterConfig", "BitFitConfig", "LoraConfig", "SoftPromptConfig"]
