@@ -26,6 +26,11 @@ def entrances(backbone: nn.Module, method: str) -> list[str]:
     """The path of the one module whose inputs a prompt extends (``""``: the backbone itself).
 
     Raises ``MatchError`` where there is none, or more than one.
+
+    >>> from transformers import T5Config, T5ForConditionalGeneration
+    >>> t5 = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    >>> entrances(t5, "soft_prompt"), entrances(torch.nn.Sequential(t5), "soft_prompt")
+    (['encoder'], ['0.encoder'])
     """
     paths = {id(module): path for path, module in backbone.named_modules()}
     settled: list[str] = []
@@ -67,13 +72,34 @@ def why_not(module: nn.Module) -> str | None:
     if embedding is None:
         return f"the input of {kind} is not embedded by a table of tokens"
     names = inspect.signature(type(module).forward).parameters
-    if "inputs_embeds" not in names and not any(p.kind is p.VAR_KEYWORD for p in names.values()):
+    passes_on = {parameter.kind for parameter in list(names.values())[1:]} == {
+        inspect.Parameter.VAR_POSITIONAL,
+        inspect.Parameter.VAR_KEYWORD,
+    }
+    if "inputs_embeds" not in names and not passes_on:
         return f"{kind}.forward takes no inputs_embeds"
     return None
 
 
+def inputs_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of the positional inputs of the module's forward.
+
+    >>> inputs_of(torch.nn.Linear(2, 2))
+    ('input',)
+    """
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)[1:]
+
+
 def input_embedding(module: nn.Module) -> nn.Embedding | None:
-    """The table of token embeddings that ``module`` reads; ``None`` where there is none."""
+    """The table of token embeddings that ``module`` reads; ``None`` where there is none.
+
+    >>> from transformers import T5Config, T5EncoderModel
+    >>> t5 = T5EncoderModel(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    >>> input_embedding(t5)
+    Embedding(20, 8)
+    """
     try:
         found = getattr(module, "get_input_embeddings")()  # noqa: B009  (typed as a tensor or a module)
     except (NotImplementedError, AttributeError):  # how Transformers says that there is none
@@ -92,6 +118,12 @@ class Entrance:
         head_counts_ids: whether the head above finds the last token of a row in ``input_ids``, and so needs hidden
             states without the prompt.
         first_position: the number of the first position (RoBERTa counts from behind its padding number).
+
+    >>> from transformers import RobertaConfig, RobertaModel
+    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    >>> entrance = Entrance(RobertaModel(RobertaConfig(vocab_size=20, **sizes)), "")
+    >>> entrance.positions({"input_ids": torch.tensor([[1, 5, 6]])})
+    {'position_ids': tensor([[1, 2, 3]])}
     """
 
     def __init__(self, model: nn.Module, path: str) -> None:
@@ -100,7 +132,7 @@ class Entrance:
         embedding = input_embedding(self.module)
         assert embedding is not None
         self.embedding = embedding
-        self.inputs = tuple(inspect.signature(type(self.module).forward).parameters)[1:]
+        self.inputs = inputs_of(self.module)
         above = [model.get_submodule(part) for part in _prefixes(path)]
         pair = [module for module in above if _is_pair(module)]
         self.decoders = _decoders(model, path) if pair else []
@@ -198,7 +230,12 @@ def _position_limit(module: nn.Module, embedding: nn.Module, first: int) -> int 
 
 
 def embedded_tokens(embedding: nn.Embedding, count: int) -> Tensor:
-    """What tokens 0 … count-1 enter the model as, with the embedding's own scale; the table is only read."""
+    """What tokens 0 … count-1 enter the model as, with the embedding's own scale; the table is only read.
+
+    >>> table = torch.nn.Embedding(5, 2)
+    >>> torch.equal(embedded_tokens(table, 3), table.weight[:3])
+    True
+    """
     from .structure import copy_structure
 
     with torch.no_grad():

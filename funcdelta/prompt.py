@@ -8,16 +8,16 @@ which a decoder attends to the encoder. With a filled cache nothing is inserted:
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .entrance import Entrance
+from .entrance import Entrance, inputs_of
 from .errors import ConfigError, EngineError, ParamsError
 from .plan import Attachment
+from .positions import CACHES, before, cached_length, named, without_prompt
 
 if TYPE_CHECKING:
     from .skeleton import Call, Skeleton
@@ -27,21 +27,31 @@ Act = Callable[..., tuple[Tensor, int | None]]
 EXPAND = (("attention_mask", 1), ("token_type_ids", 0))
 """What is put before each of these inputs, where a method has no ``other_expand_ids`` of its own."""
 
-CACHES = ("cache", "past_key_values")
 MEMORIES = ("mems", "cache_params", "state")
 """Memories of other kinds, which do not tell how many positions they hold."""
 
-HIDDEN_OUTPUTS = ("last_hidden_state", "hidden_states", "logits")
+EXTENDED = ("input_ids", "inputs_embeds", "position_ids", "cache_position", "labels", *CACHES)
+"""Inputs that the library extends by rules of their own."""
+
 SPANS = ("start_positions", "end_positions")
 
 
 class Prompts:
-    """The hooks by which the prompts at one site of a skeleton enter; ``act`` runs a member's function at a site."""
+    """The hooks by which the prompts at one site of a skeleton enter; ``act`` runs a member's function at a site.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    >>> delta = fd.SoftPromptModel(BertModel(BertConfig(vocab_size=20, **sizes)).eval(), soft_token_num=3)
+    >>> batch = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.tensor([[1, 0]])}
+    >>> delta.apply(delta.init(0), **batch).last_hidden_state.shape, batch["attention_mask"]
+    (torch.Size([1, 5, 8]), tensor([[1, 0]]))
+    """
 
     def __init__(self, skeleton: Skeleton, path: str, attachments: Sequence[Attachment], act: Act) -> None:
         self.skeleton, self.path, self.act = skeleton, path, act
         self.attachments = [(a, (_rows_before(a, False), _rows_before(a, True))) for a in attachments]
         self.entrance = Entrance(skeleton.module, path)
+        self.inputs = {id(m): inputs_of(m) for m in (*self.entrance.decoders, self.entrance.labelled) if m is not None}
         self.key = f"{path or 'the model'} (prompt)"
 
     def open(self) -> None:
@@ -79,7 +89,7 @@ class Prompts:
                     f"already: call it without, on the whole text (generate with use_cache=False)."
                 )
         cached = cached_length(given)
-        length = ids.shape[1] if x is None else x.shape[1]
+        length = (ids if x is None else x).shape[1]  # pyright: ignore[reportOptionalMemberAccess]
         total = cached + length + (0 if cached else sum(a.prompt_rows for a, _ in present))
         self.entrance.check_length(total, cached + length)
         if cached:
@@ -104,7 +114,7 @@ class Prompts:
         present = self._present(self.skeleton.under_way(self.path))
         if not present or self._strips(present):
             return None
-        given = named(inputs_of(module), args, kwargs, self.path)
+        given = named(self.inputs[id(module)], args, kwargs, self.path)
         like = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if like is None or cached_length(given):
             return None
@@ -121,7 +131,7 @@ class Prompts:
     def _cross(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The decoder sees the prompt's states too; those of an encoder run without it come with a mask that fits."""
         call = self.skeleton.under_way(self.path)
-        given = named(inputs_of(module), args, kwargs, self.path)
+        given = named(self.inputs[id(module)], args, kwargs, self.path)
         states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
         if states is not None and call.reached is not None:
             call.reached.add(self.path)
@@ -163,14 +173,23 @@ class Prompts:
             tensor = given.get(name)
             if tensor is None:
                 continue  # nothing is padded: the model sees every position
-            self._check_two_axes(name, tensor)
-            if tensor.shape[1] not in (length, length + rows):
+            if name == "attention_mask":
+                self._check_two_axes(name, tensor)
+            if tensor.ndim < 2 or tensor.shape[1] not in (length, length + rows):
                 raise ParamsError(
                     f"{name} has the shape {tuple(tensor.shape)} beside an input of {length} positions: give one "
                     f"value for each of them, without the prompt's."
                 )
             if tensor.shape[1] == length:
                 new[name] = before(tensor, rows, value)
+        for name in self.entrance.inputs:
+            other = given.get(name)
+            counts = isinstance(other, Tensor) and 2 <= other.ndim <= 3 and other.shape[1] == length
+            if isinstance(other, Tensor) and counts and name not in (*expand_values(attachment), *EXTENDED) and not name.startswith("encoder_"):
+                raise ParamsError(
+                    f"{name} has the shape {tuple(other.shape)}, as if for each of the {length} positions, and it is "
+                    f'not known what the prompt\'s are to have: add ("{name}", value) to other_expand_ids.'
+                )
         first = self.entrance.first_position
         for name in ("position_ids", "cache_position"):
             at = given.get(name)
@@ -215,79 +234,9 @@ class Prompts:
             )
 
 
-# -- pure helpers --------------------------------------------------------------------------------------------------
-
-
-def before(tensor: Tensor, rows: int, value: float) -> Tensor:
-    """``rows`` times ``value`` before the second axis, on a copy.
-
-    >>> before(torch.zeros(1, 2, dtype=torch.long), 3, 1)
-    tensor([[1, 1, 1, 0, 0]])
-    """
-    return torch.cat([tensor.new_full((tensor.shape[0], rows), value), tensor], 1)
-
-
-def cached_length(given: dict[str, Any]) -> int:
-    """How many positions the cache among the inputs holds.
-
-    >>> cached_length({"input_ids": torch.ones(1, 2), "cache": None})
-    0
-    """
-    for name in CACHES:
-        cache = given.get(name)
-        if cache is not None:
-            return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else cache[0][0].shape[-2]
-    return 0
-
-
 def expand_values(attachment: Attachment) -> dict[str, float]:
     """What is put before each input that has a value a position."""
     return dict(getattr(attachment.config, "other_expand_ids", EXPAND))
-
-
-def inputs_of(module: nn.Module) -> tuple[str, ...]:
-    """The names of the positional inputs of the module's forward.
-
-    >>> inputs_of(torch.nn.Linear(2, 2))
-    ('input',)
-    """
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(type(module).forward).parameters.values()
-    return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)[1:]
-
-
-def named(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], path: str) -> dict[str, Any]:
-    """All inputs by name.
-
-    >>> named(("input_ids", "attention_mask"), (1,), {"attention_mask": 2}, "bert")
-    {'input_ids': 1, 'attention_mask': 2}
-    """
-    if len(args) > len(names):
-        raise ParamsError(
-            f"{path or 'The model'} was given {len(args)} inputs by position, of which {len(names)} have names: give "
-            f"them as keywords."
-        )
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def without_prompt(output: Any, rows: int, length: int) -> Any:
-    """The output without the first ``rows`` of ``length`` positions: hidden states and logits (b, length, …).
-
-    Attention maps and caches keep the prompt, which is a part of them.
-
-    >>> without_prompt((torch.zeros(2, 5, 3), None), 2, 5)[0].shape
-    torch.Size([2, 3, 3])
-    """
-    if isinstance(output, Tensor):
-        return output[:, rows:] if output.ndim == 3 and output.shape[1] == length else output
-    if isinstance(output, (tuple, list)):
-        return type(output)(without_prompt(value, rows, length) for value in output)
-    if isinstance(output, dict):
-        changes = {
-            name: without_prompt(output[name], rows, length) for name in HIDDEN_OUTPUTS if output.get(name) is not None
-        }
-        return type(output)(**{**output, **changes})
-    return output
 
 
 def _rows_before(attachment: Attachment, training: bool) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
