@@ -10,6 +10,7 @@ from .auto import CompacterModel as CompacterModel
 from .auto import LoraModel as LoraModel
 from .auto import LowRankAdapterModel as LowRankAdapterModel
 from .auto import PrefixModel as PrefixModel
+from .auto import SoftPromptModel as SoftPromptModel
 from .config import AutoDeltaConfig as AutoDeltaConfig
 from .config import BaseDeltaConfig as BaseDeltaConfig
 from .config import register as register
@@ -19,6 +20,7 @@ from .deltas import CompacterConfig as CompacterConfig
 from .deltas import LoraConfig as LoraConfig
 from .deltas import LowRankAdapterConfig as LowRankAdapterConfig
 from .deltas import PrefixConfig as PrefixConfig
+from .deltas import SoftPromptConfig as SoftPromptConfig
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import EngineError as EngineError

@@ -9,7 +9,15 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .config import AutoDeltaConfig, BaseDeltaConfig
-from .deltas import AdapterConfig, BitFitConfig, CompacterConfig, LoraConfig, LowRankAdapterConfig, PrefixConfig
+from .deltas import (
+    AdapterConfig,
+    BitFitConfig,
+    CompacterConfig,
+    LoraConfig,
+    LowRankAdapterConfig,
+    PrefixConfig,
+    SoftPromptConfig,
+)
 from .errors import ConfigError
 from .model import DeltaModel
 from .skeleton import Prepare
@@ -117,6 +125,18 @@ class PrefixModel(MethodModel):
     """
 
     config_class = PrefixConfig
+
+
+class SoftPromptModel(MethodModel):
+    """A soft prompt on a backbone; the fields are those of :class:`SoftPromptConfig`.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    >>> fd.SoftPromptModel(BertModel(BertConfig(vocab_size=20, **sizes)), soft_token_num=3).shapes
+    {'soft_prompt_layer.soft_embeds': (3, 8)}
+    """
+
+    config_class = SoftPromptConfig
 
 
 class AutoDeltaModel:

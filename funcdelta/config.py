@@ -176,6 +176,14 @@ class BaseDeltaConfig:
         """The position bias (1, heads, queries, length) that ``module`` computed, with ``added`` columns in front."""
         return torch.nn.functional.pad(bias, (added, 0))
 
+    def prompt(self, site: Site, p: dict[str, Tensor]) -> Tensor:
+        """Rows ``(P, d)`` that are added before the embedded input of the module at ``site``; P never changes.
+
+        The library embeds, and extends masks, positions and labels (:mod:`funcdelta.prompt`). A method may have the
+        fields ``other_expand_ids``, pairs of an input's name and what is put before it, and ``strip``.
+        """
+        raise ConfigError(f"{type(self).__name__} gives no prompt(self, site, p).")
+
     # -- leaves that sites share -----------------------------------------------------------------------------------
 
     def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> dict[str, Tensor]:
@@ -198,6 +206,21 @@ class BaseDeltaConfig:
     def constants(self, site: Site) -> tuple[str, ...]:
         """Names of leaves that never train (scales, frozen bases)."""
         return ()
+
+    def own_sites(self, backbone: nn.Module) -> list[str] | None:
+        """The sites when none are named, found by structure; ``None``: those of ``default_modified_modules``."""
+        return None
+
+    def describe(self, site: Site, module: nn.Module) -> Site:
+        """``site`` with what else the method has to know of the module there; ``dataclasses.replace`` it."""
+        return site
+
+    def fill(self, site: Site, leaves: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+        """The leaves that ``init`` drew, with those that start as copies of the backbone's own values.
+
+        ``module`` is the backbone's module at ``site``, to be read only.
+        """
+        return leaves
 
     def spread(self, path: str, module: nn.Module) -> Iterator[str]:
         """The sites that a matched module stands for; itself unless the method spreads to modules below it."""

@@ -29,6 +29,7 @@ class Attachment:
         by_weights: whether the delta acts by rewriting the site's tensors instead of its hidden values.
         by_values: whether it acts on the hidden values that enter or leave the site.
         key: the key in params of the first leaf, own or shared, which stands for all.
+        prompt_rows: how many positions it adds before the input.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Attachment:
     by_weights: bool
     by_values: bool
     key: str
+    prompt_rows: int = 0
 
     @property
     def adds_keys(self) -> bool:
@@ -140,9 +142,9 @@ def build_plan(
     modules = dict(backbone.named_modules(remove_duplicate=False))
     canonical = {id(module): path for path, module in backbone.named_modules()}
     for config in configs:
-        if not any(config.gives(function) for function in ("before", "after", "weights", "attend")):
+        if not any(config.gives(function) for function in ("before", "after", "weights", "attend", "prompt")):
             raise ConfigError(
-                f"{type(config).__name__} gives none of before, after, weights and attend: it would do nothing."
+                f"{type(config).__name__} gives none of before, after, weights, attend and prompt: it would do nothing."
             )
     names = _delta_names(configs)
     known = Names(backbone)
@@ -155,7 +157,7 @@ def build_plan(
     }
     # A site is one config's view of a module: what of it is meant, and what the method needs to know.
     sites = [
-        {path: _meant(plain[path], parts) for path, parts in paths.items()}
+        {path: config.describe(_meant(plain[path], parts), modules[path]) for path, parts in paths.items()}
         for config, paths in zip(configs, chosen, strict=True)
     ]
     _check(configs, sites, modules)
@@ -276,7 +278,8 @@ def _attach(
     constants = config.constants(site)
     if not (leaves or common) or set(constants) - leaves.keys() - common.keys():
         raise ConfigError(f"{type(config).__name__}.init gave {sorted(leaves)}; constants are {sorted(constants)}.")
-    keys = {leaf: f"{site.path}.{name}.{leaf}" for leaf in leaves}
+    above = f"{site.path}.{name}" if site.path else name
+    keys = {leaf: f"{above}.{leaf}" for leaf in leaves}
     given = group.expanded[site.path] if group is not None and group.expanded else common
     twice = sorted(given.keys() & keys.keys())
     if twice:
@@ -297,11 +300,25 @@ def _attach(
         dtypes={keys[leaf]: site.leaf_dtype if t.is_floating_point() else t.dtype for leaf, t in leaves.items()},
         constants=tuple(keys[leaf] for leaf in constants if leaf in keys),
         key=next(iter((keys or common).values())),
-        by_weights=read_by_parent or not (_by_values(config) or config.gives("attend")),
+        by_weights=read_by_parent or not (_by_values(config) or config.gives("attend") or config.gives("prompt")),
         by_values=not read_by_parent and _by_values(config),
+        prompt_rows=_prompt_rows(config, site, leaves, group) if config.gives("prompt") else 0,
     )
 
 
 def _by_values(config: BaseDeltaConfig) -> bool:
     """Whether the method acts on hidden values."""
     return config.gives("before") or config.gives("after")
+
+
+def _prompt_rows(config: BaseDeltaConfig, site: Site, leaves: dict[str, Tensor], group: Shared | None) -> int:
+    """How many rows the method's prompt has, as its leaves at their start tell."""
+    p = dict(leaves)
+    if group is not None:
+        drawn = config.shared(group.sites, torch.Generator().manual_seed(0))
+        p |= config.expand(group.sites, drawn)[site.path] if group.expanded else drawn
+    rows = config.prompt(site, p)
+    if not isinstance(rows, Tensor) or rows.ndim != 2:
+        found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise ConfigError(f"{type(config).__name__}.prompt gave {found} at {site.path}; expected rows (P, d).")
+    return rows.shape[0]

@@ -25,6 +25,7 @@ from .errors import ConfigError, FuncdeltaError
 from .hidden import hidden_input, hidden_output
 from .layout import Layout, Recorder, SiteLayout
 from .plan import Attachment, Plan
+from .prompt import Prompts
 from .structure import copy_structure, forget_batch_statistics, named_tensors, paired_buffers
 from .transforms import is_wrapped, outside_transforms
 
@@ -82,6 +83,7 @@ class Call:
     reached: set[str] | None = None
     visits: dict[str, int] = field(default_factory=dict)
     input_dims: dict[str, int | None] = field(default_factory=dict)
+    prompted: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def visit(self, path: str) -> int:
         """Count one more call of the module at ``path``; the index of this one."""
@@ -136,8 +138,14 @@ class Skeleton:
                 if isinstance(child, FUSED):
                     child.register_forward_hook(_stand_aside)
             for path, attachments in plan.attachments.items():
+                prompting = tuple(a for a in attachments if a.prompt_rows)
+                prompts = Prompts(self, path, prompting, _act) if prompting else None
+                if prompts is not None:
+                    prompts.open()
                 self._hook(path, tuple(a for a in attachments if a.by_values))
                 self._open_attention(path, [added_in_both_modes(a) for a in attachments if a.adds_keys])
+                if prompts is not None:
+                    prompts.close()
             for path in sorted(runner_candidates(plan)):
                 self.open_forward(path)
 

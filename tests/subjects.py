@@ -24,22 +24,36 @@ UNDER_LAW = [
 ]
 # Which of an architecture's modules a method acts on, where they are not its linears; none: it cannot act there.
 TARGETS = {"adapter": "blocks", "prefix": "attention"}
-# Fields that make a method as small as the zoo.
+# Fields that make a method as small as the zoo, and outputs as long as the backbone's.
 SMALL: dict[str, dict[str, Any]] = {
     "prefix": {"prefix_token_num": 2, "embed_dim": 3, "mid_dim": 4},
     "low_rank_adapter": {"reduction_factor": 4, "low_rank_rank": 2},
     "compacter": {"reduction_factor": 2, "hypercomplex_division": 2, "shared_phm_rule": True, "learn_phm": False},
+    "soft_prompt": {"soft_token_num": 2, "strip": True},
+}
+# Where a method has nothing to act on, and what its refusal says; test_soft_prompt.py holds it to that.
+CANNOT_ACT = {
+    **{("soft_prompt", name): "no module has get_input_embeddings" for name in ("mlp", "conv1d", "conv2d")},
+    **{("soft_prompt", name): "no module has get_input_embeddings" for name in ("torch_transformer", "embedding")},
+    ("soft_prompt", "vit"): "not embedded by a table of tokens",
 }
 
 
-def targets(method: str, architecture: Architecture) -> tuple[str, ...]:
-    """The modules of ``architecture`` that ``method`` is tested on."""
+def targets(method: str, architecture: Architecture) -> tuple[str, ...] | None:
+    """The modules of ``architecture`` that ``method`` is tested on; ``None``: it finds its own."""
+    if METHODS[method].gives("own_sites"):
+        return None
     if method == "test_rows" and "batch_free_target" in architecture.flags:
         return (architecture.default_target,)
     return getattr(architecture, TARGETS.get(method, "linears"))
 
 
-PAIRS = [(method, name) for method in UNDER_LAW for name in ZOO if targets(method, ZOO[name])]
+PAIRS = [
+    (method, name)
+    for method in UNDER_LAW
+    for name in ZOO
+    if targets(method, ZOO[name]) != () and (method, name) not in CANNOT_ACT
+]
 
 
 def thinned(each_method: int = 4) -> list[tuple[str, str]]:

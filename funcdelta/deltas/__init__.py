@@ -6,5 +6,14 @@ from .compacter import CompacterConfig
 from .lora import LoraConfig
 from .low_rank_adapter import LowRankAdapterConfig
 from .prefix import PrefixConfig
+from .soft_prompt import SoftPromptConfig
 
-__all__ = ["AdapterConfig", "BitFitConfig", "CompacterConfig", "LoraConfig", "LowRankAdapterConfig", "PrefixConfig"]
+__all__ = [
+    "AdapterConfig",
+    "BitFitConfig",
+    "CompacterConfig",
+    "LoraConfig",
+    "LowRankAdapterConfig",
+    "PrefixConfig",
+    "SoftPromptConfig",
+]
