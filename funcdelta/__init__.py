@@ -9,6 +9,7 @@ from .auto import BitFitModel as BitFitModel
 from .auto import CompacterModel as CompacterModel
 from .auto import LoraModel as LoraModel
 from .auto import LowRankAdapterModel as LowRankAdapterModel
+from .auto import ParallelAdapterModel as ParallelAdapterModel
 from .config import AutoDeltaConfig as AutoDeltaConfig
 from .config import BaseDeltaConfig as BaseDeltaConfig
 from .config import register as register
@@ -17,6 +18,7 @@ from .deltas import BitFitConfig as BitFitConfig
 from .deltas import CompacterConfig as CompacterConfig
 from .deltas import LoraConfig as LoraConfig
 from .deltas import LowRankAdapterConfig as LowRankAdapterConfig
+from .deltas import ParallelAdapterConfig as ParallelAdapterConfig
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import EngineError as EngineError

@@ -9,7 +9,14 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .config import AutoDeltaConfig, BaseDeltaConfig
-from .deltas import AdapterConfig, BitFitConfig, CompacterConfig, LoraConfig, LowRankAdapterConfig
+from .deltas import (
+    AdapterConfig,
+    BitFitConfig,
+    CompacterConfig,
+    LoraConfig,
+    LowRankAdapterConfig,
+    ParallelAdapterConfig,
+)
 from .errors import ConfigError
 from .model import DeltaModel
 from .skeleton import Prepare
@@ -105,6 +112,17 @@ class LowRankAdapterModel(MethodModel):
     """
 
     config_class = LowRankAdapterConfig
+
+
+class ParallelAdapterModel(MethodModel):
+    """Parallel adapters on a backbone; the fields are those of :class:`ParallelAdapterConfig`.
+
+    >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    >>> fd.ParallelAdapterModel(backbone, modified_modules=["0", "2"]).sites
+    ('0',)
+    """
+
+    config_class = ParallelAdapterConfig
 
 
 class AutoDeltaModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,11 @@ from .errors import ConfigError, MatchError
 from .match import find_key, matches, near, within
 from .sharing import Shared, share
 from .site import Site, site_of
+from .spans import pair, site_between
 from .structures import resolve
+
+Widths = Mapping[str, tuple[int | None, int]]
+"""The number of features that enter and that leave a module, by its path."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ class Attachment:
     by_weights: bool
     key: str
 
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The modules where it takes part in a call: its own, or those where its span begins and ends."""
+        return (self.site.path,) if self.site.exit is None else (self.site.path, self.site.exit)
+
     def among(self, params: Mapping[str, Any]) -> bool:
         """Whether ``params`` holds this delta's leaves."""
         return self.key in params
@@ -58,13 +67,14 @@ class Plan:
     """Everything static about a delta on its backbone.
 
     Attributes:
-        attachments: by site path, in the order in which they act.
+        attachments: by the path of the module where they act (a span: where it ends), in the order in which they act.
         trained: backbone leaves that are trained too: ``{name: every name of the same tensor}``.
         fresh: those of ``trained`` that start anew instead of as a copy.
         ends: every parameter and buffer of the backbone, ``{name: every name of the same tensor}``.
         uncalled: sites whose tensors are read by the module above, which never calls them.
         shared: the leaves that the sites of one delta share.
         names: one name a config, in their order.
+        measured: widths of what enters and leaves, where weights do not tell them.
     """
 
     attachments: dict[str, tuple[Attachment, ...]]
@@ -74,6 +84,7 @@ class Plan:
     uncalled: set[str]
     shared: tuple[Shared, ...] = ()
     names: tuple[str, ...] = ()
+    measured: Widths = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -119,7 +130,7 @@ class Plan:
         return [attachment for group in self.attachments.values() for attachment in group]
 
 
-WidthProbe = Callable[[list[str]], dict[str, int]]
+WidthProbe = Callable[[list[str]], Widths]
 
 
 def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: WidthProbe) -> Plan:
@@ -129,21 +140,25 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: 
     for config in configs:
         if not any(config.gives(function) for function in ("before", "after", "weights")):
             raise ConfigError(f"{type(config).__name__} gives none of before, after and weights: it would do nothing.")
+        if config.gives("spans") and not config.gives("after"):
+            raise ConfigError(f"{type(config).__name__} gives spans, which only after can act on, and no after.")
     names = _delta_names(configs)
     chosen = [_select(backbone, modules, canonical, config) for config in configs]
 
-    sites = {path: site_of(path, modules[path]) for paths in chosen for path in paths}
-    _check(configs, chosen, sites, modules)
-    unknown = [path for path, site in sites.items() if site.out_features is None]
+    facts = {path: site_of(path, modules[path]) for spans in chosen for span in spans for path in span}
+    sites = _sites(configs, chosen, facts, modules)
+    unknown = [path for path, site in facts.items() if site.out_features is None]
+    measured = widths(unknown) if unknown else {}
     if unknown:
-        for path, width in widths(unknown).items():
-            sites[path] = dataclasses.replace(sites[path], out_features=width)
-        _check(configs, chosen, sites, modules)
+        for path in unknown:
+            entering, leaving = measured[path]
+            facts[path] = dataclasses.replace(facts[path], in_features=entering, out_features=leaving)
+        sites = _sites(configs, chosen, facts, modules)
 
     attachments: dict[str, list[Attachment]] = {}
     shared: list[Shared] = []
-    for config, name, paths in zip(configs, names, chosen, strict=True):
-        group = share(config, name, tuple(sites[path] for path in paths))
+    for config, name, own in zip(configs, names, sites, strict=True):
+        group = share(config, name, own)
         if group is not None:
             if name in modules or any(key in modules for key in group.shapes):
                 raise MatchError(
@@ -151,12 +166,13 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: 
                     f"leaves: give the config another name, name={name + '_delta'!r}."
                 )
             shared.append(group)
-        for path in paths:
-            if isinstance(getattr(modules[path], name, None), (nn.Module, Tensor)):
+        for site in own:
+            if isinstance(getattr(modules[site.path], name, None), (nn.Module, Tensor)):
                 raise MatchError(
-                    f"{path} already has a child {name!r}: give the config another name, name={name + '_delta'!r}."
+                    f"{site.path} already has a child {name!r}: give the config another name, name={name + '_delta'!r}."
                 )
-            attachments.setdefault(path, []).append(_attach(config, name, sites[path], modules, group))
+            acting = attachments.setdefault(site.exit or site.path, [])
+            acting.append(_attach(config, name, site, modules, group))
     trained, fresh = _trained(backbone, modules, configs)
     uncalled = {path for path in attachments if _read_by_parent(path, modules)}
     return Plan(
@@ -167,23 +183,27 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: 
         uncalled,
         tuple(shared),
         tuple(names),
+        measured,
     )
 
 
-def _check(
+def _sites(
     configs: Sequence[BaseDeltaConfig],
-    chosen: Sequence[Sequence[str]],
-    sites: Mapping[str, Site],
+    chosen: Sequence[Sequence[tuple[str, str]]],
+    facts: Mapping[str, Site],
     modules: Mapping[str, nn.Module],
-) -> None:
-    """Ask every method whether it can act at its sites."""
-    for config, paths in zip(configs, chosen, strict=True):
-        for path in paths:
-            refusal = config.check(sites[path])
+) -> list[tuple[Site, ...]]:
+    """The sites of every config, after it has been asked whether it can act there."""
+    found: list[tuple[Site, ...]] = []
+    for config, spans in zip(configs, chosen, strict=True):
+        found.append(tuple(site_between(facts[entry], facts[end]) for entry, end in spans))
+        for site in found[-1]:
+            refusal = config.check(site)
             if refusal:
-                inner = [inner for inner, _ in modules[path].named_modules() if inner]
+                inner = [inner for inner, _ in modules[site.path].named_modules() if inner]
                 below = f" Below it are: {', '.join(inner[:8])}." if inner else ""
-                raise MatchError(f"{config.delta_type} cannot act at {path}: {refusal}.{below}")
+                raise MatchError(f"{config.delta_type} cannot act at {site.path}: {refusal}.{below}")
+    return found
 
 
 def _read_by_parent(path: str, modules: dict[str, nn.Module]) -> bool:
@@ -228,8 +248,11 @@ def _delta_names(configs: Sequence[BaseDeltaConfig]) -> list[str]:
 
 def _select(
     backbone: nn.Module, modules: dict[str, nn.Module], canonical: dict[int, str], config: BaseDeltaConfig
-) -> list[str]:
-    """The sites that ``config`` names, in the backbone's order; every name given has to mean something."""
+) -> list[tuple[str, str]]:
+    """Where ``config`` takes and gives hidden values, ``(path, path)`` at a single site, in the backbone's order.
+
+    Every name given has to mean something.
+    """
     given = config.modified_modules
     if given is None:
         given = config.default_modified_modules
@@ -237,17 +260,61 @@ def _select(
             raise MatchError(f"{config.delta_type} has no default sites: give modified_modules=[...].")
     if not given:
         raise MatchError("modified_modules=[] names no site: leave it out for the method's own sites.")
-    targets = resolve(backbone, given)
-    # A parametrised weight is computed by modules of its own, which are meant only when they are named.
-    inner = any("parametrizations" in target for target in targets)
-    names = [path for path in modules if path and (inner or ".parametrizations." not in path)]
     excluded = config.exclude_modules
     if excluded is None:
         # A method's own sites never include the language model's head; a head that is named is meant.
         excluded = () if config.modified_modules is not None else tuple(p for p in ("lm_head",) if p in modules)
     for path in excluded:
-        if not any(within(name, path) for name in names):
-            raise MatchError(f"exclude_modules: {path!r} is no module of {type(backbone).__name__}.{near(path, names)}")
+        if not any(within(name, path) for name in modules if name):
+            raise MatchError(
+                f"exclude_modules: {path!r} is no module of {type(backbone).__name__}.{near(path, [p for p in modules if p])}"
+            )
+    if config.gives("spans"):
+        found = _select_spans(backbone, modules, canonical, config, given, excluded)
+    else:
+        found = [(path, path) for path in _matched(backbone, modules, canonical, config, given, excluded)]
+    if not found:
+        raise MatchError(f"exclude_modules={list(excluded)} leaves none of the sites that {list(given)} name.")
+    order = {path: position for position, path in enumerate(modules)}
+    return sorted(found, key=lambda span: (order[span[0]], order[span[1]]))
+
+
+def _select_spans(
+    backbone: nn.Module,
+    modules: dict[str, nn.Module],
+    canonical: dict[int, str],
+    config: BaseDeltaConfig,
+    given: tuple[str, ...],
+    excluded: tuple[str, ...],
+) -> list[tuple[str, str]]:
+    """The spans between the modules that pairs of names mean; one with either end left out is left out."""
+    found: dict[str, str] = {}
+    for names in config.spans(given):
+        entries, ends = (_matched(backbone, modules, canonical, config, (name,), ()) for name in names)
+        for entry, end in pair(entries, ends) if entries != ends else zip(entries, ends, strict=True):
+            if any(within(path, left_out) for path in (entry, end) for left_out in excluded):
+                continue
+            if found.setdefault(entry, end) != end:
+                raise MatchError(
+                    f"{config.delta_type} would begin at {entry} twice, to end at {found[entry]} and at {end}: give "
+                    f"the second span a config of its own, with a name= of its own."
+                )
+    return list(found.items())
+
+
+def _matched(
+    backbone: nn.Module,
+    modules: dict[str, nn.Module],
+    canonical: dict[int, str],
+    config: BaseDeltaConfig,
+    given: tuple[str, ...],
+    excluded: tuple[str, ...],
+) -> list[str]:
+    """The modules that the names ``given`` mean, in the backbone's order."""
+    targets = resolve(backbone, given)
+    # A parametrised weight is computed by modules of its own, which are meant only when they are named.
+    inner = any("parametrizations" in target for target in targets)
+    names = [path for path in modules if path and (inner or ".parametrizations." not in path)]
     found: dict[str, None] = {}
     for target in targets:
         hits = [path for path in names if matches(path, target)]
@@ -260,8 +327,6 @@ def _select(
             for site in config.spread(path, modules[path]):
                 if not any(within(site, left_out) for left_out in excluded):
                     found[canonical[id(modules[site])]] = None
-    if not found:
-        raise MatchError(f"exclude_modules={list(excluded)} leaves none of the sites that {list(given)} name.")
     order = {path: position for position, path in enumerate(modules)}
     return sorted(found, key=order.__getitem__)
 
@@ -286,12 +351,11 @@ def _attach(
     twice = sorted(given.keys() & keys.keys())
     if twice:
         raise ConfigError(f"{type(config).__name__} gives {twice[0]!r} at {site.path} and as a shared leaf.")
-    read_by_parent = _read_by_parent(site.path, modules)
-    if read_by_parent and not config.gives("weights"):
+    uncalled = [path for path in (site.path, site.exit) if path is not None and _read_by_parent(path, modules)]
+    if uncalled and not config.gives("weights"):
         raise MatchError(
-            f"{site.path} is read by the module above and never called, and {config.delta_type} has no weights "
-            f"form: name "
-            f"{site.path.rpartition('.')[0]} instead."
+            f"{uncalled[0]} is read by the module above and never called, and {config.delta_type} has no weights "
+            f"form: name {uncalled[0].rpartition('.')[0]} instead."
         )
     return Attachment(
         name=name,
@@ -302,7 +366,7 @@ def _attach(
         dtypes={keys[leaf]: site.leaf_dtype if t.is_floating_point() else t.dtype for leaf, t in leaves.items()},
         constants=tuple(keys[leaf] for leaf in constants if leaf in keys),
         key=next(iter((keys or common).values())),
-        by_weights=read_by_parent or not (config.gives("before") or config.gives("after")),
+        by_weights=bool(uncalled) or not (config.gives("before") or config.gives("after")),
     )
 
 

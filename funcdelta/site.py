@@ -23,7 +23,7 @@ class Site:
     Attributes:
         path: dotted path in the backbone.
         kind: ``linear``, ``transposed_linear`` (Transformers' Conv1D), ``embedding``, ``conv1d``, ``conv2d``,
-            ``conv3d``, ``norm`` or ``other``.
+            ``conv3d``, ``norm``, ``other`` or ``span`` (see ``exit``).
         module_type: the module's class name.
         weight, bias: shapes of the module's own ``weight`` and ``bias``, ``None`` where there is none.
         in_features, out_features: widths of the hidden input and output.
@@ -31,6 +31,7 @@ class Site:
         dtype, device: of the module's tensors.
         options: the arguments that a convolution or an embedding was made with.
         training: whether the call is made in training mode.
+        exit: where the hidden output of a span leaves, if not at ``path``, where its input enters.
 
     >>> site_of("0", torch.nn.Linear(3, 5, bias=False)).out_features
     5
@@ -48,6 +49,7 @@ class Site:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     options: tuple[tuple[str, Any], ...] = ()
     training: bool = False
+    exit: str | None = None
 
     @property
     def leaf_dtype(self) -> torch.dtype:
@@ -60,6 +62,16 @@ class Site:
         if self.out_features is None:
             raise MatchError(f"The width of {self.path} ({self.module_type}) is not known; build with example=inputs.")
         return self.out_features
+
+    @property
+    def input_width(self) -> int:
+        """The number of features that enter the site."""
+        if self.in_features is None:
+            raise MatchError(
+                f"The width of what enters {self.path} ({self.module_type}) is not known: it was called without a "
+                f"tensor of features."
+            )
+        return self.in_features
 
     def option(self, name: str) -> Any:
         """The argument ``name`` that the module was made with."""

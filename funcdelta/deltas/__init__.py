@@ -5,5 +5,13 @@ from .bitfit import BitFitConfig
 from .compacter import CompacterConfig
 from .lora import LoraConfig
 from .low_rank_adapter import LowRankAdapterConfig
+from .parallel_adapter import ParallelAdapterConfig
 
-__all__ = ["AdapterConfig", "BitFitConfig", "CompacterConfig", "LoraConfig", "LowRankAdapterConfig"]
+__all__ = [
+    "AdapterConfig",
+    "BitFitConfig",
+    "CompacterConfig",
+    "LoraConfig",
+    "LowRankAdapterConfig",
+    "ParallelAdapterConfig",
+]
