@@ -15,11 +15,8 @@ from .errors import ConfigError, MatchError
 from .match import find_key, matches, near, within
 from .sharing import Shared, share
 from .site import Site, site_of
-from .spans import pair, site_between
+from .spans import select_spans, site_between
 from .structures import resolve
-
-Widths = Mapping[str, tuple[int | None, int]]
-"""The number of features that enter and that leave a module, by its path."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class Plan:
         uncalled: sites whose tensors are read by the module above, which never calls them.
         shared: the leaves that the sites of one delta share.
         names: one name a config, in their order.
-        measured: widths of what enters and leaves, where weights do not tell them.
+        measured: the numbers of features that enter and leave modules whose weights do not tell them.
     """
 
     attachments: dict[str, tuple[Attachment, ...]]
@@ -84,7 +81,7 @@ class Plan:
     uncalled: set[str]
     shared: tuple[Shared, ...] = ()
     names: tuple[str, ...] = ()
-    measured: Widths = field(default_factory=dict)
+    measured: Mapping[str, tuple[int | None, int]] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -130,7 +127,7 @@ class Plan:
         return [attachment for group in self.attachments.values() for attachment in group]
 
 
-WidthProbe = Callable[[list[str]], Widths]
+WidthProbe = Callable[[list[str]], Mapping[str, tuple[int | None, int]]]
 
 
 def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: WidthProbe) -> Plan:
@@ -143,16 +140,17 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: 
         if config.gives("spans") and not config.gives("after"):
             raise ConfigError(f"{type(config).__name__} gives spans, which only after can act on, and no after.")
     names = _delta_names(configs)
-    chosen = [_select(backbone, modules, canonical, config) for config in configs]
+    chosen = [_spans(backbone, modules, canonical, config) for config in configs]
 
-    facts = {path: site_of(path, modules[path]) for spans in chosen for span in spans for path in span}
+    facts = {path: site_of(path, modules[path]) for spans in chosen for span in spans.items() for path in span}
     sites = _sites(configs, chosen, facts, modules)
     unknown = [path for path, site in facts.items() if site.out_features is None]
     measured = widths(unknown) if unknown else {}
     if unknown:
         for path in unknown:
-            entering, leaving = measured[path]
-            facts[path] = dataclasses.replace(facts[path], in_features=entering, out_features=leaving)
+            facts[path] = dataclasses.replace(
+                facts[path], in_features=measured[path][0], out_features=measured[path][1]
+            )
         sites = _sites(configs, chosen, facts, modules)
 
     attachments: dict[str, list[Attachment]] = {}
@@ -167,12 +165,12 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: 
                 )
             shared.append(group)
         for site in own:
-            if isinstance(getattr(modules[site.path], name, None), (nn.Module, Tensor)):
+            path = site.path
+            if isinstance(getattr(modules[path], name, None), (nn.Module, Tensor)):
                 raise MatchError(
-                    f"{site.path} already has a child {name!r}: give the config another name, name={name + '_delta'!r}."
+                    f"{path} already has a child {name!r}: give the config another name, name={name + '_delta'!r}."
                 )
-            acting = attachments.setdefault(site.exit or site.path, [])
-            acting.append(_attach(config, name, site, modules, group))
+            attachments.setdefault(site.exit or path, []).append(_attach(config, name, site, modules, group))
     trained, fresh = _trained(backbone, modules, configs)
     uncalled = {path for path in attachments if _read_by_parent(path, modules)}
     return Plan(
@@ -189,14 +187,14 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: 
 
 def _sites(
     configs: Sequence[BaseDeltaConfig],
-    chosen: Sequence[Sequence[tuple[str, str]]],
+    chosen: Sequence[Mapping[str, str]],
     facts: Mapping[str, Site],
     modules: Mapping[str, nn.Module],
 ) -> list[tuple[Site, ...]]:
     """The sites of every config, after it has been asked whether it can act there."""
     found: list[tuple[Site, ...]] = []
     for config, spans in zip(configs, chosen, strict=True):
-        found.append(tuple(site_between(facts[entry], facts[end]) for entry, end in spans))
+        found.append(tuple(site_between(facts[entry], facts[end]) for entry, end in spans.items()))
         for site in found[-1]:
             refusal = config.check(site)
             if refusal:
@@ -248,11 +246,8 @@ def _delta_names(configs: Sequence[BaseDeltaConfig]) -> list[str]:
 
 def _select(
     backbone: nn.Module, modules: dict[str, nn.Module], canonical: dict[int, str], config: BaseDeltaConfig
-) -> list[tuple[str, str]]:
-    """Where ``config`` takes and gives hidden values, ``(path, path)`` at a single site, in the backbone's order.
-
-    Every name given has to mean something.
-    """
+) -> list[str]:
+    """The sites that ``config`` names, in the backbone's order; every name given has to mean something."""
     given = config.modified_modules
     if given is None:
         given = config.default_modified_modules
@@ -260,61 +255,17 @@ def _select(
             raise MatchError(f"{config.delta_type} has no default sites: give modified_modules=[...].")
     if not given:
         raise MatchError("modified_modules=[] names no site: leave it out for the method's own sites.")
+    targets = resolve(backbone, given)
+    # A parametrised weight is computed by modules of its own, which are meant only when they are named.
+    inner = any("parametrizations" in target for target in targets)
+    names = [path for path in modules if path and (inner or ".parametrizations." not in path)]
     excluded = config.exclude_modules
     if excluded is None:
         # A method's own sites never include the language model's head; a head that is named is meant.
         excluded = () if config.modified_modules is not None else tuple(p for p in ("lm_head",) if p in modules)
     for path in excluded:
-        if not any(within(name, path) for name in modules if name):
-            raise MatchError(
-                f"exclude_modules: {path!r} is no module of {type(backbone).__name__}.{near(path, [p for p in modules if p])}"
-            )
-    if config.gives("spans"):
-        found = _select_spans(backbone, modules, canonical, config, given, excluded)
-    else:
-        found = [(path, path) for path in _matched(backbone, modules, canonical, config, given, excluded)]
-    if not found:
-        raise MatchError(f"exclude_modules={list(excluded)} leaves none of the sites that {list(given)} name.")
-    order = {path: position for position, path in enumerate(modules)}
-    return sorted(found, key=lambda span: (order[span[0]], order[span[1]]))
-
-
-def _select_spans(
-    backbone: nn.Module,
-    modules: dict[str, nn.Module],
-    canonical: dict[int, str],
-    config: BaseDeltaConfig,
-    given: tuple[str, ...],
-    excluded: tuple[str, ...],
-) -> list[tuple[str, str]]:
-    """The spans between the modules that pairs of names mean; one with either end left out is left out."""
-    found: dict[str, str] = {}
-    for names in config.spans(given):
-        entries, ends = (_matched(backbone, modules, canonical, config, (name,), ()) for name in names)
-        for entry, end in pair(entries, ends) if entries != ends else zip(entries, ends, strict=True):
-            if any(within(path, left_out) for path in (entry, end) for left_out in excluded):
-                continue
-            if found.setdefault(entry, end) != end:
-                raise MatchError(
-                    f"{config.delta_type} would begin at {entry} twice, to end at {found[entry]} and at {end}: give "
-                    f"the second span a config of its own, with a name= of its own."
-                )
-    return list(found.items())
-
-
-def _matched(
-    backbone: nn.Module,
-    modules: dict[str, nn.Module],
-    canonical: dict[int, str],
-    config: BaseDeltaConfig,
-    given: tuple[str, ...],
-    excluded: tuple[str, ...],
-) -> list[str]:
-    """The modules that the names ``given`` mean, in the backbone's order."""
-    targets = resolve(backbone, given)
-    # A parametrised weight is computed by modules of its own, which are meant only when they are named.
-    inner = any("parametrizations" in target for target in targets)
-    names = [path for path in modules if path and (inner or ".parametrizations." not in path)]
+        if not any(within(name, path) for name in names):
+            raise MatchError(f"exclude_modules: {path!r} is no module of {type(backbone).__name__}.{near(path, names)}")
     found: dict[str, None] = {}
     for target in targets:
         hits = [path for path in names if matches(path, target)]
@@ -327,8 +278,21 @@ def _matched(
             for site in config.spread(path, modules[path]):
                 if not any(within(site, left_out) for left_out in excluded):
                     found[canonical[id(modules[site])]] = None
+    if not found:
+        raise MatchError(f"exclude_modules={list(excluded)} leaves none of the sites that {list(given)} name.")
     order = {path: position for position, path in enumerate(modules)}
     return sorted(found, key=order.__getitem__)
+
+
+def _spans(
+    backbone: nn.Module, modules: dict[str, nn.Module], canonical: dict[int, str], config: BaseDeltaConfig
+) -> dict[str, str]:
+    """Where ``config`` takes hidden values, each with where it gives them: at a single site the same path."""
+
+    def select(config: BaseDeltaConfig) -> list[str]:
+        return _select(backbone, modules, canonical, config)
+
+    return select_spans(config, select) if config.gives("spans") else {path: path for path in select(config)}
 
 
 def _attach(
@@ -355,7 +319,8 @@ def _attach(
     if uncalled and not config.gives("weights"):
         raise MatchError(
             f"{uncalled[0]} is read by the module above and never called, and {config.delta_type} has no weights "
-            f"form: name {uncalled[0].rpartition('.')[0]} instead."
+            f"form: name "
+            f"{uncalled[0].rpartition('.')[0]} instead."
         )
     return Attachment(
         name=name,

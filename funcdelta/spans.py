@@ -6,15 +6,44 @@ at the entry. What entered is stashed in the call that is under way, never on a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from .config import BaseDeltaConfig
 from .errors import FuncdeltaError, MatchError
 from .site import Site
 from .transforms import is_wrapped
+
+
+def select_spans(config: BaseDeltaConfig, select: Callable[[BaseDeltaConfig], Iterable[str]]) -> dict[str, str]:
+    """Where the spans of ``config`` begin, each with where it ends; ``select`` gives the modules that a config names.
+
+    A span with either end left out (``exclude_modules``) is left out.
+    """
+    kept = list(select(config))
+    names = config.modified_modules or config.default_modified_modules
+    found: dict[str, str] = {}
+    for entry_name, end_name in config.spans(names):
+        entries, ends = (
+            list(select(config.replace(modified_modules=(name,), exclude_modules=())))
+            for name in (entry_name, end_name)
+        )
+        for entry, end in zip(entries, ends, strict=True) if entries == ends else pair(entries, ends):
+            if entry not in kept or end not in kept:
+                continue
+            if found.setdefault(entry, end) != end:
+                raise MatchError(
+                    f"{config.delta_type} would begin at {entry} twice, to end at {found[entry]} and at {end}: give "
+                    f"the second span a config of its own, with a name= of its own."
+                )
+    if not found:
+        raise MatchError(
+            f"exclude_modules={list(config.exclude_modules or ())} leaves one end of every span out, so none is left."
+        )
+    return {entry: found[entry] for entry in kept if entry in found}
 
 
 def pair(entries: Sequence[str], exits: Sequence[str]) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from backbone_snapshot import assert_unchanged, snapshot
-from subjects import MEMBERS, PAIRS, ROWS, Subject, config_for, subject, thinned, with_fewer_sites
+from subjects import MEMBERS, PAIRS, ROWS, Subject, subject, thinned, with_fewer_sites
 from torch import Tensor
 from zoo import ZOO, DoublePrecision, take_rows
 
