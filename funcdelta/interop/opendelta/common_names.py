@@ -81,7 +81,9 @@ def _t5_stack(stack: str, parts: Sequence[str]) -> dict[str, str]:
     }
     inner = {
         "attn": {f"SelfAttention.{own}": name for own, name in zip("qkvo", ("q", "k", "v", "proj"), strict=True)},
-        "crossattn": {f"EncDecAttention.{own}": name for own, name in zip("qkvo", ("q", "k", "v", "proj"), strict=True)},
+        "crossattn": {
+            f"EncDecAttention.{own}": name for own, name in zip("qkvo", ("q", "k", "v", "proj"), strict=True)
+        },
         "ff": {"DenseReluDense.wi": "w1", "DenseReluDense.wo": "w2"},
     }
     for number, part in enumerate(parts):

@@ -25,7 +25,9 @@ def spelling_of(data: Mapping[str, Any]) -> tuple[str, Spelling]:
     delta_type = data.get("delta_type") or ""
     if delta_type not in SPELLINGS:
         known = near(str(delta_type), list(SPELLINGS)) if delta_type else f" It is one of {', '.join(SPELLINGS)}."
-        what = f"delta_type={delta_type!r} is no delta of OpenDelta." if delta_type else "config.json has no delta_type."
+        what = (
+            f"delta_type={delta_type!r} is no delta of OpenDelta." if delta_type else "config.json has no delta_type."
+        )
         raise CheckpointError(f"{what}{known} Pass it: load_opendelta(path, backbone_model, delta_type=...).")
     return delta_type, SPELLINGS[delta_type]
 

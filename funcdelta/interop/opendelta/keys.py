@@ -147,6 +147,8 @@ def duplicates(tensors: Mapping[str, Tensor], group: Group, known: Mapping[str, 
     found: list[str] = []
     for at in group.own.values():
         here = [tensors[key] for _, key in sorted(at.items())]
-        if any(len(here) == len(other) and all(a.equal(b) for a, b in zip(here, other, strict=True)) for other in leaves):
+        if any(
+            len(here) == len(other) and all(a.equal(b) for a, b in zip(here, other, strict=True)) for other in leaves
+        ):
             found += at.values()
     return found

@@ -65,7 +65,9 @@ def load_opendelta(
     (('0',), True)
     """
     if compat not in (None, COMPAT):
-        raise CheckpointError(f'compat={compat!r}: write compat="{COMPAT}" for the original\'s numbers, or leave it out.')
+        raise CheckpointError(
+            f'compat={compat!r}: write compat="{COMPAT}" for the original\'s numbers, or leave it out.'
+        )
     folder, data, tensors = read_folder(path, **(fetching or {}))
     if "delta_type" in changes:
         data = {**data, "delta_type": changes.pop("delta_type")}
@@ -146,7 +148,9 @@ class _Reader:
         names = self.keys.names()
         for name in others:
             if name not in names:
-                raise CheckpointError(f"others: no delta in '{self.folder}' is called {name!r}.{near(name, list(names))}")
+                raise CheckpointError(
+                    f"others: no delta in '{self.folder}' is called {name!r}.{near(name, list(names))}"
+                )
         left = [name for name in names if name not in others]
         mine = [name for name in left if names[name][0] == config.delta_type]
         if not mine and len(others) == len(names) and names:
@@ -159,7 +163,7 @@ class _Reader:
                 f"{self._hint()}"
             )
         if len(left) > 1:
-            example = next((name for name in left if name != mine[0]))
+            example = next(name for name in left if name != mine[0])
             kind = f"{names[example][0]!r}"
             raise CheckpointError(
                 f"'{self.folder}' has the tensors of several deltas ({', '.join(names)}) and the config of one. Say what "
@@ -209,7 +213,9 @@ class _Reader:
         else:
             names, kept = self.data.get("modified_modules"), self.data.get("exclude_modules")
         excluded = tuple(kept or ())
-        tries = [(names, None if set(excluded) <= set(EXCLUDED) else excluded)] if self.spelling.sites else [(None, None)]
+        tries = (
+            [(names, None if set(excluded) <= set(EXCLUDED) else excluded)] if self.spelling.sites else [(None, None)]
+        )
         if sites:
             tries.append((explicit(self.backbone, sites), None))
         for number, (modified, left_out) in enumerate(tries):
@@ -314,7 +320,9 @@ class _Reader:
                 continue  # a name that did nothing in OpenDelta
             if delta.plan.trained.keys() == trained.keys():
                 return config
-        raise CheckpointError(f"'{self.folder}': the backbone's tensors {_some(list(trained))} cannot be trained leaves.")
+        raise CheckpointError(
+            f"'{self.folder}': the backbone's tensors {_some(list(trained))} cannot be trained leaves."
+        )
 
     # -- errors ----------------------------------------------------------------------------------------------------
 

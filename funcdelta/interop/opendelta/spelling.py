@@ -132,7 +132,9 @@ def _compacter_refusal(config: Any, site: Site) -> str | None:
 
 
 def _low_rank_refusal(config: Any, site: Site) -> str | None:
-    return None if config.low_rank_rank == 1 else "it multiplies the factors elementwise, which is right for rank 1 alone"
+    return (
+        None if config.low_rank_rank == 1 else "it multiplies the factors elementwise, which is right for rank 1 alone"
+    )
 
 
 SPELLINGS: dict[str, Spelling] = {
@@ -192,7 +194,9 @@ SPELLINGS: dict[str, Spelling] = {
         shared="reparams",
         unused=("input_tokens",),
         hosts=("T5Attention", "BertAttention", "RobertaAttention", "GPT2Attention", "BartAttention"),
-        inexact=Inexact("position_bias", "first_layer_only", ("T5Attention",), "position bias in the first layer alone"),
+        inexact=Inexact(
+            "position_bias", "first_layer_only", ("T5Attention",), "position bias in the first layer alone"
+        ),
     ),
     "soft_prompt": Spelling(
         attribute="soft_prompt_layer",

@@ -54,7 +54,9 @@ def save_opendelta(
     check_member(params, delta.shapes, delta.plan.keys(), {})
     lacking = [name for name in delta.names if name not in params]
     if lacking:
-        raise ParamsError(f"save_opendelta: {len(lacking)} leaves are missing, first {lacking[0]}: give all of the delta.")
+        raise ParamsError(
+            f"save_opendelta: {len(lacking)} leaves are missing, first {lacking[0]}: give all of the delta."
+        )
     config = delta.configs[0]
     spelling = SPELLINGS.get(config.delta_type)
     if spelling is None:
@@ -79,8 +81,10 @@ def _refuse(delta: DeltaModel, spelling: Spelling, compat: str | None) -> None:
     config = delta.configs[0]
     reason = refuse_fields(config, spelling)
     if reason is not None:
-        raise CheckpointError(f"OpenDelta cannot hold this {config.delta_type}: {reason}. Save it here: "
-                              f"delta.save_finetuned(params, path).")
+        raise CheckpointError(
+            f"OpenDelta cannot hold this {config.delta_type}: {reason}. Save it here: "
+            f"delta.save_finetuned(params, path)."
+        )
     modules = dict(delta.backbone.named_modules())
     for attachment in delta.plan.all():
         site = attachment.site
