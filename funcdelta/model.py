@@ -32,7 +32,7 @@ from .sharing import expand_member, expand_stack
 from .skeleton import Params, Prepare
 from .transforms import concrete, inside_transform, outside_transforms
 from .view import bind
-from .widths import measure_widths
+from .widths import measure_attention, measure_widths
 
 ENGINES = ("auto", "fold", "vmap", "loop")
 
@@ -85,7 +85,12 @@ class DeltaModel(Habits):
         self.prepare = prepare
         self.batch_dim = axes.pop()
         self.mode_flag: bool | None = None
-        plan = build_plan(backbone_model, configs, lambda paths: measure_widths(backbone_model, paths, example))
+        plan = build_plan(
+            backbone_model,
+            configs,
+            lambda paths: measure_widths(backbone_model, paths, example),
+            lambda paths: measure_attention(backbone_model, paths, example),
+        )
         self.skeletons = Skeletons(backbone_model, plan, prepare)
         self.skeletons.reserve(None)
         self.layouts: dict[Any, Layout] = {}
@@ -132,13 +137,13 @@ class DeltaModel(Habits):
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The matched module paths, in the backbone's order: print them as a dry run.
+        """The matched module paths, in the backbone's order: print them as a dry run. A span stands where it begins.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> delta.sites
         ('0',)
         """
-        return tuple(self.plan.attachments)
+        return tuple(dict.fromkeys(a.site.path for a in self.plan.all()))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -202,8 +207,8 @@ class DeltaModel(Habits):
         >>> delta.refresh().apply(params, torch.zeros(3, 4, dtype=torch.float64)).dtype
         torch.float64
         """
-        widths = {a.site.path: a.site.width for a in self.plan.all() if a.site.out_features}
-        plan = build_plan(self.backbone, self.configs, lambda paths: {path: widths[path] for path in paths})
+        shapes = {a.site.path: a.site.attention for a in self.plan.all() if a.adds_keys}
+        plan = build_plan(self.backbone, self.configs, lambda paths: self.plan.measured, lambda paths: shapes)
         self.skeletons.refresh(plan)
         self._read_backbone()
         self.layouts.clear()
