@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import transformers
 from backbone_snapshot import assert_unchanged, snapshot
 from handmade import MLP, assert_acts, assert_close, raises_saying, random_params
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from zoo import ZOO, padding, tokens
 from zoo_architecture import randomise
@@ -382,6 +384,25 @@ def test_half_precision_and_a_view_that_changes_its_attention() -> None:
     assert view.config._attn_implementation == "eager"
     attentions = view(input_ids=tokens(2), output_attentions=True).attentions
     assert attentions[0].shape == (2, 4, 6, PREFIX + 6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_of_a_view_have_the_same_gradients(reentrant: bool) -> None:
+    model: Any = ZOO["llama"].build().train()
+    delta = fd.PrefixModel(model, prefix_token_num=PREFIX, embed_dim=4, mid_dim=4)
+    params, inputs = delta.init(0), {"input_ids": tokens(2), "labels": tokens(2)}
+    expected = torch.func.grad(lambda p: delta.apply(p, **inputs).loss)(params)
+    view: Any = delta.bind(params)
+    for layer in view.model.layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=reentrant)
+    view.enable_input_require_grads()
+    for _ in range(2):
+        view.zero_grad()
+        view(**inputs).loss.backward()
+        for name, parameter in view.named_parameters():
+            if name in expected:
+                assert_close(parameter.grad, expected[name])
 
 
 @torch.no_grad()
