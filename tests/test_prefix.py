@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -369,14 +370,17 @@ def test_beside_other_deltas_and_trained_leaves_of_the_same_module() -> None:
 
 
 @torch.no_grad()
-def test_half_precision_and_a_view_that_changes_its_attention() -> None:
+def test_half_precision_and_a_change_of_attention() -> None:
     model: Any = model_of("Llama", "ForCausalLM", **WIDE).to(torch.bfloat16)
     delta, params = plain_prefix(model)
     assert {leaf.dtype for leaf in params.values()} == {torch.float32}
     out = delta.apply(params, input_ids=tokens(2)).logits
     assert out.dtype == torch.bfloat16
+    assert torch.equal(pickle.loads(pickle.dumps(delta)).apply(params, input_ids=tokens(2)).logits, out)
     exact, _ = plain_prefix(model_of("Llama", "ForCausalLM", **WIDE))
     assert_close(out.float(), exact.apply(params, input_ids=tokens(2)).logits, 0.05)
+    model.float()
+    assert_close(delta.refresh().apply(params, input_ids=tokens(2)).logits, out.float(), 0.05)
     view: Any = exact.bind(params)
     expected = view(input_ids=tokens(2)).logits
     view.set_attn_implementation("eager")
