@@ -491,12 +491,11 @@ class DeltaModel(Habits):
 
         Raises ``ConfigError`` where no method of this delta expands shared leaves.
 
-        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
-        >>> try:
-        ...     delta.bake(delta.init(0))
-        ... except fd.ConfigError as error:
-        ...     print(error)
-        LoraConfig has nothing to bake: its sites own all of their leaves.
+        >>> from transformers import GPT2Config, GPT2Model
+        >>> delta = fd.PrefixModel(GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=2)))
+        >>> baked, params = delta.bake(delta.init(0))
+        >>> list(params)
+        ['h.0.attn.prefix.past_key', 'h.0.attn.prefix.past_value']
         """
         params = self._ready(params)
         is_stack = any(params[name].ndim > len(self._shapes[name]) for name in params if name in self._shapes)
