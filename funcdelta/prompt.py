@@ -185,7 +185,12 @@ class Prompts:
         for name in self.entrance.inputs:
             other = given.get(name)
             counts = isinstance(other, Tensor) and 2 <= other.ndim <= 3 and other.shape[1] == length
-            if isinstance(other, Tensor) and counts and name not in (*expand_values(attachment), *EXTENDED) and not name.startswith("encoder_"):
+            if (
+                isinstance(other, Tensor)
+                and counts
+                and name not in (*expand_values(attachment), *EXTENDED)
+                and not name.startswith("encoder_")
+            ):
                 raise ParamsError(
                     f"{name} has the shape {tuple(other.shape)}, as if for each of the {length} positions, and it is "
                     f'not known what the prompt\'s are to have: add ("{name}", value) to other_expand_ids.'
@@ -229,8 +234,7 @@ class Prompts:
             found = f"the shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ParamsError(
                 f"{name} has {found}; a prompt can be added to one of two axes only, (b, s), for a prepared mask does "
-                f"not say who may see the prompt. Give the mask of the tokens (generate: leave out "
-                f"cache_implementation, a dynamic cache takes it)."
+                f"not say who may see the prompt. Give the mask of the tokens, 1 where there is one."
             )
 
 
