@@ -320,6 +320,8 @@ def test_found_inside_wrappers() -> None:
     with pytest.raises(fd.MatchError, match=r"several models that take token ids \(models.0.transformer, models.1.mod"):
         prompted(Wrapped(one, two))
     assert prompted(Wrapped(one, two), modified_modules=["models.1.model"])[0].sites == ("models.1.model",)
+    with pytest.raises(fd.MatchError, match="exclude_modules leaves out 'transformer'"):
+        prompted(one, exclude_modules=["transformer"])
     with pytest.raises(fd.MatchError, match=r"cannot act at .*c_attn: Conv1D has no get_input_embeddings"):
         prompted(one, modified_modules=["c_attn"])
 
