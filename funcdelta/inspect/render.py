@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 STYLES: dict[Kind, str] = {
     "delta": "bold magenta",
     "trainable": "bold cyan",
-    "frozen": "bright_black",
+    "frozen": "dim",
     "constant": "yellow",
-    "buffer": "italic bright_black",
+    "buffer": "dim italic",
 }
 WORDS: dict[Kind, str] = {
     "delta": "trained, of the delta",
@@ -30,6 +30,7 @@ WORDS: dict[Kind, str] = {
     "buffer": "buffer",
 }
 TRAINED = ("delta", "trainable")
+UNWRAPPED = 100_000
 
 CommonNames = Mapping[str, tuple[str, ...]]
 """``{module path: its common names}``."""
@@ -52,7 +53,9 @@ def console(**options: Any) -> Console:
 
 
 def show(root: Node, expand_params: bool = False, common: CommonNames | None = None) -> None:
-    """Print the tree ``root``, and a legend where there is more than one colour; long lines are not cut.
+    """Print the tree ``root``, and a legend where there is more than one colour.
+
+    Long labels are wrapped in a terminal or a notebook, and stay on one line in a file or a pipe.
 
     >>> from funcdelta.inspect import folded
     >>> show(folded(torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))))
@@ -60,9 +63,11 @@ def show(root: Node, expand_params: bool = False, common: CommonNames | None = N
     └── 0-2 (Linear) weight:[4, 4] bias:[4]
     """
     screen = console()
-    screen.print(drawn(root, expand_params, common), soft_wrap=True)
+    if not (screen.is_terminal or screen.is_jupyter):
+        screen = console(width=UNWRAPPED)
+    screen.print(drawn(root, expand_params, common))
     if len(kinds(root)) > 1:
-        screen.print(legend(root), soft_wrap=True)
+        screen.print(legend(root))
 
 
 def drawn(root: Node, expand_params: bool = False, common: CommonNames | None = None) -> Tree:
