@@ -1,4 +1,9 @@
-"""To look at: trees of modules with the delta in them, figures, and what an optimiser moves."""
+"""To look at: trees of modules with the delta in them, figures, and what an optimiser moves.
+
+A page or a printer needs ``folded(model)`` (or ``folded(tree(delta.backbone, delta.plan, params))``), a
+:class:`Node` with ``name``, ``class_name``, ``paths``, ``leaves`` and ``children``, and ``unfold(node)``, which takes
+a folded one apart. ``node.paths`` are real module paths whatever the label says: they are what a choice means.
+"""
 
 from .folding import folded as folded
 from .folding import label as label

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..errors import FuncdeltaError
 from .nodes import Kind, Leaf, Node
 
@@ -83,7 +85,10 @@ def drawn(root: Node, expand_params: bool = False, common: CommonNames | None = 
     """
     from rich.tree import Tree
 
-    counts = Counter(leaf.dtype for node in root.walk() for leaf in node.leaves if leaf.dtype.is_floating_point)
+    counts: Counter[torch.dtype] = Counter()
+    for node in root.walk():
+        for leaf in node.leaves:
+            counts[leaf.dtype] += len(node.paths) * leaf.dtype.is_floating_point
     how = _How(
         usual=counts.most_common(1)[0][0] if counts else None,
         marked=len(kinds(root)) > 1,
@@ -142,7 +147,7 @@ def bytes_text(count: int) -> str:
 class _How:
     """How labels are written in one tree."""
 
-    usual: Any
+    usual: torch.dtype | None
     marked: bool
     expand_params: bool
     common: CommonNames
@@ -152,7 +157,9 @@ class _How:
         from rich.text import Text
 
         folded = len({member.name for member in node.members}) > 1
-        text = Text(node.name + " " if node.name else "", "bold red" if folded else "bold")
+        text = Text()
+        if node.name:
+            text.append(node.name, "bold red" if folded else "bold").append(" ")
         kind = f"({node.class_name})" if node.name else node.class_name
         text.append(kind, STYLES["delta"] if node.kind == "delta" else "green")
         names = dict.fromkeys(name for path in node.paths for name in self.common.get(path, ()))
