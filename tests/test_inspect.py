@@ -18,12 +18,23 @@ from transformers import BertConfig, BertModel
 from zoo import ZOO
 
 import funcdelta as fd
+from funcdelta.config import METHODS
 from funcdelta.inspect import folded, tree
 from funcdelta.inspect.render import console, drawn, legend
 
 BERT_BASE = 109_482_240
-# What the real library counts on BERT-base with its defaults.
-OPENDELTA = {"lora": 294_912, "adapter": 903_744, "bitfit": 101_376}
+# What the real library counts on BERT-base with its defaults; in a prefix also the numbers 0 to 5, as a parameter.
+COUNTED = {
+    "lora": 294_912,
+    "adapter": 903_744,
+    "parallel_adapter": 903_744,
+    "bitfit": 101_376,
+    "compacter": 61_824,
+    "low_rank_adapter": 57_024,
+    "prefix": 9_721_350 - 6,
+    "soft_prompt": 76_800,
+}
+OPENDELTA = {method: count for method, count in COUNTED.items() if method in METHODS}
 
 Printed = pytest.CaptureFixture[str]
 
