@@ -84,7 +84,8 @@ class BaseDeltaConfig:
         modified_modules: names of the sites (whole-token suffix, ``[r]regex``); ``None``: the method's own sites.
         exclude_modules: module paths left out, each with everything below it.
         unfrozen_modules: ``"deltas"`` and names of backbone modules or parameters that are trained too.
-        common_structure: whether names are backbone-independent (``attn@.q@``); ``None``: names with ``@`` are.
+        common_structure: whether names are backbone-independent (``attn@.q@``); ``None``: names with ``@`` are;
+            ``True``: those without it too, as OpenDelta wrote them before 0.3 (``attn.q``).
         backbone_class, backbone_checkpoint_name, backbone_hash: where the delta was made; written by saving.
         name: the delta's name at its sites, if not the method's (two of a kind on one site).
         batch_dim: which axis of the inputs counts the rows.
@@ -101,6 +102,8 @@ class BaseDeltaConfig:
     """Common names of the sites that the method takes when none are given."""
     identity_at_start: ClassVar[bool] = False
     """Whether fresh params change nothing (law 2 is then tested)."""
+    acts_on_parts: ClassVar[bool] = False
+    """Whether the method heeds ``site.parts``, so that it can act on the queries of a fused q,k,v alone."""
 
     modified_modules: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] | None = None

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from .config import BaseDeltaConfig
 from .errors import ConfigError, MatchError
-from .match import find_key, matches, near, within
+from .naming import names_of_tensors, select, trained
 from .sharing import Shared, share
 from .site import Site, site_of
-from .structures import resolve
+from .structures import Names, Parts
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,17 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: 
         if not any(config.gives(function) for function in ("before", "after", "weights")):
             raise ConfigError(f"{type(config).__name__} gives none of before, after and weights: it would do nothing.")
     names = _delta_names(configs)
-    chosen = [_select(backbone, modules, canonical, config) for config in configs]
+    known = Names(backbone)
+    chosen = [select(backbone, modules, canonical, config, known) for config in configs]
 
-    sites = {path: site_of(path, modules[path]) for paths in chosen for path in paths}
+    sites = {
+        path: dataclasses.replace(site_of(path, modules[path]), fused=known.parts(path))
+        for paths in chosen
+        for path in paths
+    }
     for config, paths in zip(configs, chosen, strict=True):
-        for path in paths:
-            refusal = config.check(sites[path])
+        for path, parts in paths.items():
+            refusal = config.check(_meant(sites[path], parts))
             if refusal:
                 inner = [inner for inner, _ in modules[path].named_modules() if inner]
                 below = f" Below it are: {', '.join(inner[:8])}." if inner else ""
@@ -148,7 +153,7 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: 
     attachments: dict[str, list[Attachment]] = {}
     shared: list[Shared] = []
     for config, name, paths in zip(configs, names, chosen, strict=True):
-        group = share(config, name, tuple(sites[path] for path in paths))
+        group = share(config, name, tuple(_meant(sites[path], parts) for path, parts in paths.items()))
         if group is not None:
             if name in modules or any(key in modules for key in group.shapes):
                 raise MatchError(
@@ -156,17 +161,18 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: 
                     f"leaves: give the config another name, name={name + '_delta'!r}."
                 )
             shared.append(group)
-        for path in paths:
+        for path, parts in paths.items():
             if isinstance(getattr(modules[path], name, None), (nn.Module, Tensor)):
                 raise MatchError(
                     f"{path} already has a child {name!r}: give the config another name, name={name + '_delta'!r}."
                 )
-            attachments.setdefault(path, []).append(_attach(config, name, sites[path], modules, group))
-    trained, fresh = _trained(backbone, modules, configs)
+            site = _meant(sites[path], parts)
+            attachments.setdefault(path, []).append(_attach(config, name, site, modules, group))
+    trains, fresh = trained(backbone, modules, configs, known)
     uncalled = {path for path in attachments if _read_by_parent(path, modules)}
     return Plan(
         {path: tuple(group) for path, group in attachments.items()},
-        trained,
+        trains,
         fresh,
         _all_ends(backbone),
         uncalled,
@@ -182,20 +188,7 @@ def _read_by_parent(path: str, modules: dict[str, nn.Module]) -> bool:
 
 def _all_ends(backbone: nn.Module) -> dict[str, tuple[str, ...]]:
     """``{name: every name of the same tensor}`` for parameters and buffers."""
-    return {ends[0]: tuple(ends) for ends in _names_of_tensors(backbone).values()}
-
-
-def _names_of_tensors(backbone: nn.Module) -> dict[int, list[str]]:
-    """Every name of every tensor by its id, one name a slot: a module that stands under two paths has one slot.
-
-    Swapping one slot under two names would put the wrong tensor back.
-    """
-    names: dict[int, list[str]] = {}
-    for path, module in backbone.named_modules():
-        for own, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None:
-                names.setdefault(id(tensor), []).append(f"{path}.{own}" if path else own)
-    return names
+    return {ends[0]: tuple(ends) for ends in names_of_tensors(backbone).values()}
 
 
 def _delta_names(configs: Sequence[BaseDeltaConfig]) -> list[str]:
@@ -215,44 +208,9 @@ def _delta_names(configs: Sequence[BaseDeltaConfig]) -> list[str]:
     return names
 
 
-def _select(
-    backbone: nn.Module, modules: dict[str, nn.Module], canonical: dict[int, str], config: BaseDeltaConfig
-) -> list[str]:
-    """The sites that ``config`` names, in the backbone's order; every name given has to mean something."""
-    given = config.modified_modules
-    if given is None:
-        given = config.default_modified_modules
-        if not given:
-            raise MatchError(f"{config.delta_type} has no default sites: give modified_modules=[...].")
-    if not given:
-        raise MatchError("modified_modules=[] names no site: leave it out for the method's own sites.")
-    targets = resolve(backbone, given)
-    # A parametrised weight is computed by modules of its own, which are meant only when they are named.
-    inner = any("parametrizations" in target for target in targets)
-    names = [path for path in modules if path and (inner or ".parametrizations." not in path)]
-    excluded = config.exclude_modules
-    if excluded is None:
-        # A method's own sites never include the language model's head; a head that is named is meant.
-        excluded = () if config.modified_modules is not None else tuple(p for p in ("lm_head",) if p in modules)
-    for path in excluded:
-        if not any(within(name, path) for name in names):
-            raise MatchError(f"exclude_modules: {path!r} is no module of {type(backbone).__name__}.{near(path, names)}")
-    found: dict[str, None] = {}
-    for target in targets:
-        hits = [path for path in names if matches(path, target)]
-        if not hits:
-            raise MatchError(
-                f"modified_modules: {target!r} matches no module of {type(backbone).__name__}.{near(target, names)}"
-            )
-    for path in names:
-        if find_key(path, targets) and not any(within(path, left_out) for left_out in excluded):
-            for site in config.spread(path, modules[path]):
-                if not any(within(site, left_out) for left_out in excluded):
-                    found[canonical[id(modules[site])]] = None
-    if not found:
-        raise MatchError(f"exclude_modules={list(excluded)} leaves none of the sites that {list(given)} name.")
-    order = {path: position for position, path in enumerate(modules)}
-    return sorted(found, key=order.__getitem__)
+def _meant(site: Site, parts: Parts) -> Site:
+    """The site as one config means it: all of its output, or parts."""
+    return dataclasses.replace(site, parts=parts) if parts else site
 
 
 def _attach(
@@ -293,35 +251,3 @@ def _attach(
         key=next(iter((keys or common).values())),
         by_weights=read_by_parent or not (config.gives("before") or config.gives("after")),
     )
-
-
-def _trained(
-    backbone: nn.Module, modules: dict[str, nn.Module], configs: Sequence[BaseDeltaConfig]
-) -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
-    """The backbone leaves that ``unfrozen_modules`` name, each with every name of its tensor."""
-    parameters = dict(backbone.named_parameters(remove_duplicate=False))
-    names_of = _names_of_tensors(backbone)
-    trained: dict[str, tuple[str, ...]] = {}
-    fresh: set[str] = set()
-    for config in configs:
-        for target in resolve(backbone, tuple(name for name in config.unfrozen_modules if name != "deltas")):
-            owners = [path for path in modules if path and matches(path, target)]
-            hits = [
-                name for name in parameters if matches(name, target) or any(within(name, owner) for owner in owners)
-            ]
-            if not hits:
-                known = [path for path in (*modules, *parameters) if path]
-                raise MatchError(
-                    f"unfrozen_modules: {target!r} means no parameter of "
-                    f"{type(backbone).__name__}.{near(target, known)}"
-                )
-            for name in hits:
-                ends = names_of[id(parameters[name])]
-                if not parameters[name].is_floating_point():
-                    raise MatchError(f"unfrozen_modules: {name} is {parameters[name].dtype} and cannot be trained.")
-                if ends[0] not in trained:
-                    trained[ends[0]] = tuple(ends)
-                    if config.unfrozen_init == "fresh":
-                        fresh.add(ends[0])
-    order = {name: position for position, name in enumerate(parameters)}
-    return {name: trained[name] for name in sorted(trained, key=order.__getitem__)}, frozenset(fresh)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .errors import MatchError
+from .parts import Part
 
 CONVOLUTIONS = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
 NORMS_OVER_LAST_AXIS = ("LayerNorm", "RMSNorm")
@@ -31,6 +32,9 @@ class Site:
         dtype, device: of the module's tensors.
         options: the arguments that a convolution or an embedding was made with.
         training: whether the call is made in training mode.
+        fused: the parts of an output that is several projections at once, where the backbone's family is known.
+        parts: those of them that are meant; empty: the whole output. Only a method that declares ``acts_on_parts``
+            meets any.
 
     >>> site_of("0", torch.nn.Linear(3, 5, bias=False)).out_features
     5
@@ -48,6 +52,8 @@ class Site:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     options: tuple[tuple[str, Any], ...] = ()
     training: bool = False
+    fused: tuple[Part, ...] = ()
+    parts: tuple[Part, ...] = ()
 
     @property
     def leaf_dtype(self) -> torch.dtype:
