@@ -20,7 +20,10 @@ from zoo import ZOO
 import funcdelta as fd
 from funcdelta.config import METHODS
 from funcdelta.inspect import folded, tree
+from funcdelta.inspect.graph import common_names_of
 from funcdelta.inspect.render import console, drawn, legend
+from funcdelta.match import find_key
+from funcdelta.structures import families, resolve
 
 BERT_BASE = 109_482_240
 # What the real library counts on BERT-base with its defaults; in a prefix also the numbers 0 to 5, as a parameter.
@@ -265,31 +268,44 @@ def test_the_graph_of_bert(capsys: Printed) -> None:
         == """\
 BertModel
 ├── embeddings (BertEmbeddings)
-│   ├── word_embeddings (Embedding) weight:[64, 16]
+│   ├── word_embeddings (Embedding) embeddings@ weight:[64, 16]
 │   ├── position_embeddings (Embedding) weight:[32, 16]
 │   ├── token_type_embeddings (Embedding) weight:[2, 16]
 │   └── LayerNorm (LayerNorm) weight:[16] bias:[16]
-├── encoder (BertEncoder)
-│   └── layer (ModuleList)
+├── encoder (BertEncoder) encoder@
+│   └── layer (ModuleList) encoder@.block@
 │       └── 0-1 (BertLayer)
 │           ├── attention (BertAttention) attn@
 │           │   ├── self (BertSelfAttention)
 │           │   │   └── query,key,value (Linear) attn@.q@,attn@.k@,attn@.v@ weight:[16, 16] bias:[16]
 │           │   └── output (BertSelfOutput)
 │           │       ├── dense (Linear) attn@.proj@ weight:[16, 16] bias:[16]
-│           │       └── LayerNorm (LayerNorm) layer_norm@ weight:[16] bias:[16]
+│           │       └── LayerNorm (LayerNorm) attn@.layer_norm@ weight:[16] bias:[16]
 │           ├── intermediate (BertIntermediate) ff@
 │           │   └── dense (Linear) ff@.w1@ weight:[24, 16] bias:[24]
 │           └── output (BertOutput) ff@
 │               ├── dense (Linear) ff@.w2@ weight:[16, 24] bias:[16]
-│               └── LayerNorm (LayerNorm) layer_norm@ weight:[16] bias:[16]
+│               └── LayerNorm (LayerNorm) ff@.layer_norm@ weight:[16] bias:[16]
 └── pooler (BertPooler)
     └── dense (Linear) weight:[16, 16] bias:[16]
 """
     )
     assert root == fd.structure_graph(model, print_tree=False)
-    assert [child.name for child in fd.structure_graph(model, only_common=True).children] == ["encoder"]
-    assert "embeddings" not in capsys.readouterr().out
+    capsys.readouterr()
+    assert [child.name for child in fd.structure_graph(model, only_common=True).children] == ["embeddings", "encoder"]
+    printed = capsys.readouterr().out
+    assert "encoder@" in printed
+    assert "position_embeddings" not in printed
+    assert "pooler" not in printed
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if families(ZOO[name].build())])
+def test_a_common_name_that_is_shown_means_the_module_that_it_stands_at(name: str) -> None:
+    model = ZOO[name].build()
+    shown = common_names_of(model)
+    assert shown
+    for path, names in shown.items():
+        assert find_key(path, resolve(model, names))
 
 
 def test_tensors_on_their_own_lines_and_what_has_no_parameters(capsys: Printed) -> None:

@@ -8,8 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from ..errors import ConfigError
-from ..match import find_key
-from ..structures import FAMILIES, families, resolve
+from ..structures import common_names
 from .folding import folded
 from .nodes import Node, pruned, tree
 from .render import show
@@ -56,20 +55,22 @@ def structure_graph(
 
 
 def common_names_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """``{module path: its common names}`` of all modules that have some; ``MatchError`` for an unknown family.
+    """``{module path: (its common name,)}``, as ``modified_modules`` takes it, of the modules that have one.
+
+    The full common name also says where the module lies; what is left here is what a target is written with.
+    ``MatchError`` for a model of no known family.
 
     >>> from transformers import BertConfig, BertModel
     >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     >>> common_names_of(BertModel(BertConfig(vocab_size=9, **sizes)))["encoder.layer.0.attention.self.query"]
     ('attn@.q@',)
     """
-    known = dict.fromkeys(name for family in families(model) for name in FAMILIES[family])
-    targets = {name: resolve(model, (name,)) for name in known or ("attn@",)}
     found: dict[str, tuple[str, ...]] = {}
-    for path, _ in model.named_modules(remove_duplicate=False):
-        names = tuple(name for name in targets if path and find_key(path, targets[name]))
-        if names:
-            found[path] = names
+    for path, name in common_names(model).items():
+        tokens = name.split(".")
+        start = max((i + 1 for i, token in enumerate(tokens) if not token.endswith("@")), default=0)
+        if start < len(tokens):
+            found[path] = (".".join(tokens[start:]),)
     return found
 
 
