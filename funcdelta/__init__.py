@@ -25,6 +25,14 @@ from .errors import PickError as PickError
 from .errors import StackError as StackError
 from .errors import StaleBackboneError as StaleBackboneError
 from .gradients import value_and_grad as value_and_grad
+from .inspect import DeltaStatistics as DeltaStatistics
+from .inspect import OptimizerGroup as OptimizerGroup
+from .inspect import frozen_parameters_names as frozen_parameters_names
+from .inspect import inspect_optimizer as inspect_optimizer
+from .inspect import num_total_parameters as num_total_parameters
+from .inspect import num_trainable_parameters as num_trainable_parameters
+from .inspect import structure_graph as structure_graph
+from .inspect import trainable_parameters_names as trainable_parameters_names
 from .match import find_key as find_key
 from .match import find_module as find_module
 from .model import DeltaModel as DeltaModel
