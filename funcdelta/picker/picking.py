@@ -101,13 +101,12 @@ def served(picking: Picking, port: int = 0) -> Iterator[str]:
             """Nothing: the token is no business of any log."""
 
     with _listening(port) as listener:
-        server = make_server(
-            HOST, port, make_app(picking), threaded=True, request_handler=Quiet, fd=listener.fileno()
-        )
+        bound = listener.getsockname()[1]
+        server = make_server(HOST, bound, make_app(picking), True, request_handler=Quiet, fd=listener.fileno())
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
-        yield f"http://{HOST}:{server.server_port}/{picking.token}/"
+        yield f"http://{HOST}:{bound}/{picking.token}/"
     finally:
         server.shutdown()
         thread.join()
