@@ -28,7 +28,11 @@ from .choice import assess, usual
 from .naming import paths_of
 
 PAGE = Path(__file__).parent / "page"
-FILES = {"": ("page.html", "text/html"), "page.css": ("page.css", "text/css"), "page.js": ("page.js", "text/javascript")}
+FILES = {
+    "": ("page.html", "text/html"),
+    "page.css": ("page.css", "text/css"),
+    "page.js": ("page.js", "text/javascript"),
+}
 LOOPBACK = ("127.0.0.1", "localhost")
 """Hosts that the page answers to. Any port: it may be another one at the near end of an ssh tunnel."""
 HEADERS = {

@@ -18,7 +18,8 @@ from ..model import DeltaModel
 from ..site import site_of
 from .naming import short_names
 
-LINE = 88
+LINE = 46
+"""Longer text has one name a line; as wide as the page's column."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,8 @@ def usual(model: nn.Module, config: BaseDeltaConfig) -> list[str]:
 def pasted(names: Sequence[str]) -> str:
     r"""``names`` as an argument in Python source.
 
-    >>> print(pasted(["query", r"[r]layer\.[0-5]\.output"]))
-    modified_modules=["query", r"[r]layer\.[0-5]\.output"]
+    >>> print(pasted(["query", r"[r]layer\.[0-5]"]))
+    modified_modules=["query", r"[r]layer\.[0-5]"]
     """
     quoted = [f'r"{name}"' if "\\" in name and '"' not in name else json.dumps(name) for name in names]
     line = f"modified_modules=[{', '.join(quoted)}]"

@@ -4,7 +4,7 @@
 const $ = (id) => document.getElementById(id);
 const chosen = new Set();
 const past = []; // earlier choices, for undo
-const open = new Set(); // keys of expanded rows
+const opened = new Set(); // keys of expanded rows
 const unfolded = new Set(); // keys of folded rows that are shown as their members
 let root, total, refused = new Map(), focused, query = "", typed = "", typedAt = 0, counting, timer;
 
@@ -14,11 +14,10 @@ const short = new Intl.NumberFormat("en", { notation: "compact", maximumSignific
 const whole = new Intl.NumberFormat("en");
 
 async function send(action, data) {
-  const response = await fetch(action, {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify(data),
-    signal: action === "count" ? counting.signal : undefined,
+  const request = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(data) };
+  if (action === "count") request.signal = counting.signal;
+  const response = await fetch(action, request).catch((error) => {
+    throw error.name === "AbortError" ? error : new Error("Python does not listen to this page any more.");
   });
   const answer = await response.json();
   if (!response.ok) throw new Error(answer.error);
@@ -63,7 +62,7 @@ const nameHit = (path) => {
 const ownHit = (row) => row.class.toLowerCase().includes(query) || row.name.toLowerCase().includes(query) || row.paths.some(nameHit);
 const hit = (row) => !query || ownHit(row) || below(row).some(hit);
 const shown = (row) => below(row).filter(hit);
-const isOpen = (row) => below(row).length > 0 && (query ? shown(row).some((r) => hit(r)) : open.has(row.key));
+const isOpen = (row) => below(row).length > 0 && (query ? shown(row).some((r) => hit(r)) : opened.has(row.key));
 
 function* visible(row = root) {
   for (const child of shown(row)) {
@@ -162,7 +161,6 @@ function draw(refocus = false) {
   $("nothing").hidden = rows.length > 0;
   $("matches").hidden = !query || rows.length === 0;
   if (refocus) current()?.focus();
-  current()?.firstChild.scrollIntoView({ block: refocus ? "nearest" : "nearest" });
 }
 const current = () => document.querySelector(`#tree [data-key="${CSS.escape(focused ?? "")}"]`);
 
@@ -201,7 +199,7 @@ const toggle = (row) => choose(() => {
 });
 
 function expand(row, on) {
-  on ? open.add(row.key) : open.delete(row.key);
+  on ? opened.add(row.key) : opened.delete(row.key);
   draw(true);
 }
 
@@ -235,16 +233,16 @@ async function figures() {
   counting?.abort();
   counting = new AbortController();
   const mine = counting;
-  $("figures")?.classList.add("busy");
   document.querySelector(".figures").classList.add("busy");
   try {
     show(await send("count", { method: $("method").value, paths: [...chosen] }));
   } catch (error) {
     if (error.name === "AbortError") return;
-    show({ sites: 0, parameters: 0, text: $("text").textContent, error: error.message, refused: [] });
+    failed(error);
   }
   if (mine === counting) document.querySelector(".figures").classList.remove("busy");
 }
+const failed = (error) => show({ text: $("text").textContent, error: error.message, refused: [] });
 
 function show(answer) {
   $("sites").textContent = answer.error ? "–" : whole.format(answer.sites);
@@ -267,8 +265,7 @@ async function finish(action, data) {
     const { count: n } = await send(action, data);
     $("ended").textContent = action === "done" ? `${n} module${n === 1 ? "" : "s"} handed back` : "Cancelled";
   } catch (error) {
-    $("error").hidden = false;
-    $("reason").textContent = error.message;
+    failed(error);
     return;
   }
   $("end").hidden = false;
@@ -304,7 +301,7 @@ $("tree").addEventListener("keydown", (event) => {
     " ": () => toggle(row),
     "+": () => unfold(row),
     "-": () => fold(row),
-    "*": () => { shown(row.parent).forEach((other) => open.add(other.key)); draw(true); },
+    "*": () => { shown(row.parent).forEach((other) => opened.add(other.key)); draw(true); },
   };
   if (keys[event.key]) keys[event.key]();
   else if (event.key.length === 1 && event.key !== "/") jump(event.key.toLowerCase(), rows, at, event.timeStamp);
@@ -335,8 +332,8 @@ $("matches").addEventListener("click", () => choose(() => {
     if (ownHit(row)) row.paths.filter((path) => row.class.toLowerCase().includes(query) || nameHit(path)).forEach((path) => chosen.add(path));
   }
 }));
-$("expand").addEventListener("click", () => { for (const row of every()) open.add(row.key); draw(); });
-$("collapse").addEventListener("click", () => { open.clear(); draw(); });
+$("expand").addEventListener("click", () => { for (const row of every()) opened.add(row.key); draw(); });
+$("collapse").addEventListener("click", () => { opened.clear(); draw(); });
 $("bare").addEventListener("change", () => draw());
 $("method").addEventListener("change", figures);
 $("undo").addEventListener("click", undo);
@@ -348,7 +345,7 @@ $("usual").addEventListener("click", async () => {
     if (answer.error) throw new Error(answer.error);
     choose(() => { chosen.clear(); answer.paths.forEach((path) => chosen.add(path)); });
   } catch (error) {
-    show({ sites: 0, parameters: 0, text: $("text").textContent, error: error.message, refused: [] });
+    failed(error);
   }
 });
 $("copy").addEventListener("click", async () => {
@@ -378,7 +375,7 @@ async function start() {
     const closed = rows.filter((row) => !isOpen(row) && below(row).length);
     const more = closed.reduce((n, row) => n + below(row).length, 0);
     if (!closed.length || rows.length + more > 26) break;
-    closed.forEach((row) => open.add(row.key));
+    closed.forEach((row) => opened.add(row.key));
   }
   draw();
   changed();
