@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hmac
 import secrets
 import threading
@@ -141,13 +142,8 @@ def _as_json(error: HTTPException) -> Response:
 def _routes(picking: Picking) -> Blueprint:
     routes = Blueprint("picker", __name__)
 
-    @routes.get("/", defaults={"name": ""})
-    @routes.get("/<name>")
-    def page(name: str) -> Response:
-        if name not in FILES:
-            abort(404, f"There is no {name!r} here.")
-        file, kind = FILES[name]
-        return Response((PAGE / file).read_bytes(), mimetype=kind)
+    for name in FILES:
+        routes.add_url_rule(f"/{name}", name.replace(".", "_") or "page", functools.partial(_file, name))
 
     @routes.get("/tree")
     def tree() -> Response:
@@ -184,6 +180,11 @@ def _routes(picking: Picking) -> Blueprint:
         return _last(picking, jsonify(count=0))
 
     return routes
+
+
+def _file(name: str) -> Response:
+    file, kind = FILES[name]
+    return Response((PAGE / file).read_bytes(), mimetype=kind)
 
 
 def _last(picking: Picking, response: Response) -> Response:
