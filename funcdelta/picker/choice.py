@@ -117,6 +117,6 @@ def pasted(names: Sequence[str]) -> str:
     """
     quoted = [f'r"{name}"' if "\\" in name and '"' not in name else json.dumps(name) for name in names]
     line = f"modified_modules=[{', '.join(quoted)}]"
-    if len(line) <= LINE:
+    if len(line) <= LINE or len(names) == 1:
         return line
     return "modified_modules=[\n" + "".join(f"    {name},\n" for name in quoted) + "]"

@@ -255,8 +255,9 @@ function show(answer) {
   $("remove").textContent = answer.refused.length === 1 ? "Take it out" : `Take these ${answer.refused.length} out`;
   $("done").disabled = chosen.size === 0;
   $("copy").disabled = chosen.size === 0;
+  const before = refused.size;
   refused = new Map(answer.refused);
-  if (refused.size) draw($("tree").contains(document.activeElement));
+  if (before || refused.size) draw($("tree").contains(document.activeElement));
   $("status").textContent = answer.error ? "" : `${answer.sites} sites, ${whole.format(answer.parameters)} parameters`;
 }
 
