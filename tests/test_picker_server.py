@@ -11,6 +11,7 @@ import socket
 import threading
 import urllib.error
 import urllib.request
+import webbrowser
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,22 @@ def test_without_the_library_the_command_is_said(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "flask" else find(name))
     with raises_saying(fd.PickError, "Flask", 'pip install "funcdelta[web]"'):
         fd.pick(MLP(), open_browser=False)
+
+
+def test_only_a_graphical_browser_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser.BackgroundBrowser, "open", lambda self, address: opened.append(address))
+    monkeypatch.setattr(webbrowser.GenericBrowser, "open", lambda self, address: pytest.fail("it takes the terminal"))
+
+    def none() -> Any:
+        raise webbrowser.Error("could not locate runnable browser")
+
+    for browser in (none, lambda: webbrowser.GenericBrowser("lynx"), lambda: webbrowser.BackgroundBrowser("firefox")):
+        monkeypatch.setattr(webbrowser, "get", browser)
+        with raises_saying(fd.PickError, "within"):
+            fd.pick(MLP(), timeout=0.02)
+    assert len(opened) == 1
+    assert opened[0].startswith("http://127.0.0.1:")
 
 
 # ---- interactive_modify -------------------------------------------------------------------------------------------

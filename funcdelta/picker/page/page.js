@@ -275,9 +275,9 @@ async function finish(action, data) {
 }
 
 $("tree").addEventListener("click", (event) => {
-  const line = event.target.closest(".node");
-  if (!line) return;
-  const row = line.parentElement.row;
+  // A screen reader clicks on the row itself; the lines beside a group belong to no row.
+  if (event.target.matches("ul")) return;
+  const { row } = event.target.closest("li");
   focusRow(row);
   if (event.target.closest(".twist")) expand(row, !isOpen(row));
   else if (event.target.closest(".fold")) row.foldable ? unfold(row) : fold(row);
