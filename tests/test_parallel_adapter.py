@@ -249,7 +249,6 @@ def test_compiled_in_one_graph_with_a_loss_gradient() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_view_trains_under_gradient_checkpointing(reentrant: bool) -> None:
-    # A recomputation that has all that it needs stops early, between the two ends of a span.
     architecture = ZOO["bert"]
     model, inputs = architecture.build(), architecture.inputs(3)
     for module in model.modules():
