@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -364,6 +365,8 @@ def test_ends_that_do_not_pair_are_named() -> None:
     for names in (["tokens"], ["tokens", "project"]):
         with raises_saying(fd.MatchError, "cannot act at tokens", "token numbers"):
             build(*names, model=ZOO["embedding"].build())
+    with raises_saying(fd.MatchError, "what enters bert.embeddings", "without a tensor of features"):
+        build("bert.embeddings", model=bert)
     with raises_saying(fd.MatchError, "self_attn.out_proj is read by the module above"):
         build("linear1", "self_attn.out_proj", model=ZOO["torch_transformer"].build())
     with raises_saying(fd.ConfigError, "scaled='big'", "a number"):
@@ -409,6 +412,17 @@ def test_what_a_span_cannot_mean_is_told() -> None:
     pooled = nn.Sequential(nn.Linear(4, 4), nn.AdaptiveAvgPool1d(4), nn.Flatten(1), nn.Linear(20, 3))
     with raises_saying(fd.MatchError, "from 0 to 3", "(2, 5, 4)", "(2, 5, 3)", "(2, 3) leaves", "positions stay"):
         call(pooled, torch.randn(2, 5, 4), "0", "3")
+
+
+def test_a_span_is_acted_on_by_after_alone() -> None:
+    functions: dict[str, Any] = {
+        "init": lambda self, site, rng: {"w": torch.zeros(())},
+        "before": lambda self, site, p, x: x,
+        "spans": lambda self, names: ((names[0], names[1]),),
+    }
+    own = dataclass(frozen=True)(type("Own", (fd.BaseDeltaConfig,), functions))
+    with raises_saying(fd.ConfigError, "Own gives spans", "after"):
+        fd.DeltaModel(TwoBlocks(), own(modified_modules=["up", "down"]))
 
 
 class ReadsInner(nn.Module):
