@@ -10,6 +10,8 @@ from .auto import CompacterModel as CompacterModel
 from .auto import LoraModel as LoraModel
 from .auto import LowRankAdapterModel as LowRankAdapterModel
 from .auto import ParallelAdapterModel as ParallelAdapterModel
+from .auto import PrefixModel as PrefixModel
+from .auto import SoftPromptModel as SoftPromptModel
 from .config import AutoDeltaConfig as AutoDeltaConfig
 from .config import BaseDeltaConfig as BaseDeltaConfig
 from .config import register as register
@@ -19,6 +21,8 @@ from .deltas import CompacterConfig as CompacterConfig
 from .deltas import LoraConfig as LoraConfig
 from .deltas import LowRankAdapterConfig as LowRankAdapterConfig
 from .deltas import ParallelAdapterConfig as ParallelAdapterConfig
+from .deltas import PrefixConfig as PrefixConfig
+from .deltas import SoftPromptConfig as SoftPromptConfig
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import EngineError as EngineError
@@ -27,9 +31,20 @@ from .errors import FuncdeltaError as FuncdeltaError
 from .errors import MatchError as MatchError
 from .errors import MergeError as MergeError
 from .errors import ParamsError as ParamsError
+from .errors import PickError as PickError
 from .errors import StackError as StackError
 from .errors import StaleBackboneError as StaleBackboneError
 from .gradients import value_and_grad as value_and_grad
+from .inspect import DeltaStatistics as DeltaStatistics
+from .inspect import OptimizerGroup as OptimizerGroup
+from .inspect import frozen_parameters_names as frozen_parameters_names
+from .inspect import inspect_optimizer as inspect_optimizer
+from .inspect import num_total_parameters as num_total_parameters
+from .inspect import num_trainable_parameters as num_trainable_parameters
+from .inspect import structure_graph as structure_graph
+from .inspect import trainable_parameters_names as trainable_parameters_names
+from .interop.opendelta import load_opendelta as load_opendelta
+from .interop.opendelta import save_opendelta as save_opendelta
 from .match import find_key as find_key
 from .match import find_module as find_module
 from .model import DeltaModel as DeltaModel
@@ -42,7 +57,9 @@ from .params import seeds as seeds
 from .params import stack as stack
 from .params import take as take
 from .params import unstack as unstack
+from .picker import pick as pick
 from .site import Site as Site
+from .structures import common_names as common_names
 from .view import unbind as unbind
 
 DeltaBase = DeltaModel

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from .config import BaseDeltaConfig
 from .errors import ConfigError, MatchError
-from .match import find_key, matches, near, within
+from .naming import names_of_tensors, select, trained
 from .sharing import Shared, share
-from .site import Site, site_of
+from .site import AttentionShape, Site, site_of
 from .spans import select_spans, site_between
-from .structures import resolve
+from .structures import Names, Parts
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class Attachment:
         leaves: ``{leaf: key}`` of all that the method's functions get here, shared and expanded leaves too.
         shapes, dtypes: of one member's own leaves here, by key in params.
         by_weights: whether the delta acts by rewriting the site's tensors instead of its hidden values.
+        by_values: whether it acts on the hidden values that enter or leave the site.
         key: the key in params of the first leaf, own or shared, which stands for all.
+        prompt_rows: how many positions it adds before the input.
     """
 
     name: str
@@ -39,7 +41,14 @@ class Attachment:
     dtypes: dict[str, torch.dtype]
     constants: tuple[str, ...]
     by_weights: bool
+    by_values: bool
     key: str
+    prompt_rows: int = 0
+
+    @property
+    def adds_keys(self) -> bool:
+        """Whether the delta adds keys and values to the site's attention."""
+        return self.config.gives("attend")
 
     @property
     def ends(self) -> tuple[str, ...]:
@@ -128,23 +137,36 @@ class Plan:
 
 
 WidthProbe = Callable[[list[str]], Mapping[str, tuple[int | None, int]]]
+AttentionProbe = Callable[[list[str]], dict[str, AttentionShape]]
 
 
-def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: WidthProbe) -> Plan:
-    """Match every config against ``backbone``; ``widths(paths)`` measures features that weights do not tell."""
+def build_plan(
+    backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: WidthProbe, attention: AttentionProbe
+) -> Plan:
+    """Match every config against ``backbone``.
+
+    ``widths(paths)`` measures features that weights do not tell, ``attention(paths)`` the keys of attention sites.
+    """
     modules = dict(backbone.named_modules(remove_duplicate=False))
     canonical = {id(module): path for path, module in backbone.named_modules()}
     for config in configs:
-        if not any(config.gives(function) for function in ("before", "after", "weights")):
-            raise ConfigError(f"{type(config).__name__} gives none of before, after and weights: it would do nothing.")
+        if not any(config.gives(function) for function in ("before", "after", "weights", "attend", "prompt")):
+            raise ConfigError(
+                f"{type(config).__name__} gives none of before, after, weights, attend and prompt: it would do nothing."
+            )
         if config.gives("spans") and not config.gives("after"):
             raise ConfigError(f"{type(config).__name__} gives spans, which only after can act on, and no after.")
     names = _delta_names(configs)
-    chosen = [_spans(backbone, modules, canonical, config) for config in configs]
+    known = Names(backbone)
+    chosen = [_chosen(backbone, modules, canonical, config, known) for config in configs]
 
-    facts = {path: site_of(path, modules[path]) for spans in chosen for span in spans.items() for path in span}
+    ends = dict.fromkeys(end for spans, _ in chosen for span in spans.items() for end in span)
+    facts = {path: dataclasses.replace(site_of(path, modules[path]), fused=known.parts(path)) for path in ends}
     sites = _sites(configs, chosen, facts, modules)
-    unknown = [path for path, site in facts.items() if site.out_features is None]
+    unknown = list(
+        dict.fromkeys(end for config, own in zip(configs, sites, strict=True) for end in _unknown(config, own))
+    )
+    unknown = [path for path in unknown if facts[path].out_features is None]
     measured = widths(unknown) if unknown else {}
     if unknown:
         for path in unknown:
@@ -152,6 +174,7 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: 
                 facts[path], in_features=measured[path][0], out_features=measured[path][1]
             )
         sites = _sites(configs, chosen, facts, modules)
+    sites = _with_attention(configs, sites, attention)
 
     attachments: dict[str, list[Attachment]] = {}
     shared: list[Shared] = []
@@ -171,11 +194,11 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: 
                     f"{path} already has a child {name!r}: give the config another name, name={name + '_delta'!r}."
                 )
             attachments.setdefault(site.exit or path, []).append(_attach(config, name, site, modules, group))
-    trained, fresh = _trained(backbone, modules, configs)
+    trains, fresh = trained(backbone, modules, configs, known)
     uncalled = {path for path in attachments if _read_by_parent(path, modules)}
     return Plan(
         {path: tuple(group) for path, group in attachments.items()},
-        trained,
+        trains,
         fresh,
         _all_ends(backbone),
         uncalled,
@@ -185,16 +208,34 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: 
     )
 
 
+def _chosen(
+    backbone: nn.Module, modules: dict[str, nn.Module], canonical: dict[int, str], config: BaseDeltaConfig, known: Names
+) -> tuple[dict[str, str], dict[str, Parts]]:
+    """Where ``config`` takes hidden values, each with where it gives them, and which parts of an output it means.
+
+    At a single site hidden values are taken and given at the same path.
+    """
+
+    def selected(config: BaseDeltaConfig) -> dict[str, Parts]:
+        return select(backbone, modules, canonical, config, known)
+
+    if config.gives("spans"):
+        return select_spans(config, selected), {}
+    parts = selected(config)
+    return {path: path for path in parts}, parts
+
+
 def _sites(
     configs: Sequence[BaseDeltaConfig],
-    chosen: Sequence[Mapping[str, str]],
+    chosen: Sequence[tuple[Mapping[str, str], Mapping[str, Parts]]],
     facts: Mapping[str, Site],
     modules: Mapping[str, nn.Module],
 ) -> list[tuple[Site, ...]]:
-    """The sites of every config, after it has been asked whether it can act there."""
+    """The sites of every config as it sees them, after it has been asked whether it can act there."""
     found: list[tuple[Site, ...]] = []
-    for config, spans in zip(configs, chosen, strict=True):
-        found.append(tuple(site_between(facts[entry], facts[end]) for entry, end in spans.items()))
+    for config, (spans, parts) in zip(configs, chosen, strict=True):
+        own = (site_between(_meant(facts[entry], parts.get(entry, ())), facts[end]) for entry, end in spans.items())
+        found.append(tuple(config.describe(site, modules[site.path]) for site in own))
         for site in found[-1]:
             refusal = config.check(site)
             if refusal:
@@ -204,6 +245,30 @@ def _sites(
     return found
 
 
+def _unknown(config: BaseDeltaConfig, sites: Sequence[Site]) -> Iterator[str]:
+    """The modules whose numbers of features ``config`` may need and has not told; keys and values need none."""
+    if config.gives("attend") and not _by_values(config):
+        return
+    for site in sites:
+        if site.exit is not None:
+            yield from (site.path, site.exit)
+        elif site.out_features is None:
+            yield site.path
+
+
+def _with_attention(
+    configs: Sequence[BaseDeltaConfig], sites: Sequence[tuple[Site, ...]], attention: AttentionProbe
+) -> list[tuple[Site, ...]]:
+    """The sites, with the shapes of keys and values at those of methods that add some."""
+    adding = [config.gives("attend") for config in configs]
+    paths = list(dict.fromkeys(site.path for own, adds in zip(sites, adding, strict=True) for site in own if adds))
+    shapes = attention(paths) if paths else {}
+    return [
+        tuple(dataclasses.replace(site, shape_of_attention=shapes[site.path]) if adds else site for site in own)
+        for own, adds in zip(sites, adding, strict=True)
+    ]
+
+
 def _read_by_parent(path: str, modules: dict[str, nn.Module]) -> bool:
     """torch's attention reads its output projection's tensors and never calls the module."""
     return isinstance(modules[path.rpartition(".")[0]], nn.MultiheadAttention)
@@ -211,20 +276,7 @@ def _read_by_parent(path: str, modules: dict[str, nn.Module]) -> bool:
 
 def _all_ends(backbone: nn.Module) -> dict[str, tuple[str, ...]]:
     """``{name: every name of the same tensor}`` for parameters and buffers."""
-    return {ends[0]: tuple(ends) for ends in _names_of_tensors(backbone).values()}
-
-
-def _names_of_tensors(backbone: nn.Module) -> dict[int, list[str]]:
-    """Every name of every tensor by its id, one name a slot: a module that stands under two paths has one slot.
-
-    Swapping one slot under two names would put the wrong tensor back.
-    """
-    names: dict[int, list[str]] = {}
-    for path, module in backbone.named_modules():
-        for own, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None:
-                names.setdefault(id(tensor), []).append(f"{path}.{own}" if path else own)
-    return names
+    return {ends[0]: tuple(ends) for ends in names_of_tensors(backbone).values()}
 
 
 def _delta_names(configs: Sequence[BaseDeltaConfig]) -> list[str]:
@@ -244,55 +296,9 @@ def _delta_names(configs: Sequence[BaseDeltaConfig]) -> list[str]:
     return names
 
 
-def _select(
-    backbone: nn.Module, modules: dict[str, nn.Module], canonical: dict[int, str], config: BaseDeltaConfig
-) -> list[str]:
-    """The sites that ``config`` names, in the backbone's order; every name given has to mean something."""
-    given = config.modified_modules
-    if given is None:
-        given = config.default_modified_modules
-        if not given:
-            raise MatchError(f"{config.delta_type} has no default sites: give modified_modules=[...].")
-    if not given:
-        raise MatchError("modified_modules=[] names no site: leave it out for the method's own sites.")
-    targets = resolve(backbone, given)
-    # A parametrised weight is computed by modules of its own, which are meant only when they are named.
-    inner = any("parametrizations" in target for target in targets)
-    names = [path for path in modules if path and (inner or ".parametrizations." not in path)]
-    excluded = config.exclude_modules
-    if excluded is None:
-        # A method's own sites never include the language model's head; a head that is named is meant.
-        excluded = () if config.modified_modules is not None else tuple(p for p in ("lm_head",) if p in modules)
-    for path in excluded:
-        if not any(within(name, path) for name in names):
-            raise MatchError(f"exclude_modules: {path!r} is no module of {type(backbone).__name__}.{near(path, names)}")
-    found: dict[str, None] = {}
-    for target in targets:
-        hits = [path for path in names if matches(path, target)]
-        if not hits:
-            raise MatchError(
-                f"modified_modules: {target!r} matches no module of {type(backbone).__name__}.{near(target, names)}"
-            )
-    for path in names:
-        if find_key(path, targets) and not any(within(path, left_out) for left_out in excluded):
-            for site in config.spread(path, modules[path]):
-                if not any(within(site, left_out) for left_out in excluded):
-                    found[canonical[id(modules[site])]] = None
-    if not found:
-        raise MatchError(f"exclude_modules={list(excluded)} leaves none of the sites that {list(given)} name.")
-    order = {path: position for position, path in enumerate(modules)}
-    return sorted(found, key=order.__getitem__)
-
-
-def _spans(
-    backbone: nn.Module, modules: dict[str, nn.Module], canonical: dict[int, str], config: BaseDeltaConfig
-) -> dict[str, str]:
-    """Where ``config`` takes hidden values, each with where it gives them: at a single site the same path."""
-
-    def select(config: BaseDeltaConfig) -> list[str]:
-        return _select(backbone, modules, canonical, config)
-
-    return select_spans(config, select) if config.gives("spans") else {path: path for path in select(config)}
+def _meant(site: Site, parts: Parts) -> Site:
+    """The site as one config means it: all of its output, or parts."""
+    return dataclasses.replace(site, parts=parts) if parts else site
 
 
 def _attach(
@@ -310,7 +316,8 @@ def _attach(
     constants = config.constants(site)
     if not (leaves or common) or set(constants) - leaves.keys() - common.keys():
         raise ConfigError(f"{type(config).__name__}.init gave {sorted(leaves)}; constants are {sorted(constants)}.")
-    keys = {leaf: f"{site.path}.{name}.{leaf}" for leaf in leaves}
+    above = f"{site.path}.{name}" if site.path else name
+    keys = {leaf: f"{above}.{leaf}" for leaf in leaves}
     given = group.expanded[site.path] if group is not None and group.expanded else common
     twice = sorted(given.keys() & keys.keys())
     if twice:
@@ -331,37 +338,25 @@ def _attach(
         dtypes={keys[leaf]: site.leaf_dtype if t.is_floating_point() else t.dtype for leaf, t in leaves.items()},
         constants=tuple(keys[leaf] for leaf in constants if leaf in keys),
         key=next(iter((keys or common).values())),
-        by_weights=bool(uncalled) or not (config.gives("before") or config.gives("after")),
+        by_weights=bool(uncalled) or not (_by_values(config) or config.gives("attend") or config.gives("prompt")),
+        by_values=not uncalled and _by_values(config),
+        prompt_rows=_prompt_rows(config, site, leaves, group) if config.gives("prompt") else 0,
     )
 
 
-def _trained(
-    backbone: nn.Module, modules: dict[str, nn.Module], configs: Sequence[BaseDeltaConfig]
-) -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
-    """The backbone leaves that ``unfrozen_modules`` name, each with every name of its tensor."""
-    parameters = dict(backbone.named_parameters(remove_duplicate=False))
-    names_of = _names_of_tensors(backbone)
-    trained: dict[str, tuple[str, ...]] = {}
-    fresh: set[str] = set()
-    for config in configs:
-        for target in resolve(backbone, tuple(name for name in config.unfrozen_modules if name != "deltas")):
-            owners = [path for path in modules if path and matches(path, target)]
-            hits = [
-                name for name in parameters if matches(name, target) or any(within(name, owner) for owner in owners)
-            ]
-            if not hits:
-                known = [path for path in (*modules, *parameters) if path]
-                raise MatchError(
-                    f"unfrozen_modules: {target!r} means no parameter of "
-                    f"{type(backbone).__name__}.{near(target, known)}"
-                )
-            for name in hits:
-                ends = names_of[id(parameters[name])]
-                if not parameters[name].is_floating_point():
-                    raise MatchError(f"unfrozen_modules: {name} is {parameters[name].dtype} and cannot be trained.")
-                if ends[0] not in trained:
-                    trained[ends[0]] = tuple(ends)
-                    if config.unfrozen_init == "fresh":
-                        fresh.add(ends[0])
-    order = {name: position for position, name in enumerate(parameters)}
-    return {name: trained[name] for name in sorted(trained, key=order.__getitem__)}, frozenset(fresh)
+def _by_values(config: BaseDeltaConfig) -> bool:
+    """Whether the method acts on hidden values."""
+    return config.gives("before") or config.gives("after")
+
+
+def _prompt_rows(config: BaseDeltaConfig, site: Site, leaves: dict[str, Tensor], group: Shared | None) -> int:
+    """How many rows the method's prompt has, as its leaves at their start tell."""
+    p = dict(leaves)
+    if group is not None:
+        drawn = config.shared(group.sites, torch.Generator().manual_seed(0))
+        p |= config.expand(group.sites, drawn)[site.path] if group.expanded else drawn
+    rows = config.prompt(site, p)
+    if not isinstance(rows, Tensor) or rows.ndim != 2:
+        found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise ConfigError(f"{type(config).__name__}.prompt gave {found} at {site.path}; expected rows (P, d).")
+    return rows.shape[0]

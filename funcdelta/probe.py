@@ -258,6 +258,8 @@ def runners(delta: DeltaModel, params: Params, layout: Layout) -> Mapping[str, t
                     f"{path} runs once per member, and the span from {a.site.path} to {a.site.exit} has one end in it. "
                     f"{OTHER_ENGINES}"
                 )
+        # Hidden values of the module itself are changed outside of it, its attention inside.
+        reached += [a for a in delta.plan.all() if a.adds_keys and a.site.path == path]
         inside = [key for a in reached for key in a.leaves.values() if key in params]
         found[path] = tuple(dict.fromkeys(keys + inside))
     return found

@@ -6,6 +6,8 @@ from .compacter import CompacterConfig
 from .lora import LoraConfig
 from .low_rank_adapter import LowRankAdapterConfig
 from .parallel_adapter import ParallelAdapterConfig
+from .prefix import PrefixConfig
+from .soft_prompt import SoftPromptConfig
 
 __all__ = [
     "AdapterConfig",
@@ -14,4 +16,6 @@ __all__ = [
     "LoraConfig",
     "LowRankAdapterConfig",
     "ParallelAdapterConfig",
+    "PrefixConfig",
+    "SoftPromptConfig",
 ]
