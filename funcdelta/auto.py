@@ -9,14 +9,27 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .config import AutoDeltaConfig, BaseDeltaConfig
-from .deltas import AdapterConfig, BitFitConfig, LoraConfig
+from .deltas import (
+    AdapterConfig,
+    BitFitConfig,
+    CompacterConfig,
+    LoraConfig,
+    LowRankAdapterConfig,
+    ParallelAdapterConfig,
+    PrefixConfig,
+    SoftPromptConfig,
+)
 from .errors import ConfigError
 from .model import DeltaModel
+from .picker.interactive import picked
 from .skeleton import Prepare
 
 
 class MethodModel(DeltaModel):
-    """A delta of one method: ``LoraModel(backbone_model=b, lora_r=8)`` is ``DeltaModel(b, LoraConfig(lora_r=8))``."""
+    """A delta of one method: ``LoraModel(backbone_model=b, lora_r=8)`` is ``DeltaModel(b, LoraConfig(lora_r=8))``.
+
+    ``interactive_modify`` (``True``, or a port) asks for ``modified_modules`` on a web page: :func:`funcdelta.pick`.
+    """
 
     config_class: ClassVar[type[BaseDeltaConfig]]
 
@@ -32,9 +45,10 @@ class MethodModel(DeltaModel):
     ) -> None:
         if backend != "hf":
             raise ConfigError(f"backend={backend!r}: any nn.Module is a backbone here; leave out backend.")
-        if interactive_modify:
-            raise ConfigError("interactive_modify: print(delta.sites) shows what modified_modules select.")
-        super().__init__(backbone_model, self.config_class.from_dict(fields), example=example, prepare=prepare)
+        config = self.config_class.from_dict(fields)
+        if interactive_modify is not False:
+            config = picked(backbone_model, config, interactive_modify)
+        super().__init__(backbone_model, config, example=example, prepare=prepare)
 
     @classmethod
     def from_config(
@@ -83,6 +97,63 @@ class BitFitModel(MethodModel):
     """
 
     config_class = BitFitConfig
+
+
+class CompacterModel(MethodModel):
+    """Compacters on a backbone; the fields are those of :class:`CompacterConfig`.
+
+    >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 64))
+    >>> fd.CompacterModel(backbone, modified_modules=["0"]).delta_type
+    'compacter'
+    """
+
+    config_class = CompacterConfig
+
+
+class LowRankAdapterModel(MethodModel):
+    """Low-rank adapters on a backbone; the fields are those of :class:`LowRankAdapterConfig`.
+
+    >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8))
+    >>> fd.LowRankAdapterModel(backbone, reduction_factor=2, modified_modules=["0"]).delta_type
+    'low_rank_adapter'
+    """
+
+    config_class = LowRankAdapterConfig
+
+
+class PrefixModel(MethodModel):
+    """Prefix tuning of a backbone; the fields are those of :class:`PrefixConfig`.
+
+    >>> from transformers import GPT2Config, GPT2Model
+    >>> backbone = GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=2))
+    >>> fd.PrefixModel(backbone, reparameterize=False).names
+    ('h.0.attn.prefix.past_key', 'h.0.attn.prefix.past_value')
+    """
+
+    config_class = PrefixConfig
+
+
+class SoftPromptModel(MethodModel):
+    """A soft prompt on a backbone; the fields are those of :class:`SoftPromptConfig`.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    >>> fd.SoftPromptModel(BertModel(BertConfig(vocab_size=20, **sizes)), soft_token_num=3).shapes
+    {'soft_prompt_layer.soft_embeds': (3, 8)}
+    """
+
+    config_class = SoftPromptConfig
+
+
+class ParallelAdapterModel(MethodModel):
+    """Parallel adapters on a backbone; the fields are those of :class:`ParallelAdapterConfig`.
+
+    >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    >>> fd.ParallelAdapterModel(backbone, modified_modules=["0", "2"]).sites
+    ('0',)
+    """
+
+    config_class = ParallelAdapterConfig
 
 
 class AutoDeltaModel:

@@ -1,7 +1,8 @@
 """Configs: frozen, hashable descriptions of a delta; config and method are one class.
 
-A subclass is a delta method. It gives ``init`` and any of ``before``, ``after`` and ``weights``, each a pure
-function on the tensors of *one* member at *one* site. It never sees the member axis, the executor or another method.
+A subclass is a delta method. It gives ``init`` and any of ``before``, ``after``, ``weights`` and ``attend``, each a
+pure function on the tensors of *one* member at *one* site. It never sees the member axis, the executor or another
+method.
 """
 
 from __future__ import annotations
@@ -167,6 +168,29 @@ class BaseDeltaConfig:
         """The site's own tensors rewritten: ``{own name: tensor}``; what ``merge`` writes."""
         return w
 
+    def attend(self, site: Site, p: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values (P, heads · size) that every query of the attention module at ``site`` sees too."""
+        raise ConfigError(f"{type(self).__name__} gives no attend(self, site, p).")
+
+    def widen_bias(self, site: Site, module: nn.Module, bias: Tensor, added: int) -> Tensor:
+        """The position bias (1, heads, queries, length) that ``module`` computed, with ``added`` columns in front."""
+        return torch.nn.functional.pad(bias, (added, 0))
+
+    def prompt(self, site: Site, p: dict[str, Tensor]) -> Tensor:
+        """Rows ``(P, d)`` that are added before the embedded input of the module at ``site``; P never changes.
+
+        The library embeds, and extends masks, positions and labels (:mod:`funcdelta.prompt`). A method may have the
+        fields ``other_expand_ids``, pairs of an input's name and what is put before it, and ``strip``.
+        """
+        raise ConfigError(f"{type(self).__name__} gives no prompt(self, site, p).")
+
+    def spans(self, names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+        """``(entry, exit)`` by name, for a method whose ``x`` enters one module and whose ``y`` leaves another.
+
+        A method that gives this gives ``after`` alone; ``names`` are its ``modified_modules``.
+        """
+        return ()
+
     # -- leaves that sites share -----------------------------------------------------------------------------------
 
     def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> dict[str, Tensor]:
@@ -190,12 +214,27 @@ class BaseDeltaConfig:
         """Names of leaves that never train (scales, frozen bases)."""
         return ()
 
+    def own_sites(self, backbone: nn.Module) -> list[str] | None:
+        """The sites when none are named, found by structure; ``None``: those of ``default_modified_modules``."""
+        return None
+
+    def describe(self, site: Site, module: nn.Module) -> Site:
+        """``site`` with what else the method has to know of the module there; ``dataclasses.replace`` it."""
+        return site
+
+    def fill(self, site: Site, leaves: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+        """The leaves that ``init`` drew, with those that start as copies of the backbone's own values.
+
+        ``module`` is the backbone's module at ``site``, to be read only.
+        """
+        return leaves
+
     def spread(self, path: str, module: nn.Module) -> Iterator[str]:
         """The sites that a matched module stands for; itself unless the method spreads to modules below it."""
         yield path
 
     def check(self, site: Site) -> str | None:
-        """Why the method cannot act at ``site``; ``None`` if it can. Widths may not be known when this is asked."""
+        """Why the method cannot act at ``site``; ``None`` if it can. Asked again once widths have been measured."""
         return None
 
     def unmergeable(self, site: Site) -> str | None:

@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,10 @@ from .sharing import expand_member, expand_stack
 from .skeleton import Params, Prepare
 from .transforms import concrete, inside_transform, outside_transforms
 from .view import bind
-from .widths import measure_widths
+from .widths import measure_attention, measure_widths
+
+if TYPE_CHECKING:
+    from .inspect import DeltaStatistics
 
 ENGINES = ("auto", "fold", "vmap", "loop")
 
@@ -85,7 +88,12 @@ class DeltaModel(Habits):
         self.prepare = prepare
         self.batch_dim = axes.pop()
         self.mode_flag: bool | None = None
-        plan = build_plan(backbone_model, configs, lambda paths: measure_widths(backbone_model, paths, example))
+        plan = build_plan(
+            backbone_model,
+            configs,
+            lambda paths: measure_widths(backbone_model, paths, example),
+            lambda paths: measure_attention(backbone_model, paths, example),
+        )
         self.skeletons = Skeletons(backbone_model, plan, prepare)
         self.skeletons.reserve(None)
         self.layouts: dict[Any, Layout] = {}
@@ -132,13 +140,13 @@ class DeltaModel(Habits):
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The matched module paths, in the backbone's order: print them as a dry run.
+        """The matched module paths, in the backbone's order: print them as a dry run. A span stands where it begins.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> delta.sites
         ('0',)
         """
-        return tuple(self.plan.attachments)
+        return tuple(dict.fromkeys(a.site.path for a in self.plan.all()))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -202,8 +210,8 @@ class DeltaModel(Habits):
         >>> delta.refresh().apply(params, torch.zeros(3, 4, dtype=torch.float64)).dtype
         torch.float64
         """
-        widths = {a.site.path: a.site.width for a in self.plan.all() if a.site.out_features}
-        plan = build_plan(self.backbone, self.configs, lambda paths: {path: widths[path] for path in paths})
+        shapes = {a.site.path: a.site.attention for a in self.plan.all() if a.adds_keys}
+        plan = build_plan(self.backbone, self.configs, lambda paths: self.plan.measured, lambda paths: shapes)
         self.skeletons.refresh(plan)
         self._read_backbone()
         self.layouts.clear()
@@ -485,6 +493,12 @@ class DeltaModel(Habits):
         Takes one member or a stack. A reparameterised prefix becomes plain prefixes, a small fraction of its numbers.
 
         Raises ``ConfigError`` where no method of this delta expands shared leaves.
+
+        >>> from transformers import GPT2Config, GPT2Model
+        >>> delta = fd.PrefixModel(GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=2)))
+        >>> baked, params = delta.bake(delta.init(0))
+        >>> list(params)
+        ['h.0.attn.prefix.past_key', 'h.0.attn.prefix.past_value']
         """
         params = self._ready(params)
         is_stack = any(params[name].ndim > len(self._shapes[name]) for name in params if name in self._shapes)
@@ -516,6 +530,33 @@ class DeltaModel(Habits):
         if path is None or not isinstance(params, Mapping):
             raise ParamsError("params are no state of a delta here: write delta.save_finetuned(params, path).")
         return save(self, params, path, **options)
+
+    def log(
+        self,
+        params: Params | None = None,
+        delta_ratio: bool = True,
+        trainable_ratio: bool = True,
+        visualization: bool = True,
+        cuda_memory: bool = True,
+    ) -> DeltaStatistics:
+        """Print the folded tree of the backbone with ``params`` in it, ratios and memory; returns the figures.
+
+        ``params`` is one member, a stack, ``{}`` (detached), or ``None`` for the shapes of fresh ones; each flag
+        leaves out a part of what is printed.
+
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), lora_r=2, modified_modules=["0"])
+        >>> stats = delta.log(delta.init(0), delta_ratio=False, cuda_memory=False)
+        Sequential
+        └── 0 (Linear) weight:[8, 4] bias:[8]
+            └── lora (LoraConfig) lora_A*:[2, 4] lora_B*:[8, 2] scale:[]
+        * trained, of the delta   frozen   constant of the delta
+        Trainable ratio: 24/64 = 37.5000 %
+        >>> stats.delta_parameters, stats.constant_parameters
+        (24, 1)
+        """
+        from .inspect import log
+
+        return log(self, params, delta_ratio, trainable_ratio, visualization, cuda_memory)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 

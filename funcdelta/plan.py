@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from .config import BaseDeltaConfig
 from .errors import ConfigError, MatchError
 from .naming import names_of_tensors, select, trained
 from .sharing import Shared, share
-from .site import Site, site_of
+from .site import AttentionShape, Site, site_of
+from .spans import select_spans, site_between
 from .structures import Names, Parts
 
 
@@ -27,7 +28,9 @@ class Attachment:
         leaves: ``{leaf: key}`` of all that the method's functions get here, shared and expanded leaves too.
         shapes, dtypes: of one member's own leaves here, by key in params.
         by_weights: whether the delta acts by rewriting the site's tensors instead of its hidden values.
+        by_values: whether it acts on the hidden values that enter or leave the site.
         key: the key in params of the first leaf, own or shared, which stands for all.
+        prompt_rows: how many positions it adds before the input.
     """
 
     name: str
@@ -38,7 +41,19 @@ class Attachment:
     dtypes: dict[str, torch.dtype]
     constants: tuple[str, ...]
     by_weights: bool
+    by_values: bool
     key: str
+    prompt_rows: int = 0
+
+    @property
+    def adds_keys(self) -> bool:
+        """Whether the delta adds keys and values to the site's attention."""
+        return self.config.gives("attend")
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The modules where it takes part in a call: its own, or those where its span begins and ends."""
+        return (self.site.path,) if self.site.exit is None else (self.site.path, self.site.exit)
 
     def among(self, params: Mapping[str, Any]) -> bool:
         """Whether ``params`` holds this delta's leaves."""
@@ -58,13 +73,14 @@ class Plan:
     """Everything static about a delta on its backbone.
 
     Attributes:
-        attachments: by site path, in the order in which they act.
+        attachments: by the path of the module where they act (a span: where it ends), in the order in which they act.
         trained: backbone leaves that are trained too: ``{name: every name of the same tensor}``.
         fresh: those of ``trained`` that start anew instead of as a copy.
         ends: every parameter and buffer of the backbone, ``{name: every name of the same tensor}``.
         uncalled: sites whose tensors are read by the module above, which never calls them.
         shared: the leaves that the sites of one delta share.
         names: one name a config, in their order.
+        measured: the numbers of features that enter and leave modules whose weights do not tell them.
     """
 
     attachments: dict[str, tuple[Attachment, ...]]
@@ -74,6 +90,7 @@ class Plan:
     uncalled: set[str]
     shared: tuple[Shared, ...] = ()
     names: tuple[str, ...] = ()
+    measured: Mapping[str, tuple[int | None, int]] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -119,41 +136,50 @@ class Plan:
         return [attachment for group in self.attachments.values() for attachment in group]
 
 
-WidthProbe = Callable[[list[str]], dict[str, int]]
+WidthProbe = Callable[[list[str]], Mapping[str, tuple[int | None, int]]]
+AttentionProbe = Callable[[list[str]], dict[str, AttentionShape]]
 
 
-def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: WidthProbe) -> Plan:
-    """Match every config against ``backbone``; ``widths(paths)`` measures features that weights do not tell."""
+def build_plan(
+    backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: WidthProbe, attention: AttentionProbe
+) -> Plan:
+    """Match every config against ``backbone``.
+
+    ``widths(paths)`` measures features that weights do not tell, ``attention(paths)`` the keys of attention sites.
+    """
     modules = dict(backbone.named_modules(remove_duplicate=False))
     canonical = {id(module): path for path, module in backbone.named_modules()}
     for config in configs:
-        if not any(config.gives(function) for function in ("before", "after", "weights")):
-            raise ConfigError(f"{type(config).__name__} gives none of before, after and weights: it would do nothing.")
+        if not any(config.gives(function) for function in ("before", "after", "weights", "attend", "prompt")):
+            raise ConfigError(
+                f"{type(config).__name__} gives none of before, after, weights, attend and prompt: it would do nothing."
+            )
+        if config.gives("spans") and not config.gives("after"):
+            raise ConfigError(f"{type(config).__name__} gives spans, which only after can act on, and no after.")
     names = _delta_names(configs)
     known = Names(backbone)
-    chosen = [select(backbone, modules, canonical, config, known) for config in configs]
+    chosen = [_chosen(backbone, modules, canonical, config, known) for config in configs]
 
-    sites = {
-        path: dataclasses.replace(site_of(path, modules[path]), fused=known.parts(path))
-        for paths in chosen
-        for path in paths
-    }
-    for config, paths in zip(configs, chosen, strict=True):
-        for path, parts in paths.items():
-            refusal = config.check(_meant(sites[path], parts))
-            if refusal:
-                inner = [inner for inner, _ in modules[path].named_modules() if inner]
-                below = f" Below it are: {', '.join(inner[:8])}." if inner else ""
-                raise MatchError(f"{config.delta_type} cannot act at {path}: {refusal}.{below}")
-    unknown = [path for path, site in sites.items() if site.out_features is None]
+    ends = dict.fromkeys(end for spans, _ in chosen for span in spans.items() for end in span)
+    facts = {path: dataclasses.replace(site_of(path, modules[path]), fused=known.parts(path)) for path in ends}
+    sites = _sites(configs, chosen, facts, modules)
+    unknown = list(
+        dict.fromkeys(end for config, own in zip(configs, sites, strict=True) for end in _unknown(config, own))
+    )
+    unknown = [path for path in unknown if facts[path].out_features is None]
+    measured = widths(unknown) if unknown else {}
     if unknown:
-        for path, width in widths(unknown).items():
-            sites[path] = dataclasses.replace(sites[path], out_features=width)
+        for path in unknown:
+            facts[path] = dataclasses.replace(
+                facts[path], in_features=measured[path][0], out_features=measured[path][1]
+            )
+        sites = _sites(configs, chosen, facts, modules)
+    sites = _with_attention(configs, sites, attention)
 
     attachments: dict[str, list[Attachment]] = {}
     shared: list[Shared] = []
-    for config, name, paths in zip(configs, names, chosen, strict=True):
-        group = share(config, name, tuple(_meant(sites[path], parts) for path, parts in paths.items()))
+    for config, name, own in zip(configs, names, sites, strict=True):
+        group = share(config, name, own)
         if group is not None:
             if name in modules or any(key in modules for key in group.shapes):
                 raise MatchError(
@@ -161,13 +187,13 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: 
                     f"leaves: give the config another name, name={name + '_delta'!r}."
                 )
             shared.append(group)
-        for path, parts in paths.items():
+        for site in own:
+            path = site.path
             if isinstance(getattr(modules[path], name, None), (nn.Module, Tensor)):
                 raise MatchError(
                     f"{path} already has a child {name!r}: give the config another name, name={name + '_delta'!r}."
                 )
-            site = _meant(sites[path], parts)
-            attachments.setdefault(path, []).append(_attach(config, name, site, modules, group))
+            attachments.setdefault(site.exit or path, []).append(_attach(config, name, site, modules, group))
     trains, fresh = trained(backbone, modules, configs, known)
     uncalled = {path for path in attachments if _read_by_parent(path, modules)}
     return Plan(
@@ -178,7 +204,69 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: 
         uncalled,
         tuple(shared),
         tuple(names),
+        measured,
     )
+
+
+def _chosen(
+    backbone: nn.Module, modules: dict[str, nn.Module], canonical: dict[int, str], config: BaseDeltaConfig, known: Names
+) -> tuple[dict[str, str], dict[str, Parts]]:
+    """Where ``config`` takes hidden values, each with where it gives them, and which parts of an output it means.
+
+    At a single site hidden values are taken and given at the same path.
+    """
+
+    def selected(config: BaseDeltaConfig) -> dict[str, Parts]:
+        return select(backbone, modules, canonical, config, known)
+
+    if config.gives("spans"):
+        return select_spans(config, selected), {}
+    parts = selected(config)
+    return {path: path for path in parts}, parts
+
+
+def _sites(
+    configs: Sequence[BaseDeltaConfig],
+    chosen: Sequence[tuple[Mapping[str, str], Mapping[str, Parts]]],
+    facts: Mapping[str, Site],
+    modules: Mapping[str, nn.Module],
+) -> list[tuple[Site, ...]]:
+    """The sites of every config as it sees them, after it has been asked whether it can act there."""
+    found: list[tuple[Site, ...]] = []
+    for config, (spans, parts) in zip(configs, chosen, strict=True):
+        own = (site_between(_meant(facts[entry], parts.get(entry, ())), facts[end]) for entry, end in spans.items())
+        found.append(tuple(config.describe(site, modules[site.path]) for site in own))
+        for site in found[-1]:
+            refusal = config.check(site)
+            if refusal:
+                inner = [inner for inner, _ in modules[site.path].named_modules() if inner]
+                below = f" Below it are: {', '.join(inner[:8])}." if inner else ""
+                raise MatchError(f"{config.delta_type} cannot act at {site.path}: {refusal}.{below}")
+    return found
+
+
+def _unknown(config: BaseDeltaConfig, sites: Sequence[Site]) -> Iterator[str]:
+    """The modules whose numbers of features ``config`` may need and has not told; keys and values need none."""
+    if config.gives("attend") and not _by_values(config):
+        return
+    for site in sites:
+        if site.exit is not None:
+            yield from (site.path, site.exit)
+        elif site.out_features is None:
+            yield site.path
+
+
+def _with_attention(
+    configs: Sequence[BaseDeltaConfig], sites: Sequence[tuple[Site, ...]], attention: AttentionProbe
+) -> list[tuple[Site, ...]]:
+    """The sites, with the shapes of keys and values at those of methods that add some."""
+    adding = [config.gives("attend") for config in configs]
+    paths = list(dict.fromkeys(site.path for own, adds in zip(sites, adding, strict=True) for site in own if adds))
+    shapes = attention(paths) if paths else {}
+    return [
+        tuple(dataclasses.replace(site, shape_of_attention=shapes[site.path]) if adds else site for site in own)
+        for own, adds in zip(sites, adding, strict=True)
+    ]
 
 
 def _read_by_parent(path: str, modules: dict[str, nn.Module]) -> bool:
@@ -228,17 +316,18 @@ def _attach(
     constants = config.constants(site)
     if not (leaves or common) or set(constants) - leaves.keys() - common.keys():
         raise ConfigError(f"{type(config).__name__}.init gave {sorted(leaves)}; constants are {sorted(constants)}.")
-    keys = {leaf: f"{site.path}.{name}.{leaf}" for leaf in leaves}
+    above = f"{site.path}.{name}" if site.path else name
+    keys = {leaf: f"{above}.{leaf}" for leaf in leaves}
     given = group.expanded[site.path] if group is not None and group.expanded else common
     twice = sorted(given.keys() & keys.keys())
     if twice:
         raise ConfigError(f"{type(config).__name__} gives {twice[0]!r} at {site.path} and as a shared leaf.")
-    read_by_parent = _read_by_parent(site.path, modules)
-    if read_by_parent and not config.gives("weights"):
+    uncalled = [path for path in (site.path, site.exit) if path is not None and _read_by_parent(path, modules)]
+    if uncalled and not config.gives("weights"):
         raise MatchError(
-            f"{site.path} is read by the module above and never called, and {config.delta_type} has no weights "
+            f"{uncalled[0]} is read by the module above and never called, and {config.delta_type} has no weights "
             f"form: name "
-            f"{site.path.rpartition('.')[0]} instead."
+            f"{uncalled[0].rpartition('.')[0]} instead."
         )
     return Attachment(
         name=name,
@@ -249,5 +338,25 @@ def _attach(
         dtypes={keys[leaf]: site.leaf_dtype if t.is_floating_point() else t.dtype for leaf, t in leaves.items()},
         constants=tuple(keys[leaf] for leaf in constants if leaf in keys),
         key=next(iter((keys or common).values())),
-        by_weights=read_by_parent or not (config.gives("before") or config.gives("after")),
+        by_weights=bool(uncalled) or not (_by_values(config) or config.gives("attend") or config.gives("prompt")),
+        by_values=not uncalled and _by_values(config),
+        prompt_rows=_prompt_rows(config, site, leaves, group) if config.gives("prompt") else 0,
     )
+
+
+def _by_values(config: BaseDeltaConfig) -> bool:
+    """Whether the method acts on hidden values."""
+    return config.gives("before") or config.gives("after")
+
+
+def _prompt_rows(config: BaseDeltaConfig, site: Site, leaves: dict[str, Tensor], group: Shared | None) -> int:
+    """How many rows the method's prompt has, as its leaves at their start tell."""
+    p = dict(leaves)
+    if group is not None:
+        drawn = config.shared(group.sites, torch.Generator().manual_seed(0))
+        p |= config.expand(group.sites, drawn)[site.path] if group.expanded else drawn
+    rows = config.prompt(site, p)
+    if not isinstance(rows, Tensor) or rows.ndim != 2:
+        found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise ConfigError(f"{type(config).__name__}.prompt gave {found} at {site.path}; expected rows (P, d).")
+    return rows.shape[0]

@@ -8,6 +8,7 @@ This file is the only place where a delta touches a model.
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,11 +19,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from .acting import Bound, bound_in_both_modes, rewritten
+from .acting import Bound, added_in_both_modes, bound_in_both_modes, rewritten
+from .attend import Added, attend_with, attention_mark, by_head, open_attention
 from .errors import ConfigError, FuncdeltaError
 from .hidden import hidden_input, hidden_output
 from .layout import Layout, Recorder, SiteLayout
 from .plan import Attachment, Plan
+from .prompt import Prompts
+from .spans import Stash, keep, take
 from .structure import copy_structure, forget_batch_statistics, named_tensors, paired_buffers
 from .transforms import is_wrapped, outside_transforms
 
@@ -37,7 +41,12 @@ Prepare = Callable[[nn.Module], Any]
 
 
 class Lift(Protocol):
-    """How a member's function acts at a site: once, or for each of the members folded into the batch."""
+    """How a member's function acts at a site: once, or for each of the members folded into the batch.
+
+    ``present`` tells which members act at all; ``None``: all of them.
+    """
+
+    present: Tensor | None
 
     def __call__(
         self,
@@ -75,6 +84,9 @@ class Call:
     reached: set[str] | None = None
     visits: dict[str, int] = field(default_factory=dict)
     input_dims: dict[str, int | None] = field(default_factory=dict)
+    prompted: dict[str, tuple[int, int]] = field(default_factory=dict)
+    stash: Stash = field(default_factory=dict)
+    never_ends: bool = False
 
     def visit(self, path: str) -> int:
         """Count one more call of the module at ``path``; the index of this one."""
@@ -128,8 +140,18 @@ class Skeleton:
             for child in self.module.modules():
                 if isinstance(child, FUSED):
                     child.register_forward_hook(_stand_aside)
-            for path, attachments in plan.attachments.items():
-                self._hook(path, tuple(a for a in attachments if not a.by_weights))
+            begun = [a for a in plan.all() if a.site.exit is not None]
+            for path in dict.fromkeys([*plan.attachments, *(a.site.path for a in begun)]):
+                attachments = plan.attachments.get(path, ())
+                prompting = tuple(a for a in attachments if a.prompt_rows)
+                prompts = Prompts(self, path, prompting, _act) if prompting else None
+                if prompts is not None:
+                    prompts.open()
+                acting = tuple(a for a in attachments if a.by_values)
+                self._hook(path, acting, tuple(a for a in begun if a.site.path == path))
+                self._open_attention(path, [added_in_both_modes(a) for a in attachments if a.adds_keys])
+                if prompts is not None:
+                    prompts.close()
             for path in sorted(runner_candidates(plan)):
                 self.open_forward(path)
 
@@ -146,22 +168,42 @@ class Skeleton:
 
     # -- installation ----------------------------------------------------------------------------------------------
 
-    def _hook(self, path: str, attachments: tuple[Attachment, ...]) -> None:
-        """Real hooks, because torch's fused paths look for hooks and stand aside for them."""
+    def _hook(self, path: str, attachments: tuple[Attachment, ...], begun: tuple[Attachment, ...]) -> None:
+        """Real hooks, because torch's fused paths look for hooks and stand aside for them.
+
+        ``attachments`` act at ``path``; the spans of ``begun`` begin there.
+        """
         befores = [bound_in_both_modes(a, "before") for a in attachments if a.config.gives("before")]
         afters = [bound_in_both_modes(a, "after") for a in attachments if a.config.gives("after")]
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self._before(self.under_way(path), path, befores, module.training, args, kwargs)
+            return self._before(self.under_way(path), path, befores, begun, module.training, args, kwargs)
 
         def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             return self._after(self.under_way(path), path, afters, module.training, args, kwargs, output)
 
         module = self.module.get_submodule(path)
-        if befores:
+        if befores or begun:
             module.register_forward_pre_hook(enter, with_kwargs=True)
-        if attachments:
+        if attachments or begun:
             module.register_forward_hook(leave, with_kwargs=True)
+
+    def _open_attention(self, path: str, attended: list[Bound]) -> None:
+        """Let keys and values be added to those of the attention module at ``path``."""
+        if not attended:
+            return
+
+        def attention(original: Any, implementation: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            call = self.under_way(path)
+            if call.reached is not None:
+                call.reached.add(attention_mark(path))
+            acting = [bound for bound in attended if bound[0].among(call.params)]
+            if not acting:
+                return original(module, *args, **kwargs)
+            added = [_added(call, path, bound, module.training, args[0], args[1]) for bound in acting]
+            return attend_with(added, path, original, implementation, module, *args, **kwargs)
+
+        open_attention(path, self.module.get_submodule(path), attention)
 
     def open_forward(self, path: str) -> None:
         """Let the module at ``path`` be run once per member, with weights of the member's own."""
@@ -193,7 +235,14 @@ class Skeleton:
     # -- a call at a site ------------------------------------------------------------------------------------------
 
     def _before(
-        self, call: Call, path: str, befores: list[Bound], training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        call: Call,
+        path: str,
+        befores: list[Bound],
+        begun: tuple[Attachment, ...],
+        training: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         x, put_back = hidden_input(path, args, kwargs)
         x_dim = None if call.layout is None else call.layout.site(path, call.visits.get(path, 0)).x
@@ -204,6 +253,9 @@ class Skeleton:
                 changed = True
         if changed and call.layout is not None:
             call.input_dims[path] = x_dim
+        for attachment in begun:
+            if attachment.key in call.params:
+                keep(call.stash, attachment.key, attachment.site, x, x_dim, replace=call.never_ends)
         return put_back(x) if changed else None
 
     def _after(
@@ -230,7 +282,11 @@ class Skeleton:
         changed = False
         for attachment, function in afters:
             if attachment.key in call.params:
-                y, y_dim = _act(call, path, function[training], attachment.of(call.params), (y, x), (y_dim, x_dim))
+                given, given_dim = x, x_dim
+                if attachment.site.exit is not None:
+                    given, given_dim = take(call.stash, attachment.key, attachment.site)
+                p = attachment.of(call.params)
+                y, y_dim = _act(call, path, function[training], p, (y, given), (y_dim, given_dim))
                 changed = True
         if not changed:
             return None
@@ -239,7 +295,8 @@ class Skeleton:
     def _run_members(self, call: Call, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module at ``path`` with weights of the member's own: once, or once for each folded member."""
         if call.recorder is None and call.lift is None:
-            return self.run(path, {key: call.params[key] for key in call.runners[path]}, args, kwargs)
+            p = {key: call.params[key] for key in call.runners[path]}
+            return self.run(path, p, args, kwargs, Call(p, stash=call.stash, never_ends=call.never_ends))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         shape_of_output: list[Any] = []
@@ -363,3 +420,19 @@ def _act(
             f"y += ...."
         )
     return result
+
+
+def _added(call: Call, path: str, bound: Bound, training: bool, query: Tensor, key: Tensor) -> Added:
+    """What one method adds at an attention site, for every row of this call."""
+    attachment, function = bound
+    shape, rows = attachment.site.attention, query.shape[0]
+    # One number a row: enough to tell which rows are whose.
+    slot, p = key.new_zeros(()).expand(rows, 1, 1), attachment.of(call.params)
+    both, _ = _act(call, path, function[training], p, (slot,), (0,))
+    visible = None
+    if call.lift is not None and call.lift.present is not None:
+        visible, _ = call.lift(lambda p, slot: torch.ones_like(slot), p, (slot,), (0,), path)
+        visible = visible.flatten() > 0
+    keys, values = both.split([shape.key_width, shape.value_width], -1)
+    widen = functools.partial(attachment.config.widen_bias, attachment.at(training))
+    return Added(by_head(keys, shape.heads), by_head(values, shape.heads), visible, widen)

@@ -1,45 +1,80 @@
-"""Widths that weights do not tell: measured by running an example through the backbone's structure once."""
+"""What weights do not tell of a site: measured by running an example through the backbone's structure once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .attend import open_attention, shape_of
 from .errors import MatchError
-from .hidden import hidden_output
+from .hidden import hidden_input, hidden_output
+from .site import AttentionShape
 from .skeleton import Skeleton
 
+Example = Mapping[str, Any] | Sequence[Any] | None
 
-def measure_widths(
-    backbone: nn.Module, paths: list[str], example: Mapping[str, Any] | Sequence[Any] | None
-) -> dict[str, int]:
-    """The size of the last axis of the hidden output at each of ``paths``.
+
+def measure_widths(backbone: nn.Module, paths: list[str], example: Example) -> dict[str, tuple[int | None, int]]:
+    """The sizes of the last axes of the hidden input and output at each of ``paths``.
+
+    The first is ``None`` where no features enter: numbers of tokens, or no tensor at all.
+    """
+    widths: dict[str, tuple[int | None, int]] = {}
+
+    def note(path: str, module: nn.Module) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            widths[path] = _features_in(path, args, kwargs), hidden_output(path, output)[0].shape[-1]
+
+        module.register_forward_hook(hook, with_kwargs=True)
+
+    _run(backbone, paths, example, note, "The width")
+    for path in paths:
+        if path not in widths:
+            raise MatchError(f"{path} was not called by the example: name a module that runs, or give another example.")
+    return widths
+
+
+def measure_attention(backbone: nn.Module, paths: list[str], example: Example) -> dict[str, AttentionShape]:
+    """Heads and sizes of the keys and values that the module at each of ``paths`` hands to its attention function."""
+    shapes: dict[str, AttentionShape] = {}
+
+    def note(path: str, module: nn.Module) -> None:
+        def attention(original: Any, _: str, module: nn.Module, *args: Tensor, **kwargs: Any) -> Any:
+            shapes[path] = shape_of(args[1], args[2])
+            return original(module, *args, **kwargs)
+
+        open_attention(path, module, attention)
+
+    _run(backbone, paths, example, note, "The number of heads")
+    for path in paths:
+        if path not in shapes:
+            raise MatchError(
+                f"{path} ({type(backbone.get_submodule(path)).__name__}) did not go through Transformers' attention "
+                f"interface when the example ran, so no keys can be added there: leave it out with exclude_modules=, "
+                f"or give another example."
+            )
+    return shapes
+
+
+def _run(
+    backbone: nn.Module, paths: list[str], example: Example, note: Callable[[str, nn.Module], None], what: str
+) -> None:
+    """Run the example with ``note(path, module)`` called for the module at each path first.
 
     Runs in evaluation mode, without gradients and random numbers, on a private copy of the structure.
     """
-    given = example
-    if given is None:
-        given = getattr(backbone, "dummy_inputs", None)
+    given = _dummy_inputs(backbone) if example is None else example
     if given is None:
         raise MatchError(
-            f"The width of {paths[0]} ({type(backbone.get_submodule(paths[0])).__name__}) cannot be read off its "
-            f"weights: "
-            f"build the delta with example=inputs (a dict of keywords, or a tuple)."
+            f"{what} of {paths[0]} ({type(backbone.get_submodule(paths[0])).__name__}) cannot be read off its "
+            f"weights: build the delta with example=inputs (a dict of keywords, or a tuple)."
         )
     skeleton = Skeleton(backbone, None, False, None)
-    widths: dict[str, int] = {}
-
-    def note(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            widths[path] = hidden_output(path, output)[0].shape[-1]
-
-        return hook
-
     for path in paths:
-        skeleton.module.get_submodule(path).register_forward_hook(note(path))
+        note(path, skeleton.module.get_submodule(path))
     with torch.no_grad(), torch.random.fork_rng():
         try:
             if isinstance(given, Mapping):
@@ -51,11 +86,24 @@ def measure_widths(
         except Exception as error:
             source = "example" if example is not None else "the model's own dummy_inputs; give example=inputs"
             raise MatchError(
-                f"The width of {paths[0]} has to be measured, but the backbone fails on {source}: {error}"
+                f"{what} of {paths[0]} has to be measured, but the backbone fails on {source}: {error}"
             ) from error
-    missed = [path for path in paths if path not in widths]
-    if missed:
-        raise MatchError(
-            f"{missed[0]} was not called by the example: name a module that runs, or give another example."
-        )
-    return widths
+
+
+def _dummy_inputs(backbone: nn.Module) -> Any:
+    """What a model from Transformers offers for a trial run; an image where it reads images alone."""
+    config = getattr(backbone, "config", None)
+    if getattr(backbone, "main_input_name", None) == "pixel_values" and isinstance(
+        getattr(config, "image_size", None), int
+    ):
+        size, channels = getattr(config, "image_size"), getattr(config, "num_channels", 3)  # noqa: B009  (typed Any)
+        return {"pixel_values": torch.zeros(1, channels, size, size, dtype=getattr(backbone, "dtype", None))}
+    return getattr(backbone, "dummy_inputs", None)
+
+
+def _features_in(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    try:
+        x = hidden_input(path, args, kwargs)[0]
+    except MatchError:  # most methods look at what leaves only; one that needs the width says that it is not known
+        return None
+    return x.shape[-1] if x.ndim and x.is_floating_point() else None
