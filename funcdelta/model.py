@@ -490,6 +490,12 @@ class DeltaModel(Habits):
         Takes one member or a stack. A reparameterised prefix becomes plain prefixes, a small fraction of its numbers.
 
         Raises ``ConfigError`` where no method of this delta expands shared leaves.
+
+        >>> from transformers import GPT2Config, GPT2Model
+        >>> delta = fd.PrefixModel(GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=2)))
+        >>> baked, params = delta.bake(delta.init(0))
+        >>> list(params)
+        ['h.0.attn.prefix.past_key', 'h.0.attn.prefix.past_value']
         """
         params = self._ready(params)
         is_stack = any(params[name].ndim > len(self._shapes[name]) for name in params if name in self._shapes)
