@@ -26,7 +26,7 @@ from .hidden import hidden_input, hidden_output
 from .layout import Layout, Recorder, SiteLayout
 from .plan import Attachment, Plan
 from .prompt import Prompts
-from .spans import Stash
+from .spans import Stash, keep, take
 from .structure import copy_structure, forget_batch_statistics, named_tensors, paired_buffers
 from .transforms import is_wrapped, outside_transforms
 
@@ -85,7 +85,8 @@ class Call:
     visits: dict[str, int] = field(default_factory=dict)
     input_dims: dict[str, int | None] = field(default_factory=dict)
     prompted: dict[str, tuple[int, int]] = field(default_factory=dict)
-    stash: Stash = field(default_factory=Stash)
+    stash: Stash = field(default_factory=dict)
+    never_ends: bool = False
 
     def visit(self, path: str) -> int:
         """Count one more call of the module at ``path``; the index of this one."""
@@ -254,7 +255,7 @@ class Skeleton:
             call.input_dims[path] = x_dim
         for attachment in begun:
             if attachment.key in call.params:
-                call.stash.keep(attachment.key, attachment.site, x, x_dim)
+                keep(call.stash, attachment.key, attachment.site, x, x_dim, replace=call.never_ends)
         return put_back(x) if changed else None
 
     def _after(
@@ -283,7 +284,7 @@ class Skeleton:
             if attachment.key in call.params:
                 given, given_dim = x, x_dim
                 if attachment.site.exit is not None:
-                    given, given_dim = call.stash.take(attachment.key, attachment.site)
+                    given, given_dim = take(call.stash, attachment.key, attachment.site)
                 p = attachment.of(call.params)
                 y, y_dim = _act(call, path, function[training], p, (y, given), (y_dim, given_dim))
                 changed = True
@@ -295,7 +296,7 @@ class Skeleton:
         """The module at ``path`` with weights of the member's own: once, or once for each folded member."""
         if call.recorder is None and call.lift is None:
             p = {key: call.params[key] for key in call.runners[path]}
-            return self.run(path, p, args, kwargs, Call(p, stash=call.stash))
+            return self.run(path, p, args, kwargs, Call(p, stash=call.stash, never_ends=call.never_ends))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         shape_of_output: list[Any] = []

@@ -7,7 +7,6 @@ at the entry. What entered is stashed in the call that is under way, never on a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -145,40 +144,41 @@ def site_between(entry: Site, end: Site) -> Site:
     )
 
 
-@dataclass
-class Stash:
-    """What entered the spans that have not ended yet, with the axis that counts its rows; one a call.
+Stash = dict[str, tuple[Tensor, int | None, int | None]]
+"""What entered the spans that have not ended yet, its axis of rows, and how often it had been written; one a call.
 
-    A call that ends is ``strict``: two entries before one exit are an error. A view's call never ends, and a module of
-    it may be left in the middle (an error, a recomputation that stops early): there a new entry replaces the old one.
+A plain dict, because torch.compile traces calls that make one.
+"""
+
+
+def keep(stash: Stash, key: str, site: Site, x: Tensor, dim: int | None, replace: bool) -> None:
+    """Hold what enters the span ``site``, whose leaves' first key is ``key``.
+
+    With ``replace`` a new entry takes the place of one whose span did not end: a module of a view may be left in the
+    middle, by an error or by a recomputation that stops early. Elsewhere that is an error.
     """
+    if key in stash and not replace:
+        raise FuncdeltaError(
+            f"{site.path} was called twice before {site.exit} was called once, so what enters the span between them "
+            f"is not one tensor: name other modules."
+        )
+    stash[key] = x, dim, _version(x)
 
-    strict: bool = True
-    _held: dict[str, tuple[Tensor, int | None, int | None]] = field(default_factory=dict)
 
-    def keep(self, key: str, site: Site, x: Tensor, dim: int | None) -> None:
-        """Hold what enters the span ``site``, whose leaves' first key is ``key``."""
-        if self.strict and key in self._held:
-            raise FuncdeltaError(
-                f"{site.path} was called twice before {site.exit} was called once, so what enters the span between "
-                f"them is not one tensor: name other modules."
-            )
-        self._held[key] = x, dim, _version(x)
-
-    def take(self, key: str, site: Site) -> tuple[Tensor, int | None]:
-        """What entered the span that now ends, and its axis of rows."""
-        if key not in self._held:
-            raise MatchError(
-                f"{site.exit} was called before {site.path}, so nothing entered the span between them: name a module "
-                f"that runs earlier for the beginning, or a later one for the end."
-            )
-        x, dim, version = self._held.pop(key)
-        if version != _version(x):
-            raise FuncdeltaError(
-                f"What entered the span at {site.path} was changed in place before it ended at {site.exit}, and its "
-                f"value is lost: name a module below or above {site.path} that gets a tensor of its own."
-            )
-        return x, dim
+def take(stash: Stash, key: str, site: Site) -> tuple[Tensor, int | None]:
+    """What entered the span that now ends, and its axis of rows."""
+    if key not in stash:
+        raise MatchError(
+            f"{site.exit} was called before {site.path}, so nothing entered the span between them: name a module that "
+            f"runs earlier for the beginning, or a later one for the end."
+        )
+    x, dim, version = stash.pop(key)
+    if version != _version(x):
+        raise FuncdeltaError(
+            f"What entered the span at {site.path} was changed in place before it ended at {site.exit}, and its value "
+            f"is lost: name a module below or above {site.path} that gets a tensor of its own."
+        )
+    return x, dim
 
 
 def _version(x: Tensor) -> int | None:

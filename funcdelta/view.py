@@ -19,7 +19,6 @@ from .match import near, within
 from .reach import missed_sites
 from .sharing import Expanding
 from .skeleton import Call, Params, Skeleton
-from .spans import Stash
 
 if TYPE_CHECKING:
     from .model import DeltaModel
@@ -119,7 +118,7 @@ def bind(delta: DeltaModel, params: Params) -> nn.Module:
     runners = _runners(delta, given)
     if "" in runners:
         skeleton.open_forward("")
-    skeleton.call = Call(given, runners=runners, stash=Stash(strict=False))
+    skeleton.call = Call(given, runners=runners, never_ends=True)
     kind = type(delta.backbone)
     module.__class__ = type(kind.__name__, (View, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
     object.__setattr__(module, "_delta", delta)
