@@ -31,9 +31,18 @@ from .errors import FuncdeltaError as FuncdeltaError
 from .errors import MatchError as MatchError
 from .errors import MergeError as MergeError
 from .errors import ParamsError as ParamsError
+from .errors import PickError as PickError
 from .errors import StackError as StackError
 from .errors import StaleBackboneError as StaleBackboneError
 from .gradients import value_and_grad as value_and_grad
+from .inspect import DeltaStatistics as DeltaStatistics
+from .inspect import OptimizerGroup as OptimizerGroup
+from .inspect import frozen_parameters_names as frozen_parameters_names
+from .inspect import inspect_optimizer as inspect_optimizer
+from .inspect import num_total_parameters as num_total_parameters
+from .inspect import num_trainable_parameters as num_trainable_parameters
+from .inspect import structure_graph as structure_graph
+from .inspect import trainable_parameters_names as trainable_parameters_names
 from .interop.opendelta import load_opendelta as load_opendelta
 from .interop.opendelta import save_opendelta as save_opendelta
 from .match import find_key as find_key
@@ -48,6 +57,7 @@ from .params import seeds as seeds
 from .params import stack as stack
 from .params import take as take
 from .params import unstack as unstack
+from .picker import pick as pick
 from .site import Site as Site
 from .structures import common_names as common_names
 from .view import unbind as unbind

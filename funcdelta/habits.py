@@ -21,6 +21,11 @@ INSTEAD = {
     "set_active_state_dict": "delta.save_finetuned(params, path), which writes the delta alone",
     "generate": "delta.bind(params).generate(...)",
     "modules": "delta.bind(params).modules()",
+    "stat": "stats = delta.log(params)",
+    "num_trainable_parameters": "fd.num_trainable_parameters(delta, params)",
+    "num_total_parameters": "fd.num_total_parameters(delta, params)",
+    "trainable_parameters_names": "fd.trainable_parameters_names(delta, params)",
+    "frozen_parameters_names": "fd.frozen_parameters_names(delta, params)",
     "requires_grad_": "trainable, rest = fd.partition(params, delta.trainable)",
 }
 """Habits from modules and from OpenDelta, and the line to write instead."""

@@ -1,0 +1,122 @@
+"""What a choice of modules gives: sites, parameters, the names to paste, and where the method cannot act.
+
+The numbers are those of the delta itself, built for every choice; nothing is estimated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..config import BaseDeltaConfig
+from ..errors import FuncdeltaError
+from ..model import DeltaModel
+from ..site import site_of
+from .naming import short_names
+
+LINE = 46
+"""Longer text has one name a line; as wide as the page's column."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The figures of one choice.
+
+    Attributes:
+        names: what ``modified_modules`` has to be.
+        text: the same as a line of Python to paste.
+        sites: how many modules the delta acts at.
+        parameters: how many numbers of one member train.
+        error: why there is no such delta; empty if there is.
+        refused: ``{chosen path: why the method cannot act there}``.
+    """
+
+    names: tuple[str, ...]
+    text: str
+    sites: int = 0
+    parameters: int = 0
+    error: str = ""
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+def assess(model: nn.Module, paths: Mapping[str, str], config: BaseDeltaConfig, chosen: Sequence[str]) -> Choice:
+    """The figures of ``config`` at the modules ``chosen``, which are keys of ``paths`` (``naming.paths_of``).
+
+    >>> from funcdelta.picker.naming import paths_of
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> choice = assess(model, paths_of(model), fd.LoraConfig(lora_r=2), ["0", "2"])
+    >>> choice.text, choice.sites, choice.parameters
+    ('modified_modules=["0", "2"]', 2, 44)
+    >>> assess(model, paths_of(model), fd.LoraConfig(lora_r=2), ["0", "1"]).error
+    'lora cannot act at 1 of 2 chosen modules, at 1: LoRA acts on Linear, Conv1D, Embedding and ...'
+    """
+    names = short_names(paths, chosen)
+    choice = Choice(tuple(names), pasted(names))
+    if not names:
+        return choice
+    refused = refusals(model, config, chosen)
+    if refused:
+        path, reason = refused[0]
+        error = f"{config.delta_type} cannot act at {len(refused)} of {len(chosen)} chosen modules, at {path}: {reason}"
+        return Choice(choice.names, choice.text, error=error, refused=tuple(refused))
+    try:
+        delta = DeltaModel(model, at(config, names))
+    except FuncdeltaError as error:
+        return Choice(choice.names, choice.text, error=str(error))
+    trained = sum(math.prod(shape) for name, shape in delta.shapes.items() if delta.trainable(name))
+    return Choice(choice.names, choice.text, len(delta.sites), trained)
+
+
+def at(config: BaseDeltaConfig, names: Sequence[str] | None) -> BaseDeltaConfig:
+    """``config`` at other modules, which are named as the model names them.
+
+    >>> at(fd.LoraConfig(modified_modules=["attn@.q@"]), ["query"]).modified_modules
+    ('query',)
+    """
+    given = None if names is None else tuple(names)
+    return config.replace(modified_modules=given, exclude_modules=None, common_structure=None)
+
+
+def refusals(model: nn.Module, config: BaseDeltaConfig, chosen: Sequence[str]) -> list[tuple[str, str]]:
+    """``(path, why not)`` for every chosen module where the method cannot act.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8))
+    >>> [path for path, _ in refusals(model, fd.LoraConfig(), ["0", "1"])]
+    ['1']
+    """
+    found: list[tuple[str, str]] = []
+    for path in chosen:
+        sites = config.spread(path, model.get_submodule(path))
+        reasons = (config.check(site_of(site, model.get_submodule(site))) for site in sites)
+        reason = next((reason for reason in reasons if reason), None)
+        if reason:
+            found.append((path, reason))
+    return found
+
+
+def usual(model: nn.Module, config: BaseDeltaConfig) -> list[str]:
+    """The modules that the method takes when none are given.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> sizes = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, vocab_size=10)
+    >>> usual(BertModel(BertConfig(**sizes)), fd.LoraConfig())[:2]
+    ['encoder.layer.0.attention.self.query', 'encoder.layer.0.attention.self.value']
+    """
+    return list(DeltaModel(model, at(config, None)).sites)
+
+
+def pasted(names: Sequence[str]) -> str:
+    r"""``names`` as an argument in Python source.
+
+    >>> print(pasted(["query", r"[r]layer\.[0-5]"]))
+    modified_modules=["query", r"[r]layer\.[0-5]"]
+    """
+    quoted = [f'r"{name}"' if "\\" in name and '"' not in name else json.dumps(name) for name in names]
+    line = f"modified_modules=[{', '.join(quoted)}]"
+    if len(line) <= LINE or len(names) == 1:
+        return line
+    return "modified_modules=[\n" + "".join(f"    {name},\n" for name in quoted) + "]"
