@@ -1,5 +1,7 @@
 """funcdelta: delta tuning as pure pytrees of tensors on a frozen backbone."""
 
+from typing import TYPE_CHECKING
+
 from . import optim as optim
 from . import tree as tree
 from .attention import higher_order as higher_order
@@ -23,6 +25,7 @@ from .errors import MergeError as MergeError
 from .errors import ParamsError as ParamsError
 from .errors import StackError as StackError
 from .errors import StaleBackboneError as StaleBackboneError
+from .from_module import register_module as register_module
 from .gradients import value_and_grad as value_and_grad
 from .match import find_key as find_key
 from .match import find_module as find_module
@@ -40,3 +43,6 @@ from .site import Site as Site
 from .view import unbind as unbind
 
 DeltaBase = DeltaModel
+
+if not TYPE_CHECKING:  # a type checker would then take every name for a public one
+    from .habits import function_of_opendelta as __getattr__

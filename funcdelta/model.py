@@ -20,7 +20,7 @@ from .constants import declare_leaves
 from .errors import ConfigError, EngineError, ParamsError
 from .fresh import fresh_member, random_members
 from .gradients import note_members
-from .habits import Habits, need_dict
+from .habits import Habits, need_dict, without_dead_options
 from .inputs import InDims, Inputs, accepts
 from .layout import Layout
 from .merge import merge, merged
@@ -32,7 +32,7 @@ from .sharing import expand_member, expand_stack
 from .skeleton import Params, Prepare
 from .transforms import concrete, inside_transform, outside_transforms
 from .view import bind
-from .widths import measure_widths
+from .widths import measure_shapes
 
 ENGINES = ("auto", "fold", "vmap", "loop")
 
@@ -85,7 +85,7 @@ class DeltaModel(Habits):
         self.prepare = prepare
         self.batch_dim = axes.pop()
         self.mode_flag: bool | None = None
-        plan = build_plan(backbone_model, configs, lambda paths: measure_widths(backbone_model, paths, example))
+        plan = build_plan(backbone_model, configs, lambda paths: measure_shapes(backbone_model, paths, example))
         self.skeletons = Skeletons(backbone_model, plan, prepare)
         self.skeletons.reserve(None)
         self.layouts: dict[Any, Layout] = {}
@@ -202,8 +202,8 @@ class DeltaModel(Habits):
         >>> delta.refresh().apply(params, torch.zeros(3, 4, dtype=torch.float64)).dtype
         torch.float64
         """
-        widths = {a.site.path: a.site.width for a in self.plan.all() if a.site.out_features}
-        plan = build_plan(self.backbone, self.configs, lambda paths: {path: widths[path] for path in paths})
+        measured = self.plan.measured
+        plan = build_plan(self.backbone, self.configs, lambda paths: measured)
         self.skeletons.refresh(plan)
         self._read_backbone()
         self.layouts.clear()
@@ -503,6 +503,9 @@ class DeltaModel(Habits):
     ) -> Any:
         """Write ``config.json`` and ``delta.safetensors`` to the folder ``path``, atomically; one member or a stack.
 
+        ``push_to_hub`` (``True``, or a repository's name) uploads them after that, with ``private``, ``token`` and
+        ``commit_message``. ``hash_backbone=False`` leaves out the backbone's fingerprint.
+
         >>> import tempfile
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> stack = delta.init(0, n=5)
@@ -513,9 +516,29 @@ class DeltaModel(Habits):
         """
         from .checkpoint import save
 
+        options = without_dead_options("save_finetuned", options)
         if path is None or not isinstance(params, Mapping):
             raise ParamsError("params are no state of a delta here: write delta.save_finetuned(params, path).")
         return save(self, params, path, **options)
+
+    def push_to_hub(self, params: Params | None = None, repo_id: str | None = None, **options: Any) -> str:
+        """Upload what :meth:`save_finetuned` writes to the hub repository ``"user/name"``; returns its full name.
+
+        ``options`` may have ``private``, ``token``, ``commit_message`` and ``hash_backbone``. Needs the package
+        ``huggingface_hub``, and a login or a token.
+
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+        >>> delta.push_to_hub(delta.init(0), "not/a/name")
+        Traceback (most recent call last):
+        ...
+        funcdelta.errors.CheckpointError: 'not/a/name' is no name of a hub repository: write "user/name".
+        """
+        from .checkpoint import push
+
+        options = without_dead_options("push_to_hub", options)
+        if repo_id is None or not isinstance(params, Mapping):
+            raise ParamsError('params are no state of a delta here: write delta.push_to_hub(params, "user/name").')
+        return push(self, params, repo_id, **options)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -65,6 +65,7 @@ class Plan:
         uncalled: sites whose tensors are read by the module above, which never calls them.
         shared: the leaves that the sites of one delta share.
         names: one name a config, in their order.
+        measured: shapes of the hidden output at sites whose weights do not tell its width.
     """
 
     attachments: dict[str, tuple[Attachment, ...]]
@@ -74,6 +75,7 @@ class Plan:
     uncalled: set[str]
     shared: tuple[Shared, ...] = ()
     names: tuple[str, ...] = ()
+    measured: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -119,16 +121,18 @@ class Plan:
         return [attachment for group in self.attachments.values() for attachment in group]
 
 
-WidthProbe = Callable[[list[str]], dict[str, int]]
+ShapeProbe = Callable[[list[str]], Mapping[str, tuple[int, ...]]]
 
 
-def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: WidthProbe) -> Plan:
-    """Match every config against ``backbone``; ``widths(paths)`` measures features that weights do not tell."""
+def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], measure: ShapeProbe) -> Plan:
+    """Match every config against ``backbone``; ``measure(paths)`` gives output shapes where weights tell no width."""
     modules = dict(backbone.named_modules(remove_duplicate=False))
     canonical = {id(module): path for path, module in backbone.named_modules()}
     for config in configs:
         if not any(config.gives(function) for function in ("before", "after", "weights")):
             raise ConfigError(f"{type(config).__name__} gives none of before, after and weights: it would do nothing.")
+        if config.axis_order is not None and not (config.gives("before") or config.gives("after")):
+            raise ConfigError(f"axis_order: {type(config).__name__} acts on no hidden value; leave it out.")
     names = _delta_names(configs)
     chosen = [_select(backbone, modules, canonical, config) for config in configs]
 
@@ -141,14 +145,13 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: 
                 below = f" Below it are: {', '.join(inner[:8])}." if inner else ""
                 raise MatchError(f"{config.delta_type} cannot act at {path}: {refusal}.{below}")
     unknown = [path for path, site in sites.items() if site.out_features is None]
-    if unknown:
-        for path, width in widths(unknown).items():
-            sites[path] = dataclasses.replace(sites[path], out_features=width)
+    measured = measure(unknown) if unknown else {}
 
     attachments: dict[str, list[Attachment]] = {}
     shared: list[Shared] = []
     for config, name, paths in zip(configs, names, chosen, strict=True):
-        group = share(config, name, tuple(sites[path] for path in paths))
+        seen = {path: _as_seen_by(config, sites[path], measured.get(path)) for path in paths}
+        group = share(config, name, tuple(seen.values()))
         if group is not None:
             if name in modules or any(key in modules for key in group.shapes):
                 raise MatchError(
@@ -161,7 +164,7 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: 
                 raise MatchError(
                     f"{path} already has a child {name!r}: give the config another name, name={name + '_delta'!r}."
                 )
-            attachments.setdefault(path, []).append(_attach(config, name, sites[path], modules, group))
+            attachments.setdefault(path, []).append(_attach(config, name, seen[path], modules, group))
     trained, fresh = _trained(backbone, modules, configs)
     uncalled = {path for path in attachments if _read_by_parent(path, modules)}
     return Plan(
@@ -172,7 +175,23 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: 
         uncalled,
         tuple(shared),
         tuple(names),
+        measured,
     )
+
+
+def _as_seen_by(config: BaseDeltaConfig, site: Site, measured: tuple[int, ...] | None) -> Site:
+    """The site with the width of its hidden output, in the order of axes that ``config`` asks for."""
+    order = config.axis_order
+    if order is not None and site.kind != "other" and (site.channel_axis != -1 or order[-1] != len(order) - 1):
+        # An axis moved at a layer that says itself where its features are would be the wrong one.
+        raise MatchError(
+            f"axis_order={order} moves the features of {site.path} ({site.module_type}), which stand on axis "
+            f"{site.channel_axis} and are found there: give this site to a config without axis_order."
+        )
+    if site.out_features is not None or measured is None:
+        return site
+    last = order[-1] if order is not None and len(order) == len(measured) else -1
+    return dataclasses.replace(site, out_features=measured[last])
 
 
 def _read_by_parent(path: str, modules: dict[str, nn.Module]) -> bool:

@@ -1,4 +1,4 @@
-"""Widths that weights do not tell: measured by running an example through the backbone's structure once."""
+"""Shapes that weights do not tell: measured by running an example through the backbone's structure once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .hidden import hidden_output
 from .skeleton import Skeleton
 
 
-def measure_widths(
+def measure_shapes(
     backbone: nn.Module, paths: list[str], example: Mapping[str, Any] | Sequence[Any] | None
-) -> dict[str, int]:
-    """The size of the last axis of the hidden output at each of ``paths``.
+) -> dict[str, tuple[int, ...]]:
+    """The shape of the hidden output at each of ``paths``.
 
     Runs in evaluation mode, without gradients and random numbers, on a private copy of the structure.
     """
@@ -30,11 +30,11 @@ def measure_widths(
             f"build the delta with example=inputs (a dict of keywords, or a tuple)."
         )
     skeleton = Skeleton(backbone, None, False, None)
-    widths: dict[str, int] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def note(path: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            widths[path] = hidden_output(path, output)[0].shape[-1]
+            shapes[path] = tuple(hidden_output(path, output)[0].shape)
 
         return hook
 
@@ -53,9 +53,9 @@ def measure_widths(
             raise MatchError(
                 f"The width of {paths[0]} has to be measured, but the backbone fails on {source}: {error}"
             ) from error
-    missed = [path for path in paths if path not in widths]
+    missed = [path for path in paths if path not in shapes]
     if missed:
         raise MatchError(
             f"{missed[0]} was not called by the example: name a module that runs, or give another example."
         )
-    return widths
+    return shapes
