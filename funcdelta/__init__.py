@@ -1,6 +1,6 @@
 """funcdelta: delta tuning as pure pytrees of tensors on a frozen backbone."""
 
-from typing import TYPE_CHECKING
+import typing as _typing
 
 from . import optim as optim
 from . import tree as tree
@@ -44,5 +44,5 @@ from .view import unbind as unbind
 
 DeltaBase = DeltaModel
 
-if not TYPE_CHECKING:  # a type checker would then take every name for a public one
-    from .habits import function_of_opendelta as __getattr__
+if not _typing.TYPE_CHECKING:  # a type checker would then take every name for a public one
+    from .habits import function_of_opendelta as __getattr__  # noqa: F401  (called by Python)
