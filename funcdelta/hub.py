@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import os
 import re
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -131,6 +132,8 @@ def _read_url(url: str, local_files_only: bool) -> str:
             raise ValueError(f"it has more than {_LARGEST_CONFIG} bytes")
         return data.decode("utf-8")
     except (OSError, http.client.HTTPException, ValueError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection
         raise CheckpointError(f"{url!r} could not be read as the JSON file of a config: {error}.") from error
 
 
