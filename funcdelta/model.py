@@ -23,6 +23,7 @@ from .gradients import note_members
 from .habits import Habits, need_dict, without_dead_options
 from .inputs import InDims, Inputs, accepts
 from .layout import Layout
+from .match import as_names
 from .merge import merge, merged
 from .params import partition, seeds, stack, take
 from .plan import Plan, build_plan
@@ -295,15 +296,15 @@ class DeltaModel(Habits):
         (['0.lora.lora_A', '0.lora.lora_B'], ['0.weight', '0.bias', '0.lora.scale'])
         """
         full = need_dict(module, "freeze_module", "trainable, frozen = delta.freeze_module(delta.attach(params))")
-        names = list(exclude) if exclude is not None and not isinstance(exclude, str) else exclude
-        if isinstance(names, str):
-            names = [names]
+        names = None if exclude is None else as_names(exclude)
         if names is None:
-            names = list(dict.fromkeys(name for config in self.configs for name in config.unfrozen_modules))
-        wanted = [name for name in names if name != "deltas"]
-        backbone_part = {name: tensor for name, tensor in full.items() if name in self._tensors}
-        chosen = set(partition(backbone_part, wanted)[0]) if wanted else set()
-        if "deltas" in names:
+            chosen = {name for name in self.plan.trained if name in full}
+        else:
+            # A tied tensor stands in ``full`` once, and may be meant by any of its names.
+            ends = {end: name for name in full if name in self._tensors for end in self.plan.ends.get(name, (name,))}
+            wanted = [name for name in names if name != "deltas"]
+            chosen = {ends[end] for end in partition(ends, wanted)[0]} if wanted else set()
+        if names is None or "deltas" in names:
             chosen |= {
                 name for name in full if name in self._shapes and name not in self._tensors and self.trainable(name)
             }
