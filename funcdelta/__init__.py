@@ -8,13 +8,21 @@ from .attention import higher_order as higher_order
 from .auto import AdapterModel as AdapterModel
 from .auto import AutoDeltaModel as AutoDeltaModel
 from .auto import BitFitModel as BitFitModel
+from .auto import CompacterModel as CompacterModel
 from .auto import LoraModel as LoraModel
+from .auto import LowRankAdapterModel as LowRankAdapterModel
+from .auto import PrefixModel as PrefixModel
+from .auto import SoftPromptModel as SoftPromptModel
 from .config import AutoDeltaConfig as AutoDeltaConfig
 from .config import BaseDeltaConfig as BaseDeltaConfig
 from .config import register as register
 from .deltas import AdapterConfig as AdapterConfig
 from .deltas import BitFitConfig as BitFitConfig
+from .deltas import CompacterConfig as CompacterConfig
 from .deltas import LoraConfig as LoraConfig
+from .deltas import LowRankAdapterConfig as LowRankAdapterConfig
+from .deltas import PrefixConfig as PrefixConfig
+from .deltas import SoftPromptConfig as SoftPromptConfig
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import EngineError as EngineError
@@ -27,6 +35,8 @@ from .errors import StackError as StackError
 from .errors import StaleBackboneError as StaleBackboneError
 from .from_module import register_module as register_module
 from .gradients import value_and_grad as value_and_grad
+from .interop.opendelta import load_opendelta as load_opendelta
+from .interop.opendelta import save_opendelta as save_opendelta
 from .match import find_key as find_key
 from .match import find_module as find_module
 from .model import DeltaModel as DeltaModel
@@ -40,6 +50,7 @@ from .params import stack as stack
 from .params import take as take
 from .params import unstack as unstack
 from .site import Site as Site
+from .structures import common_names as common_names
 from .view import unbind as unbind
 
 DeltaBase = DeltaModel

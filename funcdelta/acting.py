@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from .attend import joined
 from .errors import ConfigError, MergeError
 from .plan import Attachment
 
@@ -69,6 +70,21 @@ def _bound(attachment: Attachment, function: str, training: bool) -> Callable[..
         return result if result.dtype == own or not own.is_floating_point else result.to(own)
 
     return act
+
+
+def added_in_both_modes(attachment: Attachment) -> Bound:
+    """What the method adds at an attention site, (P, key width + value width) for each row of the value given."""
+
+    def bound(training: bool) -> Callable[..., Tensor]:
+        site = attachment.at(training)
+
+        def act(p: dict[str, Tensor], slot: Tensor) -> Tensor:
+            added = joined(site.path, site.attention, *attachment.config.attend(site, p))
+            return added.to(slot.dtype).expand(slot.shape[0], *added.shape)
+
+        return act
+
+    return attachment, (bound(False), bound(True))
 
 
 def _leaf_dtype(p: dict[str, Tensor]) -> torch.dtype:

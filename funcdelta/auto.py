@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from .config import AutoDeltaConfig, BaseDeltaConfig
-from .deltas import AdapterConfig, BitFitConfig, LoraConfig
+from .deltas import (
+    AdapterConfig,
+    BitFitConfig,
+    CompacterConfig,
+    LoraConfig,
+    LowRankAdapterConfig,
+    PrefixConfig,
+    SoftPromptConfig,
+)
 from .errors import ConfigError
 from .model import DeltaModel
 from .skeleton import Prepare
@@ -102,6 +110,52 @@ class BitFitModel(MethodModel):
     """
 
     config_class = BitFitConfig
+
+
+class CompacterModel(MethodModel):
+    """Compacters on a backbone; the fields are those of :class:`CompacterConfig`.
+
+    >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 64))
+    >>> fd.CompacterModel(backbone, modified_modules=["0"]).delta_type
+    'compacter'
+    """
+
+    config_class = CompacterConfig
+
+
+class LowRankAdapterModel(MethodModel):
+    """Low-rank adapters on a backbone; the fields are those of :class:`LowRankAdapterConfig`.
+
+    >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8))
+    >>> fd.LowRankAdapterModel(backbone, reduction_factor=2, modified_modules=["0"]).delta_type
+    'low_rank_adapter'
+    """
+
+    config_class = LowRankAdapterConfig
+
+
+class PrefixModel(MethodModel):
+    """Prefix tuning of a backbone; the fields are those of :class:`PrefixConfig`.
+
+    >>> from transformers import GPT2Config, GPT2Model
+    >>> backbone = GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=2))
+    >>> fd.PrefixModel(backbone, reparameterize=False).names
+    ('h.0.attn.prefix.past_key', 'h.0.attn.prefix.past_value')
+    """
+
+    config_class = PrefixConfig
+
+
+class SoftPromptModel(MethodModel):
+    """A soft prompt on a backbone; the fields are those of :class:`SoftPromptConfig`.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    >>> fd.SoftPromptModel(BertModel(BertConfig(vocab_size=20, **sizes)), soft_token_num=3).shapes
+    {'soft_prompt_layer.soft_embeds': (3, 8)}
+    """
+
+    config_class = SoftPromptConfig
 
 
 class AutoDeltaModel:

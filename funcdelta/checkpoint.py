@@ -40,7 +40,7 @@ from .tensorfile import read_tensors, write_tensors
 if TYPE_CHECKING:
     from .model import DeltaModel
 
-__all__ = ["check_origin", "load", "push", "save"]
+__all__ = ["backbone_facts", "check_origin", "home", "load", "push", "save"]
 
 _SHOWN = 5
 KIND_OF_HASH = "fd1:"
@@ -81,12 +81,10 @@ def save(
     backbone_hash, description = survey(delta.backbone, delta.names) if hash_backbone else (None, None)
     configs = [storable(config) for config in delta.configs]
     about = {
-        "backbone_class": type(delta.backbone).__name__,
-        "backbone_checkpoint_name": _checkpoint_name(delta.backbone),
+        **backbone_facts(delta.backbone),
         "backbone_hash": backbone_hash,
         "members": members,
         "funcdelta_version": funcdelta_version(),
-        "transformers_version": _transformers_version(),
     }
     metadata = {
         "members": json.dumps(members),
@@ -184,7 +182,7 @@ def load(
         problems = [f"members: {CONFIG} says {data['members']}, the leaves have {members}"]
     if problems:
         raise CheckpointError(f"'{folder}' does not fit the delta that its config describes:\n" + "\n".join(problems))
-    params = {name: tensors[name].to(device or _home(backbone, name)) for name in delta.names}
+    params = {name: tensors[name].to(device or home(backbone, name)) for name in delta.names}
     if configs != saved:
         before = DeltaModel(backbone, *saved, example=example, prepare=prepare)
         _renew_constants(before, delta, params)
@@ -244,8 +242,12 @@ def _account(delta: DeltaModel, shapes: Mapping[str, tuple[int, ...]]) -> tuple[
     return next(iter(counts), None), problems
 
 
-def _home(backbone: nn.Module, leaf: str) -> torch.device:
-    """The device of the backbone's tensors at the leaf's site, or of the nearest module around it."""
+def home(backbone: nn.Module, leaf: str) -> torch.device:
+    """The device of the backbone's tensors at the leaf's site, or of the nearest module around it.
+
+    >>> home(nn.Linear(2, 2), "lora.lora_A")
+    device(type='cpu')
+    """
     path = leaf
     while True:
         path, _, name = path.rpartition(".")
@@ -262,6 +264,19 @@ def _home(backbone: nn.Module, leaf: str) -> torch.device:
 
 
 # --- the backbone ----------------------------------------------------------------------------------
+
+
+def backbone_facts(backbone: nn.Module) -> dict[str, Any]:
+    """What a saved config says of the backbone: its class, where it came from, and the version that ran it.
+
+    >>> backbone_facts(nn.Linear(2, 2))["backbone_class"]
+    'Linear'
+    """
+    return {
+        "backbone_class": type(backbone).__name__,
+        "backbone_checkpoint_name": _checkpoint_name(backbone),
+        "transformers_version": _transformers_version(),
+    }
 
 
 def _checkpoint_name(backbone: nn.Module) -> str:

@@ -1,7 +1,8 @@
 """Configs: frozen, hashable descriptions of a delta; config and method are one class.
 
-A subclass is a delta method. It gives ``init`` and any of ``before``, ``after`` and ``weights``, each a pure
-function on the tensors of *one* member at *one* site. It never sees the member axis, the executor or another method.
+A subclass is a delta method. It gives ``init`` and any of ``before``, ``after``, ``weights`` and ``attend``, each a
+pure function on the tensors of *one* member at *one* site. It never sees the member axis, the executor or another
+method.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ class BaseDeltaConfig:
         modified_modules: names of the sites (whole-token suffix, ``[r]regex``); ``None``: the method's own sites.
         exclude_modules: module paths left out, each with everything below it.
         unfrozen_modules: ``"deltas"`` and names of backbone modules or parameters that are trained too.
-        common_structure: whether names are backbone-independent (``attn@.q@``); ``None``: names with ``@`` are.
+        common_structure: whether names are backbone-independent (``attn@.q@``); ``None``: names with ``@`` are;
+            ``True``: those without it too, as OpenDelta wrote them before 0.3 (``attn.q``).
         backbone_class, backbone_checkpoint_name, backbone_hash: where the delta was made; written by saving.
         name: the delta's name at its sites, if not the method's (two of a kind on one site).
         batch_dim: which axis of the inputs counts the rows.
@@ -106,6 +108,8 @@ class BaseDeltaConfig:
     """Common names of the sites that the method takes when none are given."""
     identity_at_start: ClassVar[bool] = False
     """Whether fresh params change nothing (law 2 is then tested)."""
+    acts_on_parts: ClassVar[bool] = False
+    """Whether the method heeds ``site.parts``, so that it can act on the queries of a fused q,k,v alone."""
 
     modified_modules: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] | None = None
@@ -174,6 +178,22 @@ class BaseDeltaConfig:
         """The site's own tensors rewritten: ``{own name: tensor}``; what ``merge`` writes."""
         return w
 
+    def attend(self, site: Site, p: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values (P, heads · size) that every query of the attention module at ``site`` sees too."""
+        raise ConfigError(f"{type(self).__name__} gives no attend(self, site, p).")
+
+    def widen_bias(self, site: Site, module: nn.Module, bias: Tensor, added: int) -> Tensor:
+        """The position bias (1, heads, queries, length) that ``module`` computed, with ``added`` columns in front."""
+        return torch.nn.functional.pad(bias, (added, 0))
+
+    def prompt(self, site: Site, p: dict[str, Tensor]) -> Tensor:
+        """Rows ``(P, d)`` that are added before the embedded input of the module at ``site``; P never changes.
+
+        The library embeds, and extends masks, positions and labels (:mod:`funcdelta.prompt`). A method may have the
+        fields ``other_expand_ids``, pairs of an input's name and what is put before it, and ``strip``.
+        """
+        raise ConfigError(f"{type(self).__name__} gives no prompt(self, site, p).")
+
     # -- leaves that sites share -----------------------------------------------------------------------------------
 
     def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> dict[str, Tensor]:
@@ -197,12 +217,27 @@ class BaseDeltaConfig:
         """Names of leaves that never train (scales, frozen bases)."""
         return ()
 
+    def own_sites(self, backbone: nn.Module) -> list[str] | None:
+        """The sites when none are named, found by structure; ``None``: those of ``default_modified_modules``."""
+        return None
+
+    def describe(self, site: Site, module: nn.Module) -> Site:
+        """``site`` with what else the method has to know of the module there; ``dataclasses.replace`` it."""
+        return site
+
+    def fill(self, site: Site, leaves: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+        """The leaves that ``init`` drew, with those that start as copies of the backbone's own values.
+
+        ``module`` is the backbone's module at ``site``, to be read only.
+        """
+        return leaves
+
     def spread(self, path: str, module: nn.Module) -> Iterator[str]:
         """The sites that a matched module stands for; itself unless the method spreads to modules below it."""
         yield path
 
     def check(self, site: Site) -> str | None:
-        """Why the method cannot act at ``site``; ``None`` if it can. Widths may not be known when this is asked."""
+        """Why the method cannot act at ``site``; ``None`` if it can. Asked again once widths have been measured."""
         return None
 
     def unmergeable(self, site: Site) -> str | None:

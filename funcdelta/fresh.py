@@ -34,6 +34,8 @@ def fresh_member(
     for attachment in plan.all():
         rng = torch.Generator().manual_seed(derive(seed, f"{attachment.site.path}.{attachment.name}"))
         drawn = attachment.config.init(attachment.site, rng)
+        if attachment.config.gives("fill"):
+            drawn = attachment.config.fill(attachment.site, drawn, backbone.get_submodule(attachment.site.path))
         params.update(_placed(attachment, drawn, attachment.site, dtype, device))
     parameters = dict(backbone.named_parameters())
     for name in plan.trained:

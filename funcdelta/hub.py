@@ -17,13 +17,13 @@ from typing import Any
 from .atomic import recover
 from .errors import CheckpointError
 
-__all__ = ["config_text_at", "locate", "upload"]
+__all__ = ["config_text_at", "fetch_folder", "locate", "upload"]
 
 CONFIG = "config.json"
 TENSORS = "delta.safetensors"
 
-# The last two belong to other libraries: they are fetched to tell which loader reads the repository.
-_FETCHED = [CONFIG, TENSORS, "adapter_config.json"]
+# The first belongs to another library: it is fetched to tell which loader reads the repository.
+_FETCHED = ["adapter_config.json", CONFIG, TENSORS]
 _URL = re.compile(r"https?://", re.IGNORECASE)
 _LARGEST_CONFIG = 1 << 20
 _SECONDS = 30
@@ -42,6 +42,19 @@ def locate(path: str | os.PathLike[str], *, needed: Sequence[str] = (CONFIG, TEN
     ...
     funcdelta.errors.CheckpointError: 'no/such/folder': there is no such folder.
     """
+    folder = fetch_folder(path, _FETCHED, **fetching)
+    _check_files(folder, str(path), needed)
+    return folder
+
+
+def fetch_folder(path: str | os.PathLike[str], files: list[str], **fetching: Any) -> Path:
+    """The folder at ``path``, or one with ``files`` and ``config.json`` of the hub id that ``path`` is.
+
+    >>> import tempfile
+    >>> folder = tempfile.mkdtemp()
+    >>> fetch_folder(folder, ["pytorch_model.bin"]) == Path(folder)
+    True
+    """
     if _URL.match(str(path)):
         raise CheckpointError(
             f"{str(path)!r}: a url gives a config alone, fd.AutoDeltaConfig.from_finetuned(url); for the params "
@@ -50,12 +63,11 @@ def locate(path: str | os.PathLike[str], *, needed: Sequence[str] = (CONFIG, TEN
     folder = Path(path)
     recover(folder)
     if folder.is_file():
-        raise CheckpointError(f"'{path}' is a file: give the folder that holds {' and '.join(needed)}.")
+        raise CheckpointError(f"'{path}' is a file: give the folder that holds {CONFIG} and {files[-1]}.")
     if not folder.is_dir():
         if not _is_hub_id(str(path)):
             raise CheckpointError(f"'{path}': there is no such folder.")
-        folder = _fetch(str(path), fetching)
-    _check_files(folder, str(path), needed)
+        folder = _fetch(str(path), files, fetching)
     return folder
 
 
@@ -141,10 +153,10 @@ def _is_hub_id(path: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is not None
 
 
-def _fetch(identifier: str, fetching: dict[str, Any]) -> Path:
+def _fetch(identifier: str, files: list[str], fetching: dict[str, Any]) -> Path:
     hub = _hub(identifier)
     try:
-        return Path(hub.snapshot_download(identifier, allow_patterns=_FETCHED, **fetching))
+        return Path(hub.snapshot_download(identifier, allow_patterns=sorted({CONFIG, *files}), **fetching))
     except Exception as error:  # the hub's client raises its own errors, its http library's and OSError
         reason = _first_line(error)
         message = f"{identifier!r} is no folder here, and fetching it from the hub failed: {reason}"

@@ -33,7 +33,7 @@ from .sharing import expand_member, expand_stack
 from .skeleton import Params, Prepare
 from .transforms import concrete, inside_transform, outside_transforms
 from .view import bind
-from .widths import measure_shapes
+from .widths import measure_attention, measure_shapes
 
 ENGINES = ("auto", "fold", "vmap", "loop")
 
@@ -86,7 +86,12 @@ class DeltaModel(Habits):
         self.prepare = prepare
         self.batch_dim = axes.pop()
         self.mode_flag: bool | None = None
-        plan = build_plan(backbone_model, configs, lambda paths: measure_shapes(backbone_model, paths, example))
+        plan = build_plan(
+            backbone_model,
+            configs,
+            lambda paths: measure_shapes(backbone_model, paths, example),
+            lambda paths: measure_attention(backbone_model, paths, example),
+        )
         self.skeletons = Skeletons(backbone_model, plan, prepare)
         self.skeletons.reserve(None)
         self.layouts: dict[Any, Layout] = {}
@@ -204,7 +209,8 @@ class DeltaModel(Habits):
         torch.float64
         """
         measured = self.plan.measured
-        plan = build_plan(self.backbone, self.configs, lambda paths: measured)
+        shapes = {a.site.path: a.site.attention for a in self.plan.all() if a.adds_keys}
+        plan = build_plan(self.backbone, self.configs, lambda paths: measured, lambda paths: shapes)
         self.skeletons.refresh(plan)
         self._read_backbone()
         self.layouts.clear()

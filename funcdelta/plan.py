@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from .config import BaseDeltaConfig
 from .errors import ConfigError, MatchError
-from .match import find_key, matches, near, within
+from .naming import names_of_tensors, select, trained
 from .sharing import Shared, share
-from .site import Site, site_of
-from .structures import resolve
+from .site import AttentionShape, Site, site_of
+from .structures import Names, Parts
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class Attachment:
         leaves: ``{leaf: key}`` of all that the method's functions get here, shared and expanded leaves too.
         shapes, dtypes: of one member's own leaves here, by key in params.
         by_weights: whether the delta acts by rewriting the site's tensors instead of its hidden values.
+        by_values: whether it acts on the hidden values that enter or leave the site.
         key: the key in params of the first leaf, own or shared, which stands for all.
+        prompt_rows: how many positions it adds before the input.
     """
 
     name: str
@@ -38,7 +40,14 @@ class Attachment:
     dtypes: dict[str, torch.dtype]
     constants: tuple[str, ...]
     by_weights: bool
+    by_values: bool
     key: str
+    prompt_rows: int = 0
+
+    @property
+    def adds_keys(self) -> bool:
+        """Whether the delta adds keys and values to the site's attention."""
+        return self.config.gives("attend")
 
     def among(self, params: Mapping[str, Any]) -> bool:
         """Whether ``params`` holds this delta's leaves."""
@@ -122,36 +131,59 @@ class Plan:
 
 
 ShapeProbe = Callable[[list[str]], Mapping[str, tuple[int, ...]]]
+AttentionProbe = Callable[[list[str]], dict[str, AttentionShape]]
 
 
-def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], measure: ShapeProbe) -> Plan:
-    """Match every config against ``backbone``; ``measure(paths)`` gives output shapes where weights tell no width."""
+def build_plan(
+    backbone: nn.Module, configs: Sequence[BaseDeltaConfig], measure: ShapeProbe, attention: AttentionProbe
+) -> Plan:
+    """Match every config against ``backbone``.
+
+    ``measure(paths)`` gives shapes of hidden outputs where no weight tells the width, ``attention(paths)`` the keys of
+    attention sites.
+    """
     modules = dict(backbone.named_modules(remove_duplicate=False))
     canonical = {id(module): path for path, module in backbone.named_modules()}
     for config in configs:
-        if not any(config.gives(function) for function in ("before", "after", "weights")):
-            raise ConfigError(f"{type(config).__name__} gives none of before, after and weights: it would do nothing.")
-        if config.axis_order is not None and not (config.gives("before") or config.gives("after")):
-            raise ConfigError(f"axis_order: {type(config).__name__} acts on no hidden value; leave it out.")
+        if not any(config.gives(function) for function in ("before", "after", "weights", "attend", "prompt")):
+            raise ConfigError(
+                f"{type(config).__name__} gives none of before, after, weights, attend and prompt: it would do nothing."
+            )
     names = _delta_names(configs)
-    chosen = [_select(backbone, modules, canonical, config) for config in configs]
+    known = Names(backbone)
+    chosen = [select(backbone, modules, canonical, config, known) for config in configs]
 
-    sites = {path: site_of(path, modules[path]) for paths in chosen for path in paths}
-    for config, paths in zip(configs, chosen, strict=True):
-        for path in paths:
-            refusal = config.check(sites[path])
-            if refusal:
-                inner = [inner for inner, _ in modules[path].named_modules() if inner]
-                below = f" Below it are: {', '.join(inner[:8])}." if inner else ""
-                raise MatchError(f"{config.delta_type} cannot act at {path}: {refusal}.{below}")
-    unknown = [path for path, site in sites.items() if site.out_features is None]
-    measured = measure(unknown) if unknown else {}
+    plain = {
+        path: dataclasses.replace(site_of(path, modules[path]), fused=known.parts(path))
+        for paths in chosen
+        for path in paths
+    }
+    # A site is one config's view of a module: what of it is meant, and what the method needs to know.
+    sites = [
+        {path: config.describe(_meant(plain[path], parts), modules[path]) for path, parts in paths.items()}
+        for config, paths in zip(configs, chosen, strict=True)
+    ]
+    _check(configs, sites, modules)
+    _measure_attention(configs, sites, attention)
+    unknown = {
+        path: None
+        for config, own in zip(configs, sites, strict=True)
+        for path, site in own.items()
+        if site.out_features is None and (_by_values(config) or not config.gives("attend"))
+    }
+    measured = measure(list(unknown)) if unknown else {}
+    if unknown:
+        for config, own in zip(configs, sites, strict=True):
+            for path, site in own.items():
+                if site.out_features is None and path in measured:
+                    width = measured[path][_features_axis(config, len(measured[path]))]
+                    own[path] = dataclasses.replace(site, out_features=width)
+        _check(configs, sites, modules)
 
     attachments: dict[str, list[Attachment]] = {}
     shared: list[Shared] = []
-    for config, name, paths in zip(configs, names, chosen, strict=True):
-        seen = {path: _as_seen_by(config, sites[path], measured.get(path)) for path in paths}
-        group = share(config, name, tuple(seen.values()))
+    for config, name, own in zip(configs, names, sites, strict=True):
+        group = share(config, name, tuple(own.values()))
         if group is not None:
             if name in modules or any(key in modules for key in group.shapes):
                 raise MatchError(
@@ -159,17 +191,17 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], measure:
                     f"leaves: give the config another name, name={name + '_delta'!r}."
                 )
             shared.append(group)
-        for path in paths:
+        for path, site in own.items():
             if isinstance(getattr(modules[path], name, None), (nn.Module, Tensor)):
                 raise MatchError(
                     f"{path} already has a child {name!r}: give the config another name, name={name + '_delta'!r}."
                 )
-            attachments.setdefault(path, []).append(_attach(config, name, seen[path], modules, group))
-    trained, fresh = _trained(backbone, modules, configs)
+            attachments.setdefault(path, []).append(_attach(config, name, site, modules, group))
+    trains, fresh = trained(backbone, modules, configs, known)
     uncalled = {path for path in attachments if _read_by_parent(path, modules)}
     return Plan(
         {path: tuple(group) for path, group in attachments.items()},
-        trained,
+        trains,
         fresh,
         _all_ends(backbone),
         uncalled,
@@ -179,19 +211,44 @@ def build_plan(backbone: nn.Module, configs: Sequence[BaseDeltaConfig], measure:
     )
 
 
-def _as_seen_by(config: BaseDeltaConfig, site: Site, measured: tuple[int, ...] | None) -> Site:
-    """The site with the width of its hidden output, in the order of axes that ``config`` asks for."""
+def _features_axis(config: BaseDeltaConfig, axes: int) -> int:
+    """The axis that the method sees last: of values with as many axes as its ``axis_order`` names, the last there."""
     order = config.axis_order
-    if order is not None and site.kind != "other" and (site.channel_axis != -1 or order[-1] != len(order) - 1):
-        # An axis moved at a layer that says itself where its features are would be the wrong one.
-        raise MatchError(
-            f"axis_order={order} moves the features of {site.path} ({site.module_type}), which stand on axis "
-            f"{site.channel_axis} and are found there: give this site to a config without axis_order."
-        )
-    if site.out_features is not None or measured is None:
-        return site
-    last = order[-1] if order is not None and len(order) == len(measured) else -1
-    return dataclasses.replace(site, out_features=measured[last])
+    return order[-1] if order is not None and len(order) == axes else -1
+
+
+def _check(
+    configs: Sequence[BaseDeltaConfig], sites: Sequence[Mapping[str, Site]], modules: Mapping[str, nn.Module]
+) -> None:
+    """Ask every method whether it can act at its sites."""
+    for config, own in zip(configs, sites, strict=True):
+        if config.axis_order is not None and not _by_values(config):
+            raise ConfigError(f"axis_order: {type(config).__name__} acts on no hidden value; leave it out.")
+        for path, site in own.items():
+            order = config.axis_order
+            if order is not None and site.kind != "other" and (site.channel_axis != -1 or order[-1] != len(order) - 1):
+                # An axis moved at a layer that says itself where its features are would be the wrong one.
+                raise MatchError(
+                    f"axis_order={order} moves the features of {path} ({site.module_type}), which stand on axis "
+                    f"{site.channel_axis} and are found there: give this site to a config without axis_order."
+                )
+            refusal = config.check(site)
+            if refusal:
+                inner = [inner for inner, _ in modules[path].named_modules() if inner]
+                below = f" Below it are: {', '.join(inner[:8])}." if inner else ""
+                raise MatchError(f"{config.delta_type} cannot act at {path}: {refusal}.{below}")
+
+
+def _measure_attention(
+    configs: Sequence[BaseDeltaConfig], sites: Sequence[dict[str, Site]], attention: AttentionProbe
+) -> None:
+    """Write the shapes of keys and values into the sites of methods that add some."""
+    adding = [own for config, own in zip(configs, sites, strict=True) if config.gives("attend")]
+    paths = list(dict.fromkeys(path for own in adding for path in own))
+    for path, shape in attention(paths).items() if paths else ():
+        for own in adding:
+            if path in own:
+                own[path] = dataclasses.replace(own[path], shape_of_attention=shape)
 
 
 def _read_by_parent(path: str, modules: dict[str, nn.Module]) -> bool:
@@ -201,20 +258,7 @@ def _read_by_parent(path: str, modules: dict[str, nn.Module]) -> bool:
 
 def _all_ends(backbone: nn.Module) -> dict[str, tuple[str, ...]]:
     """``{name: every name of the same tensor}`` for parameters and buffers."""
-    return {ends[0]: tuple(ends) for ends in _names_of_tensors(backbone).values()}
-
-
-def _names_of_tensors(backbone: nn.Module) -> dict[int, list[str]]:
-    """Every name of every tensor by its id, one name a slot: a module that stands under two paths has one slot.
-
-    Swapping one slot under two names would put the wrong tensor back.
-    """
-    names: dict[int, list[str]] = {}
-    for path, module in backbone.named_modules():
-        for own, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None:
-                names.setdefault(id(tensor), []).append(f"{path}.{own}" if path else own)
-    return names
+    return {ends[0]: tuple(ends) for ends in names_of_tensors(backbone).values()}
 
 
 def _delta_names(configs: Sequence[BaseDeltaConfig]) -> list[str]:
@@ -234,44 +278,9 @@ def _delta_names(configs: Sequence[BaseDeltaConfig]) -> list[str]:
     return names
 
 
-def _select(
-    backbone: nn.Module, modules: dict[str, nn.Module], canonical: dict[int, str], config: BaseDeltaConfig
-) -> list[str]:
-    """The sites that ``config`` names, in the backbone's order; every name given has to mean something."""
-    given = config.modified_modules
-    if given is None:
-        given = config.default_modified_modules
-        if not given:
-            raise MatchError(f"{config.delta_type} has no default sites: give modified_modules=[...].")
-    if not given:
-        raise MatchError("modified_modules=[] names no site: leave it out for the method's own sites.")
-    targets = resolve(backbone, given)
-    # A parametrised weight is computed by modules of its own, which are meant only when they are named.
-    inner = any("parametrizations" in target for target in targets)
-    names = [path for path in modules if path and (inner or ".parametrizations." not in path)]
-    excluded = config.exclude_modules
-    if excluded is None:
-        # A method's own sites never include the language model's head; a head that is named is meant.
-        excluded = () if config.modified_modules is not None else tuple(p for p in ("lm_head",) if p in modules)
-    for path in excluded:
-        if not any(within(name, path) for name in names):
-            raise MatchError(f"exclude_modules: {path!r} is no module of {type(backbone).__name__}.{near(path, names)}")
-    found: dict[str, None] = {}
-    for target in targets:
-        hits = [path for path in names if matches(path, target)]
-        if not hits:
-            raise MatchError(
-                f"modified_modules: {target!r} matches no module of {type(backbone).__name__}.{near(target, names)}"
-            )
-    for path in names:
-        if find_key(path, targets) and not any(within(path, left_out) for left_out in excluded):
-            for site in config.spread(path, modules[path]):
-                if not any(within(site, left_out) for left_out in excluded):
-                    found[canonical[id(modules[site])]] = None
-    if not found:
-        raise MatchError(f"exclude_modules={list(excluded)} leaves none of the sites that {list(given)} name.")
-    order = {path: position for position, path in enumerate(modules)}
-    return sorted(found, key=order.__getitem__)
+def _meant(site: Site, parts: Parts) -> Site:
+    """The site as one config means it: all of its output, or parts."""
+    return dataclasses.replace(site, parts=parts) if parts else site
 
 
 def _attach(
@@ -289,7 +298,8 @@ def _attach(
     constants = config.constants(site)
     if not (leaves or common) or set(constants) - leaves.keys() - common.keys():
         raise ConfigError(f"{type(config).__name__}.init gave {sorted(leaves)}; constants are {sorted(constants)}.")
-    keys = {leaf: f"{site.path}.{name}.{leaf}" for leaf in leaves}
+    above = f"{site.path}.{name}" if site.path else name
+    keys = {leaf: f"{above}.{leaf}" for leaf in leaves}
     given = group.expanded[site.path] if group is not None and group.expanded else common
     twice = sorted(given.keys() & keys.keys())
     if twice:
@@ -310,37 +320,25 @@ def _attach(
         dtypes={keys[leaf]: site.leaf_dtype if t.is_floating_point() else t.dtype for leaf, t in leaves.items()},
         constants=tuple(keys[leaf] for leaf in constants if leaf in keys),
         key=next(iter((keys or common).values())),
-        by_weights=read_by_parent or not (config.gives("before") or config.gives("after")),
+        by_weights=read_by_parent or not (_by_values(config) or config.gives("attend") or config.gives("prompt")),
+        by_values=not read_by_parent and _by_values(config),
+        prompt_rows=_prompt_rows(config, site, leaves, group) if config.gives("prompt") else 0,
     )
 
 
-def _trained(
-    backbone: nn.Module, modules: dict[str, nn.Module], configs: Sequence[BaseDeltaConfig]
-) -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
-    """The backbone leaves that ``unfrozen_modules`` name, each with every name of its tensor."""
-    parameters = dict(backbone.named_parameters(remove_duplicate=False))
-    names_of = _names_of_tensors(backbone)
-    trained: dict[str, tuple[str, ...]] = {}
-    fresh: set[str] = set()
-    for config in configs:
-        for target in resolve(backbone, tuple(name for name in config.unfrozen_modules if name != "deltas")):
-            owners = [path for path in modules if path and matches(path, target)]
-            hits = [
-                name for name in parameters if matches(name, target) or any(within(name, owner) for owner in owners)
-            ]
-            if not hits:
-                known = [path for path in (*modules, *parameters) if path]
-                raise MatchError(
-                    f"unfrozen_modules: {target!r} means no parameter of "
-                    f"{type(backbone).__name__}.{near(target, known)}"
-                )
-            for name in hits:
-                ends = names_of[id(parameters[name])]
-                if not parameters[name].is_floating_point():
-                    raise MatchError(f"unfrozen_modules: {name} is {parameters[name].dtype} and cannot be trained.")
-                if ends[0] not in trained:
-                    trained[ends[0]] = tuple(ends)
-                    if config.unfrozen_init == "fresh":
-                        fresh.add(ends[0])
-    order = {name: position for position, name in enumerate(parameters)}
-    return {name: trained[name] for name in sorted(trained, key=order.__getitem__)}, frozenset(fresh)
+def _by_values(config: BaseDeltaConfig) -> bool:
+    """Whether the method acts on hidden values."""
+    return config.gives("before") or config.gives("after")
+
+
+def _prompt_rows(config: BaseDeltaConfig, site: Site, leaves: dict[str, Tensor], group: Shared | None) -> int:
+    """How many rows the method's prompt has, as its leaves at their start tell."""
+    p = dict(leaves)
+    if group is not None:
+        drawn = config.shared(group.sites, torch.Generator().manual_seed(0))
+        p |= config.expand(group.sites, drawn)[site.path] if group.expanded else drawn
+    rows = config.prompt(site, p)
+    if not isinstance(rows, Tensor) or rows.ndim != 2:
+        found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise ConfigError(f"{type(config).__name__}.prompt gave {found} at {site.path}; expected rows (P, d).")
+    return rows.shape[0]

@@ -254,7 +254,8 @@ def runners(delta: DeltaModel, params: Params, layout: Layout) -> Mapping[str, t
         inside = [
             key
             for a in delta.plan.all()
-            if a.site.path.startswith(path + ".")
+            # Hidden values of the module itself are changed outside of it, its attention inside.
+            if a.site.path.startswith(path + ".") or (a.adds_keys and a.site.path == path)
             for key in a.leaves.values()
             if key in params
         ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .attend import attention_mark
 from .errors import MatchError
 from .skeleton import Call, Params
 from .transforms import concrete, eager, outside_transforms
@@ -40,24 +41,30 @@ def verify_reached(
         )
     for path in missed:
         attachments = plan.attachments[path]
-        if not all(a.config.gives("weights") for a in attachments) or not _is_read(delta, path, args, kwargs):
+        if not all(a.config.gives("weights") and not a.adds_keys for a in attachments) or not _is_read(
+            delta, path, args, kwargs
+        ):
             raise MatchError(
                 f"{len(missed)} of {len(plan.attachments)} sites were not reached by the first call, the first is "
                 f"{path}: its "
                 f"module was not called, so the delta there would do nothing. Name modules that run "
                 f'(exclude_modules=["{path}"] leaves it out), or call the model as it is used.'
             )
-        plan.attachments[path] = tuple(dataclasses.replace(a, by_weights=True) for a in attachments)
+        plan.attachments[path] = tuple(dataclasses.replace(a, by_weights=True, by_values=False) for a in attachments)
         plan.uncalled.add(path)
     return bool(missed)
 
 
 def missed_sites(plan: Plan, params: Params, reached: set[str]) -> list[str]:
-    """The sites of ``params`` whose hidden values nothing passed through."""
+    """The sites of ``params`` whose hidden values nothing passed through, or whose attention was not called."""
     return [
         path
         for path, attachments in plan.attachments.items()
-        if path not in reached and any(a.among(params) and not a.by_weights for a in attachments)
+        if any(
+            a.among(params)
+            and ((a.by_values and path not in reached) or (a.adds_keys and attention_mark(path) not in reached))
+            for a in attachments
+        )
     ]
 
 

@@ -10,10 +10,34 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .errors import MatchError
+from .parts import Part
 
 CONVOLUTIONS = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
 NORMS_OVER_LAST_AXIS = ("LayerNorm", "RMSNorm")
 NORMS_OVER_CHANNELS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What an attention module hands to its attention function: heads of keys and values, and a head's sizes.
+
+    >>> AttentionShape(heads=2, key_size=8, value_size=4).value_width
+    8
+    """
+
+    heads: int
+    key_size: int
+    value_size: int
+
+    @property
+    def key_width(self) -> int:
+        """The keys' numbers a token, all heads together."""
+        return self.heads * self.key_size
+
+    @property
+    def value_width(self) -> int:
+        """The values' numbers a token."""
+        return self.heads * self.value_size
 
 
 @dataclass(frozen=True)
@@ -31,6 +55,10 @@ class Site:
         dtype, device: of the module's tensors.
         options: the arguments that a convolution or an embedding was made with.
         training: whether the call is made in training mode.
+        shape_of_attention: heads and sizes of its keys and values, measured where a method adds some.
+        fused: the parts of an output that is several projections at once, where the backbone's family is known.
+        parts: those of them that are meant; empty: the whole output. Only a method that declares ``acts_on_parts``
+            meets any.
 
     >>> site_of("0", torch.nn.Linear(3, 5, bias=False)).out_features
     5
@@ -48,6 +76,9 @@ class Site:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     options: tuple[tuple[str, Any], ...] = ()
     training: bool = False
+    shape_of_attention: AttentionShape | None = None
+    fused: tuple[Part, ...] = ()
+    parts: tuple[Part, ...] = ()
 
     @property
     def leaf_dtype(self) -> torch.dtype:
@@ -60,6 +91,13 @@ class Site:
         if self.out_features is None:
             raise MatchError(f"The width of {self.path} ({self.module_type}) is not known; build with example=inputs.")
         return self.out_features
+
+    @property
+    def attention(self) -> AttentionShape:
+        """Heads and sizes of the site's keys and values."""
+        if self.shape_of_attention is None:
+            raise MatchError(f"{self.path} ({self.module_type}) is no attention site, so its heads are not known.")
+        return self.shape_of_attention
 
     def option(self, name: str) -> Any:
         """The argument ``name`` that the module was made with."""

@@ -8,6 +8,7 @@ This file is the only place where a delta touches a model.
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from .acting import Bound, bound_in_both_modes, rewritten
+from .acting import Bound, added_in_both_modes, bound_in_both_modes, rewritten
+from .attend import Added, attend_with, attention_mark, by_head, open_attention
 from .errors import ConfigError, FuncdeltaError
 from .hidden import hidden_input, hidden_output
 from .layout import Layout, Recorder, SiteLayout
 from .plan import Attachment, Plan
+from .prompt import Prompts
 from .structure import copy_structure, forget_batch_statistics, named_tensors, paired_buffers
 from .transforms import is_wrapped, outside_transforms
 
@@ -37,7 +40,12 @@ Prepare = Callable[[nn.Module], Any]
 
 
 class Lift(Protocol):
-    """How a member's function acts at a site: once, or for each of the members folded into the batch."""
+    """How a member's function acts at a site: once, or for each of the members folded into the batch.
+
+    ``present`` tells which members act at all; ``None``: all of them.
+    """
+
+    present: Tensor | None
 
     def __call__(
         self,
@@ -75,6 +83,7 @@ class Call:
     reached: set[str] | None = None
     visits: dict[str, int] = field(default_factory=dict)
     input_dims: dict[str, int | None] = field(default_factory=dict)
+    prompted: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def visit(self, path: str) -> int:
         """Count one more call of the module at ``path``; the index of this one."""
@@ -129,7 +138,14 @@ class Skeleton:
                 if isinstance(child, FUSED):
                     child.register_forward_hook(_stand_aside)
             for path, attachments in plan.attachments.items():
-                self._hook(path, tuple(a for a in attachments if not a.by_weights))
+                prompting = tuple(a for a in attachments if a.prompt_rows)
+                prompts = Prompts(self, path, prompting, _act) if prompting else None
+                if prompts is not None:
+                    prompts.open()
+                self._hook(path, tuple(a for a in attachments if a.by_values))
+                self._open_attention(path, [added_in_both_modes(a) for a in attachments if a.adds_keys])
+                if prompts is not None:
+                    prompts.close()
             for path in sorted(runner_candidates(plan)):
                 self.open_forward(path)
 
@@ -162,6 +178,23 @@ class Skeleton:
             module.register_forward_pre_hook(enter, with_kwargs=True)
         if attachments:
             module.register_forward_hook(leave, with_kwargs=True)
+
+    def _open_attention(self, path: str, attended: list[Bound]) -> None:
+        """Let keys and values be added to those of the attention module at ``path``."""
+        if not attended:
+            return
+
+        def attention(original: Any, implementation: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            call = self.under_way(path)
+            if call.reached is not None:
+                call.reached.add(attention_mark(path))
+            acting = [bound for bound in attended if bound[0].among(call.params)]
+            if not acting:
+                return original(module, *args, **kwargs)
+            added = [_added(call, path, bound, module.training, args[0], args[1]) for bound in acting]
+            return attend_with(added, path, original, implementation, module, *args, **kwargs)
+
+        open_attention(path, self.module.get_submodule(path), attention)
 
     def open_forward(self, path: str) -> None:
         """Let the module at ``path`` be run once per member, with weights of the member's own."""
@@ -363,3 +396,19 @@ def _act(
             f"y += ...."
         )
     return result
+
+
+def _added(call: Call, path: str, bound: Bound, training: bool, query: Tensor, key: Tensor) -> Added:
+    """What one method adds at an attention site, for every row of this call."""
+    attachment, function = bound
+    shape, rows = attachment.site.attention, query.shape[0]
+    # One number a row: enough to tell which rows are whose.
+    slot, p = key.new_zeros(()).expand(rows, 1, 1), attachment.of(call.params)
+    both, _ = _act(call, path, function[training], p, (slot,), (0,))
+    visible = None
+    if call.lift is not None and call.lift.present is not None:
+        visible, _ = call.lift(lambda p, slot: torch.ones_like(slot), p, (slot,), (0,), path)
+        visible = visible.flatten() > 0
+    keys, values = both.split([shape.key_width, shape.value_width], -1)
+    widen = functools.partial(attachment.config.widen_bias, attachment.at(training))
+    return Added(by_head(keys, shape.heads), by_head(values, shape.heads), visible, widen)

@@ -1,45 +1,77 @@
-"""Shapes that weights do not tell: measured by running an example through the backbone's structure once."""
+"""What weights do not tell of a site: measured by running an example through the backbone's structure once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .attend import open_attention, shape_of
 from .errors import MatchError
 from .hidden import hidden_output
+from .site import AttentionShape
 from .skeleton import Skeleton
 
+Example = Mapping[str, Any] | Sequence[Any] | None
 
-def measure_shapes(
-    backbone: nn.Module, paths: list[str], example: Mapping[str, Any] | Sequence[Any] | None
-) -> dict[str, tuple[int, ...]]:
-    """The shape of the hidden output at each of ``paths``.
 
-    Runs in evaluation mode, without gradients and random numbers, on a private copy of the structure.
-    """
-    given = example
-    if given is None:
-        given = getattr(backbone, "dummy_inputs", None)
-    if given is None:
-        raise MatchError(
-            f"The width of {paths[0]} ({type(backbone.get_submodule(paths[0])).__name__}) cannot be read off its "
-            f"weights: "
-            f"build the delta with example=inputs (a dict of keywords, or a tuple)."
-        )
-    skeleton = Skeleton(backbone, None, False, None)
+def measure_shapes(backbone: nn.Module, paths: list[str], example: Example) -> dict[str, tuple[int, ...]]:
+    """The shape of the hidden output at each of ``paths``."""
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def note(path: str) -> Any:
+    def note(path: str, module: nn.Module) -> None:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             shapes[path] = tuple(hidden_output(path, output)[0].shape)
 
-        return hook
+        module.register_forward_hook(hook)
 
+    _run(backbone, paths, example, note, "The width")
     for path in paths:
-        skeleton.module.get_submodule(path).register_forward_hook(note(path))
+        if path not in shapes:
+            raise MatchError(f"{path} was not called by the example: name a module that runs, or give another example.")
+    return shapes
+
+
+def measure_attention(backbone: nn.Module, paths: list[str], example: Example) -> dict[str, AttentionShape]:
+    """Heads and sizes of the keys and values that the module at each of ``paths`` hands to its attention function."""
+    shapes: dict[str, AttentionShape] = {}
+
+    def note(path: str, module: nn.Module) -> None:
+        def attention(original: Any, _: str, module: nn.Module, *args: Tensor, **kwargs: Any) -> Any:
+            shapes[path] = shape_of(args[1], args[2])
+            return original(module, *args, **kwargs)
+
+        open_attention(path, module, attention)
+
+    _run(backbone, paths, example, note, "The number of heads")
+    for path in paths:
+        if path not in shapes:
+            raise MatchError(
+                f"{path} ({type(backbone.get_submodule(path)).__name__}) did not go through Transformers' attention "
+                f"interface when the example ran, so no keys can be added there: leave it out with exclude_modules=, "
+                f"or give another example."
+            )
+    return shapes
+
+
+def _run(
+    backbone: nn.Module, paths: list[str], example: Example, note: Callable[[str, nn.Module], None], what: str
+) -> None:
+    """Run the example with ``note(path, module)`` called for the module at each path first.
+
+    Runs in evaluation mode, without gradients and random numbers, on a private copy of the structure.
+    """
+    given = _dummy_inputs(backbone) if example is None else example
+    if given is None:
+        raise MatchError(
+            f"{what} of {paths[0]} ({type(backbone.get_submodule(paths[0])).__name__}) cannot be read off its "
+            f"weights: build the delta with example=inputs (a dict of keywords, or a tuple)."
+        )
+    skeleton = Skeleton(backbone, None, False, None)
+    for path in paths:
+        note(path, skeleton.module.get_submodule(path))
     with torch.no_grad(), torch.random.fork_rng():
         try:
             if isinstance(given, Mapping):
@@ -51,11 +83,16 @@ def measure_shapes(
         except Exception as error:
             source = "example" if example is not None else "the model's own dummy_inputs; give example=inputs"
             raise MatchError(
-                f"The width of {paths[0]} has to be measured, but the backbone fails on {source}: {error}"
+                f"{what} of {paths[0]} has to be measured, but the backbone fails on {source}: {error}"
             ) from error
-    missed = [path for path in paths if path not in shapes]
-    if missed:
-        raise MatchError(
-            f"{missed[0]} was not called by the example: name a module that runs, or give another example."
-        )
-    return shapes
+
+
+def _dummy_inputs(backbone: nn.Module) -> Any:
+    """What a model from Transformers offers for a trial run; an image where it reads images alone."""
+    config = getattr(backbone, "config", None)
+    if getattr(backbone, "main_input_name", None) == "pixel_values" and isinstance(
+        getattr(config, "image_size", None), int
+    ):
+        size, channels = getattr(config, "image_size"), getattr(config, "num_channels", 3)  # noqa: B009  (typed Any)
+        return {"pixel_values": torch.zeros(1, channels, size, size, dtype=getattr(backbone, "dtype", None))}
+    return getattr(backbone, "dummy_inputs", None)

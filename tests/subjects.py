@@ -22,16 +22,51 @@ UNDER_LAW = [
     for method, config in METHODS.items()
     if config.__module__.partition(".")[0] in ("funcdelta", "custom_methods")
 ]
-PAIRS = [(method, name) for method in UNDER_LAW for name in ZOO]
+# Which of an architecture's modules a method acts on, where they are not its linears; none: it cannot act there.
+TARGETS = {"adapter": "blocks", "prefix": "attention"}
+# Fields that make a method as small as the zoo, and outputs as long as the backbone's.
+SMALL: dict[str, dict[str, Any]] = {
+    "prefix": {"prefix_token_num": 2, "embed_dim": 3, "mid_dim": 4},
+    "low_rank_adapter": {"reduction_factor": 4, "low_rank_rank": 2},
+    "compacter": {"reduction_factor": 2, "hypercomplex_division": 2, "shared_phm_rule": True, "learn_phm": False},
+    "soft_prompt": {"soft_token_num": 2, "strip": True},
+}
+# Where a method has nothing to act on, and what its refusal says; test_soft_prompt.py holds it to that.
+CANNOT_ACT = {
+    **{("soft_prompt", name): "no module has get_input_embeddings" for name in ("mlp", "conv1d", "conv2d")},
+    **{("soft_prompt", name): "no module has get_input_embeddings" for name in ("torch_transformer", "embedding")},
+    ("soft_prompt", "vit"): "not embedded by a table of tokens",
+}
+
+
+def targets(method: str, architecture: Architecture) -> tuple[str, ...] | None:
+    """The modules of ``architecture`` that ``method`` is tested on; ``None``: it finds its own."""
+    if METHODS[method].gives("own_sites"):
+        return None
+    if method == "test_rows" and "batch_free_target" in architecture.flags:
+        return (architecture.default_target,)
+    return getattr(architecture, TARGETS.get(method, "linears"))
+
+
+PAIRS = [
+    (method, name)
+    for method in UNDER_LAW
+    for name in ZOO
+    if targets(method, ZOO[name]) != () and (method, name) not in CANNOT_ACT
+]
 
 
 def thinned(each_method: int = 4) -> list[tuple[str, str]]:
     """Pairs for the slow laws: every architecture with one method, every method with several architectures."""
     methods, names = UNDER_LAW, list(ZOO)
-    pairs = {(methods[i % len(methods)], name) for i, name in enumerate(names)}
+    pairs = {
+        next(p for k in range(len(methods)) if (p := (methods[(i + k) % len(methods)], name)) in PAIRS)
+        for i, name in enumerate(names)
+    }
     for i, method in enumerate(methods):
-        step = max(1, len(names) // each_method)
-        pairs |= {(method, names[(i + k * step) % len(names)]) for k in range(each_method)}
+        own = [name for name in names if (method, name) in PAIRS]
+        step = max(1, len(own) // each_method)
+        pairs |= {(method, own[(i + k * step) % len(own)]) for k in range(each_method)}
     return sorted(pairs)
 
 
@@ -66,10 +101,9 @@ class Subject:
 
 def config_for(method: str, architecture: Architecture, **fields: Any) -> fd.BaseDeltaConfig:
     """The method's defaults at the architecture's sites: linears where it can act there, with the head trained too."""
-    targets = architecture.blocks if method == "adapter" else architecture.linears
-    if method == "test_rows" and "batch_free_target" in architecture.flags:
-        targets = (architecture.default_target,)
-    return METHODS[method](modified_modules=targets, unfrozen_modules=("deltas", architecture.head), **fields)
+    given = SMALL.get(method, {}) | fields
+    modules = targets(method, architecture)
+    return METHODS[method](modified_modules=modules, unfrozen_modules=("deltas", architecture.head), **given)
 
 
 @functools.lru_cache(maxsize=256)

@@ -65,6 +65,8 @@ class Architecture:
     flags: frozenset[str] = frozenset()
     hidden: int = HIDDEN
     """Width of the output of ``blocks``."""
+    attention: tuple[str, ...] = ()
+    """Targets for prefixes: modules that call Transformers' attention interface or hold one that does."""
 
     def __post_init__(self) -> None:
         unknown = self.flags - FLAGS.keys()

@@ -2,6 +2,18 @@
 
 from .adapter import AdapterConfig
 from .bitfit import BitFitConfig
+from .compacter import CompacterConfig
 from .lora import LoraConfig
+from .low_rank_adapter import LowRankAdapterConfig
+from .prefix import PrefixConfig
+from .soft_prompt import SoftPromptConfig
 
-__all__ = ["AdapterConfig", "BitFitConfig", "LoraConfig"]
+__all__ = [
+    "AdapterConfig",
+    "BitFitConfig",
+    "CompacterConfig",
+    "LoraConfig",
+    "LowRankAdapterConfig",
+    "PrefixConfig",
+    "SoftPromptConfig",
+]

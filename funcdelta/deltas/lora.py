@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..config import BaseDeltaConfig, register
 from ..errors import ConfigError
+from ..parts import Part, equal_parts, place
 from ..site import Site
 
 CONVOLVE: dict[str, Callable[..., Tensor]] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
@@ -34,8 +35,10 @@ class LoraConfig(BaseDeltaConfig):
         lora_alpha: ``s = lora_alpha / lora_r`` (with ``use_rslora``: over the square root of r).
         lora_dropout: dropout on the input of the low-rank branch, in training.
         use_rslora: rank-stabilised scale.
-        enable_lora: for a fused projection (``c_attn``), which of its equal parts are adapted:
-            ``(True, False, True)`` adapts q and v of q,k,v, each with factors of its own.
+        enable_lora: for a fused projection (``c_attn``), which of its parts are adapted: ``(True, False, True)``
+            adapts q and v of q,k,v, each with factors of its own. The common names ``["attn@.q@", "attn@.v@"]``
+            mean the same. Where the parts lie is known of families with common names; elsewhere they are equal
+            and side by side.
 
     >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 6))
     >>> delta = fd.DeltaModel(backbone, fd.LoraConfig(lora_r=2, modified_modules=["0"]))
@@ -46,6 +49,7 @@ class LoraConfig(BaseDeltaConfig):
     default_name: ClassVar[str] = "lora"
     default_modified_modules: ClassVar[tuple[str, ...]] = ("attn@.q@", "attn@.v@")
     identity_at_start: ClassVar[bool] = True
+    acts_on_parts: ClassVar[bool] = True
 
     lora_r: int = 8
     lora_alpha: float = 16
@@ -78,8 +82,14 @@ class LoraConfig(BaseDeltaConfig):
         if self.enable_lora is not None:
             if site.kind not in ("linear", "transposed_linear"):
                 return f"enable_lora splits fused linear projections, not {site.module_type}"
+            if site.fused and len(site.fused) != len(self.enable_lora):
+                names = ", ".join(part.name for part in site.fused)
+                return f"enable_lora has {len(self.enable_lora)} parts, but its output has {len(site.fused)}: {names}"
             if site.width % len(self.enable_lora):
                 return f"enable_lora has {len(self.enable_lora)} equal parts, but it has {site.width} outputs"
+            if self.modified_modules is not None and site.parts and set(site.parts) != set(self._parts(site)):
+                names = ", ".join(part.name for part in site.parts)
+                return f"enable_lora={self.enable_lora} means other parts than modified_modules, which name {names}"
         return None
 
     def unmergeable(self, site: Site) -> str | None:
@@ -89,15 +99,14 @@ class LoraConfig(BaseDeltaConfig):
         return ("scale",)
 
     def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
-        parts, enabled = self._parts
-        fan_in = self._fan_in(site)
+        parts, fan_in = self._parts(site), self._fan_in(site)
         if site.kind == "embedding":
             # The output is a row of A, so it is A that has to start at zero.
             a, b = torch.zeros(self.lora_r, *fan_in), torch.randn(site.width, self.lora_r, generator=rng)
         else:
             bound = 1 / math.sqrt(math.prod(fan_in))  # Kaiming uniform with a = sqrt 5, as torch.nn.Linear
-            a = torch.empty(enabled * self.lora_r, *fan_in).uniform_(-bound, bound, generator=rng)
-            b = torch.zeros(enabled * site.width // parts, self.lora_r)
+            a = torch.empty(max(1, len(parts)) * self.lora_r, *fan_in).uniform_(-bound, bound, generator=rng)
+            b = torch.zeros(sum(part.size for part in parts) or site.width, self.lora_r)
         rank = math.sqrt(self.lora_r) if self.use_rslora else self.lora_r
         return {"lora_A": a, "lora_B": b, "scale": torch.tensor(self.lora_alpha / rank)}
 
@@ -113,35 +122,33 @@ class LoraConfig(BaseDeltaConfig):
             made_with = {key: site.option(key) for key in ("stride", "padding", "dilation")}
             hidden = convolve(x, a.repeat(groups, *[1] * (a.ndim - 1)), groups=groups, **made_with)
             return y + convolve(hidden, (p["scale"] * b).view(*b.shape, *ones), groups=groups)
-        if self.enable_lora is None:
+        parts = self._parts(site)
+        if not parts:
             # Scaled between the two products, where there are fewest numbers.
             return y + F.linear(F.linear(x, a) * p["scale"], b)
-        hidden = (x @ a.mT).chunk(self._parts[1], -1)
-        rows = (p["scale"] * b).chunk(self._parts[1], 0)
-        return y + self._place([h @ part.mT for h, part in zip(hidden, rows, strict=True)], -1)
+        hidden = (x @ a.mT).chunk(len(parts), -1)
+        rows = (p["scale"] * b).split([part.size for part in parts], 0)
+        return y + place([h @ row.mT for h, row in zip(hidden, rows, strict=True)], parts, site.width)
 
     def weights(self, site: Site, p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
         """``W + s B A``, in the layout of the module's weight."""
         a, b = p["lora_A"], p["scale"] * p["lora_B"]
-        if self.enable_lora is None:
+        parts = self._parts(site)
+        if not parts:
             change = b @ a.flatten(1)
         else:
-            pairs = zip(a.chunk(self._parts[1], 0), b.chunk(self._parts[1], 0), strict=True)
-            change = self._place([part_b @ part_a for part_a, part_b in pairs], 0)
+            pairs = zip(a.chunk(len(parts), 0), b.split([part.size for part in parts], 0), strict=True)
+            change = place([part_b @ part_a for part_a, part_b in pairs], parts, site.width, 0)
         if site.kind in ("transposed_linear", "embedding"):
             change = change.mT
         return w | {"weight": w["weight"] + change.reshape(w["weight"].shape)}
 
-    @property
-    def _parts(self) -> tuple[int, int]:
-        """How many equal parts the output has, and how many of them are adapted."""
-        return (1, 1) if self.enable_lora is None else (len(self.enable_lora), sum(self.enable_lora))
-
-    def _place(self, pieces: list[Tensor], axis: int) -> Tensor:
-        """The adapted parts in their places along ``axis``, zeros in the others."""
-        given = iter(pieces)
-        assert self.enable_lora is not None
-        return torch.cat([next(given) if on else torch.zeros_like(pieces[0]) for on in self.enable_lora], axis)
+    def _parts(self, site: Site) -> tuple[Part, ...]:
+        """The parts of the output that have factors of their own; none: one pair for all of it."""
+        if self.enable_lora is None:
+            return site.parts
+        every = site.fused or equal_parts([str(i) for i in range(len(self.enable_lora))], site.width)
+        return tuple(part for part, on in zip(every, self.enable_lora, strict=True) if on)
 
     @staticmethod
     def _fan_in(site: Site) -> tuple[int, ...]:

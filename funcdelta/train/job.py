@@ -140,7 +140,9 @@ def build_delta(settings: Settings, model: backbones.TextClassifier) -> DeltaMod
                 "No site lies in a numbered layer, so --layers means nothing here; name the sites with "
                 "--set modified_modules=NAME,NAME."
             )
-        config = config.replace(modified_modules=tuple(sites), exclude_modules=None, common_structure=None)
+        # The others are left out by name, so that what is named at a site (a part of its output) stays what it was.
+        others = [path for path in delta.sites if path not in sites]
+        config = config.replace(exclude_modules=(*(config.exclude_modules or ()), *others) or None)
         delta = DeltaModel(model, config, example=example)
     return delta.mode(train=False)
 

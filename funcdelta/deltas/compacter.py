@@ -1,0 +1,210 @@
+"""Compacter: ``h + P_up(act(P_down(h)))`` after a site, with ``P(x) = x (Σᵢ Aᵢ ⊗ (Sᵢ Tᵢ)) + b``.
+
+Shapes of a layer (in, out) with n = hypercomplex_division and k = phm_rank: ``phm_rule`` A (n, n, n), ``W_left`` S
+(n, in / n, k), ``W_right`` T (n, k, out / n), ``b`` (out); without ``factorized_phm`` one ``W`` (n, in / n, out / n),
+with ``factorized_phm_rule`` ``phm_rule_left`` (n, n, 1) and ``phm_rule_right`` (n, 1, n). ``down_sampler`` is (d, m)
+and ``up_sampler`` (m, d) with m = d // reduction_factor; both d and m must be multiples of n.
+Source: Karimi Mahabadi et al. 2021, "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers"; fields, names (the
+``compactor`` in keys too) and initial values are OpenDelta's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..activations import activation
+from ..config import BaseDeltaConfig, register
+from ..errors import ConfigError, MatchError
+from ..glorot import GLOROT, glorot
+from ..hypercomplex import kronecker_sum, times_kronecker_sum
+from ..match import near
+from ..site import Site
+
+LAYERS = ("down_sampler", "up_sampler")
+W_INITS = (*GLOROT, "normal")
+RULE_INITS = ("normal", "uniform")
+RULE_SPREAD = 0.01
+SWITCHES = (
+    *("learn_phm", "shared_phm_rule", "factorized_phm", "shared_W_phm", "factorized_phm_rule"),
+    *("use_bias_up_sampler", "use_bias_down_sampler"),
+)
+
+
+@register("compacter")
+@dataclass(frozen=True)
+class CompacterConfig(BaseDeltaConfig):
+    """Adapter of two hypercomplex layers, ``h + P_up(act(P_down(h)))``, after any site with a hidden output.
+
+    Attributes:
+        reduction_factor: the bottleneck is the site's width divided by this, rounded down.
+        non_linearity: ``relu``, ``tanh``, ``swish``, ``gelu_new``, ``gelu_orig``, ``leakyrelu`` or a name that
+            Transformers knows.
+        phm_c_init: how rules start, ``normal`` N(0, 0.01) or ``uniform`` U(±0.01).
+        hypercomplex_division: the number n of Kronecker products in a layer.
+        learn_phm: whether rules train; if not they are constants, which are saved with the rest.
+        hypercomplex_nonlinearity: how weights start (OpenDelta's word): ``glorot-uniform``, ``glorot-normal`` or
+            ``normal`` N(0, phm_init_range).
+        shared_phm_rule: one rule for both layers at all sites.
+        factorized_phm: weights as factors of rank ``phm_rank`` instead of full blocks.
+        shared_W_phm: one set of weights for all sites, which then need one width; biases stay each site's own.
+        factorized_phm_rule: rules as factors of rank 1.
+        phm_rank: the rank k of factorised weights.
+        phm_init_range: the standard deviation of ``normal`` weights.
+        kronecker_prod: which of two ways OpenDelta takes to one product; nothing here hangs on it.
+        use_bias_up_sampler, use_bias_down_sampler: whether the layers have biases, which start at zero.
+
+    >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 64))
+    >>> delta = fd.CompacterModel(backbone, modified_modules=["0"])
+    >>> delta.shapes["0.compactor.down_sampler.phm_rule"], delta.shapes["0.compactor.down_sampler.W_left"]
+    ((4, 4, 4), (4, 16, 1))
+    >>> fd.CompacterModel(backbone, shared_phm_rule=True, modified_modules=["0"]).names[:2]
+    ('compactor.phm_rule', '0.compactor.down_sampler.W_left')
+    """
+
+    default_name: ClassVar[str] = "compactor"
+    default_modified_modules: ClassVar[tuple[str, ...]] = ("attn@.proj@", "ff@.w2@")
+
+    reduction_factor: int = 16
+    non_linearity: str = "gelu_new"
+    phm_c_init: str = "normal"
+    hypercomplex_division: int = 4
+    learn_phm: bool = True
+    hypercomplex_nonlinearity: str = "glorot-uniform"
+    shared_phm_rule: bool = False
+    factorized_phm: bool = True
+    shared_W_phm: bool = False  # noqa: N815  (OpenDelta's name)
+    factorized_phm_rule: bool = False
+    phm_rank: int = 1
+    phm_init_range: float = 0.0001
+    kronecker_prod: bool | None = None
+    use_bias_up_sampler: bool = True
+    use_bias_down_sampler: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("reduction_factor", "hypercomplex_division", "phm_rank"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field}={getattr(self, field)}: write at least 1.")
+        for field in SWITCHES:
+            if not isinstance(getattr(self, field), bool):
+                raise ConfigError(f"{field}={getattr(self, field)!r}: write True or False.")
+        for field, known in (("phm_c_init", RULE_INITS), ("hypercomplex_nonlinearity", W_INITS)):
+            if getattr(self, field) not in known:
+                raise ConfigError(f"{field}={getattr(self, field)!r}.{near(str(getattr(self, field)), known)}")
+        if self.phm_init_range < 0:
+            raise ConfigError(f"phm_init_range={self.phm_init_range}: write a standard deviation, at least 0.")
+        activation(self.non_linearity)
+
+    def check(self, site: Site) -> str | None:
+        d, n, factor = site.out_features, self.hypercomplex_division, self.reduction_factor
+        if d is None or self._fits(d):
+            return None
+        below = next((width for width in range(d - 1, 0, -1) if self._fits(width)), None)
+        above = next(width for width in range(d + 1, d + n * factor + 1) if self._fits(width))
+        nearby = ", ".join(str(width) for width in (below, above) if width is not None)
+        ways: list[str] = []
+        divisions = [i for i in range(2, d + 1) if d // factor and math.gcd(d, d // factor) % i == 0]
+        if divisions:
+            ways.append(f"hypercomplex_division={' or '.join(map(str, divisions[:4]))}")
+        factors = [f for f in range(2, d + 1) if d % n == 0 and (d // f) % n == 0]
+        if factors:
+            closest = sorted(factors, key=lambda f: abs(f - factor))[:4]
+            ways.append(f"reduction_factor={' or '.join(map(str, sorted(closest)))}")
+        here = f"; for the width {d} write {', or '.join(ways)}" if ways else ""
+        return (
+            f"its width {d} and the bottleneck {d} // {factor} = {d // factor} must both be multiples of "
+            f"hypercomplex_division={n}, at least {n}. Widths nearby that work: {nearby}{here}"
+        )
+
+    def _fits(self, width: int) -> bool:
+        """Whether a site of that width and its bottleneck split into equal parts."""
+        bottleneck = width // self.reduction_factor
+        return bottleneck > 0 and width % self.hypercomplex_division == bottleneck % self.hypercomplex_division == 0
+
+    def constants(self, site: Site) -> tuple[str, ...]:
+        if self.learn_phm:
+            return ()
+        names = self._rule_names()
+        return names if self.shared_phm_rule else tuple(f"{layer}.{name}" for layer in LAYERS for name in names)
+
+    def unmergeable(self, site: Site) -> str | None:
+        return "it adds a non-linear function of the output, which no weight of the site computes"
+
+    def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> dict[str, Tensor]:
+        found = self._rule(rng) if self.shared_phm_rule else {}
+        if self.shared_W_phm:
+            widths = {site.width: site.path for site in reversed(sites)}
+            if len(widths) > 1:
+                told = ", ".join(f"{path} has {width}" for width, path in widths.items())
+                raise MatchError(
+                    f"shared_W_phm=True needs sites of one width: {told} outputs. Give a config to the sites of each "
+                    f"width, with a name= of its own, or leave shared_W_phm out."
+                )
+            for layer, shape in self._layers(sites[0]).items():
+                found |= {f"{layer}.{name}": leaf for name, leaf in self._weight(*shape, rng).items()}
+        return found
+
+    def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for layer, (features, outputs) in self._layers(site).items():
+            own = {} if self.shared_phm_rule else self._rule(rng)
+            own |= {} if self.shared_W_phm else self._weight(features, outputs, rng)
+            own |= {"b": torch.zeros(outputs)} if getattr(self, f"use_bias_{layer}") else {}
+            found |= {f"{layer}.{name}": leaf for name, leaf in own.items()}
+        return found
+
+    def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
+        h = y.movedim(site.channel_axis, -1)
+        down = self._layer(h, p, "down_sampler")
+        change = self._layer(activation(self.non_linearity)(down), p, "up_sampler")
+        return y + change.movedim(-1, site.channel_axis)
+
+    def _layer(self, x: Tensor, p: dict[str, Tensor], layer: str) -> Tensor:
+        """``x (Σᵢ Aᵢ ⊗ Bᵢ) + b`` with the leaves of one layer."""
+        place = "" if self.shared_phm_rule else f"{layer}."
+        if self.factorized_phm_rule:
+            rule = p[f"{place}phm_rule_left"] @ p[f"{place}phm_rule_right"]
+        else:
+            rule = p[f"{place}phm_rule"]
+        if self.factorized_phm:
+            product = times_kronecker_sum(x, rule, p[f"{layer}.W_left"], p[f"{layer}.W_right"])
+        else:
+            product = x @ kronecker_sum(rule, p[f"{layer}.W"])
+        return product + p[f"{layer}.b"] if f"{layer}.b" in p else product
+
+    def _layers(self, site: Site) -> dict[str, tuple[int, int]]:
+        """The input and output widths of the two layers at a site."""
+        d, m = site.width, site.width // self.reduction_factor
+        return {"down_sampler": (d, m), "up_sampler": (m, d)}
+
+    def _rule_names(self) -> tuple[str, ...]:
+        return ("phm_rule_left", "phm_rule_right") if self.factorized_phm_rule else ("phm_rule",)
+
+    def _rule(self, rng: torch.Generator) -> dict[str, Tensor]:
+        """A fresh rule, or its two factors."""
+        n = self.hypercomplex_division
+        shapes = ((n, n, 1), (n, 1, n)) if self.factorized_phm_rule else ((n, n, n),)
+        return {name: self._drawn_rule(shape, rng) for name, shape in zip(self._rule_names(), shapes, strict=True)}
+
+    def _drawn_rule(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+        if self.phm_c_init == "normal":
+            return torch.randn(shape, generator=rng) * RULE_SPREAD
+        return torch.empty(shape).uniform_(-RULE_SPREAD, RULE_SPREAD, generator=rng)
+
+    def _weight(self, features: int, outputs: int, rng: torch.Generator) -> dict[str, Tensor]:
+        """A fresh weight of n blocks, or its two factors."""
+        n, k = self.hypercomplex_division, self.phm_rank
+        rows, columns = features // n, outputs // n
+        if self.factorized_phm:
+            return {"W_left": self._drawn((n, rows, k), rng), "W_right": self._drawn((n, k, columns), rng)}
+        return {"W": self._drawn((n, rows, columns), rng)}
+
+    def _drawn(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+        if self.hypercomplex_nonlinearity == "normal":
+            return torch.randn(shape, generator=rng) * self.phm_init_range
+        return glorot(self.hypercomplex_nonlinearity, shape, rng)

@@ -1,0 +1,94 @@
+"""Low-rank adapter: ``h + L_up(act(L_down(h)))`` after a site, with ``L(x) = x (W_left W_right) + b``.
+
+Shapes, with width d, bottleneck m = d // reduction_factor and rank k: ``down_sampler.W_left`` (d, k),
+``down_sampler.W_right`` (k, m), ``down_sampler.b`` (m); ``up_sampler.W_left`` (m, k), ``up_sampler.W_right`` (k, d),
+``up_sampler.b`` (d). Source: Karimi Mahabadi et al. 2021, "Compacter" (its low-rank baseline). OpenDelta multiplies the
+two factors elementwise, which is their product for rank 1 only; here any rank is a product of matrices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..activations import activation
+from ..config import BaseDeltaConfig, register
+from ..errors import ConfigError, MatchError
+from ..glorot import GLOROT, glorot
+from ..match import near
+from ..site import Site
+
+
+@register("low_rank_adapter")
+@dataclass(frozen=True)
+class LowRankAdapterConfig(BaseDeltaConfig):
+    """Adapter of two low-rank layers, ``h + L_up(act(L_down(h)))``, after any site with a hidden output.
+
+    Attributes:
+        reduction_factor: the bottleneck is the site's width divided by this, rounded down.
+        non_linearity: ``relu``, ``tanh``, ``swish``, ``gelu_new``, ``gelu_orig``, ``leakyrelu`` or a name that
+            Transformers knows.
+        low_rank_w_init: how factors start, ``glorot-uniform`` or ``glorot-normal``; biases start at zero.
+        low_rank_rank: the rank k of both layers.
+
+    >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8))
+    >>> delta = fd.LowRankAdapterModel(backbone, reduction_factor=2, low_rank_rank=3, modified_modules=["0"])
+    >>> delta.shapes["0.low_rank_adapter.down_sampler.W_left"], delta.shapes["0.low_rank_adapter.up_sampler.W_right"]
+    ((8, 3), (3, 8))
+    """
+
+    default_name: ClassVar[str] = "low_rank_adapter"
+    default_modified_modules: ClassVar[tuple[str, ...]] = ("attn@.proj@", "ff@.w2@")
+
+    reduction_factor: int = 32
+    non_linearity: str = "gelu_new"
+    low_rank_w_init: str = "glorot-uniform"
+    low_rank_rank: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("reduction_factor", "low_rank_rank"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field}={getattr(self, field)}: write at least 1.")
+        if self.low_rank_w_init not in GLOROT:
+            raise ConfigError(f"low_rank_w_init={self.low_rank_w_init!r}.{near(self.low_rank_w_init, GLOROT)}")
+        activation(self.non_linearity)
+
+    def unmergeable(self, site: Site) -> str | None:
+        return "it adds a non-linear function of the output, which no weight of the site computes"
+
+    def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
+        d, k = site.width, self.low_rank_rank
+        m = d // self.reduction_factor
+        if m < 1:
+            raise MatchError(
+                f"{site.path} has {d} outputs, fewer than reduction_factor={self.reduction_factor}, so the bottleneck "
+                f"would be empty: write a reduction_factor of at most {d}."
+            )
+        kind = self.low_rank_w_init
+        return {
+            "down_sampler.W_left": glorot(kind, (d, k), rng),
+            "down_sampler.W_right": glorot(kind, (k, m), rng),
+            "down_sampler.b": torch.zeros(m),
+            "up_sampler.W_left": glorot(kind, (m, k), rng),
+            "up_sampler.W_right": glorot(kind, (k, d), rng),
+            "up_sampler.b": torch.zeros(d),
+        }
+
+    def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
+        h = y.movedim(site.channel_axis, -1)
+        down = _layer(h, p, "down_sampler")
+        change = _layer(activation(self.non_linearity)(down), p, "up_sampler")
+        return y + change.movedim(-1, site.channel_axis)
+
+
+def _layer(x: Tensor, p: dict[str, Tensor], name: str) -> Tensor:
+    """``x (W_left W_right) + b``, through the factors wherever that is less work."""
+    left, right = p[f"{name}.W_left"], p[f"{name}.W_right"]
+    (features, rank), outputs = left.shape, right.shape[1]
+    if rank * (features + outputs) > features * outputs:
+        return x @ (left @ right) + p[f"{name}.b"]
+    return x @ left @ right + p[f"{name}.b"]

@@ -1,0 +1,144 @@
+"""Prefix tuning: ``softmax(q [P_k; k]ᵀ s) [P_v; v]``, trained keys and values in front of a self-attention's own.
+
+Shapes: ``past_key``, ``past_value`` (P, heads · size), with the heads of the keys where queries have more of them.
+Reparameterised, one network writes the prefixes of all L sites of width d, in the order of the sites: leaves
+``wte.weight`` (P, e), ``control_trans.0.weight`` (m, e), ``control_trans.0.bias`` (m), ``control_trans.2.weight``
+(2 L d, m), ``control_trans.2.bias`` (2 L d). Source: Li and Liang 2021, "Prefix-Tuning"; names and starts are
+OpenDelta's. A prefix gets no rotation and no position of its own, and its keys are never masked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attend import attention_below
+from ..config import BaseDeltaConfig, register
+from ..errors import ConfigError, MatchError
+from ..site import Site
+
+POSITION_BIAS = ("kept", "first_layer_only")
+
+
+@register("prefix")
+@dataclass(frozen=True)
+class PrefixConfig(BaseDeltaConfig):
+    """Prefix tuning of attention modules that go through Transformers' attention interface.
+
+    A matched module stands for every such attention module that it is or holds.
+
+    Attributes:
+        prefix_token_num: the length P of the prefix.
+        reparameterize: whether one network writes all prefixes; ``delta.bake(params)`` turns it into plain ones.
+        embed_dim, mid_dim: widths e and m of that network.
+        position_bias: of models that compute one (T5): ``"kept"``, with zeros for the prefix, or
+            ``"first_layer_only"``, as OpenDelta has it: the first layer's is computed as if the prefix were tokens,
+            and those of the others are lost. For checkpoints trained so.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
+    >>> backbone = BertModel(BertConfig(vocab_size=9000, **sizes))
+    >>> delta = fd.PrefixModel(backbone, prefix_token_num=3, reparameterize=False)
+    >>> delta.shapes["encoder.layer.0.attention.self.prefix.past_key"]
+    (3, 8)
+    """
+
+    default_name: ClassVar[str] = "prefix"
+    default_modified_modules: ClassVar[tuple[str, ...]] = ("attn@",)
+
+    prefix_token_num: int = 6
+    reparameterize: bool = True
+    embed_dim: int = 512
+    mid_dim: int = 512
+    position_bias: str = "kept"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("prefix_token_num", "embed_dim", "mid_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: write at least 1.")
+        if self.position_bias not in POSITION_BIAS:
+            raise ConfigError(f"position_bias={self.position_bias!r}: write one of {', '.join(POSITION_BIAS)}.")
+
+    def spread(self, path: str, module: nn.Module) -> Iterator[str]:
+        found = attention_below(path, module)
+        if not found:
+            raise MatchError(
+                f"{self.delta_type} cannot act at {path}: {type(module).__name__} neither is nor holds an attention "
+                f"module that goes through Transformers' attention interface, the one place where keys can be added. "
+                f"Name attention modules that do (exclude_modules= leaves others out); where a model has none, LoRA, "
+                f"adapters and a soft prompt act on it."
+            )
+        yield from found
+
+    def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
+        if self.reparameterize:
+            return {}
+        tokens, shape = self.prefix_token_num, site.attention
+        return {
+            "past_key": torch.randn(tokens, shape.key_width, generator=rng),
+            "past_value": torch.randn(tokens, shape.value_width, generator=rng),
+        }
+
+    def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> dict[str, Tensor]:
+        if not self.reparameterize:
+            return {}
+        widths = {site.path: (site.attention.key_width, site.attention.value_width) for site in sites}
+        width = widths[sites[0].path][0]
+        for path, found in widths.items():
+            if found != (width, width):
+                raise ConfigError(
+                    f"One network writes the prefixes of all sites, which have to be equally wide: {sites[0].path} "
+                    f"has keys of {width} numbers, {path} keys and values of {found}. Write reparameterize=False, or "
+                    f"make a delta of each width."
+                )
+
+        def linear(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+            bound = 1 / math.sqrt(columns)  # as torch.nn.Linear starts
+            weight = torch.empty(rows, columns).uniform_(-bound, bound, generator=rng)
+            return weight, torch.empty(rows).uniform_(-bound, bound, generator=rng)
+
+        table = torch.randn(self.prefix_token_num, self.embed_dim, generator=rng)
+        first, second = linear(self.mid_dim, self.embed_dim), linear(2 * len(sites) * width, self.mid_dim)
+        return {
+            "wte.weight": table,
+            "control_trans.0.weight": first[0],
+            "control_trans.0.bias": first[1],
+            "control_trans.2.weight": second[0],
+            "control_trans.2.bias": second[1],
+        }
+
+    def expand(self, sites: tuple[Site, ...], p: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """``W₂ tanh(W₀ E + b₀) + b₂``, cut into a key and a value for each site in turn."""
+        hidden = F.linear(p["wte.weight"], p["control_trans.0.weight"], p["control_trans.0.bias"]).tanh()
+        written = F.linear(hidden, p["control_trans.2.weight"], p["control_trans.2.bias"])
+        pieces = written.chunk(2 * len(sites), -1)
+        return {site.path: {"past_key": pieces[2 * i], "past_value": pieces[2 * i + 1]} for i, site in enumerate(sites)}
+
+    def baked(self) -> Self:
+        if not self.reparameterize:
+            raise ConfigError("These prefixes are plain already (reparameterize=False): there is nothing to bake.")
+        return self.replace(reparameterize=False)
+
+    def attend(self, site: Site, p: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return p["past_key"], p["past_value"]
+
+    def widen_bias(self, site: Site, module: nn.Module, bias: Tensor, added: int) -> Tensor:
+        if self.position_bias == "kept":
+            return super().widen_bias(site, module, bias, added)
+        attention: Any = module
+        if not attention.has_relative_attention_bias:
+            return bias.new_zeros(()).expand(*bias.shape[:-1], added + bias.shape[-1])
+        queries, length = bias.shape[-2:]
+        return attention.compute_bias(
+            queries, added + length, device=bias.device, past_seen_tokens=added + length - queries
+        )
+
+    def unmergeable(self, site: Site) -> str | None:
+        return "a prefix adds keys and values that no weight of the module produces"

@@ -1,0 +1,117 @@
+"""Soft prompt: trained rows before the embedded input, ``x' = [E; embed(ids)]``.
+
+Shapes: ``soft_embeds`` (P, d), where d is the width of the token embeddings. The rows are what enters the model in a
+token's place, after the embedding's own scale. Masks, token types, position numbers and labels are extended on
+copies; outputs with one value a position are P longer unless ``strip``. BERT's pooler reads position 0, which is the
+prompt's first row, as in OpenDelta. Source: Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt
+Tuning".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import BaseDeltaConfig, register
+from ..entrance import embedded_tokens, entrances, input_embedding, why_not
+from ..errors import ConfigError
+from ..prompt import EXPAND
+from ..site import Site
+
+
+@register("soft_prompt")
+@dataclass(frozen=True)
+class SoftPromptConfig(BaseDeltaConfig):
+    """Prompt tuning, ``[E; embed(ids)]``, where token ids enter: an encoder-decoder's encoder, or the transformer.
+
+    Attributes:
+        soft_token_num: the number P of rows.
+        init_range: without ``token_init`` a row starts as U(±init_range).
+        token_init: start as copies of the backbone's tokens 0 … P-1, the same for every member.
+        other_expand_ids: pairs of an input's name and the value that it has at the prompt's positions.
+        strip: leave the prompt's positions out of hidden states and logits (an encoder's states keep them for its
+            decoder). Classification heads that look for the last token in ``input_ids`` get them left out always.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> backbone = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2)).eval()
+    >>> delta = fd.DeltaModel(backbone, fd.SoftPromptConfig(soft_token_num=3))
+    >>> params, ids = delta.init(seed=0), torch.tensor([[5, 6, 7, 8]])
+    >>> {name: tuple(leaf.shape) for name, leaf in params.items()}
+    {'transformer.soft_prompt_layer.soft_embeds': (3, 8)}
+    >>> delta.apply(params, input_ids=ids).logits.shape
+    torch.Size([1, 7, 20])
+    """
+
+    default_name: ClassVar[str] = "soft_prompt_layer"
+
+    soft_token_num: int = 100
+    init_range: float = 0.5
+    token_init: bool = True
+    other_expand_ids: tuple[tuple[str, float], ...] = EXPAND
+    strip: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.soft_token_num < 1:
+            raise ConfigError(f"soft_token_num={self.soft_token_num}: write at least 1.")
+        if self.init_range < 0:
+            raise ConfigError(f"init_range={self.init_range}: write 0 or more.")
+        if self.batch_dim != 0:
+            raise ConfigError(f"batch_dim={self.batch_dim}: a prompt is added along axis 1, so rows have to be axis 0.")
+        given = self.other_expand_ids
+        pairs = given.items() if isinstance(given, Mapping) else given
+        try:
+            pairs = tuple((name, value) for name, value in pairs)
+        except (TypeError, ValueError):
+            pairs = (("", None),)
+        if not all(isinstance(name, str) and name and isinstance(value, (int, float)) for name, value in pairs):
+            raise ConfigError(
+                f"other_expand_ids={given!r}: write pairs of an input's name and a number, such as "
+                f'(("attention_mask", 1), ("token_type_ids", 0)).'
+            )
+        object.__setattr__(self, "other_expand_ids", pairs)
+
+    def own_sites(self, backbone: nn.Module) -> list[str]:
+        return entrances(backbone, self.delta_type)
+
+    def describe(self, site: Site, module: nn.Module) -> Site:
+        refusal, table = why_not(module), input_embedding(module)
+        if refusal is not None or table is None:
+            return dataclasses.replace(site, options=(("refusal", refusal),))
+        width, vocabulary = table.embedding_dim, table.num_embeddings
+        return dataclasses.replace(
+            site, in_features=width, out_features=width, options=(("refusal", None), ("vocabulary", vocabulary))
+        )
+
+    def check(self, site: Site) -> str | None:
+        if site.option("refusal") is not None:
+            return site.option("refusal")
+        if self.token_init and self.soft_token_num > site.option("vocabulary"):
+            return (
+                f"token_init=True copies {self.soft_token_num} tokens, but the vocabulary has "
+                f"{site.option('vocabulary')}; write token_init=False"
+            )
+        return None
+
+    def unmergeable(self, site: Site) -> str | None:
+        return "rows before the input are no function of the weights"
+
+    def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
+        shape = self.soft_token_num, site.width
+        if self.token_init:
+            return {"soft_embeds": torch.zeros(shape)}
+        return {"soft_embeds": (2 * torch.rand(shape, generator=rng) - 1) * self.init_range}
+
+    def fill(self, site: Site, leaves: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+        table = input_embedding(module)
+        if not self.token_init or table is None:
+            return leaves
+        return {"soft_embeds": embedded_tokens(table, self.soft_token_num)}
+
+    def prompt(self, site: Site, p: dict[str, Tensor]) -> Tensor:
+        return p["soft_embeds"]

@@ -1,0 +1,154 @@
+"""Every key of a file, accounted for: whose leaf it is and at which module, or the backbone's tensor that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from .spelling import SPELLINGS, attribute_name, attribute_of, owners_of
+
+OLD_BUFFERS = ("position_ids", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias", "inv_freq")
+"""Ends of the names of constant buffers that Transformers once kept in state dicts."""
+
+
+@dataclass
+class Group:
+    """The keys of one delta in the file, by module path and leaf; ``shared`` ones under the first site's path."""
+
+    own: dict[str, dict[str, str]] = field(default_factory=dict)
+    shared: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+@dataclass
+class Keys:
+    """The keys of a file by what they are.
+
+    Attributes:
+        deltas: by delta type and number of the delta among those of its kind.
+        backbone: those that name a tensor of the backbone.
+        fresh: ``{module path: {own name: key}}`` of tensors that a module of the backbone could have but has not.
+        unused: what no output depends on.
+        unknown: the rest.
+    """
+
+    deltas: dict[tuple[str, int], Group] = field(default_factory=dict)
+    backbone: list[str] = field(default_factory=list)
+    fresh: dict[str, dict[str, str]] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+    def names(self) -> dict[str, tuple[str, int]]:
+        """The deltas by the name that they have in the file."""
+        return {attribute_name(*which): which for which in self.deltas}
+
+
+def sort_keys(keys: Iterable[str], backbone: nn.Module) -> Keys:
+    """Sort ``keys`` by what they mean on ``backbone``.
+
+    >>> found = sort_keys(["0.lora.lora_A", "1.lora_B", "0.weight", "2.weight"], nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    >>> found.deltas["lora", 0].own, found.backbone, found.unknown
+    ({'0': {'lora_A': '0.lora.lora_A'}, '1': {'lora_B': '1.lora_B'}}, ['0.weight'], ['2.weight'])
+    """
+    modules = {path for path, _ in backbone.named_modules(remove_duplicate=False)}
+    tensors = {name for name, _ in backbone.named_parameters(remove_duplicate=False)}
+    tensors |= {name for name, _ in backbone.named_buffers(remove_duplicate=False)}
+    fresh_names = {name for spelling in SPELLINGS.values() for name in spelling.own}
+    found = Keys()
+    for key in keys:
+        path, _, own = key.rpartition(".")
+        if key in tensors:
+            found.backbone.append(key)
+        elif not _add_leaf(found, key, modules):
+            if path in modules and own in fresh_names and not key.endswith(OLD_BUFFERS):
+                found.fresh.setdefault(path, {})[own] = key
+            elif key.endswith(OLD_BUFFERS) and any(path == part or path.startswith(f"{part}.") for part in modules):
+                found.unused.append(key)
+            else:
+                found.unknown.append(key)
+    return found
+
+
+def _add_leaf(found: Keys, key: str, modules: set[str]) -> bool:
+    """Whether ``key`` is a delta's leaf at one of the ``modules``; it is added to its group."""
+    tokens = key.split(".")
+    for position, token in enumerate(tokens[:-1]):
+        which, path = attribute_of(token), ".".join(tokens[:position])
+        if which is None or path not in modules or f"{path}.{token}".lstrip(".") in modules:
+            continue
+        delta_type, attribute, number = which
+        spelling = SPELLINGS[delta_type]
+        leaf = ".".join(tokens[position + 1 :])
+        if leaf in spelling.unused:
+            found.unused.append(key)
+            return True
+        if attribute == spelling.attribute:
+            if not leaf.startswith(spelling.inner):
+                return False
+            leaf = leaf.removeprefix(spelling.inner)
+        if any(attribute_of(inner) for inner in leaf.split(".")):
+            return False  # a delta on a delta
+        group = found.deltas.setdefault((delta_type, number), Group())
+        place = group.own if attribute == spelling.attribute else group.shared
+        place.setdefault(path, {})[leaf] = key
+        return True
+    path, _, leaf = key.rpartition(".")
+    for delta_type in owners_of(leaf) if path in modules else ():
+        found.deltas.setdefault((delta_type, 0), Group()).own.setdefault(path, {})[leaf] = key
+        return True
+    return False
+
+
+def moved(keys: Iterable[str], backbone: nn.Module) -> dict[str, str]:
+    """``{key: key on backbone}`` where every path only lacks, or has too much of, one and the same beginning.
+
+    A delta that was made on a model inside a wrapper, or on a wrapper around the model, is found so if there is one
+    way alone; where nothing has to move, or it is not clear, the keys stay as they are.
+
+    >>> wrapped = nn.ModuleDict({"inner": nn.ModuleDict({"query": nn.Linear(2, 2)})})
+    >>> moved(["query.lora.lora_A"], wrapped)
+    {'query.lora.lora_A': 'inner.query.lora.lora_A'}
+    """
+    keys = list(keys)
+    same = {key: key for key in keys}
+    unknown = sort_keys(keys, backbone).unknown
+    if not unknown:
+        return same
+    paths = [path for path, _ in backbone.named_modules() if path]
+    ways: dict[tuple[str, ...], dict[str, str]] = {}
+    for less, more in _beginnings(unknown[0], paths):
+        target = {key: more + key.removeprefix(less) for key in keys}
+        if len(set(target.values())) == len(keys) and not sort_keys(target.values(), backbone).unknown:
+            ways.setdefault(tuple(target.values()), target)
+    return next(iter(ways.values())) if len(ways) == 1 else same
+
+
+def _beginnings(key: str, paths: Iterable[str]) -> set[tuple[str, str]]:
+    """Pairs of a beginning to take away from ``key`` and one to put before it so that it may stand in the backbone."""
+    tokens = key.split(".")
+    found: set[tuple[str, str]] = set()
+    for start in range(len(tokens) - 1):
+        if any(token.isdigit() for token in tokens[:start]):
+            break  # a layer's number is no wrapper
+        less = "".join(f"{token}." for token in tokens[:start])
+        found.add((less, ""))
+        for path in paths:
+            # The first tokens that stay name a module that stands somewhere else here.
+            before, _, last = path.rpartition(".")
+            if last == tokens[start] and before:
+                found.add((less, f"{before}."))
+    return found
+
+
+def duplicates(tensors: Mapping[str, Tensor], group: Group, known: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """The keys of ``group`` that only repeat leaves in ``known``, tensor for tensor."""
+    leaves = [[tensors[key] for _, key in sorted(at.items())] for at in known.values()]
+    found: list[str] = []
+    for at in group.own.values():
+        here = [tensors[key] for _, key in sorted(at.items())]
+        if any(
+            len(here) == len(other) and all(a.equal(b) for a, b in zip(here, other, strict=True)) for other in leaves
+        ):
+            found += at.values()
+    return found

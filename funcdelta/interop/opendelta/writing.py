@@ -1,0 +1,194 @@
+"""Writes a delta as a folder that OpenDelta reads back, and refuses what it would read as something else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...check import check_member
+from ...checkpoint import backbone_facts
+from ...errors import CheckpointError, ParamsError
+from ...match import within
+from ...model import DeltaModel
+from ...plan import Attachment
+from .common_names import EXCLUDED, named_sites
+from .fields import COMPAT, data_of, refuse_fields
+from .folder import write_folder
+from .reading import explicit
+from .spelling import FORMAT_VERSION, SPELLINGS, Leaves, Spelling
+
+
+def save_opendelta(
+    delta: DeltaModel, params: Mapping[str, Tensor], path: str | os.PathLike[str], *, compat: str | None = None
+) -> Path:
+    """The folder ``path`` with ``config.json`` and ``pytorch_model.bin`` as OpenDelta writes them, for one member.
+
+    Sites keep the names of the config where OpenDelta takes them for the same modules, and are spelt out where not.
+    Scales that OpenDelta cannot be told are multiplied into the leaves. BitFit's offsets become biases, rounded to the
+    backbone's precision. The delta's own name is not kept.
+
+    Args:
+        compat: ``"opendelta"`` writes also what OpenDelta computes in another way than this delta (T5's prefix).
+
+    Raises `CheckpointError` for what OpenDelta cannot hold, saying what to write instead.
+
+    >>> import json, tempfile
+    >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8))
+    >>> delta = fd.LoraModel(backbone, lora_r=2, modified_modules=["0"])
+    >>> folder = fd.save_opendelta(delta, delta.init(0), tempfile.mkdtemp() + "/run")
+    >>> list(torch.load(folder / "pytorch_model.bin", weights_only=True))
+    ['0.lora.lora_A', '0.lora.lora_B']
+    >>> json.loads((folder / "config.json").read_text())["modified_modules"]
+    ['0']
+    """
+    if len(delta.configs) != 1:
+        kinds = ", ".join(config.delta_type for config in delta.configs)
+        raise CheckpointError(
+            f"OpenDelta has one config a folder, and this delta has {len(delta.configs)} ({kinds}): save each in a folder "
+            f"of its own, fd.save_opendelta(fd.DeltaModel(backbone, config), its_params, path)."
+        )
+    check_member(params, delta.shapes, delta.plan.keys(), {})
+    lacking = [name for name in delta.names if name not in params]
+    if lacking:
+        raise ParamsError(
+            f"save_opendelta: {len(lacking)} leaves are missing, first {lacking[0]}: give all of the delta."
+        )
+    config = delta.configs[0]
+    spelling = SPELLINGS.get(config.delta_type)
+    if spelling is None:
+        raise CheckpointError(
+            f"OpenDelta has no {config.delta_type!r}; it has {', '.join(SPELLINGS)}. Save it here: "
+            f"delta.save_finetuned(params, path)."
+        )
+    _refuse(delta, spelling, compat)
+    changed, leaves = spelling.settle(config, {a.site.path: a.of(params) for a in _owning(delta)})
+    places = {a.site.path: _place(delta.backbone, spelling, a.site.path) for a in delta.plan.all()}
+    where = _names(delta, spelling, list(places.values()))
+    data = data_of(config, spelling, {**changed, **where, **_provenance(delta)})
+    return write_folder(path, data, _tensors(delta, params, spelling, leaves, places, where))
+
+
+def _owning(delta: DeltaModel) -> list[Attachment]:
+    """The attachments with leaves of their own."""
+    return [a for a in delta.plan.all() if a.shapes]
+
+
+def _refuse(delta: DeltaModel, spelling: Spelling, compat: str | None) -> None:
+    config = delta.configs[0]
+    reason = refuse_fields(config, spelling)
+    if reason is not None:
+        raise CheckpointError(
+            f"OpenDelta cannot hold this {config.delta_type}: {reason}. Save it here: "
+            f"delta.save_finetuned(params, path)."
+        )
+    modules = dict(delta.backbone.named_modules())
+    for attachment in delta.plan.all():
+        site = attachment.site
+        reason = spelling.refuse(config, site)
+        if reason is not None:
+            raise CheckpointError(
+                f"OpenDelta cannot hold {config.delta_type} at {site.path}: {reason}. Save it here: "
+                f"delta.save_finetuned(params, path)."
+            )
+        inexact = spelling.inexact
+        if inexact is not None and type(modules[site.path]).__name__ in inexact.classes and compat != COMPAT:
+            if getattr(config, inexact.field) != inexact.value:
+                raise CheckpointError(
+                    f"OpenDelta has {inexact.what}, so it would compute other outputs than this delta, which has "
+                    f'{inexact.field}={getattr(config, inexact.field)!r}. To write it all the same: compat="{COMPAT}".'
+                )
+
+
+def _place(backbone: nn.Module, spelling: Spelling, site: str) -> str:
+    """The module that carries the leaves of ``site`` in OpenDelta: the site, or the host above it."""
+    if not spelling.hosts:
+        return site
+    path = site
+    while True:
+        if type(backbone.get_submodule(path)).__name__ in spelling.hosts:
+            return path
+        if not path:
+            raise CheckpointError(
+                f"OpenDelta has no {spelling.attribute} for {site}: neither it nor a module around it is a "
+                f"{', '.join(spelling.hosts)}. Save it here: delta.save_finetuned(params, path)."
+            )
+        path = path.rpartition(".")[0]
+
+
+def _names(delta: DeltaModel, spelling: Spelling, places: list[str]) -> dict[str, Any]:
+    """``modified_modules`` and ``common_structure`` by which OpenDelta finds the sites."""
+    if not spelling.sites:
+        return {"modified_modules": ["root"]}
+    config, backbone = delta.configs[0], delta.backbone
+    modules = dict(backbone.named_modules(remove_duplicate=False))
+    excluded = tuple(config.exclude_modules or EXCLUDED) if spelling.heeds_exclusion else EXCLUDED
+    given = config.modified_modules or config.default_modified_modules
+    # Common names, where they mean the same, say more than a list of paths.
+    for names in sorted((given, spelling.sites), key=lambda names: not any("@" in name for name in names)):
+        common = any("@" in name for name in names)
+        found = named_sites(backbone, names, excluded, common)
+        if found is None:
+            continue
+        means = {s for path in found for s in config.spread(path, modules[path]) if not spelling.unsaved(modules[s])}
+        if means == {s for s in delta.sites if not spelling.unsaved(modules[s])}:
+            return {"modified_modules": list(names), "common_structure": common}
+    return {"modified_modules": list(explicit(backbone, places)), "common_structure": False, "exclude_modules": []}
+
+
+def _provenance(delta: DeltaModel) -> dict[str, Any]:
+    facts = backbone_facts(delta.backbone)
+    return facts | {"backbone_hash": delta.configs[0].backbone_hash, "opendelta_version": FORMAT_VERSION}
+
+
+def _tensors(
+    delta: DeltaModel,
+    params: Mapping[str, Tensor],
+    spelling: Spelling,
+    leaves: Leaves,
+    places: Mapping[str, str],
+    where: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """The tensors under OpenDelta's keys, module by module as its state dict has them."""
+    modules = dict(delta.backbone.named_modules())
+    parameters = dict(delta.backbone.named_parameters())
+    found: dict[str, Tensor] = {name: params[name] for name in delta.plan.trained}
+    for site, p in leaves.items():
+        for leaf, tensor in p.items():
+            if leaf in spelling.derived:
+                continue
+            if leaf not in spelling.own:
+                found[f"{places[site]}.{spelling.attribute}.{spelling.inner}{leaf}".lstrip(".")] = tensor
+            elif not spelling.unsaved(modules[site]):
+                key = f"{places[site]}.{leaf}"
+                found[key] = _absolute(tensor, found.get(key, parameters.get(key)))
+            elif tensor.count_nonzero():
+                raise CheckpointError(
+                    f"OpenDelta cannot hold {site}.{leaf}: {type(modules[site]).__name__} has none, and what OpenDelta "
+                    f"adds there is not loaded. Leave the site out: exclude_modules=[{site!r}]."
+                )
+    for group in delta.plan.shared:
+        first = named_sites(delta.backbone, where["modified_modules"], EXCLUDED, where["common_structure"]) or ()
+        site = group.sites[0].path
+        place = next((path for path in first if within(site, path)), places[site])
+        for leaf, key in group.leaves.items():
+            found[f"{place}.{spelling.shared}.{leaf}"] = params[key]
+    order = {path: position for position, path in enumerate(modules)}
+    return {key: found[key] for key in sorted(found, key=lambda key: _position(key, order))}
+
+
+def _absolute(offset: Tensor, before: Tensor | None) -> Tensor:
+    if before is None:
+        return offset
+    return (before.detach().double().cpu() + offset.detach().double().cpu()).to(before.dtype)
+
+
+def _position(key: str, order: Mapping[str, int]) -> int:
+    """Where the module that ``key`` lies in stands in the backbone."""
+    path = key
+    while path and path not in order:
+        path = path.rpartition(".")[0]
+    return order.get(path, -1)
