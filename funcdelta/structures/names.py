@@ -32,13 +32,15 @@ class Names:
         self._config: dict[str, Any] = {}
         self._translations: dict[str, Translation] = {}
         for path, module in self._modules.items():
-            config = getattr(module, "config", None)
-            kind = getattr(config, "model_type", None)
             above = path.rpartition(".")[0]
             start, outer = self._region[above] if path else ("", "")
-            named = isinstance(kind, str) and bool(kind)
-            self._region[path] = (path, kind) if named and kind != outer else (start, outer)
-            self._config[path] = config if named else self._config.get(above) if path else None
+            config = getattr(module, "config", None)
+            kind = getattr(config, "model_type", None)
+            if not isinstance(kind, str) or not kind:
+                kind, config = outer, self._config[above] if path else None
+            # Inside a model its own type says nothing new; another type begins another model.
+            self._region[path] = (start if kind == outer else path, kind)
+            self._config[path] = config
 
     @property
     def families(self) -> list[str]:
@@ -99,6 +101,8 @@ class Names:
         old = "@" not in target
         found: dict[str, Parts] = {}
         for path in paths:
+            if isinstance(self._modules.get(path), nn.Identity):
+                continue  # holds the place of what this layer does without
             called = self.of(path)
             if any(matches(_plain(name) if old else name, target) for name in called.names):
                 found[path] = ()
@@ -132,9 +136,8 @@ class Names:
         if not parts:
             module = self._modules[path]
             raise MatchError(
-                f"{path} ({type(module).__name__}) computes {', '.join(self.of(path).fused.names)} at once, and where "
-                f"{', '.join(meant)} lie in its {_width(module)} outputs cannot be told: name the whole layer, "
-                f"{self.of(path).name!r}."
+                f"{path} ({type(module).__name__}) computes several projections at once, and where {', '.join(meant)} "
+                f"lie in its {_width(module)} outputs cannot be told: name the whole layer, {self.of(path).name!r}."
             )
         return tuple(parts[name] for name in meant)
 
@@ -142,7 +145,7 @@ class Names:
         if not self.families:
             raise MatchError(
                 f"{type(self._backbone).__name__} is of no family with common names ({', '.join(FAMILIES)}), so "
-                f"{target!r} means nothing here: give modified_modules in the backbone's own names."
+                f"{target!r} means nothing here: give names of the backbone's own, such as modified_modules=[...]."
             )
 
 
