@@ -18,6 +18,8 @@ from .match import within
 
 POSITION_TABLES = ("wpe", "position_embeddings", "position_embedding", "embed_positions")
 
+LABELS = {"labels", "start_positions", "end_positions"}
+
 COUNTS_FROM_IDS = "create_position_ids_from_input_ids"
 """Transformers' function of the models whose positions skip padding."""
 
@@ -136,7 +138,7 @@ class Entrance:
         above = [model.get_submodule(part) for part in _prefixes(path)]
         pair = [module for module in above if _is_pair(module)]
         self.decoders = _decoders(model, path) if pair else []
-        takes_labels = [module for module in above if "labels" in inspect.signature(type(module).forward).parameters]
+        takes_labels = [module for module in above if not LABELS.isdisjoint(inputs_of(module))]
         self.labelled = None if pair or not takes_labels else takes_labels[0]
         self.head_counts_ids = not pair and any(_counts_ids(module) for module in above)
         self._padding = _padding_of_positions(self.module, embedding)

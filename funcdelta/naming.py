@@ -27,7 +27,10 @@ def select(
     # OpenDelta writes "root" where a method finds its own place.
     own = config.own_sites(backbone) if given in (None, ("root",)) and "root" not in modules else None
     if own is not None:
-        return {path: () for path in sorted({canonical[id(modules[path])] for path in own}, key=list(modules).index)}
+        for path in own:
+            if any(within(path, left_out) for left_out in config.exclude_modules or ()):
+                raise MatchError(f"exclude_modules leaves out {path or 'the model'!r}, the one site of its method.")
+        return dict.fromkeys(sorted({canonical[id(modules[path])] for path in own}, key=list(modules).index), ())
     common = config.common_structure
     if given is None:
         given, common = config.default_modified_modules, None

@@ -29,18 +29,22 @@ def cached_length(given: dict[str, Any]) -> int:
     >>> cached_length({"input_ids": torch.ones(1, 2), "cache": None})
     0
     """
-    for name in CACHES:
-        cache = given.get(name)
-        if cache is not None and not hasattr(cache, "get_seq_length"):
-            return cache[0][0].shape[-2]
-        if cache is not None:
-            try:
-                return int(cache.get_seq_length())
-            except ValueError as error:  # a cache of states alone, without positions
-                raise EngineError(
-                    f"{type(cache).__name__} does not tell whether the prompt was read already ({error}) Call the "
-                    f"model on the whole text: use_cache=False, in generate too."
-                ) from error
+    cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+    if isinstance(cache, (tuple, list)):
+        return cache[0][0].shape[-2]
+    if getattr(cache, "is_compileable", False):
+        raise EngineError(
+            f"{type(cache).__name__} was made for the text without the prompt, and so were the masks that go with it: "
+            f"use a dynamic cache (in generate, leave out cache_implementation)."
+        )
+    if cache is not None and hasattr(cache, "get_seq_length"):
+        try:
+            return int(cache.get_seq_length())
+        except ValueError as error:  # a cache of states alone, without positions
+            raise EngineError(
+                f"{type(cache).__name__} does not tell whether the prompt was read already ({error}) Call the "
+                f"model on the whole text: use_cache=False, in generate too."
+            ) from error
     return 0
 
 

@@ -234,8 +234,7 @@ class Prompts:
             found = f"the shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ParamsError(
                 f"{name} has {found}; a prompt can be added to one of two axes only, (b, s), for a prepared mask does "
-                f"not say who may see the prompt. Give the mask of the tokens (generate: leave out "
-                f"cache_implementation, a dynamic cache takes it)."
+                f"not say who may see the prompt. Give the mask of the tokens, 1 where there is one."
             )
 
 
