@@ -284,6 +284,8 @@ class BaseDeltaConfig:
         'slow'
         """
         fields = {key: value for key, value in data.items() if key not in ("delta_type", *VERSION_FIELDS)}
+        if "opendelta_version" in data:
+            fields = cls._as_opendelta_means(fields)
         fields.update(changes)
         cls._check_fields(fields)
         # Other libraries write null for a field that was never set.
@@ -344,6 +346,15 @@ class BaseDeltaConfig:
         if not isinstance(config, cls):
             raise ConfigError(f"{path} holds a {type(config).__name__}, not a {cls.__name__}.")
         return config
+
+    @classmethod
+    def _as_opendelta_means(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Its file has null for fields that its model never read, and names a head that it always excludes."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        kept = {key: value for key, value in fields.items() if value is not None or key in known}
+        if kept.get("modified_modules"):
+            kept["modified_modules"] = [name for name in kept["modified_modules"] if name != "lm_head@.proj@"]
+        return kept
 
     @classmethod
     def _check_fields(cls, given: Mapping[str, Any]) -> None:

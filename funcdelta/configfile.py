@@ -164,6 +164,7 @@ def configs_of(where: str, data: Mapping[str, Any], *, provenance: bool) -> tupl
     4
     """
     origin = {key: data.get(key) for key in PROVENANCE} if provenance else {}
+    origin |= {key: data[key] for key in ("opendelta_version",) if key in data}
     try:
         return tuple(AutoDeltaConfig.from_dict(part | origin) for part in _described(data))
     except ConfigError as error:

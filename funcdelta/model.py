@@ -25,6 +25,7 @@ from .inputs import InDims, Inputs, accepts
 from .layout import Layout
 from .match import as_names
 from .merge import merge, merged
+from .naming import named_leaves
 from .params import partition, seeds, stack, take
 from .plan import Plan, build_plan
 from .program import Skeletons
@@ -293,8 +294,8 @@ class DeltaModel(Habits):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """``(trainable, frozen)``: ``full`` split by name; ``exclude`` names what trains, ``"deltas"`` this delta.
 
-        Nothing is flagged: differentiate with respect to the first dict. ``exclude=None`` takes the configs' own
-        ``unfrozen_modules``.
+        Nothing is flagged: differentiate with respect to the first dict. Names are read as in ``unfrozen_modules``,
+        which ``exclude=None`` takes from the configs.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> trainable, frozen = delta.freeze_module(delta.attach(delta.init(0)))
@@ -306,10 +307,9 @@ class DeltaModel(Habits):
         if names is None:
             chosen = {name for name in self.plan.trained if name in full}
         else:
-            # A tied tensor stands in ``full`` once, and may be meant by any of its names.
-            ends = {end: name for name in full if name in self._tensors for end in self.plan.ends.get(name, (name,))}
-            wanted = [name for name in names if name != "deltas"]
-            chosen = {ends[end] for end in partition(ends, wanted)[0]} if wanted else set()
+            chosen = set(named_leaves(self.backbone, names, self.configs[0].common_structure))
+            if absent := [name for name in chosen if name not in full]:
+                raise ParamsError(f"freeze_module: {absent[0]} is not in the dict: give it delta.attach(params).")
         if names is None or "deltas" in names:
             chosen |= {
                 name for name in full if name in self._shapes and name not in self._tensors and self.trainable(name)
