@@ -102,9 +102,9 @@ def _excluded(
 
 
 def _acceptable(config: BaseDeltaConfig, path: str, parts: Parts, known: Names) -> Parts:
-    """The parts as the method takes them: all of them are the whole output for one that knows no parts."""
+    """The parts as the method takes them, in their order: all are the whole output for one that knows no parts."""
     if not parts or config.acts_on_parts:
-        return parts
+        return tuple(sorted(parts, key=lambda part: part.start))
     called, every = known.of(path), known.parts(path)
     if set(parts) == set(every):
         return ()
