@@ -11,6 +11,7 @@ from .auto import BitFitModel as BitFitModel
 from .auto import CompacterModel as CompacterModel
 from .auto import LoraModel as LoraModel
 from .auto import LowRankAdapterModel as LowRankAdapterModel
+from .auto import ParallelAdapterModel as ParallelAdapterModel
 from .auto import PrefixModel as PrefixModel
 from .auto import SoftPromptModel as SoftPromptModel
 from .config import AutoDeltaConfig as AutoDeltaConfig
@@ -21,6 +22,7 @@ from .deltas import BitFitConfig as BitFitConfig
 from .deltas import CompacterConfig as CompacterConfig
 from .deltas import LoraConfig as LoraConfig
 from .deltas import LowRankAdapterConfig as LowRankAdapterConfig
+from .deltas import ParallelAdapterConfig as ParallelAdapterConfig
 from .deltas import PrefixConfig as PrefixConfig
 from .deltas import SoftPromptConfig as SoftPromptConfig
 from .errors import CheckpointError as CheckpointError

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .attend import joined
+from .axes import in_order
 from .errors import ConfigError, MergeError
 from .plan import Attachment
 
@@ -49,24 +50,17 @@ def bound_in_both_modes(attachment: Attachment, function: str) -> Bound:
 
 
 def _bound(attachment: Attachment, function: str, training: bool) -> Callable[..., Tensor]:
-    """The method's function, computed in the leaves' dtype and its own order of axes, and given back in the value's."""
-    method, site = getattr(attachment.config, function), attachment.at(training)
-    order = attachment.config.axis_order or ()
-    back = tuple(order.index(axis) for axis in range(len(order)))
+    """The method's function, computed in the leaves' dtype and returned in the hidden value's own."""
+    method, site = in_order(getattr(attachment.config, function), attachment.config.axis_order), attachment.at(training)
 
     def act(p: dict[str, Tensor], *values: Tensor) -> Tensor:
         dtype, own = _leaf_dtype(p), values[0].dtype
         raised = [v.to(dtype) if v.dtype != dtype and v.is_floating_point() else v for v in values]
-        if order:
-            raised = [v.permute(order) if v.ndim == len(order) else v for v in raised]
         result = method(site, p, *raised)
         if not isinstance(result, Tensor):
             raise ConfigError(
                 f"{type(attachment.config).__name__}.{function} returned {type(result).__name__}; expected a tensor."
             )
-        if order and values[0].ndim == len(order):
-            # As contiguous as the model's own value, whose reader may take a view of it.
-            result = result.permute(back).contiguous()
         return result if result.dtype == own or not own.is_floating_point else result.to(own)
 
     return act

@@ -154,8 +154,10 @@ def attend_with(
 def _refuse(path: str, implementation: str, mask: Any, kwargs: dict[str, Any], length: int) -> None:
     """Raise for what keys in front would make silently wrong."""
     reason = None
-    if implementation.startswith("paged|") or not (mask is None or isinstance(mask, Tensor)):
-        reason = f"{implementation} attention takes a {type(mask).__name__} for a mask"
+    if implementation.startswith("paged|"):
+        reason = f"{implementation} reads its keys from pages of a cache"
+    elif not (mask is None or isinstance(mask, Tensor)):
+        reason = f"{implementation} takes a {type(mask).__name__} for a mask, which cannot be widened"
     elif "flash" in implementation:
         window = kwargs.get("sliding_window")
         if window is not None and window < length:

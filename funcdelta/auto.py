@@ -16,6 +16,7 @@ from .deltas import (
     CompacterConfig,
     LoraConfig,
     LowRankAdapterConfig,
+    ParallelAdapterConfig,
     PrefixConfig,
     SoftPromptConfig,
 )
@@ -156,6 +157,17 @@ class SoftPromptModel(MethodModel):
     """
 
     config_class = SoftPromptConfig
+
+
+class ParallelAdapterModel(MethodModel):
+    """Parallel adapters on a backbone; the fields are those of :class:`ParallelAdapterConfig`.
+
+    >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    >>> fd.ParallelAdapterModel(backbone, modified_modules=["0", "2"]).sites
+    ('0',)
+    """
+
+    config_class = ParallelAdapterConfig
 
 
 class AutoDeltaModel:

@@ -194,6 +194,13 @@ class BaseDeltaConfig:
         """
         raise ConfigError(f"{type(self).__name__} gives no prompt(self, site, p).")
 
+    def spans(self, names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+        """``(entry, exit)`` by name, for a method whose ``x`` enters one module and whose ``y`` leaves another.
+
+        A method that gives this gives ``after`` alone; ``names`` are its ``modified_modules``.
+        """
+        return ()
+
     # -- leaves that sites share -----------------------------------------------------------------------------------
 
     def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> dict[str, Tensor]:

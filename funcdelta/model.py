@@ -139,13 +139,13 @@ class DeltaModel(Habits):
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The matched module paths, in the backbone's order: print them as a dry run.
+        """The matched module paths, in the backbone's order: print them as a dry run. A span stands where it begins.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> delta.sites
         ('0',)
         """
-        return tuple(self.plan.attachments)
+        return tuple(dict.fromkeys(a.site.path for a in self.plan.all()))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -209,9 +209,8 @@ class DeltaModel(Habits):
         >>> delta.refresh().apply(params, torch.zeros(3, 4, dtype=torch.float64)).dtype
         torch.float64
         """
-        measured = self.plan.measured
         shapes = {a.site.path: a.site.attention for a in self.plan.all() if a.adds_keys}
-        plan = build_plan(self.backbone, self.configs, lambda paths: measured, lambda paths: shapes)
+        plan = build_plan(self.backbone, self.configs, lambda paths: self.plan.measured, lambda paths: shapes)
         self.skeletons.refresh(plan)
         self._read_backbone()
         self.layouts.clear()
@@ -492,6 +491,12 @@ class DeltaModel(Habits):
         Takes one member or a stack. A reparameterised prefix becomes plain prefixes, a small fraction of its numbers.
 
         Raises ``ConfigError`` where no method of this delta expands shared leaves.
+
+        >>> from transformers import GPT2Config, GPT2Model
+        >>> delta = fd.PrefixModel(GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=2)))
+        >>> baked, params = delta.bake(delta.init(0))
+        >>> list(params)
+        ['h.0.attn.prefix.past_key', 'h.0.attn.prefix.past_value']
         """
         params = self._ready(params)
         is_stack = any(params[name].ndim > len(self._shapes[name]) for name in params if name in self._shapes)

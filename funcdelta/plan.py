@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .axes import check_axes, sized
 from .config import BaseDeltaConfig
 from .errors import ConfigError, MatchError
 from .naming import names_of_tensors, select, trained
 from .sharing import Shared, share
-from .site import AttentionShape, Site, site_of
+from .site import AttentionShape, Shapes, Site, site_of
+from .spans import select_spans, site_between
 from .structures import Names, Parts
 
 
@@ -49,6 +52,11 @@ class Attachment:
         """Whether the delta adds keys and values to the site's attention."""
         return self.config.gives("attend")
 
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The modules where it takes part in a call: its own, or those where its span begins and ends."""
+        return (self.site.path,) if self.site.exit is None else (self.site.path, self.site.exit)
+
     def among(self, params: Mapping[str, Any]) -> bool:
         """Whether ``params`` holds this delta's leaves."""
         return self.key in params
@@ -67,14 +75,14 @@ class Plan:
     """Everything static about a delta on its backbone.
 
     Attributes:
-        attachments: by site path, in the order in which they act.
+        attachments: by the path of the module where they act (a span: where it ends), in the order in which they act.
         trained: backbone leaves that are trained too: ``{name: every name of the same tensor}``.
         fresh: those of ``trained`` that start anew instead of as a copy.
         ends: every parameter and buffer of the backbone, ``{name: every name of the same tensor}``.
         uncalled: sites whose tensors are read by the module above, which never calls them.
         shared: the leaves that the sites of one delta share.
         names: one name a config, in their order.
-        measured: shapes of the hidden output at sites whose weights do not tell its width.
+        measured: shapes of what enters and leaves modules whose weights do not tell their widths.
     """
 
     attachments: dict[str, tuple[Attachment, ...]]
@@ -84,7 +92,7 @@ class Plan:
     uncalled: set[str]
     shared: tuple[Shared, ...] = ()
     names: tuple[str, ...] = ()
-    measured: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    measured: Mapping[str, Shapes] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -130,7 +138,7 @@ class Plan:
         return [attachment for group in self.attachments.values() for attachment in group]
 
 
-ShapeProbe = Callable[[list[str]], Mapping[str, tuple[int, ...]]]
+ShapeProbe = Callable[[list[str]], Mapping[str, Shapes]]
 AttentionProbe = Callable[[list[str]], dict[str, AttentionShape]]
 
 
@@ -139,7 +147,7 @@ def build_plan(
 ) -> Plan:
     """Match every config against ``backbone``.
 
-    ``measure(paths)`` gives shapes of hidden outputs where no weight tells the width, ``attention(paths)`` the keys of
+    ``measure(paths)`` gives shapes of hidden values where no weight tells the width, ``attention(paths)`` the keys of
     attention sites.
     """
     modules = dict(backbone.named_modules(remove_duplicate=False))
@@ -149,41 +157,30 @@ def build_plan(
             raise ConfigError(
                 f"{type(config).__name__} gives none of before, after, weights, attend and prompt: it would do nothing."
             )
+        if config.axis_order is not None and not _by_values(config):
+            raise ConfigError(f"axis_order: {type(config).__name__} acts on no hidden value; leave it out.")
+        if config.gives("spans") and not config.gives("after"):
+            raise ConfigError(f"{type(config).__name__} gives spans, which only after can act on, and no after.")
     names = _delta_names(configs)
     known = Names(backbone)
-    chosen = [select(backbone, modules, canonical, config, known) for config in configs]
+    chosen = [_chosen(backbone, modules, canonical, config, known) for config in configs]
 
-    plain = {
-        path: dataclasses.replace(site_of(path, modules[path]), fused=known.parts(path))
-        for paths in chosen
-        for path in paths
-    }
-    # A site is one config's view of a module: what of it is meant, and what the method needs to know.
-    sites = [
-        {path: config.describe(_meant(plain[path], parts), modules[path]) for path, parts in paths.items()}
-        for config, paths in zip(configs, chosen, strict=True)
-    ]
-    _check(configs, sites, modules)
-    _measure_attention(configs, sites, attention)
-    unknown = {
-        path: None
-        for config, own in zip(configs, sites, strict=True)
-        for path, site in own.items()
-        if site.out_features is None and (_by_values(config) or not config.gives("attend"))
-    }
-    measured = measure(list(unknown)) if unknown else {}
+    ends = dict.fromkeys(end for spans, _ in chosen for span in spans.items() for end in span)
+    facts = {path: dataclasses.replace(site_of(path, modules[path]), fused=known.parts(path)) for path in ends}
+    sites = _sites(configs, chosen, facts, modules)
+    unknown = list(
+        dict.fromkeys(end for config, own in zip(configs, sites, strict=True) for end in _unknown(config, own))
+    )
+    unknown = [path for path in unknown if facts[path].out_features is None]
+    measured = measure(unknown) if unknown else {}
     if unknown:
-        for config, own in zip(configs, sites, strict=True):
-            for path, site in own.items():
-                if site.out_features is None and path in measured:
-                    width = measured[path][_features_axis(config, len(measured[path]))]
-                    own[path] = dataclasses.replace(site, out_features=width)
-        _check(configs, sites, modules)
+        sites = _sites(configs, chosen, facts, modules, measured)
+    sites = _with_attention(configs, sites, attention)
 
     attachments: dict[str, list[Attachment]] = {}
     shared: list[Shared] = []
     for config, name, own in zip(configs, names, sites, strict=True):
-        group = share(config, name, tuple(own.values()))
+        group = share(config, name, own)
         if group is not None:
             if name in modules or any(key in modules for key in group.shapes):
                 raise MatchError(
@@ -191,12 +188,13 @@ def build_plan(
                     f"leaves: give the config another name, name={name + '_delta'!r}."
                 )
             shared.append(group)
-        for path, site in own.items():
+        for site in own:
+            path = site.path
             if isinstance(getattr(modules[path], name, None), (nn.Module, Tensor)):
                 raise MatchError(
                     f"{path} already has a child {name!r}: give the config another name, name={name + '_delta'!r}."
                 )
-            attachments.setdefault(path, []).append(_attach(config, name, site, modules, group))
+            attachments.setdefault(site.exit or path, []).append(_attach(config, name, site, modules, group))
     trains, fresh = trained(backbone, modules, configs, known)
     uncalled = {path for path in attachments if _read_by_parent(path, modules)}
     return Plan(
@@ -211,44 +209,69 @@ def build_plan(
     )
 
 
-def _features_axis(config: BaseDeltaConfig, axes: int) -> int:
-    """The axis that the method sees last: of values with as many axes as its ``axis_order`` names, the last there."""
-    order = config.axis_order
-    return order[-1] if order is not None and len(order) == axes else -1
+def _chosen(
+    backbone: nn.Module, modules: dict[str, nn.Module], canonical: dict[int, str], config: BaseDeltaConfig, known: Names
+) -> tuple[dict[str, str], dict[str, Parts]]:
+    """Where ``config`` takes hidden values, each with where it gives them, and which parts of an output it means.
+
+    At a single site hidden values are taken and given at the same path.
+    """
+
+    def selected(config: BaseDeltaConfig) -> dict[str, Parts]:
+        return select(backbone, modules, canonical, config, known)
+
+    if config.gives("spans"):
+        return select_spans(config, selected), {}
+    parts = selected(config)
+    return {path: path for path in parts}, parts
 
 
-def _check(
-    configs: Sequence[BaseDeltaConfig], sites: Sequence[Mapping[str, Site]], modules: Mapping[str, nn.Module]
-) -> None:
-    """Ask every method whether it can act at its sites."""
-    for config, own in zip(configs, sites, strict=True):
-        if config.axis_order is not None and not _by_values(config):
-            raise ConfigError(f"axis_order: {type(config).__name__} acts on no hidden value; leave it out.")
-        for path, site in own.items():
-            order = config.axis_order
-            if order is not None and site.kind != "other" and (site.channel_axis != -1 or order[-1] != len(order) - 1):
-                # An axis moved at a layer that says itself where its features are would be the wrong one.
-                raise MatchError(
-                    f"axis_order={order} moves the features of {path} ({site.module_type}), which stand on axis "
-                    f"{site.channel_axis} and are found there: give this site to a config without axis_order."
-                )
+def _sites(
+    configs: Sequence[BaseDeltaConfig],
+    chosen: Sequence[tuple[Mapping[str, str], Mapping[str, Parts]]],
+    facts: Mapping[str, Site],
+    modules: Mapping[str, nn.Module],
+    measured: Mapping[str, Shapes] = types.MappingProxyType({}),
+) -> list[tuple[Site, ...]]:
+    """The sites of every config as it sees them, after it has been asked whether it can act there."""
+    found: list[tuple[Site, ...]] = []
+    for config, (spans, parts) in zip(configs, chosen, strict=True):
+        ends = {path: sized(config, facts[path], measured) for span in spans.items() for path in span}
+        own = (site_between(_meant(ends[entry], parts.get(entry, ())), ends[end]) for entry, end in spans.items())
+        found.append(tuple(config.describe(site, modules[site.path]) for site in own))
+        for site in ends.values():
+            check_axes(config, site)
+        for site in found[-1]:
             refusal = config.check(site)
             if refusal:
-                inner = [inner for inner, _ in modules[path].named_modules() if inner]
+                inner = [inner for inner, _ in modules[site.path].named_modules() if inner]
                 below = f" Below it are: {', '.join(inner[:8])}." if inner else ""
-                raise MatchError(f"{config.delta_type} cannot act at {path}: {refusal}.{below}")
+                raise MatchError(f"{config.delta_type} cannot act at {site.path}: {refusal}.{below}")
+    return found
 
 
-def _measure_attention(
-    configs: Sequence[BaseDeltaConfig], sites: Sequence[dict[str, Site]], attention: AttentionProbe
-) -> None:
-    """Write the shapes of keys and values into the sites of methods that add some."""
-    adding = [own for config, own in zip(configs, sites, strict=True) if config.gives("attend")]
-    paths = list(dict.fromkeys(path for own in adding for path in own))
-    for path, shape in attention(paths).items() if paths else ():
-        for own in adding:
-            if path in own:
-                own[path] = dataclasses.replace(own[path], shape_of_attention=shape)
+def _unknown(config: BaseDeltaConfig, sites: Sequence[Site]) -> Iterator[str]:
+    """The modules whose numbers of features ``config`` may need and has not told; keys and values need none."""
+    if config.gives("attend") and not _by_values(config):
+        return
+    for site in sites:
+        if site.exit is not None:
+            yield from (site.path, site.exit)
+        elif site.out_features is None:
+            yield site.path
+
+
+def _with_attention(
+    configs: Sequence[BaseDeltaConfig], sites: Sequence[tuple[Site, ...]], attention: AttentionProbe
+) -> list[tuple[Site, ...]]:
+    """The sites, with the shapes of keys and values at those of methods that add some."""
+    adding = [config.gives("attend") for config in configs]
+    paths = list(dict.fromkeys(site.path for own, adds in zip(sites, adding, strict=True) for site in own if adds))
+    shapes = attention(paths) if paths else {}
+    return [
+        tuple(dataclasses.replace(site, shape_of_attention=shapes[site.path]) if adds else site for site in own)
+        for own, adds in zip(sites, adding, strict=True)
+    ]
 
 
 def _read_by_parent(path: str, modules: dict[str, nn.Module]) -> bool:
@@ -304,12 +327,12 @@ def _attach(
     twice = sorted(given.keys() & keys.keys())
     if twice:
         raise ConfigError(f"{type(config).__name__} gives {twice[0]!r} at {site.path} and as a shared leaf.")
-    read_by_parent = _read_by_parent(site.path, modules)
-    if read_by_parent and not config.gives("weights"):
+    uncalled = [path for path in (site.path, site.exit) if path is not None and _read_by_parent(path, modules)]
+    if uncalled and not config.gives("weights"):
         raise MatchError(
-            f"{site.path} is read by the module above and never called, and {config.delta_type} has no weights "
+            f"{uncalled[0]} is read by the module above and never called, and {config.delta_type} has no weights "
             f"form: name "
-            f"{site.path.rpartition('.')[0]} instead."
+            f"{uncalled[0].rpartition('.')[0]} instead."
         )
     return Attachment(
         name=name,
@@ -320,8 +343,8 @@ def _attach(
         dtypes={keys[leaf]: site.leaf_dtype if t.is_floating_point() else t.dtype for leaf, t in leaves.items()},
         constants=tuple(keys[leaf] for leaf in constants if leaf in keys),
         key=next(iter((keys or common).values())),
-        by_weights=read_by_parent or not (_by_values(config) or config.gives("attend") or config.gives("prompt")),
-        by_values=not read_by_parent and _by_values(config),
+        by_weights=bool(uncalled) or not (_by_values(config) or config.gives("attend") or config.gives("prompt")),
+        by_values=not uncalled and _by_values(config),
         prompt_rows=_prompt_rows(config, site, leaves, group) if config.gives("prompt") else 0,
     )
 

@@ -251,13 +251,15 @@ def runners(delta: DeltaModel, params: Params, layout: Layout) -> Mapping[str, t
     found: dict[str, tuple[str, ...]] = {}
     for path in outermost:
         keys = [key for other, keys in needed.items() if other == path or other.startswith(path + ".") for key in keys]
-        inside = [
-            key
-            for a in delta.plan.all()
-            # Hidden values of the module itself are changed outside of it, its attention inside.
-            if a.site.path.startswith(path + ".") or (a.adds_keys and a.site.path == path)
-            for key in a.leaves.values()
-            if key in params
-        ]
+        reached = [a for a in delta.plan.all() if any(end.startswith(path + ".") for end in a.ends)]
+        for a in reached:
+            if a.among(params) and not all(end.startswith(path + ".") for end in a.ends):
+                raise FoldError(
+                    f"{path} runs once per member, and the span from {a.site.path} to {a.site.exit} has one end in it. "
+                    f"{OTHER_ENGINES}"
+                )
+        # Hidden values of the module itself are changed outside of it, its attention inside.
+        reached += [a for a in delta.plan.all() if a.adds_keys and a.site.path == path]
+        inside = [key for a in reached for key in a.leaves.values() if key in params]
         found[path] = tuple(dict.fromkeys(keys + inside))
     return found

@@ -16,6 +16,7 @@ from torch import Tensor
 from .config import BaseDeltaConfig
 from .errors import ConfigError
 from .site import Site
+from .transforms import inside_backward
 
 
 @dataclass(frozen=True)
@@ -96,40 +97,43 @@ def expand_stack(shared: Sequence[Shared], stack: Mapping[str, Tensor]) -> Mappi
 
 
 class Expanding(Mapping[str, Tensor]):
-    """The leaves of a view with those computed from shared ones: once while a call is under way, else on demand.
+    """The leaves of a view with those computed from shared ones: once as a call begins, else on demand.
 
-    A module of the view that is called by itself, or run again for a backward pass, computes them anew, so every
-    backward pass has a graph of its own.
+    A module of the view that is called by itself computes them anew. One that runs again in a backward pass, because
+    it is checkpointed, has to save what it saved before, so it gets what the call had; but where its first run kept no
+    graph (``use_reentrant=True``) each module needs a graph of its own.
     """
 
     def __init__(self, shared: Sequence[Shared], leaves: Mapping[str, Tensor]) -> None:
         self._leaves = leaves
+        self._expanding = [group for group in shared if group.expanded and group.among(leaves)]
         self._groups = {
-            key: group
-            for group in shared
-            if group.among(leaves)
-            for keys in group.expanded.values()
-            for key in keys.values()
+            key: group for group in self._expanding for keys in group.expanded.values() for key in keys.values()
         }
         self._found: dict[str, Tensor] | None = None
+        self._before: dict[str, Tensor] = {}
+        self._graph = self._lost_graph = False
 
     def begin(self, *_: Any) -> None:
-        """A call of the whole view begins: what is computed from now on serves all of it."""
-        self._found = {}
+        """A call of the whole view begins: what is computed now, outside of any checkpoint, serves all of it."""
+        self._found, self._graph, self._lost_graph = {}, torch.is_grad_enabled(), False
+        for group in self._expanding:
+            self._found |= group.expand(self._leaves)
 
     def end(self, *_: Any) -> None:
         """It ends."""
-        self._found = None
+        self._found, self._before = None, self._found or {}
 
     def __getitem__(self, name: str) -> Tensor:
         group = self._groups.get(name)
         if group is None:
             return self._leaves[name]
-        if self._found is None:
-            return group.expand(self._leaves)[name]
-        if name not in self._found:
-            self._found |= group.expand(self._leaves)
-        return self._found[name]
+        if self._found is not None:
+            self._lost_graph |= self._graph and not torch.is_grad_enabled()
+            return self._found[name]
+        if inside_backward() and not self._lost_graph and name in self._before:
+            return self._before[name]
+        return group.expand(self._leaves)[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._groups or name in self._leaves

@@ -40,6 +40,10 @@ class AttentionShape:
         return self.heads * self.value_size
 
 
+Shapes = tuple[tuple[int, ...] | None, tuple[int, ...]]
+"""Of the hidden value that enters a module, ``None`` where no features do, and of the one that leaves it."""
+
+
 @dataclass(frozen=True)
 class Site:
     """The module path and the facts of the module there; hashable, the same for every member.
@@ -47,7 +51,7 @@ class Site:
     Attributes:
         path: dotted path in the backbone.
         kind: ``linear``, ``transposed_linear`` (Transformers' Conv1D), ``embedding``, ``conv1d``, ``conv2d``,
-            ``conv3d``, ``norm`` or ``other``.
+            ``conv3d``, ``norm``, ``other`` or ``span`` (see ``exit``).
         module_type: the module's class name.
         weight, bias: shapes of the module's own ``weight`` and ``bias``, ``None`` where there is none.
         in_features, out_features: widths of the hidden input and output.
@@ -59,6 +63,7 @@ class Site:
         fused: the parts of an output that is several projections at once, where the backbone's family is known.
         parts: those of them that are meant; empty: the whole output. Only a method that declares ``acts_on_parts``
             meets any.
+        exit: where the hidden output of a span leaves, if not at ``path``, where its input enters.
 
     >>> site_of("0", torch.nn.Linear(3, 5, bias=False)).out_features
     5
@@ -79,6 +84,7 @@ class Site:
     shape_of_attention: AttentionShape | None = None
     fused: tuple[Part, ...] = ()
     parts: tuple[Part, ...] = ()
+    exit: str | None = None
 
     @property
     def leaf_dtype(self) -> torch.dtype:
@@ -98,6 +104,16 @@ class Site:
         if self.shape_of_attention is None:
             raise MatchError(f"{self.path} ({self.module_type}) is no attention site, so its heads are not known.")
         return self.shape_of_attention
+
+    @property
+    def input_width(self) -> int:
+        """The number of features that enter the site."""
+        if self.in_features is None:
+            raise MatchError(
+                f"The width of what enters {self.path} ({self.module_type}) is not known: it was called without a "
+                f"tensor of features."
+            )
+        return self.in_features
 
     def option(self, name: str) -> Any:
         """The argument ``name`` that the module was made with."""

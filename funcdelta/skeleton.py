@@ -26,6 +26,7 @@ from .hidden import hidden_input, hidden_output
 from .layout import Layout, Recorder, SiteLayout
 from .plan import Attachment, Plan
 from .prompt import Prompts
+from .spans import Stash, keep, take
 from .structure import copy_structure, forget_batch_statistics, named_tensors, paired_buffers
 from .transforms import is_wrapped, outside_transforms
 
@@ -84,6 +85,8 @@ class Call:
     visits: dict[str, int] = field(default_factory=dict)
     input_dims: dict[str, int | None] = field(default_factory=dict)
     prompted: dict[str, tuple[int, int]] = field(default_factory=dict)
+    stash: Stash = field(default_factory=dict)
+    never_ends: bool = False
 
     def visit(self, path: str) -> int:
         """Count one more call of the module at ``path``; the index of this one."""
@@ -137,12 +140,15 @@ class Skeleton:
             for child in self.module.modules():
                 if isinstance(child, FUSED):
                     child.register_forward_hook(_stand_aside)
-            for path, attachments in plan.attachments.items():
+            begun = [a for a in plan.all() if a.site.exit is not None]
+            for path in dict.fromkeys([*plan.attachments, *(a.site.path for a in begun)]):
+                attachments = plan.attachments.get(path, ())
                 prompting = tuple(a for a in attachments if a.prompt_rows)
                 prompts = Prompts(self, path, prompting, _act) if prompting else None
                 if prompts is not None:
                     prompts.open()
-                self._hook(path, tuple(a for a in attachments if a.by_values))
+                acting = tuple(a for a in attachments if a.by_values)
+                self._hook(path, acting, tuple(a for a in begun if a.site.path == path))
                 self._open_attention(path, [added_in_both_modes(a) for a in attachments if a.adds_keys])
                 if prompts is not None:
                     prompts.close()
@@ -162,21 +168,24 @@ class Skeleton:
 
     # -- installation ----------------------------------------------------------------------------------------------
 
-    def _hook(self, path: str, attachments: tuple[Attachment, ...]) -> None:
-        """Real hooks, because torch's fused paths look for hooks and stand aside for them."""
+    def _hook(self, path: str, attachments: tuple[Attachment, ...], begun: tuple[Attachment, ...]) -> None:
+        """Real hooks, because torch's fused paths look for hooks and stand aside for them.
+
+        ``attachments`` act at ``path``; the spans of ``begun`` begin there.
+        """
         befores = [bound_in_both_modes(a, "before") for a in attachments if a.config.gives("before")]
         afters = [bound_in_both_modes(a, "after") for a in attachments if a.config.gives("after")]
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self._before(self.under_way(path), path, befores, module.training, args, kwargs)
+            return self._before(self.under_way(path), path, befores, begun, module.training, args, kwargs)
 
         def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             return self._after(self.under_way(path), path, afters, module.training, args, kwargs, output)
 
         module = self.module.get_submodule(path)
-        if befores:
+        if befores or begun:
             module.register_forward_pre_hook(enter, with_kwargs=True)
-        if attachments:
+        if attachments or begun:
             module.register_forward_hook(leave, with_kwargs=True)
 
     def _open_attention(self, path: str, attended: list[Bound]) -> None:
@@ -226,7 +235,14 @@ class Skeleton:
     # -- a call at a site ------------------------------------------------------------------------------------------
 
     def _before(
-        self, call: Call, path: str, befores: list[Bound], training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        call: Call,
+        path: str,
+        befores: list[Bound],
+        begun: tuple[Attachment, ...],
+        training: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         x, put_back = hidden_input(path, args, kwargs)
         x_dim = None if call.layout is None else call.layout.site(path, call.visits.get(path, 0)).x
@@ -237,6 +253,9 @@ class Skeleton:
                 changed = True
         if changed and call.layout is not None:
             call.input_dims[path] = x_dim
+        for attachment in begun:
+            if attachment.key in call.params:
+                keep(call.stash, attachment.key, attachment.site, x, x_dim, replace=call.never_ends)
         return put_back(x) if changed else None
 
     def _after(
@@ -263,7 +282,11 @@ class Skeleton:
         changed = False
         for attachment, function in afters:
             if attachment.key in call.params:
-                y, y_dim = _act(call, path, function[training], attachment.of(call.params), (y, x), (y_dim, x_dim))
+                given, given_dim = x, x_dim
+                if attachment.site.exit is not None:
+                    given, given_dim = take(call.stash, attachment.key, attachment.site)
+                p = attachment.of(call.params)
+                y, y_dim = _act(call, path, function[training], p, (y, given), (y_dim, given_dim))
                 changed = True
         if not changed:
             return None
@@ -272,7 +295,8 @@ class Skeleton:
     def _run_members(self, call: Call, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module at ``path`` with weights of the member's own: once, or once for each folded member."""
         if call.recorder is None and call.lift is None:
-            return self.run(path, {key: call.params[key] for key in call.runners[path]}, args, kwargs)
+            p = {key: call.params[key] for key in call.runners[path]}
+            return self.run(path, p, args, kwargs, Call(p, stash=call.stash, never_ends=call.never_ends))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         shape_of_output: list[Any] = []

@@ -34,6 +34,15 @@ def inside_transform() -> bool:
     return not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
 
 
+def inside_backward() -> bool:
+    """Whether autograd is in the middle of a backward pass, where checkpointed modules run again.
+
+    >>> inside_backward()
+    False
+    """
+    return torch._C._current_graph_task_id() != -1
+
+
 def wants_mathematical_attention() -> bool:
     """Whether fused attention cannot serve: two Grad levels, a Jvp level, or a Vmap level.
 

@@ -118,7 +118,7 @@ def bind(delta: DeltaModel, params: Params) -> nn.Module:
     runners = _runners(delta, given)
     if "" in runners:
         skeleton.open_forward("")
-    skeleton.call = Call(given, runners=runners)
+    skeleton.call = Call(given, runners=runners, never_ends=True)
     kind = type(delta.backbone)
     module.__class__ = type(kind.__name__, (View, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
     object.__setattr__(module, "_delta", delta)
@@ -180,7 +180,8 @@ def _runners(delta: DeltaModel, leaves: Mapping[str, Tensor]) -> dict[str, tuple
     outermost = {path for path in found if not any(path != other and within(path, other) for other in found)}
     keys: dict[str, tuple[str, ...]] = {}
     for path in outermost:
-        inside = [key for a in delta.plan.all() if within(a.site.path, path) for key in a.leaves.values()]
+        reached = [a for a in delta.plan.all() if any(within(end, path) for end in a.ends)]
+        inside = [key for a in reached for key in a.leaves.values()]
         keys[path] = tuple(key for key in dict.fromkeys(found[path] + inside) if key in leaves)
     return keys
 

@@ -10,22 +10,25 @@ from torch import Tensor, nn
 
 from .attend import open_attention, shape_of
 from .errors import MatchError
-from .hidden import hidden_output
-from .site import AttentionShape
+from .hidden import hidden_input, hidden_output
+from .site import AttentionShape, Shapes
 from .skeleton import Skeleton
 
 Example = Mapping[str, Any] | Sequence[Any] | None
 
 
-def measure_shapes(backbone: nn.Module, paths: list[str], example: Example) -> dict[str, tuple[int, ...]]:
-    """The shape of the hidden output at each of ``paths``."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def measure_shapes(backbone: nn.Module, paths: list[str], example: Example) -> dict[str, Shapes]:
+    """The shapes of the hidden input and output at each of ``paths``.
+
+    The first is ``None`` where no features enter: numbers of tokens, or no tensor at all.
+    """
+    shapes: dict[str, Shapes] = {}
 
     def note(path: str, module: nn.Module) -> None:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            shapes[path] = tuple(hidden_output(path, output)[0].shape)
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            shapes[path] = _shape_in(path, args, kwargs), tuple(hidden_output(path, output)[0].shape)
 
-        module.register_forward_hook(hook)
+        module.register_forward_hook(hook, with_kwargs=True)
 
     _run(backbone, paths, example, note, "The width")
     for path in paths:
@@ -96,3 +99,11 @@ def _dummy_inputs(backbone: nn.Module) -> Any:
         size, channels = getattr(config, "image_size"), getattr(config, "num_channels", 3)  # noqa: B009  (typed Any)
         return {"pixel_values": torch.zeros(1, channels, size, size, dtype=getattr(backbone, "dtype", None))}
     return getattr(backbone, "dummy_inputs", None)
+
+
+def _shape_in(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
+    try:
+        x = hidden_input(path, args, kwargs)[0]
+    except MatchError:  # most methods look at what leaves only; one that needs the width says that it is not known
+        return None
+    return tuple(x.shape) if x.ndim and x.is_floating_point() else None

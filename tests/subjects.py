@@ -31,6 +31,26 @@ SMALL: dict[str, dict[str, Any]] = {
     "compacter": {"reduction_factor": 2, "hypercomplex_division": 2, "shared_phm_rule": True, "learn_phm": False},
     "soft_prompt": {"soft_token_num": 2, "strip": True},
 }
+# Where the pairs of a feed-forward layer begin and end; elsewhere a span is one module.
+FEED_FORWARD: dict[str, tuple[str, str]] = {
+    "bert": ("intermediate.dense", r"[r]layer\.\d+\.output\.dense"),
+    "roberta": ("intermediate.dense", r"[r]layer\.\d+\.output\.dense"),
+    "deberta_v2": ("intermediate.dense", r"[r]layer\.\d+\.output\.dense"),
+    "distilbert": ("lin1", "lin2"),
+    "albert": ("ffn", "ffn_output"),
+    "gpt2": ("c_fc", "mlp.c_proj"),
+    "opt": ("fc1", "fc2"),
+    "bart": ("fc1", "fc2"),
+    "vit": ("fc1", "fc2"),
+    "bloom": ("dense_h_to_4h", "dense_4h_to_h"),
+    "llama": ("up_proj", "down_proj"),
+    "qwen3": (r"[r]mlp\.(gate|up)_proj", "down_proj"),
+    "t5": ("wi", "wo"),
+    "mlp": ("up", "down"),
+    "torch_transformer": ("linear1", "linear2"),
+}
+# What one module of an architecture a parallel adapter may stand beside, if not its first block.
+BESIDE = {"embedding": "project", "conv1d": "conv1", "conv2d": "depthwise"}
 # Where a method has nothing to act on, and what its refusal says; test_soft_prompt.py holds it to that.
 CANNOT_ACT = {
     **{("soft_prompt", name): "no module has get_input_embeddings" for name in ("mlp", "conv1d", "conv2d")},
@@ -45,6 +65,9 @@ def targets(method: str, architecture: Architecture) -> tuple[str, ...] | None:
         return None
     if method == "test_rows" and "batch_free_target" in architecture.flags:
         return (architecture.default_target,)
+    if METHODS[method].gives("spans"):
+        beside = BESIDE.get(architecture.name, architecture.blocks[0])
+        return (*FEED_FORWARD.get(architecture.name, ()), beside, beside)
     return getattr(architecture, TARGETS.get(method, "linears"))
 
 
@@ -104,6 +127,12 @@ def config_for(method: str, architecture: Architecture, **fields: Any) -> fd.Bas
     given = SMALL.get(method, {}) | fields
     modules = targets(method, architecture)
     return METHODS[method](modified_modules=modules, unfrozen_modules=("deltas", architecture.head), **given)
+
+
+def with_fewer_sites(config: fd.BaseDeltaConfig) -> fd.BaseDeltaConfig:
+    """The same config at what its first name means, or its first pair of names."""
+    assert config.modified_modules is not None
+    return config.replace(modified_modules=config.modified_modules[: 2 if config.gives("spans") else 1])
 
 
 @functools.lru_cache(maxsize=256)

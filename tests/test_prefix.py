@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import transformers
 from backbone_snapshot import assert_unchanged, snapshot
 from handmade import MLP, assert_acts, assert_close, raises_saying, random_params
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from zoo import ZOO, padding, tokens
 from zoo_architecture import randomise
@@ -367,14 +370,17 @@ def test_beside_other_deltas_and_trained_leaves_of_the_same_module() -> None:
 
 
 @torch.no_grad()
-def test_half_precision_and_a_view_that_changes_its_attention() -> None:
+def test_half_precision_and_a_change_of_attention() -> None:
     model: Any = model_of("Llama", "ForCausalLM", **WIDE).to(torch.bfloat16)
     delta, params = plain_prefix(model)
     assert {leaf.dtype for leaf in params.values()} == {torch.float32}
     out = delta.apply(params, input_ids=tokens(2)).logits
     assert out.dtype == torch.bfloat16
+    assert torch.equal(pickle.loads(pickle.dumps(delta)).apply(params, input_ids=tokens(2)).logits, out)
     exact, _ = plain_prefix(model_of("Llama", "ForCausalLM", **WIDE))
     assert_close(out.float(), exact.apply(params, input_ids=tokens(2)).logits, 0.05)
+    model.float()
+    assert_close(delta.refresh().apply(params, input_ids=tokens(2)).logits, out.float(), 0.05)
     view: Any = exact.bind(params)
     expected = view(input_ids=tokens(2)).logits
     view.set_attn_implementation("eager")
@@ -382,6 +388,25 @@ def test_half_precision_and_a_view_that_changes_its_attention() -> None:
     assert view.config._attn_implementation == "eager"
     attentions = view(input_ids=tokens(2), output_attentions=True).attentions
     assert attentions[0].shape == (2, 4, 6, PREFIX + 6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_of_a_view_have_the_same_gradients(reentrant: bool) -> None:
+    model: Any = ZOO["llama"].build().train()
+    delta = fd.PrefixModel(model, prefix_token_num=PREFIX, embed_dim=4, mid_dim=4)
+    params, inputs = delta.init(0), {"input_ids": tokens(2), "labels": tokens(2)}
+    expected = torch.func.grad(lambda p: delta.apply(p, **inputs).loss)(params)
+    view: Any = delta.bind(params)
+    for layer in view.model.layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=reentrant)
+    view.enable_input_require_grads()
+    for _ in range(2):
+        view.zero_grad()
+        view(**inputs).loss.backward()
+        for name, parameter in view.named_parameters():
+            if name in expected:
+                assert_close(parameter.grad, expected[name])
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from .bitfit import BitFitConfig
 from .compacter import CompacterConfig
 from .lora import LoraConfig
 from .low_rank_adapter import LowRankAdapterConfig
+from .parallel_adapter import ParallelAdapterConfig
 from .prefix import PrefixConfig
 from .soft_prompt import SoftPromptConfig
 
@@ -14,6 +15,7 @@ __all__ = [
     "CompacterConfig",
     "LoraConfig",
     "LowRankAdapterConfig",
+    "ParallelAdapterConfig",
     "PrefixConfig",
     "SoftPromptConfig",
 ]

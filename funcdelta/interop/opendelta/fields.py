@@ -51,8 +51,8 @@ def config_of(data: Mapping[str, Any], compat: str | None, changes: Mapping[str,
     for name in data:
         if name not in known | passed_over | left_out:
             raise CheckpointError(
-                f"config.json has a field {name!r} that no {delta_type} of OpenDelta has.{near(name, sorted(known))} If "
-                f"it changes nothing, write load_opendelta(path, backbone_model, {name}=None)."
+                f"config.json has a field {name!r} that no {delta_type} of OpenDelta has.{near(name, sorted(known))} "
+                f"If it changes nothing, write load_opendelta(path, backbone_model, {name}=None)."
             )
     given = {name: data[name] for name in known if name in data}
     if compat is not None and spelling.inexact is not None:

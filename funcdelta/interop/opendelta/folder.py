@@ -91,14 +91,11 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
         size = file.stat().st_size
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise CheckpointError(f"'{file}' is damaged or cut off ({size} bytes): {reason}.") from error
-    if not isinstance(found, Mapping) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-        odd = next((key for key, value in found.items() if not isinstance(value, Tensor)), None) if found else None
-        what = (
-            f"a {type(found).__name__}"
-            if not isinstance(found, Mapping)
-            else f"a {type(found[odd]).__name__} as {odd!r}"
-        )
-        raise CheckpointError(f"'{file}': expected tensors by key, found {what}.")
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"'{file}': expected tensors by key, found a {type(found).__name__}.")
+    for key, value in found.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"'{file}': expected tensors by key, found a {type(value).__name__} as {key!r}.")
     return {str(key): tensor.detach() for key, tensor in found.items()}
 
 

@@ -47,7 +47,8 @@ class Keys:
 def sort_keys(keys: Iterable[str], backbone: nn.Module) -> Keys:
     """Sort ``keys`` by what they mean on ``backbone``.
 
-    >>> found = sort_keys(["0.lora.lora_A", "1.lora_B", "0.weight", "2.weight"], nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    >>> backbone = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    >>> found = sort_keys(["0.lora.lora_A", "1.lora_B", "0.weight", "2.weight"], backbone)
     >>> found.deltas["lora", 0].own, found.backbone, found.unknown
     ({'0': {'lora_A': '0.lora.lora_A'}, '1': {'lora_B': '1.lora_B'}}, ['0.weight'], ['2.weight'])
     """
@@ -141,14 +142,15 @@ def _beginnings(key: str, paths: Iterable[str]) -> set[tuple[str, str]]:
     return found
 
 
-def duplicates(tensors: Mapping[str, Tensor], group: Group, known: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """The keys of ``group`` that only repeat leaves in ``known``, tensor for tensor."""
-    leaves = [[tensors[key] for _, key in sorted(at.items())] for at in known.values()]
-    found: list[str] = []
-    for at in group.own.values():
-        here = [tensors[key] for _, key in sorted(at.items())]
-        if any(
-            len(here) == len(other) and all(a.equal(b) for a, b in zip(here, other, strict=True)) for other in leaves
-        ):
-            found += at.values()
-    return found
+def repeats(tensors: Mapping[str, Tensor], group: Group, known: Mapping[str, Mapping[str, str]]) -> bool:
+    """Whether all that ``group`` has are the leaves in ``known`` again, tensor for tensor.
+
+    >>> tensors = {"a": torch.ones(2), "b": torch.ones(2)}
+    >>> repeats(tensors, Group({"w2": {"bias": "b"}}), {"w1": {"bias": "a"}})
+    True
+    """
+
+    def again(at: Mapping[str, str], other: Mapping[str, str]) -> bool:
+        return at.keys() == other.keys() and all(tensors[at[leaf]].equal(tensors[other[leaf]]) for leaf in at)
+
+    return bool(group.own) and all(any(again(at, other) for other in known.values()) for at in group.own.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,15 @@ from torch import Tensor, nn
 from ...checkpoint import home
 from ...config import BaseDeltaConfig
 from ...errors import CheckpointError, MatchError
-from ...match import matches, near, within
+from ...match import near
 from ...model import DeltaModel
-from .common_names import EXCLUDED, named_sites
+from .common_names import EXCLUDED
 from .fields import COMPAT, config_of, spelling_of
 from .folder import read_folder
-from .keys import Group, moved, sort_keys
+from .keys import Group, moved, repeats, sort_keys
+from .places import Sites, exactly, explicit, flat, named, sites_at, sites_of
 from .spelling import SPELLINGS, Spelling, attribute_name
+from .trained import trained_leaves
 
 _SHOWN = 5
 
@@ -65,16 +66,17 @@ def load_opendelta(
     (('0',), True)
     """
     if compat not in (None, COMPAT):
-        raise CheckpointError(
-            f'compat={compat!r}: write compat="{COMPAT}" for the original\'s numbers, or leave it out.'
-        )
+        raise CheckpointError(f'compat={compat!r}: write compat="{COMPAT}", or leave it out.')
     folder, data, tensors = read_folder(path, **(fetching or {}))
     if "delta_type" in changes:
         data = {**data, "delta_type": changes.pop("delta_type")}
-    _, spelling = spelling_of(data)
+    spelling = spelling_of(data)[1]
+    config = config_of(data, compat, changes)
+    if "modified_modules" in changes:
+        data = {key: value for key, value in data.items() if key not in ("modified_modules", "exclude_modules")}
     tensors = {key: tensors[old] for old, key in moved(tensors, backbone_model).items()}
     reader = _Reader(folder, backbone_model, data, tensors, spelling, {"example": example, "prepare": prepare})
-    return reader.read(config_of(data, compat, changes), "modified_modules" in changes, others or {}, device)
+    return reader.read(config, others or {}, device)
 
 
 class _Reader:
@@ -96,20 +98,23 @@ class _Reader:
         self.problems: list[str] = []
 
     def read(
-        self, config: BaseDeltaConfig, resited: bool, others: Mapping[str, BaseDeltaConfig], device: Any
+        self, config: BaseDeltaConfig, others: Mapping[str, BaseDeltaConfig], device: torch.device | str | None
     ) -> tuple[DeltaModel, dict[str, Tensor]]:
         """The delta and its params, or one error with all that does not fit."""
-        named = None if resited else self._named_sites(config)
-        groups = self._groups(config, others, named)
+        meant = named(self.backbone, config, self.spelling, self.data)
+        self._take_own(config, meant)
+        self._drop_repeats(config, meant)
+        groups = self._groups(config, others)
         self._note("not known to the delta or the backbone", self.keys.unknown, self._hint())
-        trained = self._trained()
+        kept = tuple(self.data.get("unfrozen_modules") or ())
+        trained, problems = trained_leaves(self.backbone, self.keys, self.tensors, kept)
+        for problem in problems:
+            self._note(*problem)
         self._stop()
 
-        configs: list[BaseDeltaConfig] = []
-        for one, group in groups:
-            described = one is config
-            configs.append(self._placed(one, group, named if described else None, described and not resited))
-        configs[0] = self._unfrozen(configs, trained)
+        configs = [self._placed(one, group, None, {}) for one, group in groups[1:]]
+        configs.insert(0, self._placed(*groups[0], meant, self.data))
+        configs[0] = self._unfrozen(configs, trained, kept)
         delta = DeltaModel(self.backbone, *configs, **self.options)
         params = self._leaves(delta, [group for _, group in groups]) | trained
         self._check(delta, params)
@@ -118,33 +123,41 @@ class _Reader:
             for name in delta.names
         }
 
-    # -- where -----------------------------------------------------------------------------------------------------
+    # -- which keys ------------------------------------------------------------------------------------------------
 
-    def _named_sites(self, config: BaseDeltaConfig) -> tuple[str, ...] | None:
-        """The sites that ``config.json`` names, by OpenDelta's rules; ``None`` where they cannot be told."""
-        names = self.data.get("modified_modules")
-        if names is None or not self.spelling.sites:
-            return None
-        excluded = self.data.get("exclude_modules") if self.spelling.heeds_exclusion else None
-        common = bool(self.data.get("common_structure"))
-        found = named_sites(self.backbone, names, EXCLUDED if excluded is None else excluded, common)
-        return None if found is None else self._sites(config, found)
+    def _take_own(self, config: BaseDeltaConfig, meant: Sites | None) -> None:
+        """Put the backbone's own tensors that are leaves of the delta into its group."""
+        if not self.spelling.own:
+            self.keys.unknown += [key for at in self.keys.fresh.values() for key in at.values()]
+            return
+        found = {path: dict(at) for path, at in self.keys.fresh.items()}
+        for key in list(self.keys.backbone):
+            path, _, own = key.rpartition(".")
+            if own in self.spelling.own and (meant is None or path in meant):
+                found.setdefault(path, {})[own] = key
+                self.keys.backbone.remove(key)
+        if found:
+            group = self.keys.deltas.setdefault((config.delta_type, 0), Group())
+            for path, at in found.items():
+                group.own.setdefault(path, {}).update(at)
 
-    def _sites(self, config: BaseDeltaConfig, paths: Iterable[str]) -> tuple[str, ...]:
-        """The sites here that modules of OpenDelta stand for, in the backbone's order."""
-        modules = dict(self.backbone.named_modules(remove_duplicate=False))
-        own = () if self.spelling.sites else config.own_sites(self.backbone)
-        found: dict[str, None] = {}
-        for path in paths:
-            below = [site for site in own if within(site, path)] if own else config.spread(path, modules[path])
-            found |= dict.fromkeys(below)
-        return tuple(path for path in modules if path in found)
+    def _drop_repeats(self, config: BaseDeltaConfig, meant: Sites | None) -> None:
+        """Leave out the second names that the leaves of a span have in a model that was saved whole."""
+        group = self.keys.deltas.get((config.delta_type, 0))
+        if not config.gives("spans") or group is None or meant is None:
+            return
+        first = {path: at for path, at in group.own.items() if path in meant}
+        second = self.keys.deltas.get((config.delta_type, 1), Group())
+        if repeats(self.tensors, second, first):
+            self.keys.deltas.pop((config.delta_type, 1), None)
+        rest = Group({path: at for path, at in group.own.items() if path not in meant and path in meant.values()})
+        if repeats(self.tensors, rest, first):
+            group.own = {path: at for path, at in group.own.items() if path not in rest.own}
 
     def _groups(
-        self, config: BaseDeltaConfig, others: Mapping[str, BaseDeltaConfig], named: tuple[str, ...] | None
+        self, config: BaseDeltaConfig, others: Mapping[str, BaseDeltaConfig]
     ) -> list[tuple[BaseDeltaConfig, Group]]:
         """The deltas of the file, each a config and its keys: the one of ``config.json``, then ``others``."""
-        self._take_own(config, named)
         names = self.keys.names()
         for name in others:
             if name not in names:
@@ -153,8 +166,6 @@ class _Reader:
                 )
         left = [name for name in names if name not in others]
         mine = [name for name in left if names[name][0] == config.delta_type]
-        if not mine and len(others) == len(names) and names:
-            return [(other, self.keys.deltas[names[name]]) for name, other in others.items()]
         if not mine:
             found = f"the tensors of {', '.join(names)}" if names else "no tensor of a delta"
             wanted = attribute_name(config.delta_type, 0)
@@ -163,74 +174,77 @@ class _Reader:
                 f"{self._hint()}"
             )
         if len(left) > 1:
-            example = next((name for name in left if name != mine[0]))
-            kind = f"{names[example][0]!r}"
+            example = next(name for name in left if name != mine[0])
             raise CheckpointError(
-                f"'{self.folder}' has the tensors of several deltas ({', '.join(names)}) and the config of one. Say what "
-                f"the others are, in the order in which they act after it: load_opendelta(path, backbone_model, "
-                f"others={{{example!r}: fd.AutoDeltaConfig.from_dict({{'delta_type': {kind}, ...}})}})."
+                f"'{self.folder}' has the tensors of several deltas ({', '.join(names)}) and the config of one. Say "
+                f"what the others are, in the order in which they act after it: load_opendelta(path, backbone_model, "
+                f"others={{{example!r}: fd.AutoDeltaConfig.from_dict({{'delta_type': {names[example][0]!r}, ...}})}})."
             )
-        chosen = [(config, self.keys.deltas[names[mine[0]]])]
-        return chosen + [(other, self.keys.deltas[names[name]]) for name, other in others.items()]
+        chosen = {mine[0]: config, **others}
+        return [(one, self.keys.deltas[names[name]]) for name, one in chosen.items()]
 
-    def _take_own(self, config: BaseDeltaConfig, named: tuple[str, ...] | None) -> None:
-        """Put the backbone's own tensors that are leaves of the delta into its group."""
-        if not self.spelling.own:
-            self.keys.unknown += [key for at in self.keys.fresh.values() for key in at.values()]
-            return
-        found = {path: dict(at) for path, at in self.keys.fresh.items()}
-        for key in list(self.keys.backbone):
-            path, _, own = key.rpartition(".")
-            if own in self.spelling.own and (named is None or path in named):
-                found.setdefault(path, {})[own] = key
-                self.keys.backbone.remove(key)
-        if found:
-            group = self.keys.deltas.setdefault((config.delta_type, 0), Group())
-            for path, at in found.items():
-                group.own.setdefault(path, {}).update(at)
+    # -- where -----------------------------------------------------------------------------------------------------
 
     def _placed(
-        self, config: BaseDeltaConfig, group: Group, named: tuple[str, ...] | None, described: bool
+        self, config: BaseDeltaConfig, group: Group, meant: Sites | None, data: Mapping[str, Any]
     ) -> BaseDeltaConfig:
-        """``config`` with names of exactly the sites that the keys show, ``config.json``'s own if they mean these."""
-        sites = self._sites(config, group.own)
+        """``config`` with names of exactly the sites that the keys show, the given ones if they mean these."""
+        spelling = SPELLINGS[config.delta_type]
+        paths = sites_at(self.backbone, config, spelling, group.own)
         if group.shared:
-            first = self._sites(config, group.shared)
-            if named is None or not first or first[0] not in named:
-                sites = sites or ()
-            else:
-                sites = named
-        if named is not None:
+            # Shared leaves stand under the first site alone; the config has to say which the others are.
+            first = sites_at(self.backbone, config, spelling, group.shared)
+            paths = list(meant) if meant is not None and first[:1] == list(meant)[:1] else paths or first
+        if meant is not None:
             modules = dict(self.backbone.named_modules())
-            missing = [s for s in named if s not in sites and not self.spelling.unsaved(modules[s])]
-            self._note("named by config.json and not in the file", missing, self._site_hint())
-            if not self.spelling.own:
-                extra = [site for site in sites if site not in named]
-                self._note("in the file and not named by config.json", extra, self._site_hint())
+            missing = [path for path in meant if path not in paths and not spelling.unsaved(modules[path])]
+            extra = [path for path in paths if path not in meant and not spelling.own]
+            hint = " To say which sites are meant, pass modified_modules=[...] with the backbone's own names."
+            self._note("named by config.json and not in the file", missing, hint)
+            self._note("in the file and not named by config.json", extra, hint)
             self._stop()
-        if not described:
-            names, kept = config.modified_modules, config.exclude_modules
-        else:
-            names, kept = self.data.get("modified_modules"), self.data.get("exclude_modules")
-        excluded = tuple(kept or ())
-        tries = (
-            [(names, None if set(excluded) <= set(EXCLUDED) else excluded)] if self.spelling.sites else [(None, None)]
-        )
-        if sites:
-            tries.append((explicit(self.backbone, sites), None))
-        for number, (modified, left_out) in enumerate(tries):
-            placed = config.replace(modified_modules=modified, exclude_modules=left_out)
+        names = (config.modified_modules or data.get("modified_modules")) if spelling.sites else None
+        excluded = config.exclude_modules or tuple(data.get("exclude_modules") or ())
+        tries = [(names, None if set(excluded) <= set(EXCLUDED) else excluded)]
+        spans = config.gives("spans")
+        if paths and spelling.sites and (not spans or meant is not None):
+            sites = {path: (meant or {}).get(path, path) for path in paths}
+            tries.append((explicit(self.backbone, flat(sites, spans)), None))
+        for number, (names, left_out) in enumerate(tries):
+            placed = config.replace(modified_modules=names, exclude_modules=left_out)
             try:
                 delta = DeltaModel(self.backbone, placed, **self.options)
             except MatchError:
-                # Names of OpenDelta's that mean nothing here, or another thing: the sites themselves come next.
+                # Names of OpenDelta's that mean nothing here, or something else: the sites themselves come next.
                 if number == len(tries) - 1:
                     raise
                 continue
-            if not sites or set(delta.sites) == set(sites):
+            found = sites_of(delta)
+            if set(found) == set(paths) and (not spans or meant is None or all(found[p] == meant[p] for p in paths)):
                 return placed
         raise CheckpointError(
-            f"'{self.folder}': {config.delta_type} acts at {_some(delta.sites)}, and the file has {_some(sites)}."
+            f"'{self.folder}': {config.delta_type} acts at {_some(list(found))}, and the file has leaves at "
+            f"{_some(paths)}. Pass modified_modules=[...] with the backbone's own names."
+        )
+
+    def _unfrozen(
+        self, configs: Sequence[BaseDeltaConfig], trained: Mapping[str, Tensor], kept: Sequence[str]
+    ) -> BaseDeltaConfig:
+        """The first config with names of exactly the trained leaves, those of ``config.json`` if they mean these."""
+        tries: list[Iterable[str]] = [()]
+        if trained:
+            tries = [kept, dict.fromkeys(name.rpartition(".")[0] for name in trained), map(exactly, trained)]
+        for names in tries:
+            unfrozen = ("deltas", *(name for name in names if name and name != "deltas"))
+            config = configs[0].replace(unfrozen_modules=unfrozen)
+            try:
+                delta = DeltaModel(self.backbone, config, *configs[1:], **self.options)
+            except MatchError:
+                continue  # a name that had no effect in OpenDelta
+            if delta.plan.trained.keys() == trained.keys():
+                return config
+        raise CheckpointError(
+            f"'{self.folder}': the backbone's tensors {_some(list(trained))} cannot be trained leaves."
         )
 
     # -- what ------------------------------------------------------------------------------------------------------
@@ -241,13 +255,13 @@ class _Reader:
         fresh = delta.init(0)
         params: dict[str, Tensor] = {}
         used: set[str] = set()
-        for part in (*delta.plan.shared, *delta.plan.all()):
+        parts = [(part, None) for part in delta.plan.shared] + [(part, part.site.path) for part in delta.plan.all()]
+        for part, site in parts:
             config, group = by_name[part.name]
             spelling = SPELLINGS[config.delta_type]
-            at_site = hasattr(part, "site")
             here: dict[str, str] = {}
-            for path, keys in (group.own if at_site else group.shared).items():
-                if not at_site or part.site.path in self._sites(config, [path]):
+            for path, keys in (group.shared if site is None else group.own).items():
+                if site is None or site in sites_at(self.backbone, config, spelling, [path]):
                     here |= keys
             for leaf, name in part.leaves.items():
                 if name not in part.shapes:
@@ -255,9 +269,9 @@ class _Reader:
                 if leaf in spelling.derived:
                     params[name] = fresh[name]
                 elif leaf in here:
-                    key = here[leaf]
-                    used.add(key)
-                    params[name] = self._offset(key) if leaf in spelling.own else self.tensors[key]
+                    used.add(here[leaf])
+                    own = leaf in spelling.own
+                    params[name] = self._offset(here[leaf]) if own else self.tensors[here[leaf]]
         for group in groups:
             every = [key for at in (*group.own.values(), *group.shared.values()) for key in at.values()]
             self._note("not a leaf of the delta", [key for key in every if key not in used])
@@ -270,60 +284,6 @@ class _Reader:
             return value
         return (value.double() - before.detach().cpu().double()).to(value.dtype)
 
-    def _trained(self) -> dict[str, Tensor]:
-        """The backbone's tensors in the file that are trained leaves of the delta."""
-        names: dict[int, str] = {}
-        tensors = dict(self.backbone.named_parameters(remove_duplicate=False))
-        tensors |= dict(self.backbone.named_buffers(remove_duplicate=False))
-        for name, tensor in tensors.items():
-            names.setdefault(id(tensor), name)
-        first = {name: names[id(tensor)] for name, tensor in tensors.items()}
-        # A model that was never frozen is saved whole; what nobody trained is dropped then.
-        whole = {first[key] for key in self.keys.backbone} | {
-            key for group in self.keys.deltas.values() for at in group.own.values() for key in at.values()
-        } >= self.parameters.keys()
-        kept = tuple(self.data.get("unfrozen_modules") or ())
-        found: dict[str, Tensor] = {}
-        buffers, shapes, ends = [], [], []
-        for key in self.keys.backbone:
-            value, here = self.tensors[key], tensors[key].detach().cpu()
-            if value.shape != here.shape:
-                shapes.append(f"{key} (expected {tuple(here.shape)}, found {tuple(value.shape)})")
-            elif key not in self.parameters and first[key] not in self.parameters:
-                buffers += [] if value.to(here.dtype).equal(here) else [key]
-            elif first[key] in found:
-                ends += [] if found[first[key]].equal(value) else [key]
-            elif not (whole and value.to(here.dtype).equal(here) and not _within_any(first[key], kept)):
-                found[first[key]] = value
-        self._note("of another shape than the backbone's", shapes)
-        self._note("ends of one tied tensor with unlike values", ends)
-        self._note(
-            "buffers that differ from the backbone's",
-            buffers,
-            " Put them into the backbone first: backbone_model.load_state_dict(those, strict=False).",
-        )
-        return {name: found[name] for name in self.parameters if name in found}
-
-    def _unfrozen(self, configs: Sequence[BaseDeltaConfig], trained: Mapping[str, Tensor]) -> BaseDeltaConfig:
-        """The first config with names of exactly the trained leaves, those of ``config.json`` if they mean these."""
-        first, tries = configs[0], [("deltas",)]
-        if trained:
-            given = tuple(self.data.get("unfrozen_modules") or ())
-            tries = [("deltas", *[name for name in given if name != "deltas"])] if len(given) > 1 else []
-            whole = dict.fromkeys(name.rpartition(".")[0] or name for name in trained)
-            tries += [("deltas", *whole), ("deltas", *explicit_names(trained))]
-        for unfrozen in tries:
-            config = first.replace(unfrozen_modules=unfrozen)
-            try:
-                delta = DeltaModel(self.backbone, config, *configs[1:], **self.options)
-            except MatchError:
-                continue  # a name that did nothing in OpenDelta
-            if delta.plan.trained.keys() == trained.keys():
-                return config
-        raise CheckpointError(
-            f"'{self.folder}': the backbone's tensors {_some(list(trained))} cannot be trained leaves."
-        )
-
     # -- errors ----------------------------------------------------------------------------------------------------
 
     def _check(self, delta: DeltaModel, params: Mapping[str, Tensor]) -> None:
@@ -334,8 +294,7 @@ class _Reader:
             if name in params and tuple(params[name].shape) != delta.shapes[name]
         ]
         lost = " OpenDelta does not save leaves that do not train, so their values are lost."
-        constant = any(name in delta.constants for name in missing)
-        self._note("missing", missing, lost if constant else "")
+        self._note("missing", missing, lost if any(name in delta.constants for name in missing) else "")
         self._note(
             "of another shape than config.json says",
             wrong,
@@ -355,45 +314,15 @@ class _Reader:
 
     def _hint(self) -> str:
         """What the first key that nobody knows may have meant."""
-        unknown = self.keys.unknown
-        if not unknown:
+        if not self.keys.unknown:
             return ""
         known = [path for path, _ in self.backbone.named_modules() if path] + list(self.parameters)
         made_on = self.data.get("backbone_class")
         other = f" It was made on a {made_on}." if made_on and made_on != type(self.backbone).__name__ else ""
-        tokens = unknown[0].split(".")
+        tokens = self.keys.unknown[0].split(".")
         # Up to the first token at which the path leaves the backbone.
         end = next((i for i in range(1, len(tokens)) if ".".join(tokens[:i]) not in known), len(tokens))
         return other + near(".".join(tokens[:end]), known)
-
-    def _site_hint(self) -> str:
-        return " To say which sites are meant, pass modified_modules=[...] with the backbone's own names."
-
-
-def explicit(backbone: nn.Module, sites: Iterable[str]) -> tuple[str, ...]:
-    """Names that mean exactly these modules: their paths, with both ends fixed where another path ends like one.
-
-    >>> explicit(nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.ModuleDict({"a": nn.Linear(1, 1)})}), ["a", "b.a"])
-    ('[r]^a$', 'b.a')
-    """
-    paths = [path for path, _ in backbone.named_modules(remove_duplicate=False) if path]
-    return tuple(s if sum(matches(path, s) for path in paths) == 1 else f"[r]^{re.escape(s)}$" for s in sites)
-
-
-def explicit_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Names that mean exactly these parameters.
-
-    >>> explicit_names(["classifier.weight"])
-    ('[r]^classifier\\\\.weight$',)
-    """
-    return tuple(f"[r]^{re.escape(name)}$" for name in names)
-
-
-def _within_any(name: str, owners: Iterable[str]) -> bool:
-    """Whether one of ``owners`` means ``name`` or a module that holds it."""
-    tokens = name.split(".")
-    paths = [".".join(tokens[:end]) for end in range(1, len(tokens) + 1)]
-    return any(matches(path, owner) for owner in owners for path in paths)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -105,6 +105,8 @@ def _lora_scale(config: Any, leaves: Leaves) -> tuple[dict[str, Any], Leaves]:
 
 
 def _lora_refusal(config: Any, site: Site) -> str | None:
+    if site.parts:
+        return f"its LoRA acts on whole layers, not on {', '.join(part.name for part in site.parts)} alone"
     return None if site.kind == "linear" else f"its LoRA acts on nn.Linear alone, not on {site.module_type}"
 
 
@@ -118,10 +120,11 @@ def _has_no_bias(module: nn.Module) -> bool:
 
 def _scale_of_parallel(config: Any, leaves: Leaves) -> tuple[dict[str, Any], Leaves]:
     """The scale, which OpenDelta's model cannot be given, multiplied into the second layer."""
-    if config.scaled == 1:
-        return {}, leaves
     last = ("up_proj.weight", "up_proj.bias")
-    return {}, {path: p | {leaf: p[leaf] * config.scaled for leaf in last} for path, p in leaves.items()}
+    return {}, {
+        path: p | {leaf: p[leaf] * p["scaled"] for leaf in last} if p["scaled"] != 1 else p
+        for path, p in leaves.items()
+    }
 
 
 def _compacter_refusal(config: Any, site: Site) -> str | None:
@@ -160,6 +163,7 @@ SPELLINGS: dict[str, Spelling] = {
         sites=("attn@", "attn@", "ff@.w1@", "ff@.w2@"),
         fields=_ours("bottleneck_dim", "non_linearity", scaled=None),
         inner="modulelist.",
+        derived=("scaled",),
         covered=("scaled",),
         settle=_scale_of_parallel,
     ),

@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from ...check import check_member
 from ...checkpoint import backbone_facts
-from ...errors import CheckpointError, ParamsError
+from ...errors import CheckpointError, MatchError, ParamsError
 from ...match import within
 from ...model import DeltaModel
 from ...plan import Attachment
 from .common_names import EXCLUDED, named_sites
 from .fields import COMPAT, data_of, refuse_fields
 from .folder import write_folder
-from .reading import explicit
+from .places import Sites, explicit, flat, named, sites_of
 from .spelling import FORMAT_VERSION, SPELLINGS, Leaves, Spelling
+
+ELSEWHERE = "Save it here: delta.save_finetuned(params, path)."
 
 
 def save_opendelta(
@@ -48,8 +50,8 @@ def save_opendelta(
     if len(delta.configs) != 1:
         kinds = ", ".join(config.delta_type for config in delta.configs)
         raise CheckpointError(
-            f"OpenDelta has one config a folder, and this delta has {len(delta.configs)} ({kinds}): save each in a folder "
-            f"of its own, fd.save_opendelta(fd.DeltaModel(backbone, config), its_params, path)."
+            f"OpenDelta has one config a folder, and this delta has {len(delta.configs)} ({kinds}): save each in a "
+            f"folder of its own, fd.save_opendelta(fd.DeltaModel(backbone, config), its_params, path)."
         )
     check_member(params, delta.shapes, delta.plan.keys(), {})
     lacking = [name for name in delta.names if name not in params]
@@ -60,14 +62,11 @@ def save_opendelta(
     config = delta.configs[0]
     spelling = SPELLINGS.get(config.delta_type)
     if spelling is None:
-        raise CheckpointError(
-            f"OpenDelta has no {config.delta_type!r}; it has {', '.join(SPELLINGS)}. Save it here: "
-            f"delta.save_finetuned(params, path)."
-        )
+        raise CheckpointError(f"OpenDelta has no {config.delta_type!r}; it has {', '.join(SPELLINGS)}. {ELSEWHERE}")
     _refuse(delta, spelling, compat)
     changed, leaves = spelling.settle(config, {a.site.path: a.of(params) for a in _owning(delta)})
-    places = {a.site.path: _place(delta.backbone, spelling, a.site.path) for a in delta.plan.all()}
-    where = _names(delta, spelling, list(places.values()))
+    places = {site: _place(delta.backbone, spelling, site) for site in delta.sites}
+    where = _names(delta, spelling, places)
     data = data_of(config, spelling, {**changed, **where, **_provenance(delta)})
     return write_folder(path, data, _tensors(delta, params, spelling, leaves, places, where))
 
@@ -78,65 +77,92 @@ def _owning(delta: DeltaModel) -> list[Attachment]:
 
 
 def _refuse(delta: DeltaModel, spelling: Spelling, compat: str | None) -> None:
+    """Raise for what OpenDelta has no field, no module or another formula for."""
     config = delta.configs[0]
     reason = refuse_fields(config, spelling)
     if reason is not None:
-        raise CheckpointError(
-            f"OpenDelta cannot hold this {config.delta_type}: {reason}. Save it here: "
-            f"delta.save_finetuned(params, path)."
-        )
+        raise CheckpointError(f"OpenDelta cannot hold this {config.delta_type}: {reason}. {ELSEWHERE}")
     modules = dict(delta.backbone.named_modules())
     for attachment in delta.plan.all():
         site = attachment.site
         reason = spelling.refuse(config, site)
         if reason is not None:
+            raise CheckpointError(f"OpenDelta cannot hold {config.delta_type} at {site.path}: {reason}. {ELSEWHERE}")
+        other = spelling.inexact
+        if other is None or compat == COMPAT or getattr(config, other.field) == other.value:
+            continue
+        if type(modules[site.path]).__name__ in other.classes:
             raise CheckpointError(
-                f"OpenDelta cannot hold {config.delta_type} at {site.path}: {reason}. Save it here: "
-                f"delta.save_finetuned(params, path)."
+                f"OpenDelta has {other.what}, so it would compute other outputs than this delta, which has "
+                f'{other.field}={getattr(config, other.field)!r}. To write it all the same: compat="{COMPAT}".'
             )
-        inexact = spelling.inexact
-        if inexact is not None and type(modules[site.path]).__name__ in inexact.classes and compat != COMPAT:
-            if getattr(config, inexact.field) != inexact.value:
-                raise CheckpointError(
-                    f"OpenDelta has {inexact.what}, so it would compute other outputs than this delta, which has "
-                    f'{inexact.field}={getattr(config, inexact.field)!r}. To write it all the same: compat="{COMPAT}".'
-                )
 
 
 def _place(backbone: nn.Module, spelling: Spelling, site: str) -> str:
-    """The module that carries the leaves of ``site`` in OpenDelta: the site, or the host above it."""
-    if not spelling.hosts:
+    """The module that carries the leaves of ``site`` in OpenDelta: the site, or one above it."""
+    if spelling.sites and not spelling.hosts:
         return site
+    if not spelling.sites:
+        return _entrance(backbone, spelling, site)
     path = site
-    while True:
-        if type(backbone.get_submodule(path)).__name__ in spelling.hosts:
-            return path
+    while type(backbone.get_submodule(path)).__name__ not in spelling.hosts:
         if not path:
             raise CheckpointError(
                 f"OpenDelta has no {spelling.attribute} for {site}: neither it nor a module around it is a "
-                f"{', '.join(spelling.hosts)}. Save it here: delta.save_finetuned(params, path)."
+                f"{', '.join(spelling.hosts)}. {ELSEWHERE}"
             )
         path = path.rpartition(".")[0]
+    return path
 
 
-def _names(delta: DeltaModel, spelling: Spelling, places: list[str]) -> dict[str, Any]:
+def _entrance(backbone: nn.Module, spelling: Spelling, site: str) -> str:
+    """Where OpenDelta itself puts what has no sites: the encoder of an encoder-decoder, or the backbone as a whole."""
+    config: Any = getattr(backbone, "config", None)
+    if config is None or not hasattr(backbone, "get_input_embeddings"):
+        raise CheckpointError(
+            f"OpenDelta takes the model itself for {spelling.attribute}, and {type(backbone).__name__} is a wrapper "
+            f"around it: make the delta on the model inside. {ELSEWHERE}"
+        )
+    place = ""
+    if getattr(config, "is_encoder_decoder", False):
+        encoder = getattr(backbone, "get_encoder")()  # noqa: B009  (typed as a tensor or a module)
+        place = next(path for path, module in backbone.named_modules() if module is encoder)
+    if not within(site, place):
+        raise CheckpointError(f"OpenDelta puts {spelling.attribute} at {place}, not at {site}. {ELSEWHERE}")
+    return place
+
+
+def _names(delta: DeltaModel, spelling: Spelling, places: Mapping[str, str]) -> dict[str, Any]:
     """``modified_modules`` and ``common_structure`` by which OpenDelta finds the sites."""
     if not spelling.sites:
         return {"modified_modules": ["root"]}
     config, backbone = delta.configs[0], delta.backbone
     modules = dict(backbone.named_modules(remove_duplicate=False))
-    excluded = tuple(config.exclude_modules or EXCLUDED) if spelling.heeds_exclusion else EXCLUDED
+
+    def saved(sites: Sites) -> Sites:
+        return {site: end for site, end in sites.items() if not spelling.unsaved(modules[site])}
+
     given = config.modified_modules or config.default_modified_modules
+    excluded = list(config.exclude_modules or EXCLUDED)
     # Common names, where they mean the same, say more than a list of paths.
     for names in sorted((given, spelling.sites), key=lambda names: not any("@" in name for name in names)):
-        common = any("@" in name for name in names)
-        found = named_sites(backbone, names, excluded, common)
-        if found is None:
+        where = {"modified_modules": list(names), "common_structure": any("@" in name for name in names)}
+        try:
+            found = named(backbone, config, spelling, {**where, "exclude_modules": excluded})
+        except MatchError:  # ends of spans that have no partner there
             continue
-        means = {s for path in found for s in config.spread(path, modules[path]) if not spelling.unsaved(modules[s])}
-        if means == {s for s in delta.sites if not spelling.unsaved(modules[s])}:
-            return {"modified_modules": list(names), "common_structure": common}
-    return {"modified_modules": list(explicit(backbone, places)), "common_structure": False, "exclude_modules": []}
+        if found is not None and saved(found) == saved(sites_of(delta)):
+            return where
+    spans = config.gives("spans")
+    paths = flat({places[site]: end if spans else places[site] for site, end in sites_of(delta).items()}, spans)
+    order = {path: position for position, path in enumerate(modules)}
+    if [order[path] for path in paths] != sorted(order[path] for path in paths):
+        raise CheckpointError(
+            f"OpenDelta pairs the ends of {config.delta_type} in the order of the modules, and these do not stand in "
+            f"it: {', '.join(paths[:4])}. {ELSEWHERE}"
+        )
+    listed = list(explicit(backbone, paths))
+    return {"modified_modules": listed, "common_structure": False, "exclude_modules": []}
 
 
 def _provenance(delta: DeltaModel) -> dict[str, Any]:

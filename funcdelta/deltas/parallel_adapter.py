@@ -1,0 +1,104 @@
+"""Parallel adapter: ``y + s (U act(D x + d) + u)``, beside one module or beside a span of them.
+
+``x`` is what enters the first module of a pair and ``y`` what leaves the second. Shapes: ``down_proj.weight`` (m, in),
+``down_proj.bias`` (m), ``up_proj.weight`` (out, m), ``up_proj.bias`` (out), ``scaled`` (), all at the first module.
+Source: He et al. 2022, "Towards a Unified View of Parameter-Efficient Transfer Learning"; weights start as N(0, 0.01)
+and biases at zero as in OpenDelta.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..activations import activation
+from ..config import BaseDeltaConfig, register
+from ..errors import ConfigError, MatchError
+from ..site import Site
+
+
+@register("parallel_adapter")
+@dataclass(frozen=True)
+class ParallelAdapterConfig(BaseDeltaConfig):
+    """Bottleneck adapter in parallel, ``y + s (U act(D x + d) + u)``, from one module's input to another's output.
+
+    ``modified_modules`` lists pairs, flat: ``("attn", "attn", "fc1", "fc2")`` is one adapter beside every ``attn`` and
+    one from the input of every ``fc1`` to the output of the ``fc2`` in its block. A single name means a pair with
+    itself.
+
+    Attributes:
+        bottleneck_dim: the width m of the bottleneck.
+        non_linearity: ``relu``, ``tanh``, ``swish``, ``gelu_new``, ``gelu_orig``, ``leakyrelu`` or a name that
+            Transformers knows.
+        scaled: the scale s, a constant leaf, so that it may differ by member.
+
+    >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+    >>> delta = fd.ParallelAdapterModel(backbone, bottleneck_dim=2, modified_modules=["0", "2"])
+    >>> for name, shape in delta.shapes.items(): print(name, shape)
+    0.parallel_adapter.down_proj.weight (2, 4)
+    0.parallel_adapter.down_proj.bias (2,)
+    0.parallel_adapter.up_proj.weight (3, 2)
+    0.parallel_adapter.up_proj.bias (3,)
+    0.parallel_adapter.scaled ()
+    """
+
+    default_name: ClassVar[str] = "parallel_adapter"
+    default_modified_modules: ClassVar[tuple[str, ...]] = ("attn@", "attn@", "ff@.w1@", "ff@.w2@")
+
+    bottleneck_dim: int = 24
+    non_linearity: str = "gelu_new"
+    scaled: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bottleneck_dim < 1:
+            raise ConfigError(f"bottleneck_dim={self.bottleneck_dim}: write at least 1.")
+        activation(self.non_linearity)
+
+    def spans(self, names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+        if len(names) == 1:
+            names *= 2
+        if len(names) % 2:
+            raise ConfigError(
+                f"modified_modules={list(names)} has {len(names)} names; a parallel adapter takes pairs, where it "
+                f"begins and where it ends: write each single module twice, as {[names[0], names[0]]}."
+            )
+        return tuple(zip(names[::2], names[1::2], strict=True))
+
+    def check(self, site: Site) -> str | None:
+        if site.kind == "embedding" or (site.kind == "span" and site.option("entry") == "embedding"):
+            return "what enters it are token numbers, not features"
+        if site.kind.startswith("conv") and any(step != 1 for step in site.option("stride")):
+            return f"its stride is {site.option('stride')}, so what enters has other positions than what leaves"
+        return None
+
+    def constants(self, site: Site) -> tuple[str, ...]:
+        return ("scaled",)
+
+    def unmergeable(self, site: Site) -> str | None:
+        return "it adds a non-linear function of the input, which no weight computes"
+
+    def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
+        m = self.bottleneck_dim
+        return {
+            "down_proj.weight": torch.randn(m, site.input_width, generator=rng) * 0.01,
+            "down_proj.bias": torch.zeros(m),
+            "up_proj.weight": torch.randn(site.width, m, generator=rng) * 0.01,
+            "up_proj.bias": torch.zeros(site.width),
+            "scaled": torch.tensor(float(self.scaled)),
+        }
+
+    def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
+        h = x.movedim(site.channel_axis, -1)
+        down = activation(self.non_linearity)(F.linear(h, p["down_proj.weight"], p["down_proj.bias"]))
+        change = F.linear(down, p["up_proj.weight"], p["up_proj.bias"]).movedim(-1, site.channel_axis)
+        if change.ndim != y.ndim or any(a not in (1, b) for a, b in zip(change.shape, y.shape, strict=True)):
+            raise MatchError(
+                f"The parallel adapter from {site.path} to {site.exit or site.path} turns {tuple(x.shape)} into "
+                f"{tuple(change.shape)}, but {tuple(y.shape)} leaves: name modules between which positions stay."
+            )
+        return y + p["scaled"] * change
