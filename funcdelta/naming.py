@@ -11,6 +11,8 @@ from .errors import MatchError
 from .match import near, within
 from .structures import Names, Parts
 
+HEAD = ("lm_head",)
+
 
 def select(
     backbone: nn.Module,
@@ -81,7 +83,9 @@ def _excluded(
     given = config.exclude_modules
     if given is None:
         # A method's own sites never include the language model's head; a head that is named is meant.
-        given = () if config.modified_modules is not None else tuple(p for p in ("lm_head",) if p in modules)
+        given = () if config.modified_modules is not None else HEAD
+    if given == HEAD and HEAD[0] not in modules:
+        given = ()  # OpenDelta writes it into the config of every model
     excluded: dict[str, Parts] = {}
     for target in given:
         if any(within(name, target) for name in names):
@@ -145,6 +149,17 @@ def trained(
                         fresh.add(ends[0])
     order = {name: position for position, name in enumerate(parameters)}
     return {name: found[name] for name in sorted(found, key=order.__getitem__)}, frozenset(fresh)
+
+
+def named_leaves(backbone: nn.Module, names: tuple[str, ...], common: bool | None) -> tuple[str, ...]:
+    """The backbone's leaves that ``names`` mean as ``unfrozen_modules``, each under the first name of its tensor.
+
+    >>> named_leaves(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ("deltas", "1", "bias"), None)
+    ('0.bias', '1.weight', '1.bias')
+    """
+    config = BaseDeltaConfig(unfrozen_modules=("deltas", *names), common_structure=common)
+    modules = dict(backbone.named_modules(remove_duplicate=False))
+    return tuple(trained(backbone, modules, [config], Names(backbone))[0])
 
 
 def names_of_tensors(backbone: nn.Module) -> dict[int, list[str]]:
