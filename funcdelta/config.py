@@ -281,6 +281,13 @@ class BaseDeltaConfig:
         'slow'
         """
         fields = {key: value for key, value in data.items() if key not in ("delta_type", *VERSION_FIELDS)}
+        if "opendelta_version" in data:
+            # It writes null where a model lacks a field, and names heads that it excludes on every model.
+            known = {field.name for field in dataclasses.fields(cls)}
+            fields = {key: value for key, value in fields.items() if key in known or value is not None}
+            if "lm_head" in (fields.get("exclude_modules") or ()):
+                names = fields.get("modified_modules") or ()
+                fields["modified_modules"] = [name for name in names if not name.startswith("lm_head@")] or None
         fields.update(changes)
         cls._check_fields(fields)
         # Other libraries write null for a field that was never set.

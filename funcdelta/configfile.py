@@ -26,7 +26,8 @@ __all__ = [
 PROVENANCE = ("backbone_class", "backbone_checkpoint_name", "backbone_hash")
 """Fields of a config that say where it was made, not what it does."""
 
-_ABOUT_THE_FILE = ("members", *VERSION_FIELDS, *PROVENANCE)
+# OpenDelta's version stays: it tells how to read the other fields.
+_ABOUT_THE_FILE = {"members", *VERSION_FIELDS, *PROVENANCE} - {"opendelta_version"}
 
 
 def load_configs(path: str | os.PathLike[str], **fetching: Any) -> tuple[BaseDeltaConfig, ...]:

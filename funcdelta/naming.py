@@ -87,6 +87,8 @@ def _excluded(
         if any(within(name, target) for name in names):
             excluded[target] = ()
             continue
+        if target == "lm_head":  # OpenDelta writes it into every config
+            continue
         found = known.find(target, config.common_structure, names) if "@" in target or config.common_structure else {}
         if not found:
             nearest = known.nearest(target, None) if "@" in target else near(target, names)
