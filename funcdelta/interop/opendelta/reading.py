@@ -231,10 +231,10 @@ class _Reader:
         self, configs: Sequence[BaseDeltaConfig], trained: Mapping[str, Tensor], kept: Sequence[str]
     ) -> BaseDeltaConfig:
         """The first config with names of exactly the trained leaves, those of ``config.json`` if they mean these."""
-        tries: list[Iterable[str]] = [()]
-        if trained:
-            tries = [kept, dict.fromkeys(name.rpartition(".")[0] for name in trained), map(exactly, trained)]
-        for names in tries:
+        if not trained:
+            return configs[0]
+        tries: list[Iterable[str]] = [kept, dict.fromkeys(name.rpartition(".")[0] for name in trained)]
+        for names in (*tries, map(exactly, trained)):
             unfrozen = ("deltas", *(name for name in names if name and name != "deltas"))
             config = configs[0].replace(unfrozen_modules=unfrozen)
             try:
