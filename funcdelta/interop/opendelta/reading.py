@@ -170,8 +170,8 @@ class _Reader:
             found = f"the tensors of {', '.join(names)}" if names else "no tensor of a delta"
             wanted = attribute_name(config.delta_type, 0)
             raise CheckpointError(
-                f"'{self.folder}' has {found}, and config.json describes {config.delta_type} ({wanted!r} in keys)."
-                f"{self._hint()}"
+                f"'{self.folder}' has {found}, and config.json describes {config.delta_type} ({wanted!r} in keys). Not "
+                f"known to {type(self.backbone).__name__}: {_some(self.keys.unknown) or 'nothing'}.{self._hint()}"
             )
         if len(left) > 1:
             example = next(name for name in left if name != mine[0])
