@@ -155,8 +155,12 @@ def add_low_rank_adapter(data: dict[str, Any], module: nn.Module) -> None:
     d = module.get_parameter("weight").shape[0]
     m = d // data["reduction_factor"]
     shapes = {
-        **{"down_sampler.W_left": (d, 1), "down_sampler.W_right": (1, m), "down_sampler.b": (m,)},
-        **{"up_sampler.W_left": (m, 1), "up_sampler.W_right": (1, d), "up_sampler.b": (d,)},
+        "down_sampler.W_left": (d, 1),
+        "down_sampler.W_right": (1, m),
+        "down_sampler.b": (m,),
+        "up_sampler.W_left": (m, 1),
+        "up_sampler.W_right": (1, d),
+        "up_sampler.b": (d,),
     }
     module.add_module("low_rank_adapter", Patched(shapes))
 

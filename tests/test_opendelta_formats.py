@@ -240,7 +240,7 @@ def test_models_inside_wrappers_and_out_of_them(tmp_path: Path) -> None:
     ):
         fd.load_opendelta(deeper, model)
     two = nn.ModuleDict({"a": BertModel(BertConfig(vocab_size=20, **SIZES)), "b": model.bert})
-    with pytest.raises(fd.CheckpointError, match="not known to the delta or the backbone"):
+    with pytest.raises(fd.CheckpointError, match=r"Not known to ModuleDict: encoder\.layer\.0"):
         fd.load_opendelta(write(tmp_path / "bare", LORA, {k.removeprefix("bert."): t for k, t in loras().items()}), two)
 
 
@@ -368,7 +368,7 @@ def test_a_rule_that_was_not_saved_is_missing(tmp_path: Path) -> None:
     data = json.loads((folder / "config.json").read_text())
     tensors = torch.load(folder / "pytorch_model.bin")
     write(folder, {**data, "learn_phm": False}, {key: t for key, t in tensors.items() if "phm_rule" not in key})
-    with pytest.raises(fd.CheckpointError, match="2 missing: .*phm_rule.*does not save leaves that do not train"):
+    with pytest.raises(fd.CheckpointError, match=r"2 missing: .*phm_rule.*does not save leaves that do not train"):
         fd.load_opendelta(folder, model)
 
 
@@ -376,7 +376,7 @@ def test_fields_that_never_had_an_effect(tmp_path: Path) -> None:
     """The scale of a parallel adapter could not be set, LoRA ignored exclusions, exclusions knew no dots."""
     model, place = bert(), "bert.encoder.layer.0.attention.self"
     data = {**ADAPTER, "delta_type": "parallel_adapter", "modified_modules": [place, place], "scaled": 4.0}
-    delta, params = fd.load_opendelta(write(tmp_path / "a", data, adapters([place], "parallel_adapter")), model)
+    _, params = fd.load_opendelta(write(tmp_path / "a", data, adapters([place], "parallel_adapter")), model)
     assert float(params[f"{place}.parallel_adapter.scaled"]) == 1.0
     data = {**LORA, "exclude_modules": ["bert.encoder.layer.1"]}
     assert fd.load_opendelta(write(tmp_path / "b", data, loras()), model)[0].sites == QUERIES
