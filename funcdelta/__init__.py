@@ -1,5 +1,7 @@
 """funcdelta: delta tuning as pure pytrees of tensors on a frozen backbone."""
 
+import typing as _typing
+
 from . import optim as optim
 from . import tree as tree
 from .attention import higher_order as higher_order
@@ -34,6 +36,7 @@ from .errors import ParamsError as ParamsError
 from .errors import PickError as PickError
 from .errors import StackError as StackError
 from .errors import StaleBackboneError as StaleBackboneError
+from .from_module import register_module as register_module
 from .gradients import value_and_grad as value_and_grad
 from .inspect import DeltaStatistics as DeltaStatistics
 from .inspect import OptimizerGroup as OptimizerGroup
@@ -63,3 +66,6 @@ from .structures import common_names as common_names
 from .view import unbind as unbind
 
 DeltaBase = DeltaModel
+
+if not _typing.TYPE_CHECKING:  # a type checker would then take every name for a public one
+    from .habits import function_of_opendelta as __getattr__  # noqa: F401  (called by Python)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .attend import joined
+from .axes import in_order
 from .errors import ConfigError, MergeError
 from .plan import Attachment
 
@@ -50,7 +51,7 @@ def bound_in_both_modes(attachment: Attachment, function: str) -> Bound:
 
 def _bound(attachment: Attachment, function: str, training: bool) -> Callable[..., Tensor]:
     """The method's function, computed in the leaves' dtype and returned in the hidden value's own."""
-    method, site = getattr(attachment.config, function), attachment.at(training)
+    method, site = in_order(getattr(attachment.config, function), attachment.config.axis_order), attachment.at(training)
 
     def act(p: dict[str, Tensor], *values: Tensor) -> Tensor:
         dtype, own = _leaf_dtype(p), values[0].dtype

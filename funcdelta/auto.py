@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from .config import AutoDeltaConfig, BaseDeltaConfig
@@ -67,6 +68,24 @@ class MethodModel(DeltaModel):
             found = type(delta.configs[0]).__name__
             raise ConfigError(f"{cls.__name__} takes a {cls.config_class.__name__}; found a {found}.")
         return delta
+
+    @classmethod
+    def from_finetuned(
+        cls, path: str | os.PathLike[str], backbone_model: nn.Module, **options: Any
+    ) -> tuple[DeltaModel, dict[str, Tensor]]:
+        """The same as :meth:`AutoDeltaModel.from_finetuned`, for a delta that has to be of this method.
+
+        >>> import tempfile
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+        >>> folder = delta.save_finetuned(delta.init(0), tempfile.mkdtemp() + "/run")
+        >>> fd.LoraModel.from_finetuned(folder, delta.backbone)[0].delta_type
+        'lora'
+        """
+        delta, params = AutoDeltaModel.from_finetuned(path, backbone_model, **options)
+        if not all(isinstance(config, cls.config_class) for config in delta.configs):
+            found = ", ".join(type(config).__name__ for config in delta.configs)
+            raise ConfigError(f"{path} holds a {found}: load it with fd.AutoDeltaModel.from_finetuned.")
+        return delta, params
 
 
 class LoraModel(MethodModel):
@@ -169,11 +188,16 @@ class AutoDeltaModel:
         config: BaseDeltaConfig | Mapping[str, Any],
         backbone_model: nn.Module,
         *,
+        check_hash: bool = True,
         example: Mapping[str, Any] | Sequence[Any] | None = None,
         prepare: Prepare | None = None,
         **fields: Any,
     ) -> DeltaModel:
         """The delta that ``config`` (a config, or its dict) describes; ``fields`` override the config's.
+
+        A config that was saved with a delta knows the fingerprint of that delta's backbone: another backbone raises
+        ``CheckpointError``, unless ``check_hash=False``. (OpenDelta's hashes are of more than the backbone, and are
+        not compared.)
 
         >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8))
         >>> config = {"delta_type": "lora", "modified_modules": ["0"]}
@@ -184,13 +208,39 @@ class AutoDeltaModel:
             made = config.replace(**fields)
         else:
             made = AutoDeltaConfig.from_dict(config, **fields)
-        return DeltaModel(backbone_model, made, example=example, prepare=prepare)
+        delta = DeltaModel(backbone_model, made, example=example, prepare=prepare)
+        if check_hash:
+            from .checkpoint import check_origin
+
+            check_origin(made, delta)
+        return delta
 
     @staticmethod
     def from_finetuned(
-        path: str | os.PathLike[str], backbone_model: nn.Module, **options: Any
+        path: str | os.PathLike[str],
+        backbone_model: nn.Module,
+        *,
+        delta_config: BaseDeltaConfig | Sequence[BaseDeltaConfig] | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+        check_hash: bool = True,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        device: torch.device | str | None = None,
+        example: Mapping[str, Any] | Sequence[Any] | None = None,
+        prepare: Prepare | None = None,
+        **fields: Any,
     ) -> tuple[DeltaModel, dict[str, Tensor]]:
-        """``(delta, params)`` from a folder that ``save_finetuned`` wrote; every key is accounted for.
+        """``(delta, params)`` from what ``save_finetuned`` wrote: a folder, or a hub id; every key is accounted for.
+
+        Args:
+            delta_config: taken instead of the saved config; single ``fields`` override it.
+            state_dict: tensors by name, taken instead of the saved ones.
+            check_hash: whether the backbone has to be the one that the delta was saved with, bit for bit.
+            cache_dir, force_download, local_files_only, revision, token: for ``huggingface_hub``.
+            device: where the leaves are put, if not where the backbone's tensors at their sites are.
 
         >>> import tempfile
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
@@ -201,4 +251,19 @@ class AutoDeltaModel:
         """
         from .checkpoint import load
 
-        return load(path, backbone_model, **options)
+        return load(
+            path,
+            backbone_model,
+            delta_config=delta_config,
+            state_dict=state_dict,
+            check_hash=check_hash,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            revision=revision,
+            token=token,
+            device=device,
+            example=example,
+            prepare=prepare,
+            **fields,
+        )

@@ -12,7 +12,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +22,28 @@ from torch import Tensor, nn
 
 from .atomic import replace_folder
 from .config import BaseDeltaConfig, funcdelta_version
-from .configfile import changed, check_same_save, configs_of, read_config, storable, write_config
+from .configfile import (
+    PROVENANCE,
+    changed,
+    check_same_save,
+    configs_of,
+    parse_config,
+    read_config,
+    storable,
+    write_config,
+)
 from .errors import CheckpointError, ParamsError
 from .fingerprint import differences, survey
-from .hub import CONFIG, TENSORS, locate, upload
+from .hub import CONFIG, TENSORS, check_repository, config_text_at, locate, upload
 from .tensorfile import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from .model import DeltaModel
 
-__all__ = ["backbone_facts", "home", "load", "save"]
+__all__ = ["backbone_facts", "check_origin", "home", "load", "push", "save"]
 
 _SHOWN = 5
+KIND_OF_HASH = "fd1:"
 
 
 def save(
@@ -45,13 +56,15 @@ def save(
     private: bool | None = None,
     token: str | bool | None = None,
     commit_message: str | None = None,
+    temp_dir: bool = False,
 ) -> Path:
     """The folder ``path`` with ``delta`` and ``params`` (one member or a stack), replaced as a whole.
 
     Each leaf is stored with its own dtype and shape, detached and contiguous. Other files in the folder stay.
     A kill leaves what was there before. With ``push_to_hub`` the two files are uploaded after that, to the
     repository of that name (``True``: the name of the folder). ``hash_backbone=False`` writes no fingerprint,
-    for a backbone without readable bytes.
+    for a backbone without readable bytes. ``temp_dir`` is OpenDelta's: an upload never needs a clone at ``path``, so
+    that both values do the same.
 
     Returns the folder. Raises `ParamsError` unless the names are those of ``delta.names`` and the shapes
     those of ``delta.shapes``, all with the same member axis or all without.
@@ -86,8 +99,28 @@ def save(
     folder = replace_folder(path, write, carry=True)
     if push_to_hub:
         repository = folder.name if push_to_hub is True else push_to_hub
-        upload(folder, repository, private=private, token=token, commit_message=commit_message)
+        said = f"{folder} is saved, but "
+        upload(folder, repository, so_far=said, private=private, token=token, commit_message=commit_message)
     return folder
+
+
+def push(
+    delta: DeltaModel, params: Mapping[str, Tensor], repository: str, *, hash_backbone: bool = True, **creating: Any
+) -> str:
+    """Saves to a temporary folder and uploads it to the hub repository ``"user/name"``; returns its full name.
+
+    ``creating`` may have ``private``, ``token`` and ``commit_message``. Raises `CheckpointError` like
+    :func:`funcdelta.hub.upload`, before anything is written where the name is none.
+
+    >>> push(None, {}, "a/b/c")
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.CheckpointError: 'a/b/c' is no name of a hub repository: write "user/name".
+    """
+    check_repository(repository)
+    with tempfile.TemporaryDirectory() as kept:
+        folder = save(delta, params, Path(kept) / "delta", hash_backbone=hash_backbone)
+        return upload(folder, repository, so_far="Nothing is saved here, and ", **creating)
 
 
 def load(
@@ -95,7 +128,8 @@ def load(
     backbone: nn.Module,
     *,
     check_hash: bool = True,
-    config: BaseDeltaConfig | Sequence[BaseDeltaConfig] | None = None,
+    delta_config: BaseDeltaConfig | Sequence[BaseDeltaConfig] | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
     device: torch.device | str | None = None,
     example: Any = None,
     prepare: Any = None,
@@ -108,8 +142,9 @@ def load(
 ) -> tuple[DeltaModel, dict[str, Tensor]]:
     """``(delta, params)`` as saved at ``path``, a folder or a hub id: one member or a stack, bit for bit.
 
-    ``overrides`` change fields of the saved config, and ``config`` takes its place; constants that depend on
-    a changed field (LoRA's scale on ``lora_alpha``) get their new value. Leaves are put on ``device``, or
+    ``overrides`` change fields of the saved config, and ``delta_config`` takes its place; constants that depend on
+    a changed field (LoRA's scale on ``lora_alpha``) get their new value. With ``state_dict`` its tensors are taken
+    instead of the saved ones, and ``path`` needs no more than a config. Leaves are put on ``device``, or
     where the backbone's tensors at their site are. ``example`` and ``prepare`` go to `DeltaModel`.
 
     Raises `CheckpointError` when anything is missing, left over, damaged or of another shape, or, unless
@@ -126,21 +161,21 @@ def load(
     """
     from .model import DeltaModel
 
-    folder = locate(
-        path,
-        revision=revision,
-        cache_dir=cache_dir,
-        force_download=force_download,
-        local_files_only=local_files_only,
-        token=token,
-    )
-    data = read_config(folder / CONFIG)
-    tensors, metadata = read_tensors(folder / TENSORS)
-    check_same_save(folder, data, metadata)
+    fetching: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
+    fetching |= {"local_files_only": local_files_only, "token": token}
+    if state_dict is None:
+        folder = locate(path, **fetching)
+        data = read_config(folder / CONFIG)
+        tensors, metadata = read_tensors(folder / TENSORS)
+        check_same_save(folder, data, metadata)
+    else:
+        where, text = config_text_at(path, **fetching)
+        folder, data, tensors, metadata = Path(where).parent, parse_config(where, text), dict(state_dict), {}
+        data.pop("members", None)
     if check_hash:
-        _check_backbone(folder, data, metadata, backbone, tensors)
-    saved = configs_of(folder, data, provenance=False)
-    configs = changed(folder, saved, config, overrides)
+        _check_backbone(f"'{path}'", data, metadata, backbone, tensors)
+    saved = configs_of(str(folder / CONFIG), data, provenance=False)
+    configs = changed(folder, saved, delta_config, overrides)
     delta = DeltaModel(backbone, *configs, example=example, prepare=prepare)
     members, problems = _account(delta, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     if not problems and members != data.get("members", members):
@@ -257,15 +292,27 @@ def _transformers_version() -> str | None:
         return None
 
 
+def check_origin(config: BaseDeltaConfig, delta: DeltaModel) -> None:
+    """Raises `CheckpointError` if ``config`` was saved with another backbone than that of ``delta``.
+
+    Hashes of other libraries are of other things and are passed over.
+
+    >>> delta = fd.LoraModel(nn.Sequential(nn.Linear(4, 4)), modified_modules=["0"])
+    >>> check_origin(delta.configs[0], delta)
+    """
+    data = {key: getattr(config, key) for key in PROVENANCE}
+    _check_backbone("The config", data, {}, delta.backbone, delta.shapes)
+
+
 def _check_backbone(
-    folder: Path,
+    what: str,
     data: Mapping[str, Any],
     metadata: Mapping[str, str],
     backbone: nn.Module,
-    replaced: Mapping[str, Tensor],
+    replaced: Iterable[str],
 ) -> None:
     saved = data.get("backbone_hash")
-    if saved is None:  # saved with hash_backbone=False
+    if saved is None or not saved.startswith(KIND_OF_HASH):  # saved with hash_backbone=False, or by OpenDelta
         return
     found, description = survey(backbone, replaced)
     if found == saved:
@@ -279,7 +326,7 @@ def _check_backbone(
         lines += differences(stored, description).splitlines()
     origin = f" ({data['backbone_checkpoint_name']})" if data.get("backbone_checkpoint_name") else ""
     raise CheckpointError(
-        f"'{folder}' was saved for another backbone{origin}:\n"
+        f"{what} was saved for another backbone{origin}:\n"
         + "\n".join(lines)
         + "\nLoad that backbone, or pass check_hash=False if you know that the difference does not matter."
     )

@@ -39,6 +39,9 @@ ELSEWHERE = {
     "bottleneck_size": "bottleneck_dim",
 }
 
+# Arguments of OpenDelta's from_dict and from_finetuned that have nothing to do here.
+GONE = {"return_unused_kwargs": "unknown fields are errors, so none is left over: leave it out"}
+
 NUMBERS: dict[str, tuple[type, str]] = {"int": (int, "a whole number"), "float": (numbers.Real, "a number")}
 """What a field of an annotated type may hold; other types check themselves."""
 
@@ -91,6 +94,8 @@ class BaseDeltaConfig:
         name: the delta's name at its sites, if not the method's (two of a kind on one site).
         batch_dim: which axis of the inputs counts the rows.
         unfrozen_init: ``"copy"`` starts trained backbone leaves from the backbone, ``"fresh"`` draws them anew.
+        axis_order: for models whose hidden values are not (batch, tokens, features): the method sees
+            ``x.permute(axis_order)``, and what it gives is permuted back. Values with another number of axes stay.
 
     >>> config = BaseDeltaConfig(modified_modules=["query", "value"])
     >>> config.modified_modules, config == config.replace(), config.replace(name="slow").name
@@ -116,6 +121,7 @@ class BaseDeltaConfig:
     name: str | None = None
     batch_dim: int = 0
     unfrozen_init: str = "copy"
+    axis_order: tuple[int, ...] | None = None
 
     def __new__(cls, *args: Any, **fields: Any) -> Self:
         # Before the generated __init__, whose TypeError would not say what the field is called here.
@@ -147,6 +153,10 @@ class BaseDeltaConfig:
             )
         if self.unfrozen_init not in ("copy", "fresh"):
             raise ConfigError(f'unfrozen_init={self.unfrozen_init!r}: write "copy" or "fresh".')
+        if self.axis_order is not None and sorted(self.axis_order) != list(range(len(self.axis_order))):
+            raise ConfigError(
+                f"axis_order={self.axis_order}: write every axis once, from 0: (0, 2, 1) for (batch, features, tokens)."
+            )
         if self.name is not None and (not self.name or "." in self.name):
             raise ConfigError(f"name={self.name!r}: a delta's name is one token of a dotted path; leave out the dots.")
 
@@ -282,37 +292,51 @@ class BaseDeltaConfig:
         """
         fields = {key: value for key, value in data.items() if key not in ("delta_type", *VERSION_FIELDS)}
         if "opendelta_version" in data:
-            # It writes null where a model lacks a field, and names heads that it excludes on every model.
-            known = {field.name for field in dataclasses.fields(cls)}
-            fields = {key: value for key, value in fields.items() if key in known or value is not None}
-            if "lm_head" in (fields.get("exclude_modules") or ()):
-                names = fields.get("modified_modules") or ()
-                fields["modified_modules"] = [name for name in names if not name.startswith("lm_head@")] or None
+            fields = cls._as_opendelta_means(fields)
         fields.update(changes)
         cls._check_fields(fields)
         # Other libraries write null for a field that was never set.
         defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)}
         return cls(**{key: defaults[key] if value is None else value for key, value in fields.items()})
 
-    def save_finetuned(self, path: str | os.PathLike[str]) -> Path:
-        """Write the config alone, as ``config.json`` in the folder ``path``.
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The ``delta_type`` and the fields that differ from their defaults, as JSON-ready data.
+
+        >>> fd.LoraConfig(lora_r=4, modified_modules=["query"]).to_diff_dict()
+        {'delta_type': 'lora', 'modified_modules': ['query'], 'lora_r': 4}
+        """
+        changed = {field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default}
+        return {key: value for key, value in self.to_dict().items() if key in changed or key == "delta_type"}
+
+    def save_finetuned(self, path: str | os.PathLike[str], *, push_to_hub: bool | str = False, **creating: Any) -> Path:
+        """Write the config alone, as ``config.json`` in the folder ``path``; ``push_to_hub`` uploads it, too.
+
+        The repository is ``push_to_hub`` or, if that is ``True``, the folder's name; ``creating`` may have ``private``,
+        ``token`` and ``commit_message``.
 
         >>> import tempfile
-        >>> folder = BaseDeltaConfig(modified_modules=["query"]).save_finetuned(tempfile.mkdtemp())
+        >>> folder = fd.BitFitConfig(modified_modules=["query"]).save_finetuned(tempfile.mkdtemp())
         >>> (folder / "config.json").exists()
         True
         """
-        from .atomic import write_file
-        from .configfile import config_text
+        from .configfile import save_config
 
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / "config.json", config_text([self.to_dict()], {}))
-        return folder
+        return save_config(self, path, push_to_hub, creating)
 
     @classmethod
-    def from_finetuned(cls, path: str | os.PathLike[str], backbone_model: Any = None, **changes: Any) -> Self:
-        """The config in a saved folder (or a ``config.json`` file); ``changes`` override.
+    def from_finetuned(
+        cls,
+        path: str | os.PathLike[str],
+        backbone_model: Any = None,
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        **changes: Any,
+    ) -> Self:
+        """The config at ``path``: a saved folder, a JSON file, a url to one, or a hub id; ``changes`` override.
 
         ``backbone_model`` is what OpenDelta's callers pass; a config needs none.
 
@@ -322,10 +346,23 @@ class BaseDeltaConfig:
         >>> config.lora_r, config.lora_alpha
         (4, 8)
         """
-        config = AutoDeltaConfig.from_finetuned(path, **changes)
+        from .configfile import load_config
+
+        fetching = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
+        config = load_config(path, changes, revision=revision, token=token, **fetching)
         if not isinstance(config, cls):
             raise ConfigError(f"{path} holds a {type(config).__name__}, not a {cls.__name__}.")
         return config
+
+    @classmethod
+    def _as_opendelta_means(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Its file has null for fields that its model never read, and names a head that it always excludes."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        kept = {key: value for key, value in fields.items() if value is not None or key in known}
+        names = kept.get("modified_modules")
+        if names:
+            kept["modified_modules"] = [name for name in names if name != "lm_head@.proj@"]
+        return kept
 
     @classmethod
     def _check_fields(cls, given: Mapping[str, Any]) -> None:
@@ -334,6 +371,7 @@ class BaseDeltaConfig:
             if key not in names:
                 here = ELSEWHERE.get(key)
                 hint = f" PEFT's {key} is {here} here." if here in names else near(key, names)
+                hint = f" Of OpenDelta's {key}: {GONE[key]}." if key in GONE else hint
                 raise ConfigError(f"{cls.__name__} has no field {key!r}.{hint}")
 
 
@@ -375,22 +413,30 @@ class AutoDeltaConfig:
         return AutoDeltaConfig.for_type(data["delta_type"]).from_dict(data, **changes)
 
     @staticmethod
-    def from_finetuned(path: str | os.PathLike[str], **changes: Any) -> BaseDeltaConfig:
-        """The config in a saved folder, whatever its type; ``changes`` override.
+    def from_finetuned(
+        path: str | os.PathLike[str],
+        backbone_model: Any = None,
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        **changes: Any,
+    ) -> BaseDeltaConfig:
+        """The config at ``path``, whatever its type: a folder, a JSON file, a url to one, or a hub id.
+
+        ``changes`` override its fields. The options of fetching go to ``huggingface_hub``; nothing is kept of a url.
 
         >>> import tempfile
         >>> folder = fd.LoraConfig(lora_r=4).save_finetuned(tempfile.mkdtemp())
-        >>> AutoDeltaConfig.from_finetuned(folder).delta_type
+        >>> AutoDeltaConfig.from_finetuned(folder / "config.json").delta_type
         'lora'
         """
-        from .configfile import configs_of, load_configs, read_config
-
-        file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
-        configs = configs_of(file.parent, read_config(file), provenance=True) if file.is_file() else load_configs(path)
-        if len(configs) != 1:
-            kinds = ", ".join(config.delta_type for config in configs)
-            raise ConfigError(f"{path} holds {len(configs)} configs ({kinds}): load them with their delta.")
-        return configs[0].replace(**changes)
+        fetching = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
+        return BaseDeltaConfig.from_finetuned(
+            path, backbone_model, revision=revision, token=token, **fetching, **changes
+        )
 
 
 def funcdelta_version() -> str:

@@ -8,17 +8,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .atomic import write_file
 from .config import VERSION_FIELDS, AutoDeltaConfig, BaseDeltaConfig
 from .errors import CheckpointError, ConfigError
-from .hub import CONFIG, TENSORS, locate
+from .hub import CONFIG, TENSORS, config_text_at, upload
 
 __all__ = [
     "changed",
     "check_same_save",
     "config_text",
     "configs_of",
+    "load_config",
     "load_configs",
+    "parse_config",
     "read_config",
+    "save_config",
     "storable",
     "write_config",
 ]
@@ -26,12 +30,13 @@ __all__ = [
 PROVENANCE = ("backbone_class", "backbone_checkpoint_name", "backbone_hash")
 """Fields of a config that say where it was made, not what it does."""
 
-# OpenDelta's version stays: it tells how to read the other fields.
-_ABOUT_THE_FILE = {"members", *VERSION_FIELDS, *PROVENANCE} - {"opendelta_version"}
+_ABOUT_THE_FILE = ("members", *VERSION_FIELDS, *PROVENANCE)
 
 
 def load_configs(path: str | os.PathLike[str], **fetching: Any) -> tuple[BaseDeltaConfig, ...]:
-    """The configs saved at ``path``, with the class, name and fingerprint of the backbone they were made for.
+    """The configs at ``path``, with the class, name and fingerprint of the backbone they were made for.
+
+    ``path`` is a folder, a JSON file, a url to one, or a hub id; ``fetching`` as in :func:`funcdelta.hub.locate`.
 
     >>> import tempfile
     >>> import funcdelta as fd
@@ -42,8 +47,46 @@ def load_configs(path: str | os.PathLike[str], **fetching: Any) -> tuple[BaseDel
     >>> [config.backbone_class for config in load_configs(folder)]
     ['Sequential']
     """
-    folder = locate(path, **fetching)
-    return configs_of(folder, read_config(folder / CONFIG), provenance=True)
+    where, text = config_text_at(path, **fetching)
+    return configs_of(where, parse_config(where, text), provenance=True)
+
+
+def load_config(path: str | os.PathLike[str], changes: Mapping[str, Any], **fetching: Any) -> BaseDeltaConfig:
+    """The one config at ``path`` with the fields of ``changes``; raises `ConfigError` where there are several.
+
+    >>> import tempfile
+    >>> load_config(BaseDeltaConfig.save_finetuned(fd.BitFitConfig(), tempfile.mkdtemp()), {"batch_dim": 1}).batch_dim
+    1
+    """
+    configs = load_configs(path, **fetching)
+    if len(configs) != 1:
+        kinds = ", ".join(config.delta_type for config in configs)
+        raise ConfigError(f"{path} holds {len(configs)} configs ({kinds}): load them with their delta.")
+    return configs[0].replace(**changes)
+
+
+def save_config(
+    config: BaseDeltaConfig, path: str | os.PathLike[str], push_to_hub: bool | str, creating: Mapping[str, Any]
+) -> Path:
+    """The folder ``path`` with ``config.json`` in it, written whole; uploaded as :meth:`BaseDeltaConfig.save_finetuned`
+    says.
+
+    >>> import tempfile
+    >>> save_config(fd.BitFitConfig(), tempfile.mkdtemp() + "/run", False, {}).name
+    'run'
+    """
+    if unknown := sorted(creating.keys() - {"private", "token", "commit_message"}):
+        raise ConfigError(
+            f"save_finetuned takes no {unknown[0]}: a config is written whole, as {CONFIG} in the folder."
+        )
+    text = config_text([{**storable(config), **{key: getattr(config, key) for key in PROVENANCE}}], {})
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / CONFIG, text)
+    if push_to_hub:
+        repository = folder.resolve().name if push_to_hub is True else push_to_hub
+        upload(folder, repository, so_far=f"{folder} is saved, but ", **creating)
+    return folder
 
 
 def storable(config: BaseDeltaConfig) -> dict[str, Any]:
@@ -96,27 +139,37 @@ def read_config(file: Path) -> dict[str, Any]:
     >>> read_config(file)
     {'delta_type': 'lora', 'members': None}
     """
+    return parse_config(str(file), file.read_text(encoding="utf-8"))
+
+
+def parse_config(where: str, text: str) -> dict[str, Any]:
+    """The same of the ``text`` that was found ``where``.
+
+    >>> parse_config("config.json", '{"delta_type": "lora"}')
+    {'delta_type': 'lora'}
+    """
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(text)
     except ValueError as error:
-        raise CheckpointError(f"'{file}' is no JSON: {error}.") from error
+        raise CheckpointError(f"'{where}' is no JSON: {error}.") from error
     if not isinstance(data, dict) or "delta_type" not in data:
-        raise CheckpointError(f"'{file}' describes no delta: expected an object with a \"delta_type\".")
+        raise CheckpointError(f"'{where}' describes no delta: expected an object with a \"delta_type\".")
     return data
 
 
-def configs_of(folder: Path, data: Mapping[str, Any], *, provenance: bool) -> tuple[BaseDeltaConfig, ...]:
+def configs_of(where: str, data: Mapping[str, Any], *, provenance: bool) -> tuple[BaseDeltaConfig, ...]:
     """The configs that the data of a ``config.json`` describes; ``provenance``: with the fields `PROVENANCE`.
 
-    >>> configs_of(Path("run"), {"delta_type": "lora", "lora_r": 4, "members": 3}, provenance=False)[0].lora_r
+    >>> configs_of("config.json", {"delta_type": "lora", "lora_r": 4, "members": 3}, provenance=False)[0].lora_r
     4
     """
     origin = {key: data.get(key) for key in PROVENANCE} if provenance else {}
+    origin |= {key: data[key] for key in ("opendelta_version",) if key in data}
     try:
         return tuple(AutoDeltaConfig.from_dict(part | origin) for part in _described(data))
     except ConfigError as error:
         hint = "A method of your own has to be registered (@fd.register) before its files are loaded."
-        raise CheckpointError(f"'{folder / CONFIG}': {error} {hint}") from error
+        raise CheckpointError(f"'{where}': {error} {hint}") from error
 
 
 def check_same_save(folder: Path, data: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
@@ -159,7 +212,7 @@ def changed(
     if len(configs) != 1:
         raise CheckpointError(
             f"'{folder}' has {len(configs)} configs, so it is not clear in which of them to change "
-            f"{', '.join(overrides)}: pass config=[...] with all of them."
+            f"{', '.join(overrides)}: pass delta_config=[...] with all of them."
         )
     return (configs[0].replace(**overrides),)
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from .errors import ParamsError
+from .errors import ConfigError, ParamsError
 from .match import near
 
 INSTEAD = {
     "state_dict": "params, or fd.stack([params, ...])",
     "load_state_dict": "delta, params = fd.AutoDeltaModel.from_finetuned(path, backbone_model=backbone)",
+    "load_checkpoint": "delta, params = fd.AutoDeltaModel.from_finetuned(path, backbone_model=backbone)",
+    "save_checkpoint": "delta.save_finetuned(params, path)",
     "parameters": "params.values()",
     "named_parameters": "params.items()",
+    "mark_as_delta": "delta.names, or fd.partition(full, delta.names)",
     "to": "params = fd.tree.map(lambda leaf: leaf.to(...), params)",
     "cuda": 'params = fd.tree.map(lambda leaf: leaf.to("cuda"), params)',
     "delta_modules": "params",
     "config": "delta.configs",
+    "create_config_from_model": "delta.configs",
     "modified_modules": "delta.sites",
     "set_active_state_dict": "delta.save_finetuned(params, path), which writes the delta alone",
     "generate": "delta.bind(params).generate(...)",
@@ -27,8 +31,73 @@ INSTEAD = {
     "trainable_parameters_names": "fd.trainable_parameters_names(delta, params)",
     "frozen_parameters_names": "fd.frozen_parameters_names(delta, params)",
     "requires_grad_": "trainable, rest = fd.partition(params, delta.trainable)",
+    "find_key": "fd.find_key(key, targets)",
+    "find_module": "fd.find_module(backbone, key)",
 }
-"""Habits from modules and from OpenDelta, and the line to write instead."""
+"""What a module or OpenDelta's delta has, and the line to write instead."""
+
+REGISTERED = "{call} above a function make(site) that gives an nn.Module"
+VERBS = {
+    "update_module": "modified_modules=[...] for where, and a config class, @fd.register(...), for what",
+    "add_all_delta_to_backbone": "delta.apply(params, inputs...), which needs nothing in the backbone",
+    "replace_module": REGISTERED.format(call='@fd.register_module("name", insert="replace")'),
+    "modify_module": "a config class with weights(self, site, p, w), the site's tensors rewritten, @fd.register(...)",
+    "insert_module": REGISTERED.format(call='@fd.register_module("name", insert="before" or another)'),
+    "insert_sequential_module": REGISTERED.format(call='@fd.register_module("name", insert="sequential")'),
+    "insert_parallel_module": REGISTERED.format(call='@fd.register_module("name", insert="parallel")'),
+}
+"""OpenDelta's verbs that change the backbone, and what says the same here."""
+
+FUNCTIONS = {
+    "set_axis_order": "axis_order=(...) in the config, for its own sites alone",
+}
+"""OpenDelta's functions that set something for the whole process, and what to write instead."""
+
+DEAD_OPTIONS = {
+    "state_dict": (None, "params are what is saved: write them as the first argument"),
+    "finetuned_delta_path": (None, "write delta.save_finetuned(params, path)"),
+    "repo_path_or_name": (None, 'write delta.push_to_hub(params, "user/name")'),
+    "use_temp_dir": (None, "push_to_hub always uploads from a temporary folder; leave it out"),
+    "save_config": (True, "the config is always written, for params without it could not be loaded; leave it out"),
+    "save_function": (None, "the format is safetensors, which nothing is executed from; leave it out"),
+    "push_to_dc": (False, 'DeltaCenter is not served here: write push_to_hub="user/name"'),
+    "center_args": ({}, "it describes an upload to DeltaCenter: put a README.md into the folder, it stays there"),
+    "center_args_pool": ({}, "it describes uploads to DeltaCenter: put a README.md into the folder, it stays there"),
+    "list_tags": ([], "tags are for DeltaCenter: put them into the README.md of the hub repository"),
+    "dict_tags": ({}, "tags are for DeltaCenter: put them into the README.md of the hub repository"),
+    "delay_push": (False, "save now and write delta.push_to_hub(params, repo_id) later"),
+    "test_result": (None, "results are for DeltaCenter: put them into the README.md of the hub repository"),
+    "usage": ("", "a usage note is for DeltaCenter: put it into the README.md of the hub repository"),
+}
+"""Arguments of OpenDelta's saving: the value that changes nothing, and what to write instead of others."""
+
+
+def without_dead_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` without those of OpenDelta that have their default; raises for the others, with what to write.
+
+    >>> without_dead_options("save_finetuned", {"push_to_dc": False, "private": True})
+    {'private': True}
+    """
+    for name, value in options.items():
+        harmless, line = DEAD_OPTIONS.get(name, (value, ""))
+        if value != harmless:
+            raise ConfigError(f"{method} has no {name}: {line}.")
+    return {name: value for name, value in options.items() if name not in DEAD_OPTIONS}
+
+
+def function_of_opendelta(name: str) -> NoReturn:
+    """What ``fd.<name>`` does where there is no such name: an ``AttributeError`` that may know what was meant.
+
+    >>> fd.set_axis_order
+    Traceback (most recent call last):
+    ...
+    AttributeError: funcdelta sets nothing for the whole process, and has no set_axis_order: write axis_order=...
+    """
+    if name in FUNCTIONS:
+        raise AttributeError(
+            f"funcdelta sets nothing for the whole process, and has no {name}: write {FUNCTIONS[name]}."
+        )
+    raise AttributeError(f"module 'funcdelta' has no attribute {name!r}.")
 
 
 class Habits:
@@ -51,6 +120,8 @@ class Habits:
             raise AttributeError(
                 f"A delta has no {name}: its state is params, a dict of tensors. Write {INSTEAD[name]}."
             )
+        if name in VERBS:
+            raise AttributeError(f"A delta changes no module, so it has no {name}. Write {VERBS[name]}.")
         names = [known for known in dir(type(self)) if not known.startswith("_")]
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.{near(name, names)}")
 

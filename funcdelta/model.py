@@ -20,10 +20,12 @@ from .constants import declare_leaves
 from .errors import ConfigError, EngineError, ParamsError
 from .fresh import fresh_member, random_members
 from .gradients import note_members
-from .habits import Habits, need_dict
+from .habits import Habits, need_dict, without_dead_options
 from .inputs import InDims, Inputs, accepts
 from .layout import Layout
+from .match import as_names
 from .merge import merge, merged
+from .naming import named_leaves
 from .params import partition, seeds, stack, take
 from .plan import Plan, build_plan
 from .program import Skeletons
@@ -32,7 +34,7 @@ from .sharing import expand_member, expand_stack
 from .skeleton import Params, Prepare
 from .transforms import concrete, inside_transform, outside_transforms
 from .view import bind
-from .widths import measure_attention, measure_widths
+from .widths import measure_attention, measure_shapes
 
 if TYPE_CHECKING:
     from .inspect import DeltaStatistics
@@ -91,7 +93,7 @@ class DeltaModel(Habits):
         plan = build_plan(
             backbone_model,
             configs,
-            lambda paths: measure_widths(backbone_model, paths, example),
+            lambda paths: measure_shapes(backbone_model, paths, example),
             lambda paths: measure_attention(backbone_model, paths, example),
         )
         self.skeletons = Skeletons(backbone_model, plan, prepare)
@@ -294,8 +296,8 @@ class DeltaModel(Habits):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """``(trainable, frozen)``: ``full`` split by name; ``exclude`` names what trains, ``"deltas"`` this delta.
 
-        Nothing is flagged: differentiate with respect to the first dict. ``exclude=None`` takes the configs' own
-        ``unfrozen_modules``.
+        Nothing is flagged: differentiate with respect to the first dict. Names are read as in ``unfrozen_modules``,
+        which ``exclude=None`` takes from the configs.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> trainable, frozen = delta.freeze_module(delta.attach(delta.init(0)))
@@ -303,15 +305,14 @@ class DeltaModel(Habits):
         (['0.lora.lora_A', '0.lora.lora_B'], ['0.weight', '0.bias', '0.lora.scale'])
         """
         full = need_dict(module, "freeze_module", "trainable, frozen = delta.freeze_module(delta.attach(params))")
-        names = list(exclude) if exclude is not None and not isinstance(exclude, str) else exclude
-        if isinstance(names, str):
-            names = [names]
+        names = None if exclude is None else as_names(exclude)
         if names is None:
-            names = list(dict.fromkeys(name for config in self.configs for name in config.unfrozen_modules))
-        wanted = [name for name in names if name != "deltas"]
-        backbone_part = {name: tensor for name, tensor in full.items() if name in self._tensors}
-        chosen = set(partition(backbone_part, wanted)[0]) if wanted else set()
-        if "deltas" in names:
+            chosen = {name for name in self.plan.trained if name in full}
+        else:
+            chosen = set(named_leaves(self.backbone, names, self.configs[0].common_structure))
+            if absent := [name for name in chosen if name not in full]:
+                raise ParamsError(f"freeze_module: {absent[0]} is not in the dict: give it delta.attach(params).")
+        if names is None or "deltas" in names:
             chosen |= {
                 name for name in full if name in self._shapes and name not in self._tensors and self.trainable(name)
             }
@@ -517,6 +518,9 @@ class DeltaModel(Habits):
     ) -> Any:
         """Write ``config.json`` and ``delta.safetensors`` to the folder ``path``, atomically; one member or a stack.
 
+        ``push_to_hub`` (``True``, or a repository's name) uploads them after that, with ``private``, ``token`` and
+        ``commit_message``. ``hash_backbone=False`` leaves out the backbone's fingerprint.
+
         >>> import tempfile
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> stack = delta.init(0, n=5)
@@ -527,6 +531,7 @@ class DeltaModel(Habits):
         """
         from .checkpoint import save
 
+        options = without_dead_options("save_finetuned", options)
         if path is None or not isinstance(params, Mapping):
             raise ParamsError("params are no state of a delta here: write delta.save_finetuned(params, path).")
         return save(self, params, path, **options)
@@ -557,6 +562,25 @@ class DeltaModel(Habits):
         from .inspect import log
 
         return log(self, params, delta_ratio, trainable_ratio, visualization, cuda_memory)
+
+    def push_to_hub(self, params: Params | None = None, repo_id: str | None = None, **options: Any) -> str:
+        """Upload what :meth:`save_finetuned` writes to the hub repository ``"user/name"``; returns its full name.
+
+        ``options`` may have ``private``, ``token``, ``commit_message`` and ``hash_backbone``. Needs the package
+        ``huggingface_hub``, and a login or a token.
+
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+        >>> delta.push_to_hub(delta.init(0), "not/a/name")
+        Traceback (most recent call last):
+        ...
+        funcdelta.errors.CheckpointError: 'not/a/name' is no name of a hub repository: write "user/name".
+        """
+        from .checkpoint import push
+
+        options = without_dead_options("push_to_hub", options)
+        if repo_id is None or not isinstance(params, Mapping):
+            raise ParamsError('params are no state of a delta here: write delta.push_to_hub(params, "user/name").')
+        return push(self, params, repo_id, **options)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ from .errors import MatchError
 from .match import near, within
 from .structures import Names, Parts
 
+HEAD = ("lm_head",)
+
 
 def select(
     backbone: nn.Module,
@@ -81,13 +83,13 @@ def _excluded(
     given = config.exclude_modules
     if given is None:
         # A method's own sites never include the language model's head; a head that is named is meant.
-        given = () if config.modified_modules is not None else tuple(p for p in ("lm_head",) if p in modules)
+        given = () if config.modified_modules is not None else HEAD
+    if given == HEAD and HEAD[0] not in modules:
+        given = ()  # OpenDelta writes it into the config of every model
     excluded: dict[str, Parts] = {}
     for target in given:
         if any(within(name, target) for name in names):
             excluded[target] = ()
-            continue
-        if target == "lm_head":  # OpenDelta writes it into every config
             continue
         found = known.find(target, config.common_structure, names) if "@" in target or config.common_structure else {}
         if not found:
@@ -100,9 +102,9 @@ def _excluded(
 
 
 def _acceptable(config: BaseDeltaConfig, path: str, parts: Parts, known: Names) -> Parts:
-    """The parts as the method takes them: all of them are the whole output for one that knows no parts."""
+    """The parts as the method takes them, in their order: all are the whole output for one that knows no parts."""
     if not parts or config.acts_on_parts:
-        return parts
+        return tuple(sorted(parts, key=lambda part: part.start))
     called, every = known.of(path), known.parts(path)
     if set(parts) == set(every):
         return ()
@@ -147,6 +149,17 @@ def trained(
                         fresh.add(ends[0])
     order = {name: position for position, name in enumerate(parameters)}
     return {name: found[name] for name in sorted(found, key=order.__getitem__)}, frozenset(fresh)
+
+
+def named_leaves(backbone: nn.Module, names: tuple[str, ...], common: bool | None) -> tuple[str, ...]:
+    """The backbone's leaves that ``names`` mean as ``unfrozen_modules``, each under the first name of its tensor.
+
+    >>> named_leaves(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ("deltas", "1", "bias"), None)
+    ('0.bias', '1.weight', '1.bias')
+    """
+    config = BaseDeltaConfig(unfrozen_modules=("deltas", *names), common_structure=common)
+    modules = dict(backbone.named_modules(remove_duplicate=False))
+    return tuple(trained(backbone, modules, [config], Names(backbone))[0])
 
 
 def names_of_tensors(backbone: nn.Module) -> dict[int, list[str]]:

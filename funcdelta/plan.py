@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .axes import check_axes, sized
 from .config import BaseDeltaConfig
 from .errors import ConfigError, MatchError
 from .naming import names_of_tensors, select, trained
 from .sharing import Shared, share
-from .site import AttentionShape, Site, site_of
+from .site import AttentionShape, Shapes, Site, site_of
 from .spans import select_spans, site_between
 from .structures import Names, Parts
 
@@ -80,7 +82,7 @@ class Plan:
         uncalled: sites whose tensors are read by the module above, which never calls them.
         shared: the leaves that the sites of one delta share.
         names: one name a config, in their order.
-        measured: the numbers of features that enter and leave modules whose weights do not tell them.
+        measured: shapes of what enters and leaves modules whose weights do not tell their widths.
     """
 
     attachments: dict[str, tuple[Attachment, ...]]
@@ -90,7 +92,7 @@ class Plan:
     uncalled: set[str]
     shared: tuple[Shared, ...] = ()
     names: tuple[str, ...] = ()
-    measured: Mapping[str, tuple[int | None, int]] = field(default_factory=dict)
+    measured: Mapping[str, Shapes] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -136,16 +138,17 @@ class Plan:
         return [attachment for group in self.attachments.values() for attachment in group]
 
 
-WidthProbe = Callable[[list[str]], Mapping[str, tuple[int | None, int]]]
+ShapeProbe = Callable[[list[str]], Mapping[str, Shapes]]
 AttentionProbe = Callable[[list[str]], dict[str, AttentionShape]]
 
 
 def build_plan(
-    backbone: nn.Module, configs: Sequence[BaseDeltaConfig], widths: WidthProbe, attention: AttentionProbe
+    backbone: nn.Module, configs: Sequence[BaseDeltaConfig], measure: ShapeProbe, attention: AttentionProbe
 ) -> Plan:
     """Match every config against ``backbone``.
 
-    ``widths(paths)`` measures features that weights do not tell, ``attention(paths)`` the keys of attention sites.
+    ``measure(paths)`` gives shapes of hidden values where no weight tells the width, ``attention(paths)`` the keys of
+    attention sites.
     """
     modules = dict(backbone.named_modules(remove_duplicate=False))
     canonical = {id(module): path for path, module in backbone.named_modules()}
@@ -154,6 +157,8 @@ def build_plan(
             raise ConfigError(
                 f"{type(config).__name__} gives none of before, after, weights, attend and prompt: it would do nothing."
             )
+        if config.axis_order is not None and not _by_values(config):
+            raise ConfigError(f"axis_order: {type(config).__name__} acts on no hidden value; leave it out.")
         if config.gives("spans") and not config.gives("after"):
             raise ConfigError(f"{type(config).__name__} gives spans, which only after can act on, and no after.")
     names = _delta_names(configs)
@@ -167,13 +172,9 @@ def build_plan(
         dict.fromkeys(end for config, own in zip(configs, sites, strict=True) for end in _unknown(config, own))
     )
     unknown = [path for path in unknown if facts[path].out_features is None]
-    measured = widths(unknown) if unknown else {}
+    measured = measure(unknown) if unknown else {}
     if unknown:
-        for path in unknown:
-            facts[path] = dataclasses.replace(
-                facts[path], in_features=measured[path][0], out_features=measured[path][1]
-            )
-        sites = _sites(configs, chosen, facts, modules)
+        sites = _sites(configs, chosen, facts, modules, measured)
     sites = _with_attention(configs, sites, attention)
 
     attachments: dict[str, list[Attachment]] = {}
@@ -230,12 +231,16 @@ def _sites(
     chosen: Sequence[tuple[Mapping[str, str], Mapping[str, Parts]]],
     facts: Mapping[str, Site],
     modules: Mapping[str, nn.Module],
+    measured: Mapping[str, Shapes] = types.MappingProxyType({}),
 ) -> list[tuple[Site, ...]]:
     """The sites of every config as it sees them, after it has been asked whether it can act there."""
     found: list[tuple[Site, ...]] = []
     for config, (spans, parts) in zip(configs, chosen, strict=True):
-        own = (site_between(_meant(facts[entry], parts.get(entry, ())), facts[end]) for entry, end in spans.items())
+        ends = {path: sized(config, facts[path], measured) for span in spans.items() for path in span}
+        own = (site_between(_meant(ends[entry], parts.get(entry, ())), ends[end]) for entry, end in spans.items())
         found.append(tuple(config.describe(site, modules[site.path]) for site in own))
+        for site in ends.values():
+            check_axes(config, site)
         for site in found[-1]:
             refusal = config.check(site)
             if refusal:

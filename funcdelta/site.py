@@ -40,6 +40,10 @@ class AttentionShape:
         return self.heads * self.value_size
 
 
+Shapes = tuple[tuple[int, ...] | None, tuple[int, ...]]
+"""Of the hidden value that enters a module, ``None`` where no features do, and of the one that leaves it."""
+
+
 @dataclass(frozen=True)
 class Site:
     """The module path and the facts of the module there; hashable, the same for every member.

@@ -11,30 +11,30 @@ from torch import Tensor, nn
 from .attend import open_attention, shape_of
 from .errors import MatchError
 from .hidden import hidden_input, hidden_output
-from .site import AttentionShape
+from .site import AttentionShape, Shapes
 from .skeleton import Skeleton
 
 Example = Mapping[str, Any] | Sequence[Any] | None
 
 
-def measure_widths(backbone: nn.Module, paths: list[str], example: Example) -> dict[str, tuple[int | None, int]]:
-    """The sizes of the last axes of the hidden input and output at each of ``paths``.
+def measure_shapes(backbone: nn.Module, paths: list[str], example: Example) -> dict[str, Shapes]:
+    """The shapes of the hidden input and output at each of ``paths``.
 
     The first is ``None`` where no features enter: numbers of tokens, or no tensor at all.
     """
-    widths: dict[str, tuple[int | None, int]] = {}
+    shapes: dict[str, Shapes] = {}
 
     def note(path: str, module: nn.Module) -> None:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            widths[path] = _features_in(path, args, kwargs), hidden_output(path, output)[0].shape[-1]
+            shapes[path] = _shape_in(path, args, kwargs), tuple(hidden_output(path, output)[0].shape)
 
         module.register_forward_hook(hook, with_kwargs=True)
 
     _run(backbone, paths, example, note, "The width")
     for path in paths:
-        if path not in widths:
+        if path not in shapes:
             raise MatchError(f"{path} was not called by the example: name a module that runs, or give another example.")
-    return widths
+    return shapes
 
 
 def measure_attention(backbone: nn.Module, paths: list[str], example: Example) -> dict[str, AttentionShape]:
@@ -101,9 +101,9 @@ def _dummy_inputs(backbone: nn.Module) -> Any:
     return getattr(backbone, "dummy_inputs", None)
 
 
-def _features_in(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+def _shape_in(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
     try:
         x = hidden_input(path, args, kwargs)[0]
     except MatchError:  # most methods look at what leaves only; one that needs the width says that it is not known
         return None
-    return x.shape[-1] if x.ndim and x.is_floating_point() else None
+    return tuple(x.shape) if x.ndim and x.is_floating_point() else None

@@ -76,6 +76,8 @@ class Family:
             for stack, places in self.layers
             for i in ((0, 1) if layer is None else (layer,))
             for own in places.get(name, "").split()
+            # ModernBERT's first layer has no norm, and an identity in its place.
+            if not isinstance(self.model.get_submodule(f"{stack}.{i}.{own}"), nn.Identity)
         ]
         return found + (self.others.get(name, "").split() if layer is None else [])
 

@@ -588,7 +588,7 @@ def test_overrides_of_several_configs(tmp_path):
     folder = save(delta, noisy(delta.init(0)), tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"2 configs, so it is not clear in which of them to change lora_alpha"):
         load(folder, model, lora_alpha=4)
-    loaded, params = load(folder, model, config=[configs[0].replace(lora_alpha=4), configs[1]])
+    loaded, params = load(folder, model, delta_config=[configs[0].replace(lora_alpha=4), configs[1]])
     assert loaded.configs[0].lora_alpha == 4
     assert params["0.lora.scale"].item() == 2
     assert params["2.b.scale"].item() != 2

@@ -182,6 +182,34 @@ def test_a_model_that_was_never_frozen(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(delta.apply, "bert", params), by_hand(model, "bert", changed))
 
 
+def test_tied_tensors_and_second_names_in_a_whole_model(tmp_path: Path) -> None:
+    """A state dict has every name: all ends of a tied tensor, and a span's leaves at its end and under ``_1``."""
+    model = t5()
+    fields = {"bottleneck_dim": 3, "non_linearity": "relu"}
+    delta = fd.ParallelAdapterModel(model, **fields)
+    leaves = fd.tree.randn_like(delta.init(0), seed=1) | {name: torch.ones(()) for name in delta.constants}
+    folder = fd.save_opendelta(delta, leaves, tmp_path / "saved")
+    tensors = torch.load(folder / "pytorch_model.bin")
+    ends = {a.site.path: a.site.exit for a in delta.plan.all()}
+    for key, tensor in list(tensors.items()):
+        site, _, leaf = key.partition(".parallel_adapter.")
+        second = f"{ends[site]}.parallel_adapter" if ends[site] else f"{site}.parallel_adapter_1"
+        tensors[f"{second}.{leaf}"] = tensor.clone()
+    whole = {name: tensor.clone() for name, tensor in model.state_dict().items()} | tensors
+    assert {"shared.weight", "encoder.embed_tokens.weight", "lm_head.weight"} <= whole.keys()
+    data = json.loads((folder / "config.json").read_text())
+    loaded, params = fd.load_opendelta(write(tmp_path / "whole", data, whole), model)
+    assert loaded.sites == delta.sites
+    assert all(torch.equal(params[name], leaves[name]) for name in delta.names)
+    for name in ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"):
+        whole[name] = whole[name] + 1
+    loaded, params = fd.load_opendelta(write(tmp_path / "trained", data, whole), model)
+    assert len(loaded.plan.trained) == 1
+    whole["lm_head.weight"] = whole["lm_head.weight"] + 1
+    with pytest.raises(fd.CheckpointError, match=r"1 that name one tied tensor and differ: lm_head\.weight"):
+        fd.load_opendelta(write(tmp_path / "torn", data, whole), model)
+
+
 def test_trained_leaves_beside_the_delta(tmp_path: Path) -> None:
     model = bert()
     head = random({"classifier.weight": (3, 8), "classifier.bias": (3,)})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import importlib.util
 import json
+import math
 import os
 import signal
 import socket
@@ -150,9 +151,48 @@ def test_where_a_method_cannot_act_is_said(client: Client) -> None:
     norms = ["bert.embeddings.LayerNorm", "bert.encoder.layer.0.output.LayerNorm"]
     found = client.post("count", method="lora", paths=[*norms, QUERY.format(0)]).json
     assert [path for path, _ in found["refused"]] == norms
-    for words in ("lora cannot act at 2 of 3", norms[0], "LayerNorm", "Linear"):
+    for words in ("lora cannot act at", norms[0], "LayerNorm", "Linear"):
         assert words in found["error"]
     assert client.post("count", method="adapter", paths=norms).json["sites"] == 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_counted_or_says_why_not(method: str) -> None:
+    client = Client(bert())
+    for ends in ("query", "self", "LayerNorm", "encoder", "bert"):
+        chosen = [path for path in client.picking.paths if path.endswith(ends)]
+        found = client.post("count", method=method, paths=chosen).json
+        config = METHODS[method](modified_modules=found["names"])
+        if found["error"]:
+            with raises_saying(fd.FuncdeltaError, found["error"]):
+                fd.DeltaModel(client.picking.model, config)
+        else:
+            assert found["sites"] == len(fd.DeltaModel(client.picking.model, config).sites)
+    usual = client.post("usual", method=method).json
+    if "paths" in usual:
+        own = fd.DeltaModel(client.picking.model, METHODS[method]())
+        found = client.post("count", method=method, paths=usual["paths"]).json
+        assert found["parameters"] == sum(math.prod(own.shapes[name]) for name in own.names if own.trainable(name))
+    else:
+        assert usual["error"]
+
+
+def test_a_method_of_pairs_acts_beside_every_module(client: Client) -> None:
+    chosen = [path for path in client.picking.paths if path.endswith(("query", "value"))]
+    found = client.post("count", method="parallel_adapter", paths=chosen).json
+    assert (found["sites"], found["names"]) == (8, ["query", "query", "value", "value"])
+    words = client.post("usual", method="parallel_adapter").json["error"]
+    assert "begin at one module and end at another" in words
+
+
+def test_a_method_that_breaks_is_not_silent(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Any, site: fd.Site) -> None:
+        raise KeyError("refusal")
+
+    monkeypatch.setattr(fd.LoraConfig, "check", broken)
+    answer = client.post("count", method="lora", paths=[QUERY.format(0)])
+    assert answer.status_code == 500
+    assert "KeyError: 'refusal'" in answer.json["error"]
 
 
 def test_usual_sites_are_the_methods_own(client: Client) -> None:

@@ -134,6 +134,15 @@ def test_a_backbone_twice_in_one_module_is_found_twice() -> None:
     assert found == [f"{at}.bert.encoder.layer.{i}.attention.self.query" for at in "ab" for i in (0, 1)]
 
 
+def test_a_stack_of_layers_without_its_model_is_translated_too() -> None:
+    bert, bart, t5 = (FAMILIES[name].model for name in ("bert", "bart", "t5"))
+    assert sites(bert.bert.encoder, "attn@.q@") == [f"layer.{i}.attention.self.query" for i in (0, 1)]
+    assert fd.common_names(bart.model.decoder)["layers.1.encoder_attn.q_proj"] == "block@.1.crossattn@.q@"
+    # The second sublayer of a T5 is one thing in the encoder and another in the decoder.
+    with raises_saying(fd.MatchError, "attn@.q@", "T5Stack"):
+        sites(t5.encoder, "attn@.q@")
+
+
 # -- what names mean -----------------------------------------------------------------------------------------------
 
 

@@ -85,7 +85,7 @@ class LoraConfig(BaseDeltaConfig):
             if site.fused and len(site.fused) != len(self.enable_lora):
                 names = ", ".join(part.name for part in site.fused)
                 return f"enable_lora has {len(self.enable_lora)} parts, but its output has {len(site.fused)}: {names}"
-            if site.width % len(self.enable_lora):
+            if not site.fused and site.width % len(self.enable_lora):
                 return f"enable_lora has {len(self.enable_lora)} equal parts, but it has {site.width} outputs"
             if self.modified_modules is not None and site.parts and set(site.parts) != set(self._parts(site)):
                 names = ", ".join(part.name for part in site.parts)

@@ -133,8 +133,11 @@ def _secured(response: Response) -> Response:
 
 
 def _as_json(error: HTTPException) -> Response:
+    text, cause = error.description, getattr(error, "original_exception", None)
+    if cause is not None:
+        text = f"This failed in Python, where the traceback is printed: {type(cause).__name__}: {cause}"
     response = error.get_response()
-    response.data = jsonify(error=error.description).data
+    response.data = jsonify(error=text).data
     response.content_type = "application/json"
     return response  # pyright: ignore[reportReturnType]
 

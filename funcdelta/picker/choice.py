@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..config import BaseDeltaConfig
-from ..errors import FuncdeltaError
+from ..errors import FuncdeltaError, MatchError
 from ..model import DeltaModel
-from ..site import site_of
-from .naming import short_names
+from .naming import exact_names, short_names
 
 LINE = 46
 """Longer text has one name a line; as wide as the page's column."""
@@ -52,49 +52,58 @@ def assess(model: nn.Module, paths: Mapping[str, str], config: BaseDeltaConfig, 
     >>> choice.text, choice.sites, choice.parameters
     ('modified_modules=["0", "2"]', 2, 44)
     >>> assess(model, paths_of(model), fd.LoraConfig(lora_r=2), ["0", "1"]).error
-    'lora cannot act at 1 of 2 chosen modules, at 1: LoRA acts on Linear, Conv1D, Embedding and ...'
+    'lora cannot act at 1: LoRA acts on Linear, Conv1D, Embedding and Conv1d/2d/3d, not on ReLU.'
     """
-    names = short_names(paths, chosen)
-    choice = Choice(tuple(names), pasted(names))
+    names = at(config, short_names(paths, chosen)).modified_modules or ()
+    text = pasted(names)
     if not names:
-        return choice
-    refused = refusals(model, config, chosen)
-    if refused:
-        path, reason = refused[0]
-        error = f"{config.delta_type} cannot act at {len(refused)} of {len(chosen)} chosen modules, at {path}: {reason}"
-        return Choice(choice.names, choice.text, error=error, refused=tuple(refused))
+        return Choice(names, text)
     try:
-        delta = DeltaModel(model, at(config, names))
+        delta = DeltaModel(model, at(config, short_names(paths, chosen)))
     except FuncdeltaError as error:
-        return Choice(choice.names, choice.text, error=str(error))
+        return Choice(names, text, error=str(error), refused=tuple(refused(model, paths, config, chosen)))
     trained = sum(math.prod(shape) for name, shape in delta.shapes.items() if delta.trainable(name))
-    return Choice(choice.names, choice.text, len(delta.sites), trained)
+    return Choice(names, text, len(delta.sites), trained)
 
 
 def at(config: BaseDeltaConfig, names: Sequence[str] | None) -> BaseDeltaConfig:
     """``config`` at other modules, which are named as the model names them.
 
+    A method that reads its names as pairs gets each twice: it acts beside every module, not from one to the next.
+
     >>> at(fd.LoraConfig(modified_modules=["attn@.q@"]), ["query"]).modified_modules
     ('query',)
+    >>> at(fd.ParallelAdapterConfig(), ["query", "value"]).modified_modules
+    ('query', 'query', 'value', 'value')
     """
-    given = None if names is None else tuple(names)
+    times = 2 if config.gives("spans") else 1
+    given = None if names is None else tuple(name for name in names for _ in range(times))
     return config.replace(modified_modules=given, exclude_modules=None, common_structure=None)
 
 
-def refusals(model: nn.Module, config: BaseDeltaConfig, chosen: Sequence[str]) -> list[tuple[str, str]]:
-    """``(path, why not)`` for every chosen module where the method cannot act.
+def refused(
+    model: nn.Module, paths: Mapping[str, str], config: BaseDeltaConfig, chosen: Sequence[str]
+) -> list[tuple[str, str]]:
+    """``(path, why not)`` for every chosen module where the method cannot act alone.
 
+    One module stands for all of its kind, which have the same class, shapes and path but for numbers.
+
+    >>> from funcdelta.picker.naming import paths_of
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8))
-    >>> [path for path, _ in refusals(model, fd.LoraConfig(), ["0", "1"])]
+    >>> [path for path, _ in refused(model, paths_of(model), fd.LoraConfig(), ["0", "1"])]
     ['1']
     """
-    found: list[tuple[str, str]] = []
+    kinds: dict[object, list[str]] = {}
     for path in chosen:
-        sites = config.spread(path, model.get_submodule(path))
-        reasons = (config.check(site_of(site, model.get_submodule(site))) for site in sites)
-        reason = next((reason for reason in reasons if reason), None)
-        if reason:
-            found.append((path, reason))
+        module = model.get_submodule(path)
+        shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+        kinds.setdefault((type(module), shapes, re.sub(r"\d+", "#", path)), []).append(path)
+    found: list[tuple[str, str]] = []
+    for alike in kinds.values():
+        try:
+            DeltaModel(model, at(config, exact_names(paths, alike[:1])))
+        except FuncdeltaError as error:
+            found += [(path, str(error)) for path in alike]
     return found
 
 
@@ -106,7 +115,14 @@ def usual(model: nn.Module, config: BaseDeltaConfig) -> list[str]:
     >>> usual(BertModel(BertConfig(**sizes)), fd.LoraConfig())[:2]
     ['encoder.layer.0.attention.self.query', 'encoder.layer.0.attention.self.value']
     """
-    return list(DeltaModel(model, at(config, None)).sites)
+    delta = DeltaModel(model, at(config, None))
+    span = next((a.site for a in delta.plan.all() if a.site.exit not in (None, a.site.path)), None)
+    if span is not None:
+        raise MatchError(
+            f"The usual sites of {config.delta_type} begin at one module and end at another, as from {span.path} to "
+            f"{span.exit}, and a page of single modules cannot show that: leave out modified_modules to have them."
+        )
+    return list(delta.sites)
 
 
 def pasted(names: Sequence[str]) -> str:

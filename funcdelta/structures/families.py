@@ -5,7 +5,7 @@ from __future__ import annotations
 from .decoders import BLOOM, GEMMA2, GEMMA3, GPT2, GPT_NEOX, GPTJ, LLAMA, MIXTRAL, OPT, PHI, PHI3
 from .encoders import ALBERT, BERT, DEBERTA, DISTILBERT, ELECTRA, MODERNBERT, ROBERTA
 from .pairs import BART, T5, WHISPER
-from .rows import Node, Table, read
+from .rows import Rows, Table, read
 from .vision import CLIP_TEXT, CLIP_VISION, VIT
 
 FAMILIES: dict[str, Table] = {
@@ -43,13 +43,13 @@ FAMILIES: dict[str, Table] = {
 }
 """The table of every family; a backbone's own can be added: ``FAMILIES["my_type"] = {...}``."""
 
-_READ: dict[str, tuple[Table, Node]] = {}
+_READ: dict[str, tuple[Table, Rows]] = {}
 
 
-def rows_of(kind: str) -> Node:
+def rows_of(kind: str) -> Rows:
     """The rows of the family ``kind``, ready for look-ups.
 
-    >>> rows_of("gpt2").longest(["wte"])[0].names
+    >>> rows_of("gpt2").whole.longest(["wte"])[0].names
     ('embeddings@',)
     """
     table = FAMILIES[kind]

@@ -127,9 +127,7 @@ class Names:
                 tokens = [token for token in name.split(".") if "@" in token]
                 if name.endswith("@"):
                     known[".".join(tokens[-2:] if tokens[-2:-1] != ["block@"] else tokens[-1:])] = None
-        names = [_plain(name) for name in known] if "@" not in target else list(known)
-        said = near(target, names)
-        return said or f" There are: {', '.join(names)}."
+        return near(target, [_plain(name) for name in known] if "@" not in target else list(known))
 
     def _named_parts(self, path: str, meant: list[str]) -> Parts:
         parts = {part.name: part for part in self.parts(path)}

@@ -89,16 +89,45 @@ class Node:
         return found
 
 
-def read(table: Table) -> Node:
+@dataclass(frozen=True)
+class Rows:
+    """A table made ready for look-ups: of a whole model, and of a stack of layers that is used without its model."""
+
+    whole: Node
+    bare: Node
+
+
+def read(table: Table) -> Rows:
     """A table made ready for look-ups.
 
-    >>> root = read({"h": "block@", "h.*": {"attn": "attn@"}})
-    >>> root.longest(["h", "3", "attn", "bias"])
-    (Row(names=('block@.*.attn@',), fused=None, owner=''), 3, ['3'])
+    >>> rows = read({"decoder.h": "block@", "decoder.h.*": {"attn": "attn@"}})
+    >>> rows.whole.longest(["decoder", "h", "3", "attn", "bias"])
+    (Row(names=('block@.*.attn@',), fused=None, owner=''), 4, ['3'])
+    >>> rows.bare.longest(["h", "3", "attn", "bias"])[1]
+    3
     """
-    root = Node()
-    _read(root, table, "", "")
-    return root
+    rows = Rows(Node(), Node())
+    _read(rows.whole, table, "", "")
+    _read(rows.bare, _stacks(table), "", "")
+    return rows
+
+
+def _stacks(table: Table) -> Table:
+    """The layers of each stack by the last token of its name, where all stacks of that name are built alike."""
+    merged: dict[str, dict[str, Any] | None] = {}
+    for own, layer in table.items():
+        if isinstance(layer, Mapping):
+            name = own.removesuffix(".*").rpartition(".")[2]
+            known = merged.setdefault(name, {})
+            if known is not None and any(known.get(key, entry) != entry for key, entry in layer.items()):
+                merged[name] = None  # one name means this in the encoder and that in the decoder
+            elif known is not None:
+                known.update(layer)
+    stacks: dict[str, Any] = {}
+    for name, layer in merged.items():
+        if layer is not None:
+            stacks |= {name: "block@", f"{name}.*": layer}
+    return stacks
 
 
 def _read(root: Node, table: Table, own_prefix: str, prefix: str) -> None:
@@ -150,14 +179,14 @@ class Translation:
         return f"{self.owner}.{part}@"
 
 
-def translate(tokens: Sequence[str], root: Node) -> Translation:
+def translate(tokens: Sequence[str], rows: Rows) -> Translation:
     """The common names of a path: the leftmost stretch that a table knows is translated, the rest stays.
 
-    >>> root = read({"h": "block@", "h.*": {"attn": "attn@"}})
-    >>> translate(["transformer", "h", "3", "attn", "bias"], root).name
+    >>> rows = read({"h": "block@", "h.*": {"attn": "attn@"}})
+    >>> translate(["transformer", "h", "3", "attn", "bias"], rows).name
     'transformer.block@.3.attn@.bias'
     """
-    for start in range(len(tokens)):
+    for start, root in [(start, root) for root in (rows.whole, rows.bare) for start in range(len(tokens))]:
         found = root.longest(tokens[start:])
         if found is None:
             continue
