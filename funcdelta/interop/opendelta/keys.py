@@ -62,7 +62,7 @@ def sort_keys(keys: Iterable[str], backbone: nn.Module) -> Keys:
         if key in tensors:
             found.backbone.append(key)
         elif not _add_leaf(found, key, modules):
-            if path in modules and own in fresh_names and not key.endswith(OLD_BUFFERS):
+            if path and path in modules and own in fresh_names and not key.endswith(OLD_BUFFERS):
                 found.fresh.setdefault(path, {})[own] = key
             elif key.endswith(OLD_BUFFERS) and any(path == part or path.startswith(f"{part}.") for part in modules):
                 found.unused.append(key)
@@ -80,6 +80,8 @@ def _add_leaf(found: Keys, key: str, modules: set[str]) -> bool:
             continue
         delta_type, attribute, number = which
         spelling = SPELLINGS[delta_type]
+        if not path and spelling.sites:
+            continue  # the backbone as a whole is no site
         leaf = ".".join(tokens[position + 1 :])
         if leaf in spelling.unused:
             found.unused.append(key)
@@ -95,7 +97,7 @@ def _add_leaf(found: Keys, key: str, modules: set[str]) -> bool:
         place.setdefault(path, {})[leaf] = key
         return True
     path, _, leaf = key.rpartition(".")
-    for delta_type in owners_of(leaf) if path in modules else ():
+    for delta_type in owners_of(leaf) if path and path in modules else ():
         found.deltas.setdefault((delta_type, 0), Group()).own.setdefault(path, {})[leaf] = key
         return True
     return False

@@ -170,8 +170,8 @@ class _Reader:
             found = f"the tensors of {', '.join(names)}" if names else "no tensor of a delta"
             wanted = attribute_name(config.delta_type, 0)
             raise CheckpointError(
-                f"'{self.folder}' has {found}, and config.json describes {config.delta_type} ({wanted!r} in keys)."
-                f"{self._hint()}"
+                f"'{self.folder}' has {found}, and config.json describes {config.delta_type} ({wanted!r} in keys). Not "
+                f"known to {type(self.backbone).__name__}: {_some(self.keys.unknown) or 'nothing'}.{self._hint()}"
             )
         if len(left) > 1:
             example = next(name for name in left if name != mine[0])
@@ -210,7 +210,7 @@ class _Reader:
         if paths and spelling.sites and (not spans or meant is not None):
             sites = {path: (meant or {}).get(path, path) for path in paths}
             tries.append((explicit(self.backbone, flat(sites, spans)), None))
-        found: dict[str, str] = {}
+        found: Sites = {}
         for number, (names, left_out) in enumerate(tries):
             placed = config.replace(modified_modules=names, exclude_modules=left_out)
             try:
@@ -232,10 +232,10 @@ class _Reader:
         self, configs: Sequence[BaseDeltaConfig], trained: Mapping[str, Tensor], kept: Sequence[str]
     ) -> BaseDeltaConfig:
         """The first config with names of exactly the trained leaves, those of ``config.json`` if they mean these."""
-        tries: list[Iterable[str]] = [()]
-        if trained:
-            tries = [kept, dict.fromkeys(name.rpartition(".")[0] for name in trained), map(exactly, trained)]
-        for names in tries:
+        if not trained:
+            return configs[0]
+        tries: list[Iterable[str]] = [kept, dict.fromkeys(name.rpartition(".")[0] for name in trained)]
+        for names in (*tries, map(exactly, trained)):
             unfrozen = ("deltas", *(name for name in names if name and name != "deltas"))
             config = configs[0].replace(unfrozen_modules=unfrozen)
             try:
