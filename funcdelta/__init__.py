@@ -37,6 +37,14 @@ from .errors import StackError as StackError
 from .errors import StaleBackboneError as StaleBackboneError
 from .from_module import register_module as register_module
 from .gradients import value_and_grad as value_and_grad
+from .inspect import DeltaStatistics as DeltaStatistics
+from .inspect import OptimizerGroup as OptimizerGroup
+from .inspect import frozen_parameters_names as frozen_parameters_names
+from .inspect import inspect_optimizer as inspect_optimizer
+from .inspect import num_total_parameters as num_total_parameters
+from .inspect import num_trainable_parameters as num_trainable_parameters
+from .inspect import structure_graph as structure_graph
+from .inspect import trainable_parameters_names as trainable_parameters_names
 from .interop.opendelta import load_opendelta as load_opendelta
 from .interop.opendelta import save_opendelta as save_opendelta
 from .match import find_key as find_key

@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ from .skeleton import Params, Prepare
 from .transforms import concrete, inside_transform, outside_transforms
 from .view import bind
 from .widths import measure_attention, measure_shapes
+
+if TYPE_CHECKING:
+    from .inspect import DeltaStatistics
 
 ENGINES = ("auto", "fold", "vmap", "loop")
 
@@ -551,6 +554,33 @@ class DeltaModel(Habits):
         if repo_id is None or not isinstance(params, Mapping):
             raise ParamsError('params are no state of a delta here: write delta.push_to_hub(params, "user/name").')
         return push(self, params, repo_id, **options)
+
+    def log(
+        self,
+        params: Params | None = None,
+        delta_ratio: bool = True,
+        trainable_ratio: bool = True,
+        visualization: bool = True,
+        cuda_memory: bool = True,
+    ) -> DeltaStatistics:
+        """Print the folded tree of the backbone with ``params`` in it, ratios and memory; returns the figures.
+
+        ``params`` is one member, a stack, ``{}`` (detached), or ``None`` for the shapes of fresh ones; each flag
+        leaves out a part of what is printed.
+
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), lora_r=2, modified_modules=["0"])
+        >>> stats = delta.log(delta.init(0), delta_ratio=False, cuda_memory=False)
+        Sequential
+        └── 0 (Linear) weight:[8, 4] bias:[8]
+            └── lora (LoraConfig) lora_A*:[2, 4] lora_B*:[8, 2] scale:[]
+        * trained, of the delta   frozen   constant of the delta
+        Trainable ratio: 24/64 = 37.5000 %
+        >>> stats.delta_parameters, stats.constant_parameters
+        (24, 1)
+        """
+        from .inspect import log
+
+        return log(self, params, delta_ratio, trainable_ratio, visualization, cuda_memory)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
