@@ -33,6 +33,7 @@ from .errors import FuncdeltaError as FuncdeltaError
 from .errors import MatchError as MatchError
 from .errors import MergeError as MergeError
 from .errors import ParamsError as ParamsError
+from .errors import PickError as PickError
 from .errors import StackError as StackError
 from .errors import StaleBackboneError as StaleBackboneError
 from .from_module import register_module as register_module
@@ -59,6 +60,7 @@ from .params import seeds as seeds
 from .params import stack as stack
 from .params import take as take
 from .params import unstack as unstack
+from .picker import pick as pick
 from .site import Site as Site
 from .structures import common_names as common_names
 from .view import unbind as unbind

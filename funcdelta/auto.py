@@ -22,11 +22,15 @@ from .deltas import (
 )
 from .errors import ConfigError
 from .model import DeltaModel
+from .picker.interactive import picked
 from .skeleton import Prepare
 
 
 class MethodModel(DeltaModel):
-    """A delta of one method: ``LoraModel(backbone_model=b, lora_r=8)`` is ``DeltaModel(b, LoraConfig(lora_r=8))``."""
+    """A delta of one method: ``LoraModel(backbone_model=b, lora_r=8)`` is ``DeltaModel(b, LoraConfig(lora_r=8))``.
+
+    ``interactive_modify`` (``True``, or a port) asks for ``modified_modules`` on a web page: :func:`funcdelta.pick`.
+    """
 
     config_class: ClassVar[type[BaseDeltaConfig]]
 
@@ -42,9 +46,10 @@ class MethodModel(DeltaModel):
     ) -> None:
         if backend != "hf":
             raise ConfigError(f"backend={backend!r}: any nn.Module is a backbone here; leave out backend.")
-        if interactive_modify:
-            raise ConfigError("interactive_modify: print(delta.sites) shows what modified_modules select.")
-        super().__init__(backbone_model, self.config_class.from_dict(fields), example=example, prepare=prepare)
+        config = self.config_class.from_dict(fields)
+        if interactive_modify is not False:
+            config = picked(backbone_model, config, interactive_modify)
+        super().__init__(backbone_model, config, example=example, prepare=prepare)
 
     @classmethod
     def from_config(

@@ -11,6 +11,7 @@ __all__ = [
     "MatchError",
     "MergeError",
     "ParamsError",
+    "PickError",
     "StackError",
     "StaleBackboneError",
 ]
@@ -115,6 +116,18 @@ class CheckpointError(FuncdeltaError, ValueError):
     ...     fd.AutoDeltaModel.from_finetuned("./no-such-folder", torch.nn.Sequential(torch.nn.Linear(2, 2)))
     ... except fd.CheckpointError as error:
     ...     print("no-such-folder" in str(error))
+    True
+    """
+
+
+class PickError(FuncdeltaError, RuntimeError):
+    """Nothing was picked: cancelled, timed out, no free port, or no web library to show the page with.
+
+    >>> try:
+    ...     fd.pick(torch.nn.Sequential(torch.nn.Linear(2, 2)), open_browser=False, timeout=0.01)
+    ... except fd.PickError as error:
+    ...     print("timeout=None" in str(error))
+    Pick modules of Sequential at http://127.0.0.1:.../ (Ctrl-C cancels)
     True
     """
 

@@ -7,8 +7,10 @@ import os
 import random
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # Read by huggingface_hub when it is imported: no test reaches for the network by accident.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,10 +26,23 @@ with warnings.catch_warnings():
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+class ByFileAndArchitecture(LoadScopeScheduling):
+    """With several workers a file stays on one, for its fixtures; the laws go by architecture, for its models."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path, _, test = nodeid.partition("::")
+        return test.rpartition("-")[2].rpartition("[")[2] if path.endswith("test_laws.py") else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFileAndArchitecture:
+    """Called by pytest-xdist, where there are workers."""
+    return ByFileAndArchitecture(config, log)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def thread_limits() -> None:
-    """Two threads at most; OMP_NUM_THREADS=1 makes it one, several times faster on a busy machine."""
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    """Two threads at most, one in each of several workers: threads that wait for each other are far slower."""
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True)

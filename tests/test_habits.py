@@ -42,8 +42,8 @@ DELTA_LINES: dict[str, tuple[Callable[[Any], Any], tuple[str, ...]]] = {
         ("backend='bmt'", "leave out"),
     ),
     "interactive_modify": (
-        lambda d: fd.LoraModel(d.backbone, interactive_modify=True),
-        ("interactive_modify", "delta.sites", "modified_modules"),
+        lambda d: fd.LoraModel(d.backbone, modified_modules=["a"], interactive_modify=True),
+        ("interactive_modify", "modified_modules=['a']", "one of the two"),
     ),
 }
 ATTRIBUTES = ("state_dict", "load_state_dict", "parameters", "named_parameters", "to", "cuda", "config")

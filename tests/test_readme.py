@@ -76,7 +76,7 @@ def command(mark: str) -> str:
 def test_the_first_two_blocks_are_the_two_commands() -> None:
     assert [block.mark for block in blocks()[:2]] == ["run", "test"]
     assert command("run").endswith("/bin/funcdelta train\n")
-    assert command("test").endswith("/bin/pytest\n")
+    assert command("test").endswith("/bin/pytest -n 2\n")
 
 
 @pytest.mark.parametrize("mark", ["run", "test"])
