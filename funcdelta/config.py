@@ -359,8 +359,9 @@ class BaseDeltaConfig:
         """Its file has null for fields that its model never read, and names a head that it always excludes."""
         known = {field.name for field in dataclasses.fields(cls)}
         kept = {key: value for key, value in fields.items() if value is not None or key in known}
-        if named := kept.get("modified_modules"):
-            kept["modified_modules"] = [name for name in named if name != "lm_head@.proj@"]
+        names = kept.get("modified_modules")
+        if names:
+            kept["modified_modules"] = [name for name in names if name != "lm_head@.proj@"]
         return kept
 
     @classmethod

@@ -536,25 +536,6 @@ class DeltaModel(Habits):
             raise ParamsError("params are no state of a delta here: write delta.save_finetuned(params, path).")
         return save(self, params, path, **options)
 
-    def push_to_hub(self, params: Params | None = None, repo_id: str | None = None, **options: Any) -> str:
-        """Upload what :meth:`save_finetuned` writes to the hub repository ``"user/name"``; returns its full name.
-
-        ``options`` may have ``private``, ``token``, ``commit_message`` and ``hash_backbone``. Needs the package
-        ``huggingface_hub``, and a login or a token.
-
-        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
-        >>> delta.push_to_hub(delta.init(0), "not/a/name")
-        Traceback (most recent call last):
-        ...
-        funcdelta.errors.CheckpointError: 'not/a/name' is no name of a hub repository: write "user/name".
-        """
-        from .checkpoint import push
-
-        options = without_dead_options("push_to_hub", options)
-        if repo_id is None or not isinstance(params, Mapping):
-            raise ParamsError('params are no state of a delta here: write delta.push_to_hub(params, "user/name").')
-        return push(self, params, repo_id, **options)
-
     def log(
         self,
         params: Params | None = None,
@@ -581,6 +562,25 @@ class DeltaModel(Habits):
         from .inspect import log
 
         return log(self, params, delta_ratio, trainable_ratio, visualization, cuda_memory)
+
+    def push_to_hub(self, params: Params | None = None, repo_id: str | None = None, **options: Any) -> str:
+        """Upload what :meth:`save_finetuned` writes to the hub repository ``"user/name"``; returns its full name.
+
+        ``options`` may have ``private``, ``token``, ``commit_message`` and ``hash_backbone``. Needs the package
+        ``huggingface_hub``, and a login or a token.
+
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+        >>> delta.push_to_hub(delta.init(0), "not/a/name")
+        Traceback (most recent call last):
+        ...
+        funcdelta.errors.CheckpointError: 'not/a/name' is no name of a hub repository: write "user/name".
+        """
+        from .checkpoint import push
+
+        options = without_dead_options("push_to_hub", options)
+        if repo_id is None or not isinstance(params, Mapping):
+            raise ParamsError('params are no state of a delta here: write delta.push_to_hub(params, "user/name").')
+        return push(self, params, repo_id, **options)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 

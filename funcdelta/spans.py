@@ -154,8 +154,8 @@ A plain dict, because torch.compile traces calls that make one.
 def keep(stash: Stash, key: str, site: Site, x: Tensor, dim: int | None, replace: bool) -> None:
     """Hold what enters the span ``site``, whose leaves' first key is ``key``.
 
-    With ``replace`` a new entry takes the place of one whose span did not end: a module of a view may be left in the
-    middle, by an error or by a recomputation that stops early. Elsewhere that is an error.
+    With ``replace`` a new entry takes the place of one whose span did not end, as an error may leave it in a view,
+    whose call goes on. Elsewhere that is an error.
     """
     if key in stash and not replace:
         raise FuncdeltaError(

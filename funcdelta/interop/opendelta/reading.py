@@ -210,6 +210,7 @@ class _Reader:
         if paths and spelling.sites and (not spans or meant is not None):
             sites = {path: (meant or {}).get(path, path) for path in paths}
             tries.append((explicit(self.backbone, flat(sites, spans)), None))
+        found: dict[str, str] = {}
         for number, (names, left_out) in enumerate(tries):
             placed = config.replace(modified_modules=names, exclude_modules=left_out)
             try:
