@@ -15,6 +15,10 @@ INSTEAD = {
     "save_checkpoint": "delta.save_finetuned(params, path)",
     "parameters": "params.values()",
     "named_parameters": "params.items()",
+    "trainable_parameters_names": "fd.trainable_parameters_names(delta, params)",
+    "frozen_parameters_names": "fd.frozen_parameters_names(delta, params)",
+    "num_trainable_parameters": "fd.num_trainable_parameters(delta, params)",
+    "num_total_parameters": "fd.num_total_parameters(delta, params)",
     "mark_as_delta": "delta.names, or fd.partition(full, delta.names)",
     "to": "params = fd.tree.map(lambda leaf: leaf.to(...), params)",
     "cuda": 'params = fd.tree.map(lambda leaf: leaf.to("cuda"), params)',
@@ -26,10 +30,6 @@ INSTEAD = {
     "generate": "delta.bind(params).generate(...)",
     "modules": "delta.bind(params).modules()",
     "stat": "stats = delta.log(params)",
-    "num_trainable_parameters": "fd.num_trainable_parameters(delta, params)",
-    "num_total_parameters": "fd.num_total_parameters(delta, params)",
-    "trainable_parameters_names": "fd.trainable_parameters_names(delta, params)",
-    "frozen_parameters_names": "fd.frozen_parameters_names(delta, params)",
     "requires_grad_": "trainable, rest = fd.partition(params, delta.trainable)",
     "find_key": "fd.find_key(key, targets)",
     "find_module": "fd.find_module(backbone, key)",
@@ -50,8 +50,11 @@ VERBS = {
 
 FUNCTIONS = {
     "set_axis_order": "axis_order=(...) in the config, for its own sites alone",
+    "Visualization": "fd.structure_graph(model), or delta.log(params)",
+    "inspect_optimizer_statistics": "fd.inspect_optimizer(optimizer)",
+    "CommonStructureMap": "fd.common_names(model)",
 }
-"""OpenDelta's functions that set something for the whole process, and what to write instead."""
+"""OpenDelta's functions that are not here, and what to write instead."""
 
 DEAD_OPTIONS = {
     "state_dict": (None, "params are what is saved: write them as the first argument"),
@@ -91,12 +94,10 @@ def function_of_opendelta(name: str) -> NoReturn:
     >>> fd.set_axis_order
     Traceback (most recent call last):
     ...
-    AttributeError: funcdelta sets nothing for the whole process, and has no set_axis_order: write axis_order=...
+    AttributeError: funcdelta has no set_axis_order: write axis_order=(...) in the config, for its own sites alone.
     """
     if name in FUNCTIONS:
-        raise AttributeError(
-            f"funcdelta sets nothing for the whole process, and has no {name}: write {FUNCTIONS[name]}."
-        )
+        raise AttributeError(f"funcdelta has no {name}: write {FUNCTIONS[name]}.")
     raise AttributeError(f"module 'funcdelta' has no attribute {name!r}.")
 
 

@@ -18,7 +18,7 @@ from backbone_snapshot import assert_unchanged, snapshot
 from handmade import MLP, assert_acts, assert_close, logits, low_rank, raises_saying, random_params
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 from zoo import ZOO
 
 import funcdelta as fd
@@ -173,6 +173,140 @@ def test_b10_the_delta_is_not_frozen_by_leaving_out_a_word() -> None:
     """Without the word deltas in the list, as in an example of the manual, the delta itself was frozen."""
     with raises_saying(fd.ConfigError, "'deltas'", "unfrozen_modules=['deltas', 'head']"):
         lora(MLP(), "a", unfrozen_modules=["head"])
+
+
+# --- B11 to B20: methods ---------------------------------------------------------------------------
+
+
+def t5(**fields: Any) -> T5ForConditionalGeneration:
+    sizes = {"d_model": 16, "d_kv": 4, "num_heads": 4, "d_ff": 24, "num_layers": 2, "vocab_size": 40}
+    return T5ForConditionalGeneration(T5Config(**{**sizes, "decoder_start_token_id": 0, **fields})).eval()
+
+
+TOKENS = {
+    "input_ids": torch.tensor([[5, 6, 7, 8, 9], [9, 3, 3, 4, 1]]),
+    "decoder_input_ids": torch.tensor([[0, 4], [0, 4]]),
+}
+
+
+def test_b05_sites_that_are_called_with_keywords() -> None:
+    """Parallel adapters on OPT, which passes hidden states as keywords, had no parameters, without a word."""
+    model, inputs = hugging("opt")
+    delta = fd.ParallelAdapterModel(model, bottleneck_dim=2)
+    assert {a.site.path.split(".")[3] for a in delta.plan.all()} == {"0", "1"}
+    assert_acts(logits(delta.apply(random_params(delta), **inputs)), logits(model(**inputs)))
+
+
+def test_b11_prefixes_on_t5_keep_the_position_bias() -> None:
+    """With a prefix every T5 layer but the first lost its relative positions, without a word."""
+    model = t5()
+    with torch.no_grad():
+        model.encoder.block[0].layer[0].SelfAttention.o.weight.zero_()  # positions act through the second layer alone
+    delta = fd.PrefixModel(model, prefix_token_num=3, reparameterize=False)
+    params, name = random_params(delta), "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    found = delta.apply(params, **TOKENS).encoder_last_hidden_state
+    other = torch.randn_like(model.get_parameter(name))
+    assert_acts(delta.apply({**params, name: other}, **TOKENS).encoder_last_hidden_state, found)
+
+
+def test_b12_prefixes_where_heads_do_not_divide_the_width() -> None:
+    """The size of a head was taken for width / heads, which fails on T5 v1.1 small."""
+    model = t5(num_heads=3, d_kv=5, feed_forward_proj="gated-gelu")
+    delta = fd.PrefixModel(model, prefix_token_num=3, reparameterize=False)
+    assert set(delta.shapes.values()) == {(3, 15)}
+    assert_acts(delta.apply(random_params(delta), **TOKENS).logits, model(**TOKENS).logits)
+
+
+def test_b13_prefixes_on_distilbert() -> None:
+    """Prefixes on DistilBERT always failed."""
+    model, inputs = hugging("distilbert")
+    delta = fd.PrefixModel(model, prefix_token_num=3, reparameterize=False)
+    assert_acts(logits(delta.apply(random_params(delta), **inputs)), logits(model(**inputs)))
+
+
+def test_b14_spans_are_paired_by_path() -> None:
+    """On a gated T5 the second end of a parallel adapter was paired with the attention of the next layer."""
+    delta = fd.ParallelAdapterModel(t5(feed_forward_proj="gated-gelu"), bottleneck_dim=2)
+    spans = [(a.site.path, a.site.exit) for a in delta.plan.all() if a.site.exit is not None]
+    assert len(spans) == 4
+    for entry, end in spans:
+        assert entry.rpartition(".")[0] == end.rpartition(".")[0]
+        assert end.endswith(".wo")
+    with raises_saying(fd.ConfigError, "3 names", "pairs"):
+        fd.ParallelAdapterModel(MLP(), modified_modules=["a", "b", "head"])
+
+
+def test_b16_one_default_and_every_leaf_is_saved(tmp_path: Path) -> None:
+    """Compacter's config and model had unlike defaults, and a rule that does not train was not saved."""
+    model = nn.Sequential(nn.Linear(4, 64))
+    made = fd.CompacterModel(model, modified_modules=["0"])
+    read = fd.AutoDeltaConfig.from_dict({"delta_type": "compacter", "modified_modules": ["0"]})
+    assert made.configs == (read,)
+    delta = fd.CompacterModel(model, learn_phm=False, modified_modules=["0"])
+    params = random_params(delta)
+    delta.save_finetuned(params, tmp_path / "run")
+    loaded = fd.AutoDeltaModel.from_finetuned(tmp_path / "run", model)[1]
+    rules = [name for name in delta.constants if name.endswith("phm_rule")]
+    assert rules
+    assert all(torch.equal(loaded[name], params[name]) for name in rules)
+
+
+def test_b18_the_scale_of_a_parallel_adapter(x: Tensor) -> None:
+    """The field scaled existed and was always 1."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    one, two = (fd.ParallelAdapterModel(model, modified_modules=["0"], scaled=s) for s in (1.0, 2.5))
+    params, changes = random_params(one), []
+    for delta in (one, two):
+        changes.append(delta.apply(params | {name: delta.init(0)[name] for name in delta.constants}, x) - model(x))
+    assert_acts(changes[0], torch.zeros(()))
+    assert_close(changes[1], 2.5 * changes[0])
+
+
+def test_b19_low_rank_adapters_of_any_rank(x: Tensor) -> None:
+    """A rank above 1 failed at the first call, after a construction without parameters."""
+    model = nn.Sequential(nn.Linear(4, 64))
+    delta = fd.LowRankAdapterModel(model, low_rank_rank=3, non_linearity="relu", modified_modules=["0"])
+    params = random_params(delta)
+    p = {name.removeprefix("0.low_rank_adapter."): leaf for name, leaf in params.items()}
+
+    def layer(value: Tensor, name: str) -> Tensor:
+        return value @ (p[f"{name}.W_left"] @ p[f"{name}.W_right"]) + p[f"{name}.b"]
+
+    h = model(x)
+    assert_close(delta.apply(params, x), h + layer(layer(h, "down_sampler").relu(), "up_sampler"))
+
+
+def test_b20_soft_prompts_leave_their_inputs_alone() -> None:
+    """The caller's mask grew, positional inputs and None failed, and token 0 was taken for padding."""
+    model, inputs = hugging("bert")
+    delta = fd.SoftPromptModel(model, soft_token_num=3)
+    params, before = random_params(delta), {name: value.clone() for name, value in inputs.items()}
+    found = delta.apply(params, **inputs).logits
+    assert all(torch.equal(inputs[name], value) for name, value in before.items())
+    assert_close(delta.apply(params, inputs["input_ids"], inputs["attention_mask"]).logits, found)
+    assert_close(delta.apply(params, **inputs, token_type_ids=None, position_ids=None).logits, found)
+    ids = inputs["input_ids"].clone()
+    ids[:, 1] = 0  # a token like any other where no mask says otherwise
+    ones = torch.ones_like(ids)
+    assert_close(delta.apply(params, ids).logits, delta.apply(params, ids, attention_mask=ones).logits)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_b20_soft_prompts_generate_and_take_labels(name: str) -> None:
+    """On decoders generate failed or put the prompt before every new token, and labels had the wrong length."""
+    model, inputs = hugging(name)
+    delta = fd.SoftPromptModel(model, soft_token_num=3, strip=True)
+    params, ids = random_params(delta), inputs["input_ids"][:1, :4]
+    tokens = ids
+    with torch.no_grad():
+        for _ in range(3):  # one token after the other, each from the whole text
+            tokens = torch.cat([tokens, delta.apply(params, tokens).logits[:, -1:].argmax(-1)], 1)
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False}
+    found = delta.bind(params).generate(ids, **options, eos_token_id=None, pad_token_id=0)  # pyright: ignore[reportCallIssue]
+    assert torch.equal(found[:, :7], tokens)
+    output = delta.apply(params, ids, labels=ids)
+    by_hand = nn.functional.cross_entropy(output.logits[0, :-1], ids[0, 1:])
+    assert_close(output.loss, by_hand)
 
 
 # --- B15, B17, B21 to B25: methods, files, copies --------------------------------------------------

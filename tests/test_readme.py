@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+import funcdelta as fd
 from funcdelta.config import METHODS
+from funcdelta.habits import VERBS
 
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^(?:<!-- (?P<mark>\S+) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -91,6 +93,20 @@ def test_every_link_to_a_file_of_the_repository_leads_somewhere() -> None:
     links = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
     assert links
     assert not [target for target in links if not (ROOT / target).exists()]
+
+
+def test_every_name_of_funcdelta_in_the_text_and_its_tables_is_there() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"\bfd((?:\.[A-Za-z_]\w*)+)", text))
+    assert len(names) > 30
+    assert not [name for name in names if not _resolves(fd, name[1:].split("."))]
+    # "delta" is a LoraModel, but what this page says of a delta holds for all.
+    methods = set(re.findall(r"\bdelta\.([a-z_]+)\(", text)) - set(VERBS)
+    assert not [name for name in methods if not hasattr(fd.DeltaModel, name)]
+
+
+def _resolves(value: Any, path: list[str]) -> bool:
+    return not path or (hasattr(value, path[0]) and _resolves(getattr(value, path[0]), path[1:]))
 
 
 def test_ci_is_executable() -> None:
