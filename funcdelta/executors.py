@@ -15,14 +15,16 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .attention import attention_for_this_call
-from .errors import EngineError, ParamsError
+from .errors import EngineError, FoldError, ParamsError
 from .inputs import Inputs
 from .layout import Layout
-from .lift import Folded, split_members
+from .lift import Folded
 from .params import take
 from .probe import layout_for, runners
 from .skeleton import TENSOR, Call, Params
 from .transforms import is_wrapped
+from .trunk import WORTH, Trunk, install
+from .trunk_probe import members_of, trunk_for
 
 if TYPE_CHECKING:
     from .model import DeltaModel
@@ -85,6 +87,25 @@ def known_vmap_limit(message: str) -> str | None:
 
 def call_fold(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
     """All members' rows in one batch."""
+    return _fold(delta, stack, inputs)
+
+
+def call_trunk(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
+    """A fold whose modules before the first delta run once, with one member's rows."""
+    return _fold(delta, stack, inputs, least=0.0)
+
+
+def call_best_fold(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
+    """:func:`call_trunk` where all members see one batch and enough of the arithmetic is shared, else a fold."""
+    if any(inputs.is_mapped):
+        return _fold(delta, stack, inputs)
+    return _fold(delta, stack, inputs, least=WORTH, otherwise_fold=True)
+
+
+def _fold(
+    delta: DeltaModel, stack: Params, inputs: Inputs, least: float | None = None, otherwise_fold: bool = False
+) -> Any:
+    """A fold, with a shared trunk of at least the share ``least`` of the arithmetic if that is given."""
     if inputs.b == 0:
         return call_loop(delta, stack, inputs)
     if inputs.n == 1:
@@ -93,13 +114,34 @@ def call_fold(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
         )
     args, kwargs = inputs.folded()
     layout = layout_for(delta, stack, args, kwargs, inputs.row_axis, inputs.n * inputs.b)
-    output = _folded_run(delta, stack, layout, args, kwargs, Folded(inputs.n, inputs.b))
+    lift, trunk = Folded(inputs.n, inputs.b), None
+    if least is not None:
+        trunk = _trunk(delta, stack, inputs, layout, args, kwargs)
+        if otherwise_fold and (trunk.refused or trunk.share < least):
+            trunk = None
+        elif trunk.refused:
+            raise FoldError(f"engine=\"trunk\": {trunk.refused}")
+    try:
+        output = _folded_run(delta, stack, layout, args, kwargs, lift, trunk)
+    except FoldError:
+        if trunk is None or not otherwise_fold:
+            raise
+        output = _folded_run(delta, stack, layout, args, kwargs, lift)
     leaves, spec = pytree.tree_flatten(output)
     split = [
-        split_members(leaf, dim, inputs.n) if isinstance(leaf, Tensor) else leaf
+        members_of(leaf, dim, inputs.n, inputs.b) if isinstance(leaf, Tensor) else leaf
         for leaf, dim in zip(leaves, layout.outputs, strict=True)
     ]
     return pytree.tree_unflatten(split, spec)
+
+
+def _trunk(
+    delta: DeltaModel, stack: Params, inputs: Inputs, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Trunk:
+    mapped = [name for name, mapped in zip(inputs.names, inputs.is_mapped, strict=True) if mapped]
+    if mapped:
+        return Trunk({}, 0.0, f'members share no work where each has its own {mapped[0]}. Use engine="fold".')
+    return trunk_for(delta, stack, args, kwargs, inputs.row_axis, layout)
 
 
 def route_rows(
@@ -136,13 +178,25 @@ def route_rows(
 
 
 def _folded_run(
-    delta: DeltaModel, stack: Params, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any], lift: Folded
+    delta: DeltaModel,
+    stack: Params,
+    layout: Layout,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    lift: Folded,
+    trunk: Trunk | None = None,
 ) -> Any:
     skeleton = delta.skeletons.get(delta.mode_flag)
-    call = Call(stack, lift=lift, layout=layout, runners=runners(delta, stack, layout))
+    if trunk is not None:
+        install(skeleton, trunk)
+    call = Call(stack, lift=lift, layout=layout, runners=runners(delta, stack, layout), trunk=trunk)
     with attention_for_this_call():
         outer, skeleton.call = skeleton.call, call
         try:
             return skeleton.module(*args, **kwargs)
         finally:
             skeleton.call = outer
+
+
+BY_NAME = {"fold": call_fold, "trunk": call_trunk, "vmap": call_vmap, "loop": call_loop}
+"""The executors that ``engine=`` names."""

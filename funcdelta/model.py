@@ -33,13 +33,14 @@ from .reach import spare, verify_reached
 from .sharing import expand_member, expand_stack
 from .skeleton import Params, Prepare
 from .transforms import concrete, inside_transform, outside_transforms
+from .trunk import Trunk
 from .view import bind
 from .widths import measure_attention, measure_shapes
 
 if TYPE_CHECKING:
     from .inspect import DeltaStatistics
 
-ENGINES = ("auto", "fold", "vmap", "loop")
+ENGINES = ("auto", "fold", "trunk", "vmap", "loop")
 
 _deltas: weakref.WeakValueDictionary[int, DeltaModel] = weakref.WeakValueDictionary()
 
@@ -99,6 +100,7 @@ class DeltaModel(Habits):
         self.skeletons = Skeletons(backbone_model, plan, prepare)
         self.skeletons.reserve(None)
         self.layouts: dict[Any, Layout] = {}
+        self.trunks: dict[str, Trunk] = {}
         self._verified: set[Any] = set()
         self._first = threading.RLock()
         self._shapes = self.plan.shapes
@@ -217,6 +219,7 @@ class DeltaModel(Habits):
         self.skeletons.refresh(plan)
         self._read_backbone()
         self.layouts.clear()
+        self.trunks.clear()
         self._verified.clear()
         return self
 
@@ -381,7 +384,8 @@ class DeltaModel(Habits):
 
         Args:
             in_dims: ``None``, one batch (b, …) for all members; 0, every tensor is (n, b, …); or a dict by input name.
-            engine: ``fold`` (one batch), ``vmap``, ``loop``, or ``auto``: fold where the model allows it.
+            engine: ``fold`` (one batch), ``trunk`` (a fold that runs once what comes before the first delta),
+                ``vmap``, ``loop``, or ``auto``: trunk where it saves something, fold where the model allows it.
             chunk_size: members at a time.
 
         Raises ``EngineError`` where the chosen engine cannot run the model, naming the place and another engine.
@@ -414,13 +418,12 @@ class DeltaModel(Habits):
     def _many(self, stack: Params, inputs: Inputs, engine: str) -> Any:
         self._verify_many(stack, inputs)
         stack = expand_stack(self.plan.shared, stack)
-        run = {"fold": executors.call_fold, "vmap": executors.call_vmap, "loop": executors.call_loop}
         if engine != "auto":
-            return run[engine](self, stack, inputs)
+            return executors.BY_NAME[engine](self, stack, inputs)
         # Fold is fastest; what cannot be folded can often be mapped; a loop runs everything.
-        for choice in ("fold", "vmap"):
+        for run in (executors.call_best_fold, executors.call_vmap):
             try:
-                return run[choice](self, stack, inputs)
+                return run(self, stack, inputs)
             except EngineError:
                 continue
         return executors.call_loop(self, stack, inputs)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 OTHER_ENGINES = 'Use engine="vmap" or "loop".'
 
-_probing = threading.Lock()
+probing = threading.Lock()
 
 
 def layout_for(
@@ -37,7 +37,7 @@ def layout_for(
 ) -> Layout:
     """The layout of this input structure: remembered, or learned from one and two rows of these inputs."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    key = "|".join([str(delta.mode_flag), *sorted(delta.plan.present(stack)), *map(_fact, leaves), *kwargs])
+    key = structure(delta, stack, leaves, kwargs)
     if torch.compiler.is_compiling():
         # Sizes may be symbolic here; how many rows there are does not matter, and other sizes are taken as they are.
         shapes = tuple(
@@ -50,11 +50,16 @@ def layout_for(
         return delta.layouts[key]
     layout = delta.layouts.get(key)
     if layout is None:
-        with _probing:
+        with probing:
             values = [concrete(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             names = delta.plan.present(stack)
             delta.layouts[key] = layout = learn(delta, names, values, spec, row_axis, rows)
     return layout
+
+
+def structure(delta: DeltaModel, stack: Params, leaves: list[Any], kwargs: Mapping[str, Any]) -> str:
+    """What decides where the batch is: the mode, which leaves are given, and facts of the inputs."""
+    return "|".join([str(delta.mode_flag), *sorted(delta.plan.present(stack)), *map(_fact, leaves), *kwargs])
 
 
 def _fact(leaf: Any) -> str:
@@ -109,7 +114,18 @@ def learn(
     delta: DeltaModel, names: frozenset[str], leaves: list[Any], spec: Any, row_axis: Mapping[int, int], rows: int
 ) -> Layout:
     """Learn the layout, then check it: two members folded have to equal the first one alone."""
+    pick = rows_of(leaves, spec, row_axis)
+    skeleton = delta.skeletons.build(delta.mode_flag)
+    try:
+        return _learn(delta, names, skeleton, pick)
+    except FoldError as error:
+        raise FoldError(f"{error}{_why_rows_mix(skeleton.module, delta.batch_dim)}") from error
 
+
+def rows_of(
+    leaves: list[Any], spec: Any, row_axis: Mapping[int, int]
+) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    """``pick(0, 1)`` gives the inputs with their first and last row, made different where they are equal."""
     pairs = {i: _two_rows(leaf, row_axis[i]) for i, leaf in enumerate(leaves) if i in row_axis}
     if all(torch.equal(*pair.split(1, row_axis[i])) for i, pair in pairs.items()):
         pairs = {i: _unlike(pair, row_axis[i]) for i, pair in pairs.items()}
@@ -121,11 +137,7 @@ def learn(
         ]
         return spare(pytree.tree_unflatten(picked, spec))
 
-    skeleton = delta.skeletons.build(delta.mode_flag)
-    try:
-        return _learn(delta, names, skeleton, pick)
-    except FoldError as error:
-        raise FoldError(f"{error}{_why_rows_mix(skeleton.module, delta.batch_dim)}") from error
+    return pick
 
 
 def _learn(

@@ -29,6 +29,7 @@ from .prompt import Prompts
 from .spans import Stash, keep, take
 from .structure import copy_structure, forget_batch_statistics, named_tensors, paired_buffers
 from .transforms import is_wrapped, outside_transforms
+from .trunk import Ends, Trunk
 
 # torch runs these by one kernel that calls no submodule and has few derivatives, unless they have hooks.
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
@@ -43,9 +44,11 @@ Prepare = Callable[[nn.Module], Any]
 class Lift(Protocol):
     """How a member's function acts at a site: once, or for each of the members folded into the batch.
 
-    ``present`` tells which members act at all; ``None``: all of them.
+    ``n`` members have ``rows`` each. ``present`` tells which members act at all; ``None``: all of them.
     """
 
+    n: int
+    rows: int
     present: Tensor | None
 
     def __call__(
@@ -87,6 +90,8 @@ class Call:
     prompted: dict[str, tuple[int, int]] = field(default_factory=dict)
     stash: Stash = field(default_factory=dict)
     never_ends: bool = False
+    trunk: Trunk | None = None
+    opened: dict[str, Ends | None] = field(default_factory=dict)
 
     def visit(self, path: str) -> int:
         """Count one more call of the module at ``path``; the index of this one."""
@@ -136,6 +141,7 @@ class Skeleton:
         self.plan = plan
         self.call: Call | None = None
         self.bypasses: dict[str, Bypass] = {}
+        self.sharing: set[str] = set()
         if plan is not None:
             for child in self.module.modules():
                 if isinstance(child, FUSED):
