@@ -120,7 +120,7 @@ def _fold(
         if otherwise_fold and (trunk.refused or trunk.share < least):
             trunk = None
         elif trunk.refused:
-            raise FoldError(f"engine=\"trunk\": {trunk.refused}")
+            raise FoldError(f'engine="trunk": {trunk.refused}')
     try:
         output = _folded_run(delta, stack, layout, args, kwargs, lift, trunk)
     except FoldError:

@@ -204,7 +204,9 @@ class Watch:
             others = tuple((place, leaf) for place, leaf in leaves if not isinstance(leaf, Tensor))
             plain = all(isinstance(leaf, PLAIN) for _, leaf in others)
             shapes = {place: tuple(leaf.shape) for place, leaf in leaves if isinstance(leaf, Tensor)}
-            visit = Visit(path, self._open[-1][0] if self._open else None, alike, plain, shapes, others if plain else ())
+            visit = Visit(
+                path, self._open[-1][0] if self._open else None, alike, plain, shapes, others if plain else ()
+            )
             self._open.append((len(self.visits), (self._events, self.flops.total, self._state(tensors)), tensors))
             self.visits.append(visit)
 

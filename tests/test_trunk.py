@@ -109,7 +109,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[], dict[str, Tens
         t5,
         lora("decoder.block.1.layer.0.SelfAttention.q"),
         pair,
-        ["encoder", "decoder.block.0", "decoder.block.1.layer.1.EncDecAttention.k", "decoder.block.3.layer.1.EncDecAttention.v"],
+        [
+            "encoder",
+            "decoder.block.0",
+            "decoder.block.1.layer.1.EncDecAttention.k",
+            "decoder.block.3.layer.1.EncDecAttention.v",
+        ],
         ["decoder.block.1", "decoder.block.3.layer.1.EncDecAttention.q"],
     ),
     "bitfit": (

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+TABLES = ("members", "trunk")
 DEFAULT_SHAPES = ("64,1,16", "32,2,32", "8,8,64")
 
 
@@ -47,6 +48,14 @@ def parser() -> argparse.ArgumentParser:
         "spreads by more than 10 % is measured again, and marked if it stays so.",
     )
     result.add_argument(
+        "--table",
+        nargs="+",
+        choices=TABLES,
+        default=list(TABLES[:1]),
+        metavar="NAME",
+        help="members (default): training steps; trunk: an ensemble on one batch with deltas on the last layers",
+    )
+    result.add_argument(
         "--model", choices=("minilm", "llama", "tiny", "all"), default="all", help="all: minilm and llama"
     )
     result.add_argument(
@@ -74,7 +83,7 @@ def _positive(text: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from funcdelta.bench import measure, report
+    from funcdelta.bench import measure, report, trunk
     from funcdelta.bench.subjects import SUBJECTS, BenchError, Shape
 
     try:
@@ -104,14 +113,16 @@ def _run(options: argparse.Namespace) -> None:
         console.print(report.heading(facts))
         with errors.status("starting") as status:
             notify: Callable[[str], None] = status.update
-            tables = measure.run(
-                chosen,
-                tuple(shapes),
-                singles,
-                effort,
-                notify,
-                emit=lambda table: console.print(report.rich_table(table)),
-            )
+
+            def show(table: measure.Table) -> None:
+                console.print(report.rich_table(table))
+
+            tables: list[measure.Table] = []
+            if "members" in options.table:
+                tables += measure.run(chosen, tuple(shapes), singles, effort, notify, emit=show)
+            for table in trunk.tables(chosen, effort, options.quick, notify) if "trunk" in options.table else ():
+                tables.append(table)
+                show(table)
     if options.json is not None:
         report.write_json(options.json, facts, tables)
     if options.plot is not None:

@@ -75,7 +75,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """One subject at one shape, measured in one run; `noisy`: the yardstick wandered by more than 10 %."""
+    """One subject at one shape, measured in one run; `noisy`: the yardstick wandered by more than 10 %.
+
+    `what` was measured; `compared` says what contenders agree in.
+    """
 
     title: str
     subject: str
@@ -85,6 +88,8 @@ class Table:
     attempts: int
     disagreement: float
     seconds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    what: str = "one training step"
+    compared: str = "gradients"
 
     @property
     def noisy(self) -> bool:

@@ -83,10 +83,10 @@ def rich_table(table: Table) -> rich.table.Table:
         f"{table.yardstick} spreads by {100 * table.spread:.0f} %"
         + (f", measured {table.attempts} times" if table.attempts > 1 else "")
         + (" [bold red]NOISY: run again on a quiet machine[/]" if table.noisy else "")
-        + f"; gradients agree to {table.disagreement:.0e}"
+        + f"; {table.compared} agree to {table.disagreement:.0e}"
     )
     shown = RichTable(title=table.title, caption=caption)
-    shown.add_column("one training step")
+    shown.add_column(table.what)
     shown.add_column("ms", justify="right")
     against_bare = table.yardstick == BARE
     if against_bare:
