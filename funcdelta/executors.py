@@ -116,7 +116,7 @@ def _fold(
     layout = layout_for(delta, stack, args, kwargs, inputs.row_axis, inputs.n * inputs.b)
     lift, trunk = Folded(inputs.n, inputs.b), None
     if least is not None:
-        trunk = _trunk(delta, stack, inputs, layout, args, kwargs)
+        trunk = _trunk(delta, stack, inputs, layout, args, kwargs, least)
         if otherwise_fold and (trunk.refused or trunk.share < least):
             trunk = None
         elif trunk.refused:
@@ -136,12 +136,18 @@ def _fold(
 
 
 def _trunk(
-    delta: DeltaModel, stack: Params, inputs: Inputs, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]
+    delta: DeltaModel,
+    stack: Params,
+    inputs: Inputs,
+    layout: Layout,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    least: float,
 ) -> Trunk:
     mapped = [name for name, mapped in zip(inputs.names, inputs.is_mapped, strict=True) if mapped]
     if mapped:
         return Trunk({}, 0.0, f'members share no work where each has its own {mapped[0]}. Use engine="fold".')
-    return trunk_for(delta, stack, args, kwargs, inputs.row_axis, layout)
+    return trunk_for(delta, stack, args, kwargs, inputs.row_axis, layout, least)
 
 
 def route_rows(

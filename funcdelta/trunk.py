@@ -45,7 +45,7 @@ class Trunk:
     Attributes:
         modules: by path, for every call of the module: where its rows are, or ``None`` for a call that stays as it is.
         share: their share of the arithmetic of one forward pass.
-        refused: why nothing can be shared; empty otherwise.
+        refused: why nothing is shared; empty otherwise.
     """
 
     modules: Mapping[str, tuple[Ends | None, ...]]

@@ -45,21 +45,22 @@ def trunk_for(
     kwargs: dict[str, Any],
     row_axis: Mapping[int, int],
     layout: Layout,
+    least: float,
 ) -> Trunk:
     """The trunk of this input structure, folded inputs given: remembered, or found from two of their rows.
 
-    Where nothing can be shared ``refused`` says why.
+    Where nothing can be shared, or less than ``least`` of the arithmetic, ``refused`` says why.
     """
+    if torch.compiler.is_compiling():
+        return Trunk({}, 0.0, f"compiled code does not share a trunk. {OTHER_ENGINES}")
     leaves, spec = pytree.tree_flatten((args, kwargs))
     key = structure(delta, stack, leaves, kwargs)
     trunk = delta.trunks.get(key)
-    if trunk is None:
-        if torch.compiler.is_compiling():
-            return Trunk({}, 0.0, f"it is found by a call: make one before compiling. {OTHER_ENGINES}")
+    if trunk is None or (trunk.refused and trunk.share > least):
         with probing:
             values = [concrete(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             try:
-                trunk = find(delta, delta.plan.present(stack), rows_of(values, spec, row_axis), layout)
+                trunk = find(delta, delta.plan.present(stack), rows_of(values, spec, row_axis), layout, least)
             except FoldError as error:
                 trunk = Trunk({}, 0.0, str(error))
             delta.trunks[key] = trunk
@@ -67,8 +68,11 @@ def trunk_for(
 
 
 @eager
-def find(delta: DeltaModel, names: frozenset[str], pick: Pick, layout: Layout) -> Trunk:
-    """The trunk of a delta with the leaves ``names``; ``pick(0, 1)`` gives inputs of these rows."""
+def find(delta: DeltaModel, names: frozenset[str], pick: Pick, layout: Layout, least: float) -> Trunk:
+    """The trunk of a delta with the leaves ``names``; ``pick(0, 1)`` gives inputs of these rows.
+
+    Raises :class:`FoldError` where members on it would not give what they give alone.
+    """
     dropout = CountedDropout()
     with torch.inference_mode(False), outside_transforms(), torch.no_grad(), torch.random.fork_rng(), dropout:
         members = expand_stack(delta.plan.shared, delta.random_members(2, names))
@@ -84,13 +88,19 @@ def find(delta: DeltaModel, names: frozenset[str], pick: Pick, layout: Layout) -
             return skeleton.run("", {}, args, kwargs, call)
 
         single = Watch(skeleton, acting, dropout)
-        alone = [single.run(lambda: once(0)), _seeded(skeleton, lambda: once(1))]
+        first = single.run(lambda: once(0))
+        # Most deltas act in every layer: for them the search ends here.
+        at_most = compare(single, None)
+        if at_most.refused or at_most.share < least:
+            few = f"only {at_most.share:.0%} of the arithmetic comes before a delta. {OTHER_ENGINES}"
+            return Trunk({}, at_most.share, at_most.refused or few)
         double = Watch(skeleton, acting, dropout)
         double.run(lambda: folded(None))
         trunk = compare(single, double)
         if trunk.refused:
             return trunk
         install(skeleton, trunk)
+        alone = [first, _seeded(skeleton, lambda: once(1))]
         try:
             together = _seeded(skeleton, lambda: folded(trunk))
         except FuncdeltaError:
@@ -108,9 +118,10 @@ def _where_deltas_act(delta: DeltaModel, members: Params, layout: Layout, skelet
     return {id(skeleton.module.get_submodule(path)) for path in paths}
 
 
-def _seeded(skeleton: Skeleton, run: Callable[[], Any]) -> Any:
+def _seeded(skeleton: Skeleton, run: Callable[[], Any], begin: Callable[[], None] = lambda: None) -> Any:
     skeleton.follow_buffers()
     torch.manual_seed(0)
+    begin()
     return run()
 
 
@@ -148,7 +159,7 @@ class Visit:
     Attributes:
         parent: the index of the call that it stands in.
         alike: whether members do not differ in it.
-        sharable: ``alike``, and it gives the same whenever it runs, and changes nothing.
+        sharable: ``alike``, and it changes nothing and takes and gives nothing but tensors and plain values.
         inputs, outputs: shapes by place; ``flops`` of its arithmetic.
     """
 
@@ -169,8 +180,9 @@ class Watch:
         self.skeleton, self.acting, self.dropout = skeleton, acting, dropout
         self.visits: list[Visit] = []
         self.flops = Flops()
-        self._open: list[tuple[int, Any, list[Tensor]]] = []
+        self._open: list[tuple[int, int, int, list[Tensor], list[int]]] = []
         self._events = 0
+        self._drawn: tuple[Any, ...] = ()
         self._alike: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     def run(self, call: Callable[[], Any]) -> Any:
@@ -181,23 +193,31 @@ class Watch:
             handles.append(module.register_forward_hook(self._leaving, with_kwargs=True))
         try:
             with self.flops:
-                return _seeded(self.skeleton, call)
+                return _seeded(self.skeleton, call, self._begin)
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _state(self, tensors: list[Tensor]) -> Any:
-        """What a module without memory leaves as it is: its inputs and the random numbers."""
+    def _begin(self) -> None:
+        self._note_randomness([])
+        self._events = 0
+
+    def _note_randomness(self, tensors: list[Tensor]) -> None:
+        """Random numbers are drawn for each member's rows, so members differ from there on."""
         devices = {t.device for t in tensors if t.device.type == "cuda"}
         states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
-        return [_version(t) for t in tensors], [state.numpy().tobytes() for state in states], self.dropout.count
+        drawn = self.dropout.count, *(state.numpy().tobytes() for state in states)
+        if self._drawn[: len(drawn)] != drawn[: len(self._drawn)]:
+            self._events += 1
+        self._drawn = drawn
 
     def _entering(self, path: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if id(module) in self.acting:
-                self._events += 1
             leaves, _ = places((args, kwargs))
             tensors = [leaf for _, leaf in leaves if isinstance(leaf, Tensor)]
+            self._note_randomness(tensors)
+            if id(module) in self.acting:
+                self._events += 1
             alike = not self._events or (bool(tensors) and all(map(self._is_alike, tensors)))
             if alike:
                 self._remember(tensors)
@@ -207,19 +227,22 @@ class Watch:
             visit = Visit(
                 path, self._open[-1][0] if self._open else None, alike, plain, shapes, others if plain else ()
             )
-            self._open.append((len(self.visits), (self._events, self.flops.total, self._state(tensors)), tensors))
+            versions = [_version(tensor) for tensor in tensors]
+            self._open.append((len(self.visits), self._events, self.flops.total, tensors, versions))
             self.visits.append(visit)
 
         return enter
 
     def _leaving(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        index, (events, flops, state), tensors = self._open.pop()
+        index, events, flops, tensors, versions = self._open.pop()
         visit = self.visits[index]
+        self._note_randomness(tensors)
         visit.alike &= self._events == events and id(module) not in self.acting
         visit.flops = self.flops.total - flops
         leaves, _ = places(output)
         visit.outputs = {place: tuple(leaf.shape) for place, leaf in leaves if isinstance(leaf, Tensor)}
-        visit.sharable &= visit.alike and self._state(tensors) == state
+        # A module that writes its inputs would write the first member's rows alone.
+        visit.sharable &= visit.alike and [_version(tensor) for tensor in tensors] == versions
         # What hands on its input (dropout that is off) has nothing to save.
         handed_on = any(leaf is tensor for _, leaf in leaves for tensor in tensors)
         visit.sharable &= not handed_on and all(isinstance(leaf, PLAIN) for _, leaf in leaves)
@@ -240,14 +263,17 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def compare(single: Watch, double: Watch) -> Trunk:
-    """The outermost calls that can be shared, with the axes that double when the same rows come twice."""
-    if [v.path for v in single.visits] != [v.path for v in double.visits]:
+def compare(single: Watch, double: Watch | None) -> Trunk:
+    """The outermost calls that can be shared, with the axes that double when the same rows come twice.
+
+    Without ``double`` the most that they can be: where their rows are is not known.
+    """
+    if double is not None and [v.path for v in single.visits] != [v.path for v in double.visits]:
         return Trunk({}, 0.0, f"which modules run depends on the number of members. {OTHER_ENGINES}")
     modules: dict[str, list[Ends | None]] = {}
     inside: set[int] = set()
     flops = 0
-    for index, (one, two) in enumerate(zip(single.visits, double.visits, strict=True)):
+    for index, (one, two) in enumerate(zip(single.visits, (double or single).visits, strict=True)):
         nested = one.parent in inside
         ends = None if nested or not one.path or not (one.sharable and two.sharable) else _ends(one, two)
         if nested or ends is not None:
@@ -263,6 +289,8 @@ def compare(single: Watch, double: Watch) -> Trunk:
 
 def _ends(one: Visit, two: Visit) -> Ends | None:
     """Where the rows are; ``None`` where there are none on one side, or they cannot be told."""
+    if one is two:
+        return Ends({}, {})
     if one.other != two.other:
         return None
     inputs, outputs = _grown(one.inputs, two.inputs), _grown(one.outputs, two.outputs)
@@ -319,10 +347,14 @@ class CountedDropout(WithoutDropout):
     ) -> Any:
         given = kwargs or {}
         if func in self.OFF:
-            training = args[2] if len(args) > 2 else given.get("training", given.get("train", True))
-            self.count += bool(training)
+            share, training = (*args[1:3], *(None, None))[:2]
+            share = given.get("p", 0.5) if share is None else share
+            training = given.get("training", given.get("train", True)) if training is None else training
+            self.count += bool(training) and share > 0
         elif func is torch.nn.functional.scaled_dot_product_attention:
             self.count += float(args[4] if len(args) > 4 else given.get("dropout_p", 0.0)) > 0
         elif func is torch.nn.functional.multi_head_attention_forward:
-            self.count += bool(given.get("training", True))
+            # Its chance stands eleventh.
+            share = args[10] if len(args) > 10 else given.get("dropout_p", 0.0)
+            self.count += bool(given.get("training", True)) and share > 0
         return super().__torch_function__(func, types, args, kwargs)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import optim, tree
-from ..errors import EngineError
 from ..gradients import value_and_grad
 from ..params import members
 from ..seeding import derive
@@ -91,19 +90,15 @@ def probabilities(
 ) -> Tensor:
     """Every member's class probabilities on every row, (n, rows, classes) float64.
 
-    All members see the same rows, so ``torch.vmap`` runs the layers below the first adapted one once for all of
-    them. Backbones that vmap cannot map are folded. ``advance`` is told of every batch.
+    All members see the same rows, so what comes before the first adapted layer runs once for all of them. ``advance``
+    is told of every batch.
     """
-    engine, found = "vmap", []
+    found = []
     rows = len(next(iter(inputs.values())))
     size = max(1, ROWS // members(stack))
     for start in range(0, rows, size):
         batch = {name: values[start : start + size] for name, values in inputs.items()}
-        try:
-            logits = delta.apply_many(stack, in_dims=None, engine=engine, inputs=batch)
-        except EngineError:
-            engine = "fold"
-            logits = delta.apply_many(stack, in_dims=None, engine=engine, inputs=batch)
+        logits = delta.apply_many(stack, in_dims=None, inputs=batch)
         # Far from the label a float32 probability is 0 and its logarithm infinite.
         found.append(logits.double().softmax(-1))
         advance(len(next(iter(batch.values()))))
