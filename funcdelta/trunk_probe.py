@@ -350,7 +350,10 @@ class CountedDropout(WithoutDropout):
             share, training = (*args[1:3], *(None, None))[:2]
             share = given.get("p", 0.5) if share is None else share
             training = given.get("training", given.get("train", True)) if training is None else training
-            self.count += bool(training) and share > 0
+            if training and share > 0:
+                self.count += 1
+                # Another tensor, as it would be, and not one that no random number has touched.
+                return super().__torch_function__(func, types, args, kwargs).clone()
         elif func is torch.nn.functional.scaled_dot_product_attention:
             self.count += float(args[4] if len(args) > 4 else given.get("dropout_p", 0.0)) > 0
         elif func is torch.nn.functional.multi_head_attention_forward:
