@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 import funcdelta as fd
+from funcdelta import bench
 
 N, B, S = 3, 2, 5
 LAYERS = 4
@@ -307,3 +309,16 @@ def test_law_4_holds_for_the_trunk(method: str, name: str) -> None:
             for engine in ("loop", "auto")
         )
     assert_close(auto, loop)
+
+
+def test_the_cost_curve_is_measured_and_written(tmp_path: Any) -> None:
+    file = tmp_path / "curve.json"
+    arguments = ["--table", "trunk", "--model", "tiny", "--repeats", "1", "--attempts", "1", "--json", str(file)]
+    assert bench.main(arguments) == 0
+    tables = json.loads(file.read_text())["tables"]
+    assert [table["title"].rpartition(", ")[2] for table in tables] == [
+        "the last 1 of 2 layers",
+        "the last 2 of 2 layers",
+    ]
+    assert [row["label"] for row in tables[0]["rows"]][1:] == ["trunk", "fold", "vmap", "(1 - q) + q n"]
+    assert tables[0]["rows"][-1]["to_yardstick"]["median"] == 16.5

@@ -9,7 +9,7 @@ import torch
 
 import funcdelta as fd
 from funcdelta.bench.measure import BARE, NOISE, DisagreementError, Effort, Notify, Row, Table, Target, _median
-from funcdelta.bench.subjects import Shape, Subject
+from funcdelta.bench.subjects import Shape, Subject, _llama
 from funcdelta.bench.timing import Ratio, Samples, interleave, quiet
 
 MEMBERS, ROWS, LENGTH = 32, 2, 32
@@ -116,16 +116,25 @@ def table(
 
 
 def curve(subject: Subject) -> list[int]:
-    """Numbers of adapted layers to measure: a quarter first, which the target is about, then up to all of them.
+    """Numbers of adapted layers to measure: a quarter of them first, then from a sixth to all.
 
     >>> from funcdelta.bench.subjects import tiny
-    >>> curve(tiny())
-    [1, 2]
+    >>> curve(tiny()), curve(deep_llama())
+    ([1, 2], [3, 2, 4, 6, 8, 10, 12])
     """
     layers = depth(subject)
-    quarter = max(1, round(layers / 4))
-    steps = sorted({max(1, round(layers * share / 6)) for share in range(1, 7)})
-    return [quarter, *(count for count in steps if count != quarter)]
+    quarter = [layers // 4] if layers % 4 == 0 else []
+    sixths = sorted({max(1, round(layers * share / 6)) for share in range(1, 7)})
+    return [*quarter, *(count for count in sixths if count not in quarter)]
+
+
+def deep_llama() -> Subject:
+    """The Llama of the other tables with 12 layers, which have a quarter.
+
+    >>> depth(deep_llama())
+    12
+    """
+    return _llama("llama-12", vocabulary=4096, width=384, layers=12, heads=12)
 
 
 def tables(
@@ -138,7 +147,7 @@ def tables(
     """
     for name, load in subjects.items():
         notify(f"loading {name}")
-        subject = load()
+        subject = deep_llama() if name == "llama" else load()
         for layers in curve(subject)[: 1 if quick else None]:
             yield table(subject, layers, effort, notify)
 
