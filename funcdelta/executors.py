@@ -2,7 +2,8 @@
 
 *Fold outside, vmap inside*: members are folded into the batch axis, (n, b, …) → (n·b, …), so the backbone runs its
 normal fast path once; only at a site is the hidden value split again, and the method's function mapped over members.
-``rows`` is a fold of picked members with one row each. All four give the same numbers.
+``trunk`` is a fold in which what comes before the first delta runs once, where all members see one batch. ``rows`` is
+a fold of picked members with one row each. All give the same numbers.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from .params import take
 from .probe import layout_for, runners
 from .skeleton import TENSOR, Call, Params
 from .transforms import is_wrapped
-from .trunk import WORTH, Trunk, install
-from .trunk_probe import members_of, trunk_for
+from .trunk import WORTH, Trunk, install, members_of
+from .trunk_probe import trunk_for
 
 if TYPE_CHECKING:
     from .model import DeltaModel

@@ -20,14 +20,14 @@ from torch.utils.flop_counter import flop_registry
 
 from .errors import FoldError, FuncdeltaError
 from .layout import Layout, WithoutDropout, close
-from .lift import Folded, split_members
+from .lift import Folded
 from .params import take
 from .probe import probing, rows_of, runners, structure
 from .reach import UNCHANGED
 from .sharing import expand_stack
 from .skeleton import Call, Params, Skeleton
 from .transforms import concrete, eager, outside_transforms
-from .trunk import Ends, Trunk, install, places
+from .trunk import Ends, Trunk, install, members_of, places
 
 if TYPE_CHECKING:
     from .model import DeltaModel
@@ -135,18 +135,6 @@ def _check(together: Any, alone: list[Any], layout: Layout) -> None:
                 raise FoldError(
                     f"Two members on a shared trunk do not give what each gives alone (output {place}). {OTHER_ENGINES}"
                 )
-
-
-def members_of(leaf: Tensor, dim: int | None, n: int, rows: int) -> Tensor:
-    """An output (n·b, …) → (n, b, …); one that a shared module gave, (b, …), is every member's.
-
-    >>> members_of(torch.zeros(6, 4), 0, n=3, rows=2).shape, members_of(torch.zeros(2, 4), 0, n=3, rows=2).shape
-    (torch.Size([3, 2, 4]), torch.Size([3, 2, 4]))
-    """
-    if dim is not None and leaf.ndim and leaf.shape[dim] == rows:
-        leaf = leaf.movedim(dim, 0)
-        return leaf.expand(n, *leaf.shape)
-    return split_members(leaf, dim, n)
 
 
 # -- watching ------------------------------------------------------------------------------------------------------
