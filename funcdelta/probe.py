@@ -276,6 +276,12 @@ def runners(
     needed: dict[str, list[str]] = {}
     for owner, keys in delta.plan.owners(params).items():
         path = owner
+        if owner not in layout.runs:
+            # A table that is read under another of its names. If it were read here too, the check of the fold fails.
+            ends = {key: [end.rpartition(".")[0] for end in delta.plan.trained.get(key, ())] for key in keys}
+            keys = [key for key in keys if not any(end in layout.runs for end in ends[key])]
+        if not keys:
+            continue
         while path and path not in layout.runs:
             path = path.rpartition(".")[0]
         if not path and (entry or (skipped and within(owner, skipped))):

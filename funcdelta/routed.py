@@ -73,7 +73,8 @@ class Routes:
         self.call = Call(self.leaves, lift=self.idle, layout=self.idle, never_ends=True)
         self.rest()
         self.active: nn.Module | None = None
-        self.index = index
+        self.index: Tensor
+        self.present: Tensor | None
         self.route(index)
         for path in self.entries:
             module = skeleton.module.get_submodule(path)
@@ -264,10 +265,31 @@ class RoutedView(View):
         return other
 
 
+class RoutedGenerator(RoutedView):
+    """A routed view of a model that generates."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own; guidance that puts a second batch behind the first is refused, for rows would be mistaken.
+
+        Transformers' general guidance runs that batch by itself, which keeps the rows.
+        """
+        generate = super().generate  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+        config = kwargs.get("generation_config") or getattr(self, "generation_config", None)
+        scale = kwargs.get("guidance_scale", getattr(config, "guidance_scale", None))
+        if scale not in (None, 1) and not generate.__module__.startswith("transformers.generation"):
+            raise EngineError(
+                f"{type(self).__name__} has a generate of its own, which may put a batch without the text behind the "
+                f"one with it, so that rows would run with other rows' members: write guidance_scale=None, or "
+                f"generate member by member, delta.bind(fd.take(stack, i)).generate(...)."
+            )
+        return generate(*args, **kwargs)
+
+
 def bind_rows(delta: DeltaModel, stack: Mapping[str, Tensor], index: Index) -> nn.Module:
     """A module of the backbone's class whose rows run with members of ``stack``; see :meth:`DeltaModel.bind_rows`."""
     skeleton = delta.skeletons.build(delta.mode_flag)
     routes = Routes(delta, skeleton, stack, index)
-    view = as_view(delta, skeleton, RoutedView, routes.leaves)
+    kind = RoutedGenerator if hasattr(delta.backbone, "generate") else RoutedView
+    view = as_view(delta, skeleton, kind, routes.leaves)
     object.__setattr__(view, "_routes", routes)
     return view
