@@ -58,13 +58,9 @@ class Resident(Mapping[str, Tensor]):
         like = delta.init(0, dtype=dtype, device=device)
         if unknown := [name for name in names or () if name not in like]:
             raise ParamsError(f"names: {unknown[0]!r} is no leaf of this delta; its leaves are delta.names.")
-        # What is made in inference mode could not be written later, outside of it.
-        with torch.inference_mode(False):
-            self.leaves = {
-                name: leaf.new_zeros(capacity, *leaf.shape)
-                for name, leaf in like.items()
-                if names is None or name in names
-            }
+        self.leaves = {
+            name: _room(leaf, capacity, leaf.shape) for name, leaf in like.items() if names is None or name in names
+        }
         self.capacity = capacity
         self._used: set[int] = set()
         self._free = list(range(capacity))
@@ -81,7 +77,7 @@ class Resident(Mapping[str, Tensor]):
         if n > capacity:
             raise ParamsError(f"A stack of {n} members does not fit into capacity={capacity}.")
         resident = cls(delta, capacity, names=tuple(stack))
-        resident.leaves = {name: leaf.detach().new_zeros(capacity, *leaf.shape[1:]) for name, leaf in stack.items()}
+        resident.leaves = {name: _room(leaf, capacity, leaf.shape[1:]) for name, leaf in stack.items()}
         for slot in range(n):
             resident.put(take(dict(stack), slot))
         return resident
@@ -214,3 +210,9 @@ class Resident(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"Resident({len(self._used)} of {self.capacity} slots in use, {len(self.leaves)} leaves)"
+
+
+def _room(like: Tensor, capacity: int, shape: Sequence[int]) -> Tensor:
+    """Zeros (capacity, …); what is made in inference mode could not be written later, outside of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.zeros(capacity, *shape, dtype=like.dtype, device=like.device)

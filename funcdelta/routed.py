@@ -249,12 +249,15 @@ class RoutedView(View):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """``view.to(...)``: the view goes on with leaves moved as its own tensors are; the stack stays."""
-        super()._apply(fn, recurse)
-        routes = self._routes
-        routes.leaves.update({name: fn(leaf) for name, leaf in routes.leaves.items()})
-        routes.forget()
-        return self
+        """``view.to(...)`` to where and what it is; elsewhere the backbone and the stack have to go first."""
+        tensors = [*self.parameters(), *self.buffers()]
+        with torch.no_grad():
+            if all(fn(tensor) is tensor for tensor in tensors):
+                return self
+        raise ParamsError(
+            "A routed view reads the caller's stack, which would stay behind: move the backbone and the stack, then "
+            "delta.refresh() and delta.bind_rows(stack, index)."
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """Another view of the same stack and rows."""

@@ -29,6 +29,7 @@ def read_index(index: Index, n: int, device: torch.device) -> tuple[Tensor, Tens
     True
     """
     index = torch.as_tensor(index, device=device)
+    index = index if index.numel() else index.long()  # an empty list says nothing of its type
     if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
         raise ParamsError(f"index has the shape {tuple(index.shape)} and dtype {index.dtype}; expected (b,) integers.")
     if torch.compiler.is_compiling() or is_wrapped(index):

@@ -196,16 +196,16 @@ def test_what_a_view_holds() -> None:
         assert list(found) == list(stack) == list(view.state_dict())
         assert all(torch.equal(found[key], leaf) and found[key] is not leaf for key, leaf in stack.items())
         assert view.to("cpu")(x).equal(expected)
-        assert_close(view.double()(x.double()), expected.double(), 1e-5)
-        assert stack["a.lora.lora_A"].dtype == delta.backbone.a.weight.dtype == torch.float32  # type: ignore[union-attr]
+    with raises_saying(fd.ParamsError, "would stay behind", "delta.refresh()"):
+        view.double()
     with raises_saying(fd.ParamsError, "holds no params of its own", "delta.bind_rows(stack, index)"):
         view.load_state_dict(stack)
 
 
 def test_modes_of_a_view() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    model = nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4), nn.Conv1d(4, 2, 1)).eval()
     delta = fd.LoraModel(model, modified_modules=["0"])
-    stack, x = random_params(delta, 3), torch.randn(4, 4)
+    stack, x = random_params(delta, 3), torch.randn(4, 4, 3)
     view = delta.bind_rows(stack, INDEX)
     with torch.no_grad():
         assert_close(view(x), delta.apply_rows(stack, INDEX, x))
@@ -232,7 +232,7 @@ def test_what_cannot_be_routed_says_what_to_write() -> None:
         view(**inputs, labels=inputs["input_ids"])
     view.generate(**inputs, **GREEDY)  # an error leaves the view as it was
     delta, stack = subject("llama", "soft_prompt")
-    with raises_saying(fd.EngineError, "soft_prompt makes the input longer", "delta.bind({})"):
+    with raises_saying(fd.EngineError, "makes the input longer", "delta.bind({})"):
         delta.bind_rows(stack, INDEX)
     delta, stack = subject("llama", "bitfit")
     with raises_saying(fd.EngineError, "ran by itself"):
@@ -252,18 +252,3 @@ def test_guidance_that_lays_a_second_batch_behind_the_first_is_refused() -> None
     assert view.generate(tokens, **GREEDY).shape[0] == 2
     with raises_saying(fd.EngineError, "guidance_scale=None"):
         view.generate(tokens, **GREEDY, guidance_scale=3.0)
-
-
-def test_compiled_rows_take_other_indices_without_recompiling() -> None:
-    architecture = ZOO["llama"]
-    delta, stack = subject("llama")
-    inputs = architecture.inputs(4)
-    rows = torch.compile(
-        lambda stack, index: delta.apply_rows(stack, index, **inputs).logits, fullgraph=True, backend="eager"
-    )
-    torch._dynamo.reset()
-    with torch.no_grad():
-        for step, index in enumerate((INDEX, [0, 1, 2, 3], [-1, -1, 3, 0])):
-            with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
-                found = rows(stack, torch.tensor(index))
-            assert_close(found, delta.apply_rows(stack, index, **inputs).logits)
