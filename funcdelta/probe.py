@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 OTHER_ENGINES = 'Use engine="vmap" or "loop".'
 
-_probing = threading.Lock()
+probing = threading.Lock()
+"""Held while a layout is learned: two threads need not learn the same."""
 
 
 def layout_for(
@@ -52,7 +53,7 @@ def layout_for(
         return delta.layouts[key]
     layout = delta.layouts.get(key)
     if layout is None:
-        with _probing:
+        with probing:
             values = [concrete(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             names = delta.plan.present(stack)
             delta.layouts[key] = layout = learn(delta, names, values, spec, row_axis, rows)

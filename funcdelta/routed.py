@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from .errors import EngineError, ParamsError
 from .layout import Layout
 from .lift import Folded
-from .probe import is_cache, learn, runners
+from .probe import is_cache, learn, probing, runners
 from .resident import Resident
 from .routing import Index, pick_rows, read_index
 from .sharing import expand_stack
@@ -70,6 +70,7 @@ class Routes:
         if encoder is not None:
             self.entries.append(encoder)
         self.idle: Any = Idle()
+        self.nowhere = dict.fromkeys(runner_candidates(delta.plan), ())
         self.call = Call(self.leaves, lift=self.idle, layout=self.idle, never_ends=True)
         self.rest()
         self.active: nn.Module | None = None
@@ -136,7 +137,7 @@ class Routes:
         """No call is under way."""
         call = self.call
         call.lift = call.layout = self.idle
-        call.runners = dict.fromkeys(runner_candidates(self.delta.plan), ())
+        call.runners = self.nowhere
         call.visits.clear()
         call.input_dims.clear()
         call.stash.clear()
@@ -170,7 +171,8 @@ class Routes:
         graph = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in self.leaves.values())
         version = [None if leaf.is_inference() else leaf._version for leaf in self.leaves.values()]
         known = self._picked.get(times)
-        if known is not None and not graph and known[0] == version:
+        # Writes into what was made in inference mode leave no trace.
+        if known is not None and not graph and None not in version and known[0] == version:
             return known[1], known[2]
         self._check(self.index)
         # What is picked in inference mode would be spoilt for calls outside of it.
@@ -197,7 +199,8 @@ class Routes:
         layout = delta.layouts.get(key)
         if layout is None:
             mode = delta if training == delta.training else delta.mode(train=training)
-            delta.layouts[key] = layout = learn(mode, names, leaves, spec, row_axis, rows, path)
+            with probing:
+                delta.layouts[key] = layout = learn(mode, names, leaves, spec, row_axis, rows, path)
         return layout
 
 

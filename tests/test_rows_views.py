@@ -24,6 +24,7 @@ MODES: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 3, "num_return_sequences": 2},
     "read in pieces": {"prefill_chunk_size": 2},
     "guided": {"guidance_scale": 1.5},
+    "a static cache": {"cache_implementation": "static"},
 }
 METHODS = {
     "lora": fd.LoraConfig(lora_alpha=64),
