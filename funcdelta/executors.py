@@ -21,6 +21,7 @@ from .layout import Layout
 from .lift import Folded, split_members
 from .params import take
 from .probe import layout_for, runners
+from .recompute import kept_run, named_refusal, needs_keeping
 from .skeleton import TENSOR, Call, Params
 from .transforms import is_wrapped
 
@@ -33,8 +34,12 @@ def call_single(
 ) -> Any:
     """One member: the backbone's own output; ``reached`` collects the sites that the call passes through."""
     skeleton = delta.skeletons.get(delta.mode_flag, hooked=bool(params))
-    with attention_for_this_call():
-        return skeleton.run("", params, args, kwargs, Call(params, reached=reached))
+    call = Call(params, reached=reached)
+    if params and needs_keeping(skeleton):
+        skeleton = delta.skeletons.spare(delta.mode_flag)
+        return kept_run(skeleton, call, skeleton.overrides(params), args, kwargs)
+    with attention_for_this_call(), named_refusal(skeleton):
+        return skeleton.run("", params, args, kwargs, call)
 
 
 def call_loop(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
@@ -140,6 +145,8 @@ def _folded_run(
 ) -> Any:
     skeleton = delta.skeletons.get(delta.mode_flag)
     call = Call(stack, lift=lift, layout=layout, runners=runners(delta, stack, layout))
+    if needs_keeping(skeleton):
+        return kept_run(delta.skeletons.spare(delta.mode_flag), call, {}, args, kwargs)
     with attention_for_this_call():
         outer, skeleton.call = skeleton.call, call
         try:
