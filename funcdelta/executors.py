@@ -64,6 +64,8 @@ def call_vmap(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
 
     try:
         results = iter(torch.vmap(member, in_dims=(0, 0), randomness="different")(stack, inputs.mapped()))
+    except EngineError:
+        raise
     except RuntimeError as error:
         reason = known_vmap_limit(str(error))
         if reason is None:

@@ -33,8 +33,8 @@ MODULE = "torch.utils.checkpoint"
 SPELLINGS = ({"torch", "utils", "checkpoint"}, {MODULE}, {"checkpoint_fn"})
 """Names in code that calls it: in full, after an import inside a function, and in torch's wrapper of modules."""
 
-FLAG = "gradient_checkpointing"
-"""The attribute of Transformers' modules that says whether they, in training, checkpoint what they call."""
+FLAG, FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
+"""Attributes of Transformers' modules: whether they, in training, checkpoint what they call, and by what."""
 
 
 def recomputing(model: nn.Module) -> frozenset[str]:
@@ -94,13 +94,16 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def flags_of(backbone: nn.Module) -> list[tuple[nn.Module, bool, Any]]:
-    """The modules whose checkpointing can be turned on and off, with what they say now; see :func:`changed`."""
-    holders = [module for module in backbone.modules() if hasattr(module, FLAG)]
-    return [(module, getattr(module, FLAG), getattr(module, f"_{FLAG}_func", None)) for module in holders]
+Flags = list[tuple[dict[str, Any], Any, Any]]
 
 
-def changed(flags: list[tuple[nn.Module, bool, Any]]) -> bool:
+def flags_of(backbone: nn.Module) -> Flags:
+    """What the first and the last module whose checkpointing can be turned on say now; see :func:`changed`."""
+    holders = [vars(module) for module in backbone.modules() if hasattr(module, FLAG)]
+    return [(own, own.get(FLAG), own.get(FUNCTION)) for own in holders[:1] + holders[-1:]]
+
+
+def changed(flags: Flags) -> bool:
     """Whether checkpointing was turned on or off, or another function given to it, since ``flags`` were read.
 
     >>> module = torch.nn.Linear(2, 2)
@@ -109,16 +112,15 @@ def changed(flags: list[tuple[nn.Module, bool, Any]]) -> bool:
     >>> changed(before), changed(flags_of(module))
     (True, False)
     """
-    return any(
-        getattr(module, FLAG) is not flag or getattr(module, f"_{FLAG}_func", None) is not function
-        for module, flag, function in flags
-    )
+    return any(own.get(FLAG) is not flag or own.get(FUNCTION) is not function for own, flag, function in flags)
 
 
 def needs_keeping(skeleton: Skeleton) -> bool:
     """Whether a call on ``skeleton`` has to stay for recomputation; raises where torch could not recompute it."""
-    if not skeleton.recomputing or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not skeleton.recomputing or not torch.is_grad_enabled():
         return False
+    if torch.compiler.is_compiling():
+        raise RecomputeError(f"{_first(skeleton)} checkpoints its activations, which cannot be compiled. {TURN_OFF}")
     if inside_transform():
         certain = [path for path in skeleton.recomputing if hasattr(skeleton.module.get_submodule(path), FLAG)]
         if certain:
@@ -142,6 +144,21 @@ def named_refusal(skeleton: Skeleton) -> Iterator[None]:
         if not (refused and skeleton.recomputing and inside_transform()):
             raise
         raise RecomputeError(_no_transform(_first(skeleton))) from error
+
+
+@contextlib.contextmanager
+def without_reentrant() -> Iterator[None]:
+    """Say what to write where ``torch.autograd.grad`` meets the old kind of checkpointing, which it cannot serve."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant=True" not in str(error):
+            raise
+        raise RecomputeError(
+            "The backbone checkpoints its activations with use_reentrant=True, whose gradients come by "
+            "loss.sum().backward() alone. For fd.value_and_grad write "
+            'backbone.activation_checkpointing_enable({"use_reentrant": False}), or as your model has it.'
+        ) from error
 
 
 TURN_OFF = "Turn checkpointing off for it: backbone.activation_checkpointing_disable(), or as your model has it."
@@ -168,6 +185,7 @@ def kept_run(
     The outputs' graph holds the call; the skeleton knows it by a weak reference. So activations, params and rewritten
     weights are freed with the graph.
     """
+    _check_reentrant(skeleton, call)
     restore = _swap(skeleton.module, overrides)
     weakref.finalize(call, restore).atexit = False
     skeleton.kept = weakref.ref(call)
@@ -181,6 +199,19 @@ def kept_run(
         if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
             leaf.grad_fn.metadata.setdefault("funcdelta", []).append(call)
     return output
+
+
+def _check_reentrant(skeleton: Skeleton, call: Call) -> None:
+    """Raise where several modules would each go back through what one computation made for all of them."""
+    expanded = [s for s in skeleton.plan.shared if s.expanded and s.among(call.params)] if skeleton.plan else []
+    for path in sorted(skeleton.recomputing) if expanded else []:
+        function = getattr(skeleton.module.get_submodule(path), FUNCTION, None)
+        if getattr(function, "keywords", {}).get("use_reentrant"):
+            raise RecomputeError(
+                f"{path} is checkpointed with use_reentrant=True, where each module goes back by itself through what "
+                f"{expanded[0].name} computes once for all sites. Write "
+                f'backbone.activation_checkpointing_enable({{"use_reentrant": False}}), or train delta.bake(params).'
+            )
 
 
 def _swap(module: nn.Module, overrides: dict[str, Tensor]) -> Callable[[], None]:

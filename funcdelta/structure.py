@@ -35,6 +35,17 @@ def copy_structure(backbone: nn.Module, trains: bool = False) -> nn.Module:
         raise
 
 
+def is_quantised(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is of a class of its own, whose numbers are not those that it stands for.
+
+    Quantised weights are (torchao's, bitsandbytes'); a tensor sharded over processes is not.
+
+    >>> is_quantised(nn.Parameter(Tensor([1.0])))
+    False
+    """
+    return type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) and not hasattr(tensor, "full_tensor")
+
+
 def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Every parameter and buffer by all of its names."""
     return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
