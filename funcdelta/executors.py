@@ -85,6 +85,9 @@ def known_vmap_limit(message: str) -> str | None:
         return "torch.vmap cannot map this model: it reads values of tensors in Python"
     if "setup_context" in message or "autograd.Function" in message:
         return "torch.vmap cannot map this model: it has an autograd.Function without a batching rule"
+    autocast = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    if autocast and ("same dtype" in message or "scalar type" in message):
+        return "torch.vmap leaves layers with mapped weights out of autocast, so dtypes do not meet"
     if message.startswith("vmap") or "vmap" in message.split(":")[0]:
         return f"torch.vmap cannot map this model ({message.splitlines()[0][:160]})"
     return None

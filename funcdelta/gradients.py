@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from .errors import EngineError, ParamsError, RecomputeError, StackError
 from .executors import known_vmap_limit
 from .params import members, take
-from .recompute import without_reentrant
+from .recompute import gradients_of, note_reentrant
 from .transforms import inside_transform
 
 _stacks = threading.local()
@@ -161,6 +161,7 @@ def _differentiate(loss: Callable[..., Any], stack: Any, data: Sequence[Any], ha
             for leaf in leaves
         ]
         _stacks.members = None
+        note_reentrant(False)
         value = loss(pytree.tree_unflatten(roots, spec), *data)
         _refuse_average(value, has_aux)
         differentiable = [root for root in roots if isinstance(root, Tensor) and root.requires_grad]
@@ -169,9 +170,7 @@ def _differentiate(loss: Callable[..., Any], stack: Any, data: Sequence[Any], ha
             raise ParamsError(
                 "The loss does not depend on the params: it has no gradient. Was it computed under no_grad?"
             )
-        with without_reentrant():
-            gradients = torch.autograd.grad(losses.sum(), differentiable, allow_unused=True, materialize_grads=True)
-        found = iter(gradients)
+        found = iter(gradients_of(losses.sum(), differentiable))
     grads = [next(found) if isinstance(root, Tensor) and root.requires_grad else _zeros(root) for root in roots]
     value = pytree.tree_map_only(Tensor, Tensor.detach, value)
     return value, pytree.tree_unflatten(grads, spec)

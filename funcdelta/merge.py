@@ -52,7 +52,9 @@ def merge(delta: DeltaModel, params: Params, untie: bool = False) -> dict[str, T
                 for name, tensor in module._parameters.items()
                 if tensor is not None
             }
-            quantised = [name for name, tensor in module._parameters.items() if tensor is not None and is_quantised(tensor)]
+            quantised = [
+                name for name, tensor in module._parameters.items() if tensor is not None and is_quantised(tensor)
+            ]
             if quantised:
                 raise MergeError(
                     f"{path}.{quantised[0]} is quantised ({type(module._parameters[quantised[0]]).__name__}): "

@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,9 +81,9 @@ def _calls_checkpoint(function: types.FunctionType, seen: set[Any]) -> bool:
         found = function.__globals__.get(name)
         if MODULE in (getattr(found, "__module__", None), found.__name__ if inspect.ismodule(found) else None):
             return True
-        same_file = isinstance(found, types.FunctionType) and found.__module__ == function.__module__
-        if same_file and found not in seen and _calls_checkpoint(found, seen):
-            return True
+        if isinstance(found, types.FunctionType) and found.__module__ == function.__module__ and found not in seen:
+            if _calls_checkpoint(found, seen):
+                return True
     return False
 
 
@@ -146,19 +147,23 @@ def named_refusal(skeleton: Skeleton) -> Iterator[None]:
         raise RecomputeError(_no_transform(_first(skeleton))) from error
 
 
-@contextlib.contextmanager
-def without_reentrant() -> Iterator[None]:
-    """Say what to write where ``torch.autograd.grad`` meets the old kind of checkpointing, which it cannot serve."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "use_reentrant=True" not in str(error):
-            raise
-        raise RecomputeError(
-            "The backbone checkpoints its activations with use_reentrant=True, whose gradients come by "
-            "loss.sum().backward() alone. For fd.value_and_grad write "
-            'backbone.activation_checkpointing_enable({"use_reentrant": False}), or as your model has it.'
-        ) from error
+_seen = threading.local()
+
+
+def note_reentrant(yes: bool) -> None:
+    """Remember that sites ran without a graph inside a call that has one: checkpointed with ``use_reentrant=True``."""
+    _seen.reentrant = yes
+
+
+def gradients_of(loss: Tensor, leaves: list[Tensor]) -> Sequence[Tensor]:
+    """∂loss/∂leaf for each of ``leaves``, zero where it depends on none; ``leaves`` belong to the caller alone.
+
+    The old kind of checkpointing hides leaves from ``torch.autograd.grad``, which would then give zeros.
+    """
+    if not getattr(_seen, "reentrant", False):
+        return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    loss.backward()
+    return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
 
 
 TURN_OFF = "Turn checkpointing off for it: backbone.activation_checkpointing_disable(), or as your model has it."
@@ -195,10 +200,18 @@ def kept_run(
     finally:
         skeleton.call = None
         call.ended, call.reached = True, None
-    for leaf in pytree.tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
-            leaf.grad_fn.metadata.setdefault("funcdelta", []).append(call)
+    for leaf in _tensors(output):
+        if leaf.grad_fn is not None:
+            notes: dict[Any, Any] = leaf.grad_fn.metadata  # pyright: ignore[reportAssignmentType]
+            notes.setdefault("funcdelta", []).append(call)
     return output
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Every tensor of an output, those that an object of the model's own holds too."""
+    for leaf in pytree.tree_leaves(output):
+        held = [leaf] if isinstance(leaf, Tensor) else pytree.tree_leaves(dict(getattr(leaf, "__dict__", {})))
+        yield from (tensor for tensor in held if isinstance(tensor, Tensor))
 
 
 def _check_reentrant(skeleton: Skeleton, call: Call) -> None:

@@ -9,6 +9,7 @@ This file is the only place where a delta touches a model.
 from __future__ import annotations
 
 import functools
+import operator
 import types
 import weakref
 from collections.abc import Callable, Mapping
@@ -27,13 +28,15 @@ from .hidden import hidden_input, hidden_output
 from .layout import Layout, Recorder, SiteLayout
 from .plan import Attachment, Plan
 from .prompt import Prompts
-from .recompute import check_runner, recomputing, require_grad_outside_transforms
+from .recompute import check_runner, note_reentrant, recomputing, require_grad_outside_transforms
 from .spans import Stash, keep, take
 from .structure import copy_structure, forget_batch_statistics, named_tensors, paired_buffers
 from .transforms import is_wrapped, outside_transforms
 
 # torch runs these by one kernel that calls no submodule and has few derivatives, unless they have hooks.
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+
+VERSION = operator.attrgetter("_version")
 
 TENSOR = object()
 """Marks the place of a tensor among outputs; ``None`` is an output like any other."""
@@ -136,6 +139,7 @@ class Skeleton:
             # Without a delta it is the backbone to the bit, and kernels are chosen by who requires grad.
             self.module = copy_structure(backbone, trains=plan is None)
         self._buffers = paired_buffers(backbone, self.module)
+        self._versions = list(map(VERSION, self._buffers))
         for path, child in self.module.named_modules():
             child.training = flags.get(path, child.training) if training is None else training
         forget_batch_statistics(self.module)
@@ -172,11 +176,15 @@ class Skeleton:
 
         Parameters are shared, buffers are not; and what a call writes into them is forgotten: a call has no memory.
         """
-        for at, (source, own, *versions) in enumerate(self._buffers):
-            if [source._version, own._version] != versions:
-                with torch.no_grad():
+        # One pass in C over all of them, for models may have thousands.
+        if list(map(VERSION, self._buffers)) == self._versions:
+            return
+        with torch.no_grad():
+            for at in range(0, len(self._buffers), 2):
+                source, own = self._buffers[at : at + 2]
+                if [source._version, own._version] != self._versions[at : at + 2]:
                     own.copy_(source)
-                self._buffers[at] = (source, own, source._version, own._version)
+        self._versions = list(map(VERSION, self._buffers))
 
     # -- installation ----------------------------------------------------------------------------------------------
 
@@ -237,11 +245,17 @@ class Skeleton:
         """The call that a hook belongs to; without one the module is being recomputed for a backward pass."""
         call = self.call or (self.kept and self.kept())
         if call is None:
-            self.recomputing |= {path}
+            known, self.recomputing = self.recomputing, self.recomputing | {path}
             raise RecomputeError(
-                f"{path} runs again after its call has ended: it is checkpointed, and how was not seen before. It is "
-                f"known now: make the call again, and keep its outputs until the backward pass."
+                f"{path} runs again, as what is checkpointed does, and its call is gone: "
+                + (
+                    "none of the call's outputs is held any more. Hold one until the backward pass is over."
+                    if known
+                    else "that it is checkpointed was not seen before. It is known now: make the call again."
+                )
             )
+        if self.recomputing and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            note_reentrant(True)
         return call
 
     # -- a call at a site ------------------------------------------------------------------------------------------

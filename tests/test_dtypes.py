@@ -81,6 +81,7 @@ AUTOCAST = [
     ("low_rank_adapter", "distilbert"),
     ("test_rows", "bert"),
     ("test_written", "bert"),
+    ("lora", "conv2d"),
 ]
 
 
@@ -133,6 +134,3 @@ def test_leaves_are_on_their_sites_device() -> None:
         for name, leaf in params.items():
             assert leaf.device.type == ("meta" if name.startswith("1.") else "cpu")
     assert {leaf.device.type for leaf in delta.init(0, device="meta").values()} == {"meta"}
-    params = fd.tree.map(torch.clone, delta.init(0))
-    out = delta.apply({name: leaf.to("meta") for name, leaf in params.items()}, torch.empty(2, 4, device="meta"))
-    assert out.device.type == "meta"
