@@ -34,6 +34,7 @@ from .errors import MatchError as MatchError
 from .errors import MergeError as MergeError
 from .errors import ParamsError as ParamsError
 from .errors import PickError as PickError
+from .errors import RecomputeError as RecomputeError
 from .errors import StackError as StackError
 from .errors import StaleBackboneError as StaleBackboneError
 from .from_module import register_module as register_module

@@ -20,6 +20,7 @@ from .layout import Layout
 from .lift import Folded, split_members
 from .params import take
 from .probe import layout_for, runners
+from .recompute import kept_run, named_refusal, needs_keeping
 from .routing import Index, pick_rows, read_index
 from .skeleton import TENSOR, Call, Params
 
@@ -32,8 +33,12 @@ def call_single(
 ) -> Any:
     """One member: the backbone's own output; ``reached`` collects the sites that the call passes through."""
     skeleton = delta.skeletons.get(delta.mode_flag, hooked=bool(params))
-    with attention_for_this_call():
-        return skeleton.run("", params, args, kwargs, Call(params, reached=reached))
+    call = Call(params, reached=reached)
+    if params and needs_keeping(skeleton):
+        skeleton = delta.skeletons.spare(delta.mode_flag)
+        return kept_run(skeleton, call, skeleton.overrides(params), args, kwargs)
+    with attention_for_this_call(), named_refusal(skeleton):
+        return skeleton.run("", params, args, kwargs, call)
 
 
 def call_loop(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
@@ -58,6 +63,8 @@ def call_vmap(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
 
     try:
         results = iter(torch.vmap(member, in_dims=(0, 0), randomness="different")(stack, inputs.mapped()))
+    except EngineError:
+        raise
     except RuntimeError as error:
         reason = known_vmap_limit(str(error))
         if reason is None:
@@ -77,6 +84,9 @@ def known_vmap_limit(message: str) -> str | None:
         return "torch.vmap cannot map this model: it reads values of tensors in Python"
     if "setup_context" in message or "autograd.Function" in message:
         return "torch.vmap cannot map this model: it has an autograd.Function without a batching rule"
+    autocast = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    if autocast and ("same dtype" in message or "scalar type" in message):
+        return "torch.vmap leaves layers with mapped weights out of autocast, so dtypes do not meet"
     if message.startswith("vmap") or "vmap" in message.split(":")[0]:
         return f"torch.vmap cannot map this model ({message.splitlines()[0][:160]})"
     return None
@@ -128,6 +138,8 @@ def _folded_run(
 ) -> Any:
     skeleton = delta.skeletons.get(delta.mode_flag)
     call = Call(stack, lift=lift, layout=layout, runners=runners(delta, stack, layout))
+    if needs_keeping(skeleton):
+        return kept_run(delta.skeletons.spare(delta.mode_flag), call, {}, args, kwargs)
     with attention_for_this_call():
         outer, skeleton.call = skeleton.call, call
         try:

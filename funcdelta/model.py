@@ -233,7 +233,9 @@ class DeltaModel(Habits):
     ) -> dict[str, Tensor]:
         """Fresh params of one member, or with ``n`` (or several seeds) a stack.
 
-        A leaf depends on the member's seed and on the site's name alone: member i is the same whatever n is.
+        A leaf depends on the member's seed and on the site's name alone: member i is the same whatever n is. It is on
+        its site's device, and float32 where the site is half precision or quantised, else of the site's own dtype;
+        ``dtype`` and ``device`` choose others.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), lora_r=2, modified_modules=["0"])
         >>> {name: tuple(leaf.shape) for name, leaf in delta.init(0, n=3).items()}

@@ -40,7 +40,9 @@ def layout_for(
 ) -> Layout:
     """The layout of this input structure: remembered, or learned from one and two rows of these inputs."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    key = "|".join([str(delta.mode_flag), *sorted(delta.plan.present(stack)), *map(_fact, leaves), *kwargs])
+    key = "|".join(
+        [str(delta.mode_flag), _precision(leaves), *sorted(delta.plan.present(stack)), *map(_fact, leaves), *kwargs]
+    )
     if torch.compiler.is_compiling():
         # Sizes may be symbolic here; how many rows there are does not matter, and other sizes are taken as they are.
         shapes = tuple(
@@ -58,6 +60,12 @@ def layout_for(
             names = delta.plan.present(stack)
             delta.layouts[key] = layout = learn(delta, names, values, spec, row_axis, rows)
     return layout
+
+
+def _precision(leaves: list[Any]) -> str:
+    """The dtype that autocast gives where the inputs are: outputs of modules that run once per member have it too."""
+    device = next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
+    return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
 
 
 def _fact(leaf: Any) -> str:
