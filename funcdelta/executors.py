@@ -21,6 +21,7 @@ from .layout import Layout
 from .lift import Folded, split_members
 from .params import take
 from .probe import layout_for, runners
+from .sharded import check_ran
 from .skeleton import TENSOR, Call, Params
 from .transforms import is_wrapped
 
@@ -33,8 +34,13 @@ def call_single(
 ) -> Any:
     """One member: the backbone's own output; ``reached`` collects the sites that the call passes through."""
     skeleton = delta.skeletons.get(delta.mode_flag, hooked=bool(params))
+    call = Call(params, reached=reached)
+    if skeleton.units:
+        call.runners = delta.plan.runners(params)
     with attention_for_this_call():
-        return skeleton.run("", params, args, kwargs, Call(params, reached=reached))
+        output = skeleton.run("", params, args, kwargs, call)
+    check_ran(call.runners, call.ran)
+    return output
 
 
 def call_loop(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
