@@ -4,9 +4,9 @@ Started by ``torchrun``, on torch's own process groups and ``DeviceMesh``; writt
 Members never exchange anything while they train, so each process initialises, trains and saves its own ones, and only
 results are gathered. A process alone has all members: a script is the same for one and for many.
 
-A mesh of several dimensions counts row by row, the last dimension fastest. With the backbone sharded over one
-dimension (``prepare=lambda skeleton: fully_shard(skeleton, mesh=mesh["shards"])``), ``shard(n, mesh)`` still gives every
-process members of its own; those of one group then have to run in step: as many calls each, forward and backward.
+A mesh of several dimensions counts row by row, the last dimension fastest. With the backbone sharded over one of them
+(``prepare=lambda skeleton: fully_shard(skeleton, mesh=mesh["shards"])``) ``shard(n, mesh)`` still gives every process
+members of its own; those of one group then have to run in step: as many calls each, forward and backward.
 
 >>> import funcdelta as fd
 >>> delta = fd.LoraModel(nn.Sequential(nn.Linear(4, 3)), lora_r=2, modified_modules=["0"])
@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn  # noqa: F401  (nn: for the examples)
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
@@ -161,5 +161,3 @@ def _gather(tree: Any, group: Any, device: torch.device) -> Any:
 def _number(facts: Any) -> int:
     """A number that is almost surely another one for other facts; the same in every process."""
     return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:7], "big")
-
-

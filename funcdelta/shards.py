@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 STATE = "state.safetensors"
 FOLDER = re.compile(r"members-(\d+)-(\d+)")
+MOVED = re.compile(r"\.(members-\d+-\d+)\.old")
 
 
 def save_shard(
@@ -131,9 +132,9 @@ def _folders(path: Path) -> list[tuple[int, int]]:
     """``(first, last)`` of every part in ``path``, in order; what a killed save left behind is put right before."""
     if not path.is_dir():
         return []
-    names = {match[0] for entry in path.iterdir() if (match := FOLDER.match(entry.name))}
-    for name in names:
-        recover(path / name)
+    for entry in list(path.iterdir()):
+        if moved := MOVED.fullmatch(entry.name):
+            recover(path / moved[1])
     found = (FOLDER.fullmatch(entry.name) for entry in path.iterdir() if entry.is_dir())
     return sorted((int(match[1]), int(match[2])) for match in found if match)
 

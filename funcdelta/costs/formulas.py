@@ -9,10 +9,10 @@ them it would be 6P). Attention: two products of s · d_a forward, four backward
 matrices have gradients too, 6m::
 
     operations = T · (4 P + 12 L s d_a + 6 m)
-    bytes      = 2 · w N                       the backbone is read twice, by all members together
+    bytes      = 2 · w N · chunks              the backbone is read twice, by all members of a chunk together
                + T · 4 w · Σ (in + out)        each site reads what enters, adds to what leaves, and back
                + n · 8 · 4 m                   the optimiser reads and writes params, gradients and moments
-    seconds    = max(operations / F, 2 w N / BW) + (the other bytes) / BW
+    seconds    = max(operations / F, 2 w N · chunks / BW) + (the other bytes) / BW
 
 Where T exceeds F / BW (2-byte weights) the first term is arithmetic: n members cost what T tokens cost, whatever n is.
 Memory::
@@ -60,6 +60,11 @@ class Job:
         """T, of all members in one step of training."""
         return self.members * self.rows * self.length
 
+    @property
+    def chunks(self) -> int:
+        """How often the backbone runs in one step."""
+        return 1 if self.chunk is None else -(-self.members // self.chunk)
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -86,15 +91,15 @@ def training_cost(backbone: Backbone, member: Member, job: Job, device: Device, 
     >>> from funcdelta.costs import DEVICES, from_numbers
     >>> cost = training_cost(*from_numbers(layers=32, width=4096), Job(64, rows=1, length=512), DEVICES["h100"])
     >>> round(cost.seconds, 1), cost.bound, round(cost.memory["optimiser"] / 1e9, 2)
-    (2.0, 'arithmetic', 2.15)
+    (1.8, 'arithmetic', 2.15)
     """
     n, w, tokens = job.members, device.weight_bytes, job.tokens
     back = 1.0 if job.trained_layers is None else min(job.trained_layers, backbone.layers) / backbone.layers
     attention = backbone.layers * job.length * backbone.attended
     operations = tokens * (2 * backbone.linear * (1 + back) + (4 + 8 * back) * attention + 6 * member.multiplied)
-    read = w * backbone.parameters * (1 + back)
+    read = job.chunks * w * backbone.parameters * (1 + back)
     others = tokens * 4 * w * member.adapted + n * 8 * 4 * member.trained
-    at_once = tokens if job.chunk is None else min(job.chunk, n) * job.rows * job.length
+    at_once = min(job.chunk or n, n) * job.rows * job.length
     kept = 4 * backbone.width + 2 * backbone.attended + backbone.cached + 3 * backbone.intermediate
     memory = {
         "backbone": _held(backbone, w, shards),

@@ -1,7 +1,7 @@
 """Which layout fits: one device, members over devices, the backbone over devices, or both.
 
 Members exchange nothing while they train. A sharded backbone is gathered layer by layer in every pass,
-``passes · w N (k - 1) / k`` bytes into each of k devices, beside the arithmetic: the longer of the two counts.
+``passes · w N (k - 1) / k`` bytes (2 passes a chunk in training, 1 in generation) into each of k devices, beside the arithmetic: the longer of the two counts.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _place(
             why_not = f"{job.members} members of {job.rows} rows leave some of {devices} devices without work"
     cost = (decode_cost if decode else training_cost)(backbone, member, own, device, shards)
     whole = device.weight_bytes * backbone.parameters
-    exchange = (1 if decode else 2) * whole * (shards - 1) / shards / device.link
+    exchange = (1 if decode else 2 * own.chunks) * whole * (shards - 1) / shards / device.link
     fits = not why_not and cost.total <= device.memory
     return Placed(layout, devices, shards, own.members, cost, exchange, fits, why_not)
 

@@ -133,7 +133,10 @@ def count_backbone(model: nn.Module, config: Any, name: str = "backbone") -> Bac
     heads = _first(text, "num_attention_heads", "n_head", "num_heads")
     size = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or width // heads
     keys = getattr(text, "num_key_value_heads", None) or heads
-    intermediate = next((v for n in ("intermediate_size", "n_inner", "d_ff") if (v := getattr(text, n, None))), 4 * width)
+    names = ("intermediate_size", "n_inner", "d_ff")
+    intermediate = next((value for name in names if (value := getattr(text, name, None))), 4 * width)
+        (v for n in ("intermediate_size", "n_inner", "d_ff") if (v := getattr(text, n, None))), 4 * width
+    )
     return Backbone(
         name,
         sum(parameter.numel() for parameter in model.parameters()),
