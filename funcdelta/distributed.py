@@ -130,9 +130,9 @@ def _gather(tree: Any, group: Any, device: torch.device) -> Any:
     k = members(tree)
     kinds = [(name, tuple(leaf.shape[1:]), leaf.dtype) for name, leaf in pairs]
     facts = torch.tensor([k, _number(kinds)], device=device)
-    all_facts = facts.new_empty(world * 2)
-    dist.all_gather_into_tensor(all_facts, facts, group=group)
-    counts, numbers = all_facts.view(world, 2).unbind(1)
+    all_facts = [torch.empty_like(facts) for _ in range(world)]
+    dist.all_gather(all_facts, facts, group=group)
+    counts, numbers = torch.stack(all_facts).unbind(1)
     unlike = (numbers != numbers[0]).nonzero().flatten().tolist()
     if unlike:
         raise ParamsError(
@@ -144,9 +144,9 @@ def _gather(tree: Any, group: Any, device: torch.device) -> Any:
     widths, most = [row.shape[1] for row in rows], int(counts.max())
     own = torch.zeros(most, sum(widths), dtype=torch.uint8, device=device)
     torch.cat(rows, 1, out=own[:k])
-    everything = own.new_empty(world * most, sum(widths))
-    dist.all_gather_into_tensor(everything, own, group=group)
-    kept = torch.cat([part[:count] for part, count in zip(everything.split(most), counts.tolist(), strict=True)])
+    parts = [torch.empty_like(own) for _ in range(world)]
+    dist.all_gather(parts, own, group=group)
+    kept = torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
     found = iter(zip(kept.split(widths, 1), pairs, strict=True))
 
     def unpack(leaf: Tensor) -> Tensor:

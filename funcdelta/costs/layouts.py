@@ -1,7 +1,7 @@
 """Which layout fits: one device, members over devices, the backbone over devices, or both.
 
-Members exchange nothing while they train. A sharded backbone is gathered layer by layer in every pass,
-``passes · w N (k - 1) / k`` bytes (2 passes a chunk in training, 1 in generation) into each of k devices, beside the arithmetic: the longer of the two counts.
+Members exchange nothing while they train. A sharded backbone is gathered layer by layer in every pass (two a chunk in
+training, one in generation), ``w N (k - 1) / k`` bytes into each of k devices, beside the arithmetic: the longer counts.
 """
 
 from __future__ import annotations

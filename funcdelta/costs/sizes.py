@@ -127,7 +127,8 @@ def count_backbone(model: nn.Module, config: Any, name: str = "backbone") -> Bac
         # Conv1D of GPT-2 is a linear by another name.
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             weights[id(module.weight)] = module.weight
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = find_head()
     layers = _first(text, "num_hidden_layers", "n_layer", "num_layers")
     width = _first(text, "hidden_size", "n_embd", "d_model")
     heads = _first(text, "num_attention_heads", "n_head", "num_heads")
@@ -135,8 +136,6 @@ def count_backbone(model: nn.Module, config: Any, name: str = "backbone") -> Bac
     keys = getattr(text, "num_key_value_heads", None) or heads
     names = ("intermediate_size", "n_inner", "d_ff")
     intermediate = next((value for name in names if (value := getattr(text, name, None))), 4 * width)
-        (v for n in ("intermediate_size", "n_inner", "d_ff") if (v := getattr(text, n, None))), 4 * width
-    )
     return Backbone(
         name,
         sum(parameter.numel() for parameter in model.parameters()),
