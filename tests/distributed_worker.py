@@ -239,6 +239,7 @@ CASES = {case.__name__: case for case in (members, backbone, both, killed, resum
 
 def run(case: str, rank: int, world: int, folder: Path, init: str) -> None:
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "There is a performance drop")  # vmap without a batching rule
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world)
     found = CASES[case](rank, world, folder)

@@ -1,7 +1,7 @@
 """Which layout fits: one device, members over devices, the backbone over devices, or both.
 
-Members exchange nothing while they train. A sharded backbone is gathered layer by layer in every pass (two a chunk in
-training, one in generation), ``w N (k - 1) / k`` bytes into each of k devices, beside the arithmetic: the longer counts.
+Members exchange nothing while they train. A sharded backbone is gathered by layers in every pass (two a chunk in
+training, one in generation), ``w N (k - 1) / k`` bytes into each of k devices, while it computes: the longer counts.
 """
 
 from __future__ import annotations
