@@ -2,6 +2,7 @@
 
 import typing as _typing
 
+from . import distributed as distributed
 from . import optim as optim
 from . import tree as tree
 from .attention import higher_order as higher_order

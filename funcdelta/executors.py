@@ -22,6 +22,7 @@ from .params import take
 from .probe import layout_for, runners
 from .recompute import kept_run, named_refusal, needs_keeping
 from .routing import Index, pick_rows, read_index
+from .sharded import check_ran
 from .skeleton import TENSOR, Call, Params
 
 if TYPE_CHECKING:
@@ -37,8 +38,12 @@ def call_single(
     if params and needs_keeping(skeleton):
         skeleton = delta.skeletons.spare(delta.mode_flag)
         return kept_run(skeleton, call, skeleton.overrides(params), args, kwargs)
+    if skeleton.units:
+        call.runners = delta.plan.runners(params)
     with attention_for_this_call(), named_refusal(skeleton):
-        return skeleton.run("", params, args, kwargs, call)
+        output = skeleton.run("", params, args, kwargs, call)
+    check_ran(call.runners, call.ran)
+    return output
 
 
 def call_loop(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:

@@ -217,12 +217,14 @@ def _unlike(pair: Tensor, axis: int) -> Tensor:
 def _record(
     skeleton: Skeleton, entry: str, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Recorder, Any]:
-    recorder = Recorder()
+    call = Call(params, recorder=(recorder := Recorder()))
+    if skeleton.units and skeleton.plan is not None:
+        call.runners = skeleton.plan.runners(params)
     skeleton.follow_buffers()
     torch.manual_seed(0)
     try:
         with torch.no_grad():
-            return recorder, skeleton.enter(entry, params, args, kwargs, Call(params, recorder=recorder))
+            return recorder, skeleton.enter(entry, params, args, kwargs, call)
     except RuntimeError as error:
         # torch's complaint about shapes: an input was taken for rows that is none. Others are the model's own errors.
         if isinstance(error, FuncdeltaError) or not ("shape" in str(error) or "size" in str(error)):

@@ -29,6 +29,7 @@ from .layout import Layout, Recorder, SiteLayout
 from .plan import Attachment, Plan
 from .prompt import Prompts
 from .recompute import check_runner, note_reentrant, recomputing, require_grad_outside_transforms
+from .sharded import check_unit, units
 from .spans import Stash, keep, take
 from .structure import copy_structure, forget_batch_statistics, named_tensors, paired_buffers
 from .transforms import is_wrapped, outside_transforms
@@ -93,6 +94,7 @@ class Call:
     stash: Stash = field(default_factory=dict)
     never_ends: bool = False
     ended: bool = False
+    ran: set[str] = field(default_factory=set)
 
     def next_visit(self, path: str) -> int | None:
         """Which call of the module at ``path`` comes next; ``None``: one of those that were made, again."""
@@ -145,6 +147,7 @@ class Skeleton:
         forget_batch_statistics(self.module)
         if prepare is not None:
             prepare(self.module)
+        self.units = units(self.module)
         self._dtypes = {name: t.dtype for name, t in named_tensors(self.module)}
         self.plan = plan
         self.call: Call | None = None
@@ -320,9 +323,11 @@ class Skeleton:
 
     def _run_members(self, call: Call, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module at ``path`` with weights of the member's own: once, or once for each folded member."""
+        if self.units and path in call.runners:
+            check_unit(path, self.units)
+            call.ran.add(path)
         if call.recorder is None and call.lift is None:
-            p = {key: call.params[key] for key in call.runners[path]}
-            return self.run(path, p, args, kwargs, Call(p, stash=call.stash, never_ends=call.never_ends))
+            return self._run_one(call, path, args, kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         shape_of_output: list[Any] = []
@@ -337,7 +342,8 @@ class Skeleton:
             return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
 
         if call.recorder is not None:
-            output = self.bypasses[path](*args, **kwargs)
+            alone = path in call.runners
+            output = self._run_one(call, path, args, kwargs) if alone else self.bypasses[path](*args, **kwargs)
             call.recorder.run(path, tensors, [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)])
             return output
         assert call.layout is not None
@@ -355,13 +361,22 @@ class Skeleton:
         filled = [next(results) if other is TENSOR else other for other in others]
         return pytree.tree_unflatten(filled, out_spec)
 
+    def _run_one(self, call: Call, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module at ``path`` once, with tensors of the one member of this call."""
+        p = {key: call.params[key] for key in call.runners[path]}
+        inner = Call(
+            p, recorder=call.recorder, reached=call.reached, stash=call.stash, never_ends=call.never_ends, ran=call.ran
+        )
+        return self.run(path, p, args, kwargs, inner)
+
     # -- calls -----------------------------------------------------------------------------------------------------
 
     def run(
         self, path: str, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call | None = None
     ) -> Any:
         """The module at ``path`` with one member's params: hidden values through hooks, weights through a swap."""
-        overrides = self.overrides(params, path)
+        # A sharded module sets its parameters as it begins, over an override: runners replace them (Plan.runners).
+        overrides = self.overrides(params, path) if path or not self.units else {}
         target: nn.Module = self.module
         if path in self.bypasses:
             target = self.bypasses[path]
@@ -379,7 +394,8 @@ class Skeleton:
         """The module at ``path`` called from outside, hooks and all: the model itself, or its encoder alone."""
         target = self.module.get_submodule(path)
         cut = len(path) + 1 if path else 0
-        overrides = {name[cut:]: tensor for name, tensor in self.overrides(params, path).items()}
+        found = self.overrides(params, path) if path or not self.units else {}
+        overrides = {name[cut:]: tensor for name, tensor in found.items()}
         outer, self.call = self.call, call
         try:
             if not overrides:

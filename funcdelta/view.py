@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .errors import MatchError, ParamsError, StaleBackboneError
 from .match import near, within
 from .reach import missed_sites
+from .sharded import check_bound
 from .sharing import Expanding
 from .skeleton import Call, Params, Skeleton
 
@@ -101,6 +102,7 @@ def bind(delta: DeltaModel, params: Params) -> nn.Module:
     skeleton = delta.skeletons.build(delta.mode_flag)
     module = skeleton.module
     names = [name for name in delta.names if name in params]
+    check_bound(skeleton.units, [name for name in names if name in delta.plan.trained])
     for name in names:
         value = params[name].detach().clone()
         if name in delta.plan.trained:
