@@ -63,6 +63,7 @@ from .params import unstack as unstack
 from .picker import pick as pick
 from .site import Site as Site
 from .structures import common_names as common_names
+from .tokenwise import linear as linear
 from .view import unbind as unbind
 
 DeltaBase = DeltaModel
