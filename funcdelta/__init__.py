@@ -61,6 +61,7 @@ from .params import stack as stack
 from .params import take as take
 from .params import unstack as unstack
 from .picker import pick as pick
+from .resident import Resident as Resident
 from .site import Site as Site
 from .structures import common_names as common_names
 from .tokenwise import linear as linear

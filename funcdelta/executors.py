@@ -7,7 +7,6 @@ normal fast path once; only at a site is the hidden value split again, and the m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +20,8 @@ from .layout import Layout
 from .lift import Folded, split_members
 from .params import take
 from .probe import layout_for, runners
+from .routing import Index, pick_rows, read_index
 from .skeleton import TENSOR, Call, Params
-from .transforms import is_wrapped
 
 if TYPE_CHECKING:
     from .model import DeltaModel
@@ -106,31 +105,20 @@ def route_rows(
     delta: DeltaModel,
     stack: Params,
     n: int,
-    index: Sequence[int] | Tensor,
+    index: Index,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     """Row i of the batch with member ``index[i]`` of the stack; -1 runs the bare backbone."""
-    device = next(iter(stack.values())).device
-    index = torch.as_tensor(index, device=device)
-    if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
-        raise ParamsError(f"index has the shape {tuple(index.shape)} and dtype {index.dtype}; expected (b,) integers.")
+    index, present = read_index(index, n, next(iter(stack.values())).device)
     inputs = Inputs(delta.backbone, n, args, kwargs, None, delta.batch_dim)
     if index.shape[0] != inputs.b:
         raise ParamsError(f"index has {index.shape[0]} entries for a batch of {inputs.b} rows: give one member a row.")
-    # Values steer Python code only where they can be read: compiled code and transforms mask every row.
-    readable = not torch.compiler.is_compiling() and not is_wrapped(index)
-    if readable and (int(index.max()) >= n or int(index.min()) < -1):
-        raise ParamsError(
-            f"index names the members {int(index.min())} to {int(index.max())}; there are 0 to {n - 1}, and -1."
-        )
-    bare = index < 0
-    present = None if readable and not bool(bare.any()) else ~bare
     if inputs.b == 0:
         return call_single(delta, {name: leaf[0] for name, leaf in stack.items()}, args, kwargs)
     if inputs.b == 1 and present is None:
         return call_single(delta, {name: leaf[index[0]] for name, leaf in stack.items()}, args, kwargs)
-    taken = {name: leaf[index.clamp(min=0)] for name, leaf in stack.items()}
+    taken = pick_rows(stack, index)
     layout = layout_for(delta, taken, args, kwargs, inputs.row_axis, inputs.b)
     return _folded_run(delta, taken, layout, args, kwargs, Folded(inputs.b, 1, present))
 

@@ -348,6 +348,19 @@ class Skeleton:
         finally:
             self.call = outer
 
+    def enter(self, path: str, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Any:
+        """The module at ``path`` called from outside, hooks and all: the model itself, or its encoder alone."""
+        target = self.module.get_submodule(path)
+        cut = len(path) + 1 if path else 0
+        overrides = {name[cut:]: tensor for name, tensor in self.overrides(params, path).items()}
+        outer, self.call = self.call, call
+        try:
+            if not overrides:
+                return target(*args, **kwargs)
+            return functional_call(target, overrides, args, kwargs, tie_weights=False)
+        finally:
+            self.call = outer
+
     def overrides(self, params: Params, under: str = "") -> dict[str, Tensor]:
         """The backbone's tensors that ``params`` replace or rewrite, below the path ``under``, by every name."""
         plan = self.plan
