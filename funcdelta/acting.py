@@ -60,7 +60,9 @@ def _bound(attachment: Attachment, function: str, training: bool) -> Callable[..
         raised = [v.to(dtype) if v.dtype != dtype and v.is_floating_point() else v for v in values]
         result = method(site, p, *raised)
         if not isinstance(result, Tensor):
-            raise ConfigError(f"{type(config).__name__}.{function} returned {type(result).__name__}; expected a tensor.")
+            raise ConfigError(
+                f"{type(config).__name__}.{function} returned {type(result).__name__}; expected a tensor."
+            )
         return result if result.dtype == own or not own.is_floating_point else result.to(own)
 
     # A config's order of axes counts those of the model's own value.
