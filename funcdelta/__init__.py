@@ -66,6 +66,7 @@ from .picker import pick as pick
 from .resident import Resident as Resident
 from .site import Site as Site
 from .structures import common_names as common_names
+from .tokenwise import linear as linear
 from .view import unbind as unbind
 
 DeltaBase = DeltaModel
