@@ -53,7 +53,7 @@ class Trunk:
     share: float
     refused: str = ""
 
-    def at(self, path: str, index: int) -> Ends | None:
+    def at(self, path: str, index: int | None) -> Ends | None:
         """What to do at the ``index``-th call of the module at ``path``.
 
         >>> trunk = Trunk({"0": (Ends({"0": 0}, {"": 0}), None)}, share=0.5)
@@ -61,6 +61,8 @@ class Trunk:
         True
         """
         visits = self.modules[path]
+        if index is None:
+            raise FoldError(f'{path} runs again in a backward pass, and its trunk was not kept. Use engine="fold".')
         if index >= len(visits):
             raise FoldError(
                 f"{path} was called {index + 1} times, but {len(visits)} times when the shared modules were found: "

@@ -39,6 +39,7 @@ def trunk_for(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     row_axis: Mapping[int, int],
+    rows: int,
     layout: Layout,
     least: float,
 ) -> Trunk:
@@ -55,7 +56,7 @@ def trunk_for(
         with probing:
             values = [concrete(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             try:
-                trunk = find(delta, delta.plan.present(stack), rows_of(values, spec, row_axis), layout, least)
+                trunk = find(delta, delta.plan.present(stack), rows_of(values, spec, row_axis, rows), layout, least)
             except FoldError as error:
                 trunk = Trunk({}, 0.0, str(error))
             delta.trunks[key] = trunk
@@ -75,7 +76,9 @@ def find(delta: DeltaModel, names: frozenset[str], pick: Pick, layout: Layout, l
         acting = _where_deltas_act(delta, members, layout, skeleton)
 
         def once(i: int) -> Any:
-            return skeleton.run("", take(members, i), *pick(0, 1), Call(take(members, i)))
+            params = take(members, i)
+            own = delta.plan.runners(params) if skeleton.units else {}
+            return skeleton.run("", params, *pick(0, 1), Call(params, runners=own))
 
         def folded(trunk: Trunk | None) -> Any:
             call = Call(members, Folded(2, 2), layout, runners(delta, members, layout), trunk=trunk)

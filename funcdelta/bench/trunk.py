@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
 import funcdelta as fd
-from funcdelta.bench.measure import BARE, NOISE, DisagreementError, Effort, Notify, Row, Table, Target, _median
-from funcdelta.bench.subjects import Shape, Subject, _llama
+from funcdelta.bench.measure import BARE, NOISE, DisagreementError, Effort, Notify, Row, Table, Target
+from funcdelta.bench.subjects import Shape, Subject, _llama, llama
 from funcdelta.bench.timing import Ratio, Samples, interleave, quiet
 
 MEMBERS, ROWS, LENGTH = 32, 2, 32
@@ -94,13 +95,13 @@ def table(
 
     samples, attempts = quiet(attempt, NOISE, effort.attempts)
     passes = ideal(share, shape.members)
-    rows = [Row(BARE, _median(samples.yardstick), Ratio(1.0, 1.0, 1.0))]
+    rows = [Row(BARE, _milliseconds(samples.yardstick), Ratio(1.0, 1.0, 1.0))]
     for engine in ENGINES:
         ratio, target = samples.ratio(engine), None
         if subject.judged and engine == "trunk":
             target = Target.at_most("x ((1 - q) + q n)", 1.15, ratio.median / passes)
-        rows.append(Row(engine, _median(samples.times[engine]), ratio, target=target))
-    rows.append(Row("(1 - q) + q n", passes * _median(samples.yardstick), Ratio(passes, passes, passes)))
+        rows.append(Row(engine, _milliseconds(samples.times[engine]), ratio, target=target))
+    rows.append(Row("(1 - q) + q n", passes * _milliseconds(samples.yardstick), Ratio(passes, passes, passes)))
     return Table(
         title,
         subject.name,
@@ -137,18 +138,21 @@ def deep_llama() -> Subject:
     return _llama("llama-12", vocabulary=4096, width=384, layers=12, heads=12)
 
 
-def tables(
-    subjects: Mapping[str, Callable[[], Subject]], effort: Effort, quick: bool = False, notify: Notify = lambda _: None
+def trunk_tables(
+    subjects: Mapping[str, Callable[[], Subject]],
+    effort: Effort,
+    points: int | None = None,
+    notify: Notify = lambda _: None,
 ) -> Iterator[Table]:
-    """The tables of every subject along :func:`curve`; `quick`: the first alone.
+    """The tables of every subject along :func:`curve`, or the first ``points`` of each.
 
-    >>> list(tables({}, Effort()))
+    >>> list(trunk_tables({}, Effort()))
     []
     """
     for name, load in subjects.items():
         notify(f"loading {name}")
-        subject = deep_llama() if name == "llama" else load()
-        for layers in curve(subject)[: 1 if quick else None]:
+        subject = deep_llama() if load is llama else load()
+        for layers in curve(subject)[:points]:
             yield table(subject, layers, effort, notify)
 
 
@@ -161,3 +165,7 @@ def _disagreement(steps: dict[str, Callable[[], torch.Tensor]], expected: torch.
             raise DisagreementError(f"{engine}: outputs differ from a loop over members by {error:.1e}")
         worst = max(worst, error)
     return round(worst, 7)
+
+
+def _milliseconds(seconds: tuple[float, ...]) -> float:
+    return 1e3 * statistics.median(seconds)
