@@ -65,10 +65,10 @@ def _without_views(module: nn.Module, args: Any, output: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.clone() if t.requires_grad and t._is_view() else t, output)
 
 
-def check_runner(path: str, units: Iterable[str]) -> None:
+def check_unit(path: str, units: Iterable[str]) -> None:
     """Raise `EngineError` if the module at ``path``, which has to run with tensors of a member, has a unit below it.
 
-    >>> check_runner("encoder.dense", ["", "encoder"])
+    >>> check_unit("encoder.dense", ["", "encoder"])
     """
     for unit in units:
         if unit != path and (not path or unit.startswith(path + ".")):

@@ -121,8 +121,13 @@ def bind(delta: DeltaModel, params: Params) -> nn.Module:
     if "" in runners:
         skeleton.open_forward("")
     skeleton.call = Call(given, runners=runners, never_ends=True)
-    kind = type(delta.backbone)
-    module.__class__ = type(kind.__name__, (View, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    return as_view(delta, skeleton, View, leaves)
+
+
+def as_view(delta: DeltaModel, skeleton: Skeleton, view: type[View], leaves: Mapping[str, Tensor]) -> nn.Module:
+    """The skeleton's module as a ``view`` of the backbone's class over ``leaves``; its first call is verified."""
+    module, kind = skeleton.module, type(delta.backbone)
+    module.__class__ = type(kind.__name__, (view, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
     object.__setattr__(module, "_delta", delta)
     object.__setattr__(module, "_leaves", leaves)
     aliases = [(name, p, p._version) for name, p in module.named_parameters() if name not in leaves]
