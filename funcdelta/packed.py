@@ -125,9 +125,9 @@ class Packed(BaseDeltaConfig):
         found = {leaf: t for leaf, t in p.items() if leaf not in OWN_LEAVES and not leaf.startswith(SIZE)}
         if any(leaf.startswith(SIZE) for leaf in p):
             for name, paddable in self.padding(site).items():
-                size = p.get(SIZE + name)
-                for leaf, axis in paddable.axes.items() if size is not None else ():
-                    found[leaf] = masked(found[leaf], axis, size, paddable.pieces.get(leaf, 1))
+                if SIZE + name in p:
+                    for leaf, axis in paddable.axes.items():
+                        found[leaf] = masked(found[leaf], axis, p[SIZE + name], paddable.pieces.get(leaf, 1))
         return found
 
     def padded(self, site: Site, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -226,7 +226,8 @@ def packed_class(method: type[BaseDeltaConfig]) -> type[Packed]:
     @give
     def expand(self: Packed, sites: tuple[Site, ...], p: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         passed = {leaf: p[leaf] for leaf in ("source", *self.varying)}
-        found = of_method.expand(self, sites, {leaf: t for leaf, t in p.items() if leaf not in passed})
+        written = {leaf: tensor for leaf, tensor in p.items() if leaf not in passed}
+        found = of_method.expand(self, sites, written) if written else {site.path: {} for site in sites}
         return {path: leaves | passed for path, leaves in found.items()}
 
     made = type(f"Packed{method.__name__}", (Packed, method), {"__module__": __name__, **functions})

@@ -100,17 +100,19 @@ def _column(
     assert given is not None
     parts: list[Tensor] = []
     for value, n in zip(column, counts, strict=True):
-        if isinstance(value, float):
-            value = torch.full((n,), value, dtype=given.dtype, device=given.device)
-        elif value is None:
+        if isinstance(value, Tensor):
+            part = value
+        elif value is not None:
+            part = torch.full((n,), value, dtype=given.dtype, device=given.device)
+        else:
             assert fresh is not None
-            value = fresh.to(given).expand(n, *fresh.shape)
-        if value.dtype != given.dtype or value.device != given.device:
+            part = fresh.to(given).expand(n, *fresh.shape)
+        if part.dtype != given.dtype or part.device != given.device:
             raise ParamsError(
-                f"{name} is {given.dtype} on {given.device} in one member and {value.dtype} on {value.device} in "
+                f"{name} is {given.dtype} on {given.device} in one member and {part.dtype} on {part.device} in "
                 f"another: members of one stack are alike in both. Convert one: leaf.to({given.dtype})."
             )
-        parts.append(value)
+        parts.append(part)
     return torch.cat(parts)
 
 

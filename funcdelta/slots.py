@@ -66,7 +66,9 @@ class Slot:
             return "method"
         same_sites = own.keys() == self.sites.keys()
         parts = any(a.site.parts for a in (*own.values(), *self.sites.values()))
-        if not same_sites and ("" in own or "" in self.sites or parts or config.gives("expand")):
+        if not same_sites and (
+            "" in own or "" in self.sites or parts or (config.gives("expand") and group is not None)
+        ):
             return "sites"
         for path in own.keys() & self.sites.keys():
             a, b = own[path], self.sites[path]
