@@ -252,10 +252,14 @@ def where_present(p: Mapping[str, Tensor], new: Tensor, old: Tensor) -> Tensor:
 def masked(leaf: Tensor, axis: int, size: Tensor, pieces: int = 1) -> Tensor:
     """``leaf`` with zeros after the first ``size`` of each of ``pieces`` pieces of ``axis`` (counted from the last).
 
+    Raises ``ConfigError`` where the dtype of ``size`` has no such whole numbers.
+
     >>> masked(torch.ones(6), -1, torch.tensor(2.0), pieces=2)
     tensor([1., 1., 0., 1., 1., 0.])
     """
     length = leaf.shape[axis]
+    if length * torch.finfo(size.dtype).eps > 2:
+        raise ConfigError(f"{size.dtype} cannot count to {length}: keep the leaves called size.… in float32.")
     at = torch.arange(length, device=leaf.device) % (length // pieces)
     return torch.where(at.view(-1, *[1] * (-axis - 1)) < size, leaf, leaf.new_zeros(()))
 

@@ -96,6 +96,12 @@ def unpack(delta: DeltaModel, stack: Mapping[str, Tensor]) -> list[tuple[DeltaMo
     packed = _packed_configs(delta)
     n = check_stack(stack, delta.shapes, delta.plan.keys(), {})
     _need_all(delta, stack, "unpack")
+    for name, config in zip(delta.plan.names, packed, strict=True):
+        if len(config.origins) * torch.finfo(stack[f"{name}.source"].dtype).eps > 2:
+            raise ParamsError(
+                f"{name}.source is {stack[f'{name}.source'].dtype}, which cannot count to {len(config.origins)}: keep "
+                f"this leaf in float32."
+            )
     sources = torch.stack([stack[f"{name}.source"].detach().round().long().cpu() for name in delta.plan.names], 1)
     rows = [tuple(row) for row in sources.tolist()]
     built: dict[Any, DeltaModel] = {}

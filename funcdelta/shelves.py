@@ -73,12 +73,12 @@ def _row(
         alone = own.sites.get(path) if own is not None else None
         for leaf in ("present",) if "present" in packed.leaves else ():
             given[packed.leaves[leaf]] = float(alone is not None)
+        unlike = {leaf.removeprefix(SIZE): key for leaf, key in packed.leaves.items() if leaf.startswith(SIZE)}
         if alone is None or own is None:
+            given |= dict.fromkeys(unlike.values(), 1.0)
             continue
         sizes = alone.config.padding(alone.site)
-        given |= {
-            key: float(sizes[leaf[len(SIZE) :]].size) for leaf, key in packed.leaves.items() if leaf.startswith(SIZE)
-        }
+        given |= {key: float(sizes[name].size) for name, key in unlike.items()}
         leaves = {leaf: params[key] for leaf, key in alone.leaves.items() if key in alone.shapes}
         given |= {packed.leaves[leaf]: value for leaf, value in config.padded(packed.site, leaves).items()}
         shared = own.shared.leaves.values() if own.shared is not None else ()
@@ -103,7 +103,11 @@ def _column(
         if isinstance(value, Tensor):
             part = value
         elif value is not None:
-            part = torch.full((n,), value, dtype=given.dtype, device=given.device)
+            # Half precision cannot count to what sizes and sources may be.
+            counts_up = name.rpartition(".")[2] == "source" or f".{SIZE}" in name
+            dtype = torch.promote_types(given.dtype, torch.float32) if counts_up else given.dtype
+            parts.append(torch.full((n,), value, dtype=dtype, device=given.device))
+            continue
         else:
             assert fresh is not None
             part = fresh.to(given).expand(n, *fresh.shape)
