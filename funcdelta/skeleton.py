@@ -28,7 +28,7 @@ from .plan import Attachment, Plan
 from .prompt import Prompts
 from .spans import Stash, keep, take
 from .structure import copy_structure, forget_batch_statistics, named_tensors, paired_buffers
-from .transforms import is_wrapped, outside_transforms
+from .transforms import inside_transform, is_wrapped, outside_transforms
 
 # torch runs these by one kernel that calls no submodule and has few derivatives, unless they have hooks.
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
@@ -127,6 +127,7 @@ class Skeleton:
             # Without a delta it is the backbone to the bit, and kernels are chosen by who requires grad.
             self.module = copy_structure(backbone, trains=plan is None)
         self._buffers = paired_buffers(backbone, self.module)
+        self.writes_buffers = False
         for path, child in self.module.named_modules():
             child.training = flags.get(path, child.training) if training is None else training
         forget_batch_statistics(self.module)
@@ -162,7 +163,8 @@ class Skeleton:
         """
         for at, (source, own, *versions) in enumerate(self._buffers):
             if [source._version, own._version] != versions:
-                with torch.no_grad():
+                self.writes_buffers |= own._version != versions[1]
+                with torch.no_grad(), outside_transforms():
                     own.copy_(source)
                 self._buffers[at] = (source, own, source._version, own._version)
 
@@ -340,6 +342,10 @@ class Skeleton:
             target = self.bypasses[path]
             cut = len(path) + 1 if path else 0
             overrides = {"module." + name[cut:]: tensor for name, tensor in overrides.items()}
+        elif self.writes_buffers and inside_transform():
+            # Transforms forbid writing to what they did not make.
+            buffers = self.module.named_buffers(remove_duplicate=False)
+            overrides = {name: buffer.clone() for name, buffer in buffers} | overrides
         outer, self.call = self.call, call or Call(params)
         try:
             if not overrides:
