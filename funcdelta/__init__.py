@@ -2,6 +2,7 @@
 
 import typing as _typing
 
+from . import distributed as distributed
 from . import optim as optim
 from . import tree as tree
 from .attention import higher_order as higher_order
@@ -34,6 +35,7 @@ from .errors import MatchError as MatchError
 from .errors import MergeError as MergeError
 from .errors import ParamsError as ParamsError
 from .errors import PickError as PickError
+from .errors import RecomputeError as RecomputeError
 from .errors import StackError as StackError
 from .errors import StaleBackboneError as StaleBackboneError
 from .from_module import register_module as register_module
@@ -61,8 +63,10 @@ from .params import stack as stack
 from .params import take as take
 from .params import unstack as unstack
 from .picker import pick as pick
+from .resident import Resident as Resident
 from .site import Site as Site
 from .structures import common_names as common_names
+from .tokenwise import linear as linear
 from .view import unbind as unbind
 
 DeltaBase = DeltaModel

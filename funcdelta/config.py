@@ -227,6 +227,15 @@ class BaseDeltaConfig:
         """Names of leaves that never train (scales, frozen bases)."""
         return ()
 
+    def tokenwise(self, site: Site) -> bool:
+        """Whether ``before`` and ``after`` make of each token alone a token, by matrix products and elementwise steps.
+
+        Such functions are called once for all members, without a map: with hidden values (n, T, d), matrices
+        (n, a, b), vectors (n, 1, d) and numbers (n, 1, 1) in ``p``. Write them with :func:`funcdelta.linear`,
+        ``leaf.mT`` and axes counted from the last, and they are right in both ways.
+        """
+        return False
+
     def own_sites(self, backbone: nn.Module) -> list[str] | None:
         """The sites when none are named, found by structure; ``None``: those of ``default_modified_modules``."""
         return None

@@ -98,6 +98,21 @@ class FoldError(EngineError):
     """
 
 
+class RecomputeError(EngineError):
+    """Gradient checkpointing cannot recompute a call that is made in this way.
+
+    >>> class Checkpointed(torch.nn.Linear):
+    ...     def forward(self, x):
+    ...         return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+    >>> delta = fd.LoraModel(torch.nn.Sequential(Checkpointed(2, 2)), modified_modules=["0"])
+    >>> try:
+    ...     torch.func.grad(lambda params: delta.apply(params, torch.zeros(1, 2)).sum())(delta.init(0))
+    ... except fd.RecomputeError as error:
+    ...     print(str(error)[:38])
+    0 checkpoints its activations, which t
+    """
+
+
 class MergeError(FuncdeltaError, ValueError):
     """The delta is no function of the backbone's weights, or is one end of a tied pair.
 

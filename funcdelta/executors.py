@@ -7,7 +7,6 @@ normal fast path once; only at a site is the hidden value split again, and the m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +21,10 @@ from .lift import Folded, split_members
 from .opaque import holds_tensors, spare, why_opaque
 from .params import take
 from .probe import layout_for, runners
+from .recompute import kept_run, named_refusal, needs_keeping
+from .routing import Index, pick_rows, read_index
+from .sharded import check_ran
 from .skeleton import TENSOR, Call, Params
-from .transforms import is_wrapped
 
 if TYPE_CHECKING:
     from .model import DeltaModel
@@ -34,14 +35,23 @@ def call_single(
 ) -> Any:
     """One member: the backbone's own output; ``reached`` collects the sites that the call passes through."""
     skeleton = delta.skeletons.get(delta.mode_flag, hooked=bool(params))
-    with attention_for_this_call():
+    call = Call(params, reached=reached)
+    if params and needs_keeping(skeleton):
+        skeleton = delta.skeletons.spare(delta.mode_flag)
+        return kept_run(skeleton, call, skeleton.overrides(params), args, kwargs)
+    if skeleton.units:
+        call.runners = delta.plan.runners(params)
+    with attention_for_this_call(), named_refusal(skeleton):
         try:
-            return skeleton.run("", params, args, kwargs, Call(params, reached=reached))
+            output = skeleton.run("", params, args, kwargs, call)
         except RuntimeError as error:
             if skeleton.writes_buffers or "mutate a captured Tensor" not in str(error):
                 raise
             skeleton.writes_buffers = True
-            return skeleton.run("", params, args, kwargs, Call(params, reached=reached))
+            call = Call(params, reached=reached, runners=call.runners)
+            output = skeleton.run("", params, args, kwargs, call)
+    check_ran(call.runners, call.ran)
+    return output
 
 
 def call_loop(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
@@ -66,6 +76,8 @@ def call_vmap(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
 
     try:
         results = iter(torch.vmap(member, in_dims=(0, 0), randomness="different")(stack, inputs.mapped()))
+    except EngineError:
+        raise
     except RuntimeError as error:
         reason = known_vmap_limit(str(error))
         if reason is None:
@@ -94,6 +106,9 @@ def known_vmap_limit(message: str) -> str | None:
         return "torch.vmap cannot map this model: it reads values of tensors in Python"
     if "setup_context" in message or "autograd.Function" in message:
         return "torch.vmap cannot map this model: it has an autograd.Function without a batching rule"
+    autocast = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    if autocast and ("same dtype" in message or "scalar type" in message):
+        return "torch.vmap leaves layers with mapped weights out of autocast, so dtypes do not meet"
     if message.startswith("vmap") or "vmap" in message.split(":")[0]:
         return f"torch.vmap cannot map this model ({message.splitlines()[0][:160]})"
     return None
@@ -121,31 +136,20 @@ def route_rows(
     delta: DeltaModel,
     stack: Params,
     n: int,
-    index: Sequence[int] | Tensor,
+    index: Index,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     """Row i of the batch with member ``index[i]`` of the stack; -1 runs the bare backbone."""
-    device = next(iter(stack.values())).device
-    index = torch.as_tensor(index, device=device)
-    if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
-        raise ParamsError(f"index has the shape {tuple(index.shape)} and dtype {index.dtype}; expected (b,) integers.")
+    index, present = read_index(index, n, next(iter(stack.values())).device)
     inputs = Inputs(delta.backbone, n, args, kwargs, None, delta.batch_dim)
     if index.shape[0] != inputs.b:
         raise ParamsError(f"index has {index.shape[0]} entries for a batch of {inputs.b} rows: give one member a row.")
-    # Values steer Python code only where they can be read: compiled code and transforms mask every row.
-    readable = not torch.compiler.is_compiling() and not is_wrapped(index)
-    if readable and (int(index.max()) >= n or int(index.min()) < -1):
-        raise ParamsError(
-            f"index names the members {int(index.min())} to {int(index.max())}; there are 0 to {n - 1}, and -1."
-        )
-    bare = index < 0
-    present = None if readable and not bool(bare.any()) else ~bare
     if inputs.b == 0:
         return call_single(delta, {name: leaf[0] for name, leaf in stack.items()}, args, kwargs)
     if inputs.b == 1 and present is None:
         return call_single(delta, {name: leaf[index[0]] for name, leaf in stack.items()}, args, kwargs)
-    taken = {name: leaf[index.clamp(min=0)] for name, leaf in stack.items()}
+    taken = pick_rows(stack, index)
     layout = layout_for(delta, taken, args, kwargs, inputs.row_axis, inputs.b)
     return _folded_run(delta, taken, layout, args, kwargs, Folded(inputs.b, 1, present))
 
@@ -155,6 +159,8 @@ def _folded_run(
 ) -> Any:
     skeleton = delta.skeletons.get(delta.mode_flag)
     call = Call(stack, lift=lift, layout=layout, runners=runners(delta, stack, layout))
+    if needs_keeping(skeleton):
+        return kept_run(delta.skeletons.spare(delta.mode_flag), call, {}, args, kwargs)
     with attention_for_this_call():
         outer, skeleton.call = skeleton.call, call
         try:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .errors import EngineError, ParamsError, StackError
+from .errors import EngineError, ParamsError, RecomputeError, StackError
 from .executors import known_vmap_limit
-from .params import members
+from .params import members, take
+from .recompute import gradients_of, note_reentrant
 from .transforms import inside_transform
 
 _stacks = threading.local()
@@ -36,6 +37,8 @@ def value_and_grad(
         in_dims: which data carry a member axis: 0, ``None`` (shared), or one of these for each of ``data``.
         chunk_size: members at a time, forward and backward, so that memory is that of one chunk.
         has_aux: ``loss`` gives ``(loss, aux)``; the result is then ``((losses, aux), grads)``.
+
+    On a backbone that checkpoints its activations, the losses of single members are computed in turn.
 
     Constants get zero gradients, so gradients have the structure of the stack.
 
@@ -88,10 +91,35 @@ def _one_pass(loss: Callable[..., Any], stack: Any, data: Sequence[Any], dims: l
     except StackError:
         # The loss calls delta.apply, so it is one member's loss.
         pass
+    try:
+        return _mapped(loss, stack, data, dims, has_aux)
+    except RecomputeError:
+        # What autograd has to recompute cannot be mapped: members in turn.
+        if torch.compiler.is_compiling() or inside_transform():
+            raise
+    return _in_turn(loss, stack, data, dims, has_aux)
+
+
+def _in_turn(loss: Callable[..., Any], stack: Any, data: Sequence[Any], dims: list[int | None], has_aux: bool) -> Any:
+    """One member's loss and gradients after the other's, stacked."""
+    found = []
+    for i in range(members(stack)):
+        rows = [
+            value if dim is None else pytree.tree_map_only(Tensor, lambda t, i=i: t[i], value)
+            for value, dim in zip(data, dims, strict=True)
+        ]
+        found.append(_differentiate(loss, take(stack, i), rows, has_aux))
+    return pytree.tree_map(lambda *each: torch.stack(each) if isinstance(each[0], Tensor) else each[0], *found)
+
+
+def _mapped(loss: Callable[..., Any], stack: Any, data: Sequence[Any], dims: list[int | None], has_aux: bool) -> Any:
+    """The loss of one member, mapped over members."""
     mapped = tuple(None if not _has_tensors(value) else dim for value, dim in zip(data, dims, strict=True))
     alone = torch.func.grad_and_value(loss, has_aux=has_aux)
     try:
         grads, value = torch.vmap(alone, in_dims=(0, *mapped), randomness="different")(stack, *data)
+    except EngineError:
+        raise
     except RuntimeError as error:
         reason = known_vmap_limit(str(error))
         if reason is None:
@@ -117,7 +145,15 @@ def _differentiate(loss: Callable[..., Any], stack: Any, data: Sequence[Any], ha
             value = loss(stack, *data)
             return _losses(value, has_aux).sum(), value
 
-        grads, (_, value) = torch.func.grad_and_value(summed, has_aux=True)(stack)
+        try:
+            grads, (_, value) = torch.func.grad_and_value(summed, has_aux=True)(stack)
+        except RecomputeError as error:
+            if around:
+                raise
+            raise RecomputeError(
+                f"The params given to fd.value_and_grad require grad, so that it has to be differentiable itself, and "
+                f"{error} Give it params that do not: fd.tree.map(torch.Tensor.detach, params)."
+            ) from error
         return value, grads
     with torch.enable_grad():
         roots = [
@@ -125,6 +161,7 @@ def _differentiate(loss: Callable[..., Any], stack: Any, data: Sequence[Any], ha
             for leaf in leaves
         ]
         _stacks.members = None
+        note_reentrant(False)
         value = loss(pytree.tree_unflatten(roots, spec), *data)
         _refuse_average(value, has_aux)
         differentiable = [root for root in roots if isinstance(root, Tensor) and root.requires_grad]
@@ -133,7 +170,7 @@ def _differentiate(loss: Callable[..., Any], stack: Any, data: Sequence[Any], ha
             raise ParamsError(
                 "The loss does not depend on the params: it has no gradient. Was it computed under no_grad?"
             )
-        found = iter(torch.autograd.grad(losses.sum(), differentiable, allow_unused=True, materialize_grads=True))
+        found = iter(gradients_of(losses.sum(), differentiable))
     grads = [next(found) if isinstance(root, Tensor) and root.requires_grad else _zeros(root) for root in roots]
     value = pytree.tree_map_only(Tensor, Tensor.detach, value)
     return value, pytree.tree_unflatten(grads, spec)

@@ -47,17 +47,24 @@ class Layout:
     runs: dict[str, tuple[SiteLayout, ...]]
     outputs: Dims
 
-    def site(self, path: str, index: int) -> Hidden:
-        """The axes at the ``index``-th call of the site at ``path``."""
+    def site(self, path: str, index: int | None) -> Hidden:
+        """The axes at the ``index``-th call of the site at ``path``; ``None``: at every one."""
         return _visit(self.hidden, path, index)
 
-    def run(self, path: str, index: int) -> SiteLayout:
-        """The axes of a whole call of the module at ``path``."""
+    def run(self, path: str, index: int | None) -> SiteLayout:
+        """The same for a whole call of the module at ``path``."""
         return _visit(self.runs, path, index)
 
 
-def _visit(visits: dict[str, tuple[Any, ...]], path: str, index: int) -> Any:
+def _visit(visits: dict[str, tuple[Any, ...]], path: str, index: int | None) -> Any:
     known = visits.get(path, ())
+    if index is None:
+        if any(visit != known[0] for visit in known):
+            raise FoldError(
+                f"{path} is called several times with rows on different axes, and runs again for the backward pass: "
+                f'which of the calls it is cannot be told. Use engine="loop", or do not checkpoint it.'
+            )
+        index = 0
     if index >= len(known):
         raise FoldError(
             f"{path} was called {index + 1} times, but {len(known)} times with one row: which modules run depends on "

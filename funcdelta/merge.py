@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .acting import rewritten
 from .errors import MergeError
 from .skeleton import Params
-from .structure import copy_module
+from .structure import copy_module, is_quantised
 
 if TYPE_CHECKING:
     from .model import DeltaModel
@@ -51,6 +51,15 @@ def merge(delta: DeltaModel, params: Params, untie: bool = False) -> dict[str, T
                 for name, tensor in module._parameters.items()
                 if tensor is not None
             }
+            quantised = [
+                name for name, tensor in module._parameters.items() if tensor is not None and is_quantised(tensor)
+            ]
+            if quantised:
+                raise MergeError(
+                    f"{path}.{quantised[0]} is quantised ({type(module._parameters[quantised[0]]).__name__}): "
+                    f"{attachment.name} cannot be written into it without rounding it away. Keep it as a delta: "
+                    f"delta.apply(params, ...) or delta.bind(params); or merge into the model before it is quantised."
+                )
             for name, tensor in rewritten(attachment, attachment.of(params), own, training=False).items():
                 same = [end for end in aliases.get(name, ()) if _owner(backbone, end) is module]
                 for end in same:

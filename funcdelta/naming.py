@@ -9,6 +9,7 @@ from torch import nn
 from .config import BaseDeltaConfig
 from .errors import MatchError
 from .match import near, within
+from .structure import is_quantised
 from .structures import Names, Parts
 
 HEAD = ("lm_head",)
@@ -143,6 +144,11 @@ def trained(
                 ends = names_of[id(parameters[name])]
                 if not parameters[name].is_floating_point():
                     raise MatchError(f"unfrozen_modules: {name} is {parameters[name].dtype} and cannot be trained.")
+                if is_quantised(parameters[name]):
+                    raise MatchError(
+                        f"unfrozen_modules: {name} is quantised ({type(parameters[name]).__name__}) and cannot be "
+                        f"trained: leave it out, or leave that module unquantised."
+                    )
                 if ends[0] not in found:
                     found[ends[0]] = tuple(ends)
                     if config.unfrozen_init == "fresh":

@@ -9,7 +9,9 @@ This file is the only place where a delta touches a model.
 from __future__ import annotations
 
 import functools
+import operator
 import types
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,17 +23,21 @@ from torch.utils import _pytree as pytree
 
 from .acting import Bound, added_in_both_modes, bound_in_both_modes, rewritten
 from .attend import Added, attend_with, attention_mark, by_head, open_attention
-from .errors import ConfigError, FuncdeltaError
+from .errors import ConfigError, FuncdeltaError, RecomputeError
 from .hidden import hidden_input, hidden_output
 from .layout import Layout, Recorder, SiteLayout
 from .plan import Attachment, Plan
 from .prompt import Prompts
+from .recompute import check_runner, note_reentrant, recomputing, require_grad_outside_transforms
+from .sharded import check_unit, units
 from .spans import Stash, keep, take
 from .structure import copy_structure, forget_batch_statistics, named_tensors, paired_buffers
 from .transforms import inside_transform, is_wrapped, outside_transforms
 
 # torch runs these by one kernel that calls no submodule and has few derivatives, unless they have hooks.
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+
+VERSION = operator.attrgetter("_version")
 
 TENSOR = object()
 """Marks the place of a tensor among outputs; ``None`` is an output like any other."""
@@ -87,9 +93,17 @@ class Call:
     prompted: dict[str, tuple[int, int]] = field(default_factory=dict)
     stash: Stash = field(default_factory=dict)
     never_ends: bool = False
+    ended: bool = False
+    ran: set[str] = field(default_factory=set)
 
-    def visit(self, path: str) -> int:
-        """Count one more call of the module at ``path``; the index of this one."""
+    def next_visit(self, path: str) -> int | None:
+        """Which call of the module at ``path`` comes next; ``None``: one of those that were made, again."""
+        return None if self.ended else self.visits.get(path, 0)
+
+    def visit(self, path: str) -> int | None:
+        """Count one more call of the module at ``path``; the index of this one, ``None`` if it is made again."""
+        if self.ended:
+            return None
         index = self.visits.get(path, 0)
         self.visits[path] = index + 1
         return index
@@ -110,8 +124,8 @@ class Bypass(nn.Module):
 class Skeleton:
     """One copy of the backbone's structure, hooked at the plan's sites; used by one call at a time.
 
-    ``call`` is the call under way; in a view it never ends. ``training`` sets one mode, else ``flags`` tell each
-    module's (by path).
+    ``call`` is the call under way; in a view it never ends. ``kept`` is one that has ended, whose checkpointed modules
+    may run again. ``training`` sets one mode, else ``flags`` tell each module's (by path).
     """
 
     def __init__(
@@ -127,15 +141,20 @@ class Skeleton:
             # Without a delta it is the backbone to the bit, and kernels are chosen by who requires grad.
             self.module = copy_structure(backbone, trains=plan is None)
         self._buffers = paired_buffers(backbone, self.module)
+        self._versions = list(map(VERSION, self._buffers))
         self.writes_buffers = False
         for path, child in self.module.named_modules():
             child.training = flags.get(path, child.training) if training is None else training
         forget_batch_statistics(self.module)
         if prepare is not None:
             prepare(self.module)
+        self.units = units(self.module)
         self._dtypes = {name: t.dtype for name, t in named_tensors(self.module)}
         self.plan = plan
         self.call: Call | None = None
+        self.kept: weakref.ref[Call] | None = None
+        self.recomputing = recomputing(self.module)
+        require_grad_outside_transforms(self.module)
         self.bypasses: dict[str, Bypass] = {}
         if plan is not None:
             for child in self.module.modules():
@@ -161,12 +180,16 @@ class Skeleton:
 
         Parameters are shared, buffers are not; and what a call writes into them is forgotten: a call has no memory.
         """
-        for at, (source, own, *versions) in enumerate(self._buffers):
-            if [source._version, own._version] != versions:
-                self.writes_buffers |= own._version != versions[1]
-                with torch.no_grad(), outside_transforms():
+        # One pass in C over all of them, for models may have thousands.
+        if list(map(VERSION, self._buffers)) == self._versions:
+            return
+        with torch.no_grad(), outside_transforms():
+            for at in range(0, len(self._buffers), 2):
+                source, own = self._buffers[at : at + 2]
+                if [source._version, own._version] != self._versions[at : at + 2]:
+                    self.writes_buffers |= own._version != self._versions[at + 1]
                     own.copy_(source)
-                self._buffers[at] = (source, own, source._version, own._version)
+        self._versions = list(map(VERSION, self._buffers))
 
     # -- installation ----------------------------------------------------------------------------------------------
 
@@ -225,14 +248,20 @@ class Skeleton:
 
     def under_way(self, path: str) -> Call:
         """The call that a hook belongs to; without one the module is being recomputed for a backward pass."""
-        if self.call is None:
-            raise FuncdeltaError(
-                f"{path} runs again after its call has ended: gradient checkpointing recomputes it, without its "
-                f"delta. Turn "
-                f"it off (backbone.gradient_checkpointing_disable(), then delta.refresh()), or train a view: "
-                f"delta.bind(params)."
+        call = self.call or (self.kept and self.kept())
+        if call is None:
+            known, self.recomputing = self.recomputing, self.recomputing | {path}
+            raise RecomputeError(
+                f"{path} runs again, as what is checkpointed does, and its call is gone: "
+                + (
+                    "none of the call's outputs is held any more. Hold one until the backward pass is over."
+                    if known
+                    else "that it is checkpointed was not seen before. It is known now: make the call again."
+                )
             )
-        return self.call
+        if self.recomputing and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            note_reentrant(True)
+        return call
 
     # -- a call at a site ------------------------------------------------------------------------------------------
 
@@ -247,7 +276,7 @@ class Skeleton:
         kwargs: dict[str, Any],
     ) -> Any:
         x, put_back = hidden_input(path, args, kwargs)
-        x_dim = None if call.layout is None else call.layout.site(path, call.visits.get(path, 0)).x
+        x_dim = None if call.layout is None else call.layout.site(path, call.next_visit(path)).x
         changed = False
         for attachment, function in befores:
             if attachment.key in call.params:
@@ -257,7 +286,7 @@ class Skeleton:
             call.input_dims[path] = x_dim
         for attachment in begun:
             if attachment.key in call.params:
-                keep(call.stash, attachment.key, attachment.site, x, x_dim, replace=call.never_ends)
+                keep(call.stash, attachment.key, attachment.site, x, x_dim, replace=call.never_ends or call.ended)
         return put_back(x) if changed else None
 
     def _after(
@@ -296,9 +325,11 @@ class Skeleton:
 
     def _run_members(self, call: Call, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module at ``path`` with weights of the member's own: once, or once for each folded member."""
+        if self.units and path in call.runners:
+            check_unit(path, self.units)
+            call.ran.add(path)
         if call.recorder is None and call.lift is None:
-            p = {key: call.params[key] for key in call.runners[path]}
-            return self.run(path, p, args, kwargs, Call(p, stash=call.stash, never_ends=call.never_ends))
+            return self._run_one(call, path, args, kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         shape_of_output: list[Any] = []
@@ -313,11 +344,13 @@ class Skeleton:
             return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
 
         if call.recorder is not None:
-            output = self.bypasses[path](*args, **kwargs)
+            alone = path in call.runners
+            output = self._run_one(call, path, args, kwargs) if alone else self.bypasses[path](*args, **kwargs)
             call.recorder.run(path, tensors, [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)])
             return output
         assert call.layout is not None
         assert call.lift is not None
+        check_runner(self, path)
         p = {key: call.params[key] for key in call.runners[path]}
 
         def bare() -> list[Tensor]:
@@ -330,13 +363,22 @@ class Skeleton:
         filled = [next(results) if other is TENSOR else other for other in others]
         return pytree.tree_unflatten(filled, out_spec)
 
+    def _run_one(self, call: Call, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module at ``path`` once, with tensors of the one member of this call."""
+        p = {key: call.params[key] for key in call.runners[path]}
+        inner = Call(
+            p, recorder=call.recorder, reached=call.reached, stash=call.stash, never_ends=call.never_ends, ran=call.ran
+        )
+        return self.run(path, p, args, kwargs, inner)
+
     # -- calls -----------------------------------------------------------------------------------------------------
 
     def run(
         self, path: str, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call | None = None
     ) -> Any:
         """The module at ``path`` with one member's params: hidden values through hooks, weights through a swap."""
-        overrides = self.overrides(params, path)
+        # A sharded module sets its parameters as it begins, over an override: runners replace them (Plan.runners).
+        overrides = self.overrides(params, path) if path or not self.units else {}
         target: nn.Module = self.module
         if path in self.bypasses:
             target = self.bypasses[path]
@@ -347,6 +389,20 @@ class Skeleton:
             buffers = self.module.named_buffers(remove_duplicate=False)
             overrides = {name: buffer.clone() for name, buffer in buffers} | overrides
         outer, self.call = self.call, call or Call(params)
+        try:
+            if not overrides:
+                return target(*args, **kwargs)
+            return functional_call(target, overrides, args, kwargs, tie_weights=False)
+        finally:
+            self.call = outer
+
+    def enter(self, path: str, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Any:
+        """The module at ``path`` called from outside, hooks and all: the model itself, or its encoder alone."""
+        target = self.module.get_submodule(path)
+        cut = len(path) + 1 if path else 0
+        found = self.overrides(params, path) if path or not self.units else {}
+        overrides = {name[cut:]: tensor for name, tensor in found.items()}
+        outer, self.call = self.call, call
         try:
             if not overrides:
                 return target(*args, **kwargs)

@@ -48,17 +48,28 @@ def copy_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mod
         raise
 
 
+def is_quantised(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is of a class of its own, whose numbers are not those that it stands for.
+
+    Quantised weights are (torchao's, bitsandbytes'); a tensor sharded over processes is not.
+
+    >>> is_quantised(nn.Parameter(Tensor([1.0])))
+    False
+    """
+    return type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) and not hasattr(tensor, "full_tensor")
+
+
 def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Every parameter and buffer by all of its names."""
     return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
 
 
-def paired_buffers(backbone: nn.Module, skeleton: nn.Module) -> list[tuple[Tensor, Tensor, int, int]]:
-    """``(the backbone's buffer, the skeleton's copy, their versions when they were equal)``."""
+def paired_buffers(backbone: nn.Module, skeleton: nn.Module) -> list[Tensor]:
+    """Every buffer of the backbone's, each followed by the skeleton's copy of it."""
     copies = dict(skeleton.named_buffers())
     # Tensors made in inference mode count no versions.
-    pairs = [(b, copies[name]) for name, b in backbone.named_buffers() if not b.is_inference()]
-    return [(source, own, source._version, own._version) for source, own in pairs]
+    named = [(name, buffer) for name, buffer in backbone.named_buffers() if not buffer.is_inference()]
+    return [tensor for name, buffer in named for tensor in (buffer, copies[name])]
 
 
 def _uncopyable(backbone: nn.Module) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 SHOWN = 20  # differences named in the error
 _HOLDERS = ("_parameters", "_buffers", "_modules")
@@ -17,6 +18,9 @@ _HOLDERS = ("_parameters", "_buffers", "_modules")
 
 def _bytes(tensor: Tensor) -> bytes:
     """The values as bytes, so that NaN equals NaN and -0.0 differs from 0.0."""
+    if is_traceable_wrapper_subclass(tensor):
+        parts, _ = tensor.__tensor_flatten__()
+        return b"".join(_bytes(getattr(tensor, part)) for part in parts)
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 

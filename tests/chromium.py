@@ -53,7 +53,7 @@ class Page:
         driver.get(address)
         self.until(lambda: self.rows() and self.text("model") != "…")
 
-    def until(self, condition: Callable[[], Any], seconds: float = 10) -> Any:
+    def until(self, condition: Callable[[], Any], seconds: float = 30) -> Any:
         """Wait until ``condition()`` holds, and give what it gave."""
         deadline = time.monotonic() + seconds
         while not (found := condition()):
@@ -112,7 +112,6 @@ class Page:
 
     def figures(self) -> tuple[str, str]:
         """(sites, parameters), once the server has answered for what is chosen now."""
-        time.sleep(0.1)
         self.until(lambda: not self.run("return document.querySelector('.figures.busy')"))
         return self.text("sites"), self.text("parameters")
 

@@ -50,20 +50,3 @@ def test_a_first_call_in_inference_mode_does_not_spoil_training() -> None:
     losses, grads = fd.value_and_grad(lambda p: delta.apply(p, x).square().sum())(delta.init(0, n=3))
     assert losses.shape == (3,)
     assert grads["2.lora.lora_B"].abs().sum() > 0
-
-
-def test_gradient_checkpointing_is_refused_where_it_would_lose_the_delta() -> None:
-    class Checkpointed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = nn.Sequential(nn.Linear(4, 6), nn.Tanh())
-            self.head = nn.Linear(6, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.head(torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=False))
-
-    delta = fd.BitFitModel(Checkpointed(), modified_modules=["block.0", "head"])
-    params = {name: leaf.requires_grad_() for name, leaf in delta.init(0).items()}
-    out = delta.apply(params, torch.randn(3, 4))
-    with pytest.raises(fd.FuncdeltaError, match="gradient checkpointing"):
-        out.sum().backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -338,3 +339,41 @@ def test_an_embedding_that_renormalises_itself_does_not_touch_the_backbone() -> 
     except fd.FuncdeltaError as error:
         assert "0.weight" in str(error)  # noqa: PT017  (either outcome is right)
     assert_unchanged(model, before)
+
+
+class Wide(nn.Module):
+    """Ten layers that run, and others that stand beside them: as many tensors as are asked for."""
+
+    def __init__(self, tensors: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*[nn.Linear(2, 2) for _ in range(10)])
+        self.beside = nn.ModuleList([nn.Linear(1, 1) for _ in range(tensors // 2 - 10)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("trained", [(), ("layers.9",)])
+def test_the_work_of_a_call_does_not_grow_with_the_backbone(trained: tuple[str, ...]) -> None:
+    """Counted in calls of functions, by 300 and by 3,000 tensors; buffers cost one comparison each."""
+
+    def calls(tensors: int) -> int:
+        model, x, count = Wide(tensors).eval(), torch.ones(2, 2), 0
+        delta = fd.LoraModel(
+            model, lora_r=2, modified_modules=[f"layers.{i}" for i in range(9)], unfrozen_modules=["deltas", *trained]
+        )
+        params = delta.init(0)
+        delta.apply(params, x)
+
+        def counted(frame: Any, event: str, argument: Any) -> None:
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        sys.setprofile(counted)
+        try:
+            delta.apply(params, x)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    assert calls(300) == calls(3000)

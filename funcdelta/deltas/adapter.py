@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import activation
 from ..config import BaseDeltaConfig, register
 from ..errors import ConfigError
 from ..site import Site
+from ..tokenwise import linear
 
 
 @register("adapter")
@@ -48,6 +48,9 @@ class AdapterConfig(BaseDeltaConfig):
             raise ConfigError(f"bottleneck_dim={self.bottleneck_dim}: write at least 1.")
         activation(self.non_linearity)
 
+    def tokenwise(self, site: Site) -> bool:
+        return site.channel_axis == -1
+
     def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
         d, m = site.width, self.bottleneck_dim
         return {
@@ -59,6 +62,6 @@ class AdapterConfig(BaseDeltaConfig):
 
     def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
         h = y.movedim(site.channel_axis, -1)
-        down = activation(self.non_linearity)(F.linear(h, p["down_proj.weight"], p["down_proj.bias"]))
-        change = F.linear(down, p["up_proj.weight"], p["up_proj.bias"])
+        down = activation(self.non_linearity)(linear(h, p["down_proj.weight"], p["down_proj.bias"]))
+        change = linear(down, p["up_proj.weight"], p["up_proj.bias"])
         return y + change.movedim(-1, site.channel_axis)

@@ -48,10 +48,15 @@ class BitFitConfig(BaseDeltaConfig):
             ):
                 yield f"{path}.{below}"
 
+    def tokenwise(self, site: Site) -> bool:
+        return site.channel_axis == -1
+
     def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
         return {"bias": torch.zeros(site.width)}
 
     def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
+        if site.channel_axis == -1:
+            return y + p["bias"]
         return y + p["bias"].view(-1, *[1] * (y.ndim - 1 - site.channel_axis % y.ndim))
 
     def weights(self, site: Site, p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from ..config import BaseDeltaConfig, register
 from ..errors import ConfigError
 from ..parts import Part, equal_parts, place
 from ..site import Site
+from ..tokenwise import linear
 
 CONVOLVE: dict[str, Callable[..., Tensor]] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
 KINDS = ("linear", "transposed_linear", "embedding", *CONVOLVE)
@@ -98,6 +99,9 @@ class LoraConfig(BaseDeltaConfig):
     def constants(self, site: Site) -> tuple[str, ...]:
         return ("scale",)
 
+    def tokenwise(self, site: Site) -> bool:
+        return site.kind in ("linear", "transposed_linear")
+
     def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
         parts, fan_in = self._parts(site), self._fan_in(site)
         if site.kind == "embedding":
@@ -125,10 +129,10 @@ class LoraConfig(BaseDeltaConfig):
         parts = self._parts(site)
         if not parts:
             # Scaled between the two products, where there are fewest numbers.
-            return y + F.linear(F.linear(x, a) * p["scale"], b)
-        hidden = (x @ a.mT).chunk(len(parts), -1)
-        rows = (p["scale"] * b).split([part.size for part in parts], 0)
-        return y + place([h @ row.mT for h, row in zip(hidden, rows, strict=True)], parts, site.width)
+            return y + linear(linear(x, a) * p["scale"], b)
+        hidden = linear(x, a).chunk(len(parts), -1)
+        rows = (p["scale"] * b).split([part.size for part in parts], -2)
+        return y + place([linear(h, row) for h, row in zip(hidden, rows, strict=True)], parts, site.width)
 
     def weights(self, site: Site, p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
         """``W + s B A``, in the layout of the module's weight."""

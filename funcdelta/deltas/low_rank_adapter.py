@@ -60,6 +60,9 @@ class LowRankAdapterConfig(BaseDeltaConfig):
     def unmergeable(self, site: Site) -> str | None:
         return "it adds a non-linear function of the output, which no weight of the site computes"
 
+    def tokenwise(self, site: Site) -> bool:
+        return site.channel_axis == -1
+
     def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
         d, k = site.width, self.low_rank_rank
         m = d // self.reduction_factor
@@ -88,7 +91,7 @@ class LowRankAdapterConfig(BaseDeltaConfig):
 def _layer(x: Tensor, p: dict[str, Tensor], name: str) -> Tensor:
     """``x (W_left W_right) + b``, through the factors wherever that is less work."""
     left, right = p[f"{name}.W_left"], p[f"{name}.W_right"]
-    (features, rank), outputs = left.shape, right.shape[1]
+    (features, rank), outputs = left.shape[-2:], right.shape[-1]
     if rank * (features + outputs) > features * outputs:
         return x @ (left @ right) + p[f"{name}.b"]
     return x @ left @ right + p[f"{name}.b"]

@@ -188,6 +188,9 @@ function changed() {
   $("undo").disabled = past.length === 0;
   $("clear").disabled = chosen.size === 0;
   refused = new Map();
+  busy(true); // from now on, and not from the request on: what is shown belongs to an older choice
+  counting?.abort();
+  counting = undefined;
   draw($("tree").contains(document.activeElement));
   clearTimeout(timer);
   timer = setTimeout(figures, 60);
@@ -228,19 +231,21 @@ function undo() {
   changed();
 }
 
+const busy = (on) => document.querySelector(".figures").classList.toggle("busy", on);
+
 // Counted by the server, which builds the delta; an answer to an older choice is dropped.
 async function figures() {
   counting?.abort();
   counting = new AbortController();
   const mine = counting;
-  document.querySelector(".figures").classList.add("busy");
+  busy(true);
   try {
-    show(await send("count", { method: $("method").value, paths: [...chosen] }));
+    const answer = await send("count", { method: $("method").value, paths: [...chosen] });
+    if (mine === counting) show(answer);
   } catch (error) {
-    if (error.name === "AbortError") return;
-    failed(error);
+    if (mine === counting) failed(error);
   }
-  if (mine === counting) document.querySelector(".figures").classList.remove("busy");
+  if (mine === counting) busy(false);
 }
 const failed = (error) => show({ text: $("text").textContent, error: error.message, refused: [] });
 
@@ -341,12 +346,14 @@ $("undo").addEventListener("click", undo);
 $("clear").addEventListener("click", () => choose(() => chosen.clear()));
 $("remove").addEventListener("click", () => choose(() => [...refused.keys()].forEach((path) => chosen.delete(path))));
 $("usual").addEventListener("click", async () => {
+  busy(true);
   try {
     const answer = await send("usual", { method: $("method").value });
     if (answer.error) throw new Error(answer.error);
     choose(() => { chosen.clear(); answer.paths.forEach((path) => chosen.add(path)); });
   } catch (error) {
     failed(error);
+    busy(false);
   }
 });
 $("copy").addEventListener("click", async () => {
