@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import math
 import numbers
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -171,6 +172,8 @@ class BaseDeltaConfig:
             allowed, words = NUMBERS.get(kind, (object, ""))
             if not isinstance(value, allowed) or (words and isinstance(value, bool)):
                 raise ConfigError(f"{field.name}={value!r}: write {words}.")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{field.name}={value!r}: write a finite number.")
         if self.batch_dim < 0:
             raise ConfigError(f"batch_dim={self.batch_dim}: count the axis of rows from the front, 0 or more.")
         if self.unfrozen_modules is None:

@@ -18,6 +18,7 @@ from .errors import EngineError, ParamsError
 from .inputs import Inputs
 from .layout import Layout
 from .lift import Folded, split_members
+from .opaque import holds_tensors, spare, why_opaque
 from .params import take
 from .probe import layout_for, runners
 from .recompute import kept_run, named_refusal, needs_keeping
@@ -43,15 +44,22 @@ def call_single(
     if skeleton.units:
         call.runners = delta.plan.runners(params)
     with attention_for_this_call(), named_refusal(skeleton):
-        output = skeleton.run("", params, args, kwargs, call)
+        try:
+            output = skeleton.run("", params, args, kwargs, call)
+        except RuntimeError as error:
+            if skeleton.writes_buffers or "mutate a captured Tensor" not in str(error):
+                raise
+            skeleton.writes_buffers = True
+            call = Call(params, reached=reached, runners=call.runners)
+            output = skeleton.run("", params, args, kwargs, call)
     check_ran(call.runners, call.ran)
     return output
 
 
 def call_loop(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
     """Members in turn, outputs stacked."""
-    outputs = [call_single(delta, take(stack, i), *inputs.member(i)) for i in range(inputs.n)]
-    leaves = [pytree.tree_flatten(output) for output in outputs]
+    outputs = [call_single(delta, take(stack, i), *spare(inputs.member(i))) for i in range(inputs.n)]
+    leaves = [_flatten(output) for output in outputs]
     spec = leaves[0][1]
     columns = zip(*[row for row, _ in leaves], strict=True)
     joined = [torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
@@ -63,8 +71,8 @@ def call_vmap(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
     found: list[Any] = []
 
     def member(p: Params, mapped: list[Tensor]) -> tuple[Tensor, ...]:
-        output = call_single(delta, p, *inputs.fill_mapped(mapped))
-        leaves, spec = pytree.tree_flatten(output)
+        output = call_single(delta, p, *spare(inputs.fill_mapped(mapped)))
+        leaves, spec = _flatten(output)
         found[:] = [spec, [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]]
         return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
@@ -79,6 +87,15 @@ def call_vmap(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
         raise EngineError(f'{reason}. Use engine="fold" (or "loop").') from error
     spec, others = found
     return pytree.tree_unflatten([next(results) if other is TENSOR else other for other in others], spec)
+
+
+def _flatten(output: Any) -> tuple[list[Any], Any]:
+    """``tree_flatten`` of the model's output, which must not hide tensors: they would be one member's, or all."""
+    leaves, spec = pytree.tree_flatten(output)
+    for leaf in leaves:
+        if not torch.compiler.is_compiling() and holds_tensors(leaf):
+            raise EngineError(f"An output of many members {why_opaque(leaf)}")
+    return leaves, spec
 
 
 def known_vmap_limit(message: str) -> str | None:
@@ -104,13 +121,12 @@ def call_fold(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
     if inputs.b == 0:
         return call_loop(delta, stack, inputs)
     if inputs.n == 1:
-        return pytree.tree_map_only(
-            Tensor, lambda t: t.unsqueeze(0), call_single(delta, take(stack, 0), *inputs.member(0))
-        )
+        leaves, spec = _flatten(call_single(delta, take(stack, 0), *spare(inputs.member(0))))
+        return pytree.tree_unflatten([t.unsqueeze(0) if isinstance(t, Tensor) else t for t in leaves], spec)
     args, kwargs = inputs.folded()
     layout = layout_for(delta, stack, args, kwargs, inputs.row_axis, inputs.n * inputs.b)
     output = _folded_run(delta, stack, layout, args, kwargs, Folded(inputs.n, inputs.b))
-    leaves, spec = pytree.tree_flatten(output)
+    leaves, spec = _flatten(output)
     split = [
         split_members(leaf, dim, inputs.n) if isinstance(leaf, Tensor) else leaf
         for leaf, dim in zip(leaves, layout.outputs, strict=True)

@@ -32,7 +32,7 @@ from .recompute import check_runner, note_reentrant, recomputing, require_grad_o
 from .sharded import check_unit, units
 from .spans import Stash, keep, take
 from .structure import copy_structure, forget_batch_statistics, named_tensors, paired_buffers
-from .transforms import is_wrapped, outside_transforms
+from .transforms import inside_transform, is_wrapped, outside_transforms
 
 # torch runs these by one kernel that calls no submodule and has few derivatives, unless they have hooks.
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
@@ -142,6 +142,7 @@ class Skeleton:
             self.module = copy_structure(backbone, trains=plan is None)
         self._buffers = paired_buffers(backbone, self.module)
         self._versions = list(map(VERSION, self._buffers))
+        self.writes_buffers = False
         for path, child in self.module.named_modules():
             child.training = flags.get(path, child.training) if training is None else training
         forget_batch_statistics(self.module)
@@ -182,10 +183,11 @@ class Skeleton:
         # One pass in C over all of them, for models may have thousands.
         if list(map(VERSION, self._buffers)) == self._versions:
             return
-        with torch.no_grad():
+        with torch.no_grad(), outside_transforms():
             for at in range(0, len(self._buffers), 2):
                 source, own = self._buffers[at : at + 2]
                 if [source._version, own._version] != self._versions[at : at + 2]:
+                    self.writes_buffers |= own._version != self._versions[at + 1]
                     own.copy_(source)
         self._versions = list(map(VERSION, self._buffers))
 
@@ -382,6 +384,10 @@ class Skeleton:
             target = self.bypasses[path]
             cut = len(path) + 1 if path else 0
             overrides = {"module." + name[cut:]: tensor for name, tensor in overrides.items()}
+        elif self.writes_buffers and inside_transform():
+            # Transforms forbid writing to what they did not make.
+            buffers = self.module.named_buffers(remove_duplicate=False)
+            overrides = {name: buffer.clone() for name, buffer in buffers} | overrides
         outer, self.call = self.call, call or Call(params)
         try:
             if not overrides:
