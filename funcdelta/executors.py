@@ -19,11 +19,12 @@ from .errors import EngineError, FoldError, ParamsError
 from .inputs import Inputs
 from .layout import Layout
 from .lift import Folded
+from .opaque import holds_tensors, spare, why_opaque
 from .params import take
 from .probe import layout_for, runners
 from .recompute import kept_run, named_refusal, needs_keeping
 from .routing import Index, pick_rows, read_index
-from .sharded import check_ran
+from .sharded import check_kept, check_ran
 from .skeleton import TENSOR, Call, Params
 from .trunk import WORTH, Trunk, install, members_of
 from .trunk_probe import trunk_for
@@ -40,19 +41,28 @@ def call_single(
     call = Call(params, reached=reached)
     if params and needs_keeping(skeleton):
         skeleton = delta.skeletons.spare(delta.mode_flag)
-        return kept_run(skeleton, call, skeleton.overrides(params), args, kwargs)
+        overrides = skeleton.overrides(params)
+        check_kept(skeleton.units, overrides)
+        return kept_run(skeleton, call, overrides, args, kwargs)
     if skeleton.units:
         call.runners = delta.plan.runners(params)
     with attention_for_this_call(), named_refusal(skeleton):
-        output = skeleton.run("", params, args, kwargs, call)
+        try:
+            output = skeleton.run("", params, args, kwargs, call)
+        except RuntimeError as error:
+            if skeleton.writes_buffers or "mutate a captured Tensor" not in str(error):
+                raise
+            skeleton.writes_buffers = True
+            call = Call(params, reached=reached, runners=call.runners)
+            output = skeleton.run("", params, args, kwargs, call)
     check_ran(call.runners, call.ran)
     return output
 
 
 def call_loop(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
     """Members in turn, outputs stacked."""
-    outputs = [call_single(delta, take(stack, i), *inputs.member(i)) for i in range(inputs.n)]
-    leaves = [pytree.tree_flatten(output) for output in outputs]
+    outputs = [call_single(delta, take(stack, i), *spare(inputs.member(i))) for i in range(inputs.n)]
+    leaves = [_flatten(output) for output in outputs]
     spec = leaves[0][1]
     columns = zip(*[row for row, _ in leaves], strict=True)
     joined = [torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
@@ -64,8 +74,8 @@ def call_vmap(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
     found: list[Any] = []
 
     def member(p: Params, mapped: list[Tensor]) -> tuple[Tensor, ...]:
-        output = call_single(delta, p, *inputs.fill_mapped(mapped))
-        leaves, spec = pytree.tree_flatten(output)
+        output = call_single(delta, p, *spare(inputs.fill_mapped(mapped)))
+        leaves, spec = _flatten(output)
         found[:] = [spec, [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]]
         return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
@@ -80,6 +90,15 @@ def call_vmap(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
         raise EngineError(f'{reason}. Use engine="fold" (or "loop").') from error
     spec, others = found
     return pytree.tree_unflatten([next(results) if other is TENSOR else other for other in others], spec)
+
+
+def _flatten(output: Any) -> tuple[list[Any], Any]:
+    """``tree_flatten`` of the model's output, which must not hide tensors: they would be one member's, or all."""
+    leaves, spec = pytree.tree_flatten(output)
+    for leaf in leaves:
+        if not torch.compiler.is_compiling() and holds_tensors(leaf):
+            raise EngineError(f"An output of many members {why_opaque(leaf)}")
+    return leaves, spec
 
 
 def known_vmap_limit(message: str) -> str | None:
@@ -124,9 +143,8 @@ def _fold(
     if inputs.b == 0:
         return call_loop(delta, stack, inputs)
     if inputs.n == 1:
-        return pytree.tree_map_only(
-            Tensor, lambda t: t.unsqueeze(0), call_single(delta, take(stack, 0), *inputs.member(0))
-        )
+        leaves, spec = _flatten(call_single(delta, take(stack, 0), *spare(inputs.member(0))))
+        return pytree.tree_unflatten([t.unsqueeze(0) if isinstance(t, Tensor) else t for t in leaves], spec)
     args, kwargs = inputs.folded()
     layout = layout_for(delta, stack, args, kwargs, inputs.row_axis, inputs.n * inputs.b)
     lift, trunk = Folded(inputs.n, inputs.b), None
@@ -142,7 +160,7 @@ def _fold(
         if trunk is None or not otherwise_fold:
             raise
         output = _folded_run(delta, stack, layout, args, kwargs, lift)
-    leaves, spec = pytree.tree_flatten(output)
+    leaves, spec = _flatten(output)
     split = [
         members_of(leaf, dim, inputs.n, inputs.b) if isinstance(leaf, Tensor) else leaf
         for leaf, dim in zip(leaves, layout.outputs, strict=True)

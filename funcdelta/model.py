@@ -26,10 +26,11 @@ from .layout import Layout
 from .match import as_names
 from .merge import merge, merged
 from .naming import named_leaves
+from .opaque import spare
 from .params import partition, seeds, stack, take
 from .plan import Plan, build_plan
 from .program import Skeletons
-from .reach import spare, verify_reached
+from .reach import verify_reached
 from .resident import Resident
 from .routing import Index
 from .sharing import expand_member, expand_stack

@@ -15,8 +15,8 @@ from .errors import FoldError, FuncdeltaError
 from .layout import Layout, Recorder, WithoutDropout, close, compare
 from .lift import Folded, split_members
 from .match import within
+from .opaque import spare
 from .params import take
-from .reach import spare
 from .sharing import expand_stack
 from .skeleton import Call, Params, Skeleton
 from .transforms import concrete, eager, outside_transforms
@@ -237,8 +237,9 @@ def _record(
     try:
         with torch.no_grad():
             return recorder, skeleton.enter(entry, params, args, kwargs, call)
-    except RuntimeError as error:
-        # torch's complaint about shapes: an input was taken for rows that is none. Others are the model's own errors.
+    except (RuntimeError, ValueError) as error:
+        # torch's complaint about shapes: an input was taken for rows that is none, or one row is too few for a batch
+        # norm in training. Others are the model's own errors.
         if isinstance(error, FuncdeltaError) or not ("shape" in str(error) or "size" in str(error)):
             raise
         raise FoldError(f"The model fails on one or two rows of these inputs: {error}. {OTHER_ENGINES}") from error

@@ -81,9 +81,10 @@ def _calls_checkpoint(function: types.FunctionType, seen: set[Any]) -> bool:
         found = function.__globals__.get(name)
         if MODULE in (getattr(found, "__module__", None), found.__name__ if inspect.ismodule(found) else None):
             return True
-        if isinstance(found, types.FunctionType) and found.__module__ == function.__module__ and found not in seen:
-            if _calls_checkpoint(found, seen):
-                return True
+        if not isinstance(found, types.FunctionType) or found.__module__ != function.__module__:
+            continue
+        if found not in seen and _calls_checkpoint(found, seen):
+            return True
     return False
 
 

@@ -32,7 +32,7 @@ from .recompute import check_runner, note_reentrant, recomputing, require_grad_o
 from .sharded import check_unit, units
 from .spans import Stash, keep, take
 from .structure import copy_structure, forget_batch_statistics, named_tensors, paired_buffers
-from .transforms import is_wrapped, outside_transforms
+from .transforms import inside_transform, is_wrapped, outside_transforms
 from .trunk import Ends, Trunk
 
 # torch runs these by one kernel that calls no submodule and has few derivatives, unless they have hooks.
@@ -147,6 +147,7 @@ class Skeleton:
             self.module = copy_structure(backbone, trains=plan is None)
         self._buffers = paired_buffers(backbone, self.module)
         self._versions = list(map(VERSION, self._buffers))
+        self.writes_buffers = False
         for path, child in self.module.named_modules():
             child.training = flags.get(path, child.training) if training is None else training
         forget_batch_statistics(self.module)
@@ -188,10 +189,11 @@ class Skeleton:
         # One pass in C over all of them, for models may have thousands.
         if list(map(VERSION, self._buffers)) == self._versions:
             return
-        with torch.no_grad():
+        with torch.no_grad(), outside_transforms():
             for at in range(0, len(self._buffers), 2):
                 source, own = self._buffers[at : at + 2]
                 if [source._version, own._version] != self._versions[at : at + 2]:
+                    self.writes_buffers |= own._version != self._versions[at + 1]
                     own.copy_(source)
         self._versions = list(map(VERSION, self._buffers))
 
@@ -388,6 +390,10 @@ class Skeleton:
             target = self.bypasses[path]
             cut = len(path) + 1 if path else 0
             overrides = {"module." + name[cut:]: tensor for name, tensor in overrides.items()}
+        elif self.writes_buffers and inside_transform():
+            # Transforms forbid writing to what they did not make.
+            buffers = self.module.named_buffers(remove_duplicate=False)
+            overrides = {name: buffer.clone() for name, buffer in buffers} | overrides
         outer, self.call = self.call, call or Call(params)
         try:
             if not overrides:
@@ -491,9 +497,14 @@ def _added(call: Call, path: str, bound: Bound, training: bool, query: Tensor, k
     # One number a row: enough to tell which rows are whose.
     slot, p = key.new_zeros(()).expand(rows, 1, 1), attachment.of(call.params)
     both, _ = _act(call, path, function[training], p, (slot,), (0,))
-    visible = None
-    if call.lift is not None and call.lift.present is not None:
-        visible, _ = call.lift(lambda p, slot: torch.ones_like(slot), p, (slot,), (0,), path)
+    visible, present = None, attachment.config.present
+    if present(p) is not None or (call.lift is not None and call.lift.present is not None):
+
+        def seen(p: Params, slot: Tensor) -> Tensor:
+            shown = present(p)
+            return torch.ones_like(slot) if shown is None else torch.zeros_like(slot) + shown
+
+        visible = seen(p, slot) if call.lift is None else call.lift(seen, p, (slot,), (0,), path)[0]
         visible = visible.flatten() > 0
     keys, values = both.split([shape.key_width, shape.value_width], -1)
     widen = functools.partial(attachment.config.widen_bias, attachment.at(training))

@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .layout import WithoutDropout
-from .reach import UNCHANGED
+from .opaque import PLAIN
 from .skeleton import Skeleton
 from .trunk import places
 
-PLAIN = (*UNCHANGED, torch.dtype, torch.device, torch.Size)
+STATELESS = (*PLAIN, torch.dtype, torch.device, torch.Size)
 """What a module may take or give besides tensors without hiding a state in it."""
 
 
@@ -91,7 +91,7 @@ class Watch:
             if alike:
                 self._remember(tensors)
             others = tuple((place, leaf) for place, leaf in leaves if not isinstance(leaf, Tensor))
-            plain = all(isinstance(leaf, PLAIN) for _, leaf in others)
+            plain = all(isinstance(leaf, STATELESS) for _, leaf in others)
             shapes = {place: tuple(leaf.shape) for place, leaf in leaves if isinstance(leaf, Tensor)}
             visit = Visit(
                 path, self._open[-1][0] if self._open else None, alike, plain, shapes, others if plain else ()
@@ -114,7 +114,7 @@ class Watch:
         visit.sharable &= visit.alike and [_version(tensor) for tensor in tensors] == versions
         # What hands on its input (dropout that is off) has nothing to save.
         handed_on = any(leaf is tensor for _, leaf in leaves for tensor in tensors)
-        visit.sharable &= not handed_on and all(isinstance(leaf, PLAIN) for _, leaf in leaves)
+        visit.sharable &= not handed_on and all(isinstance(leaf, STATELESS) for _, leaf in leaves)
         if visit.alike:
             self._remember([leaf for _, leaf in leaves if isinstance(leaf, Tensor)])
 
