@@ -46,8 +46,9 @@ def parser() -> argparse.ArgumentParser:
         description="Time one training step of n LoRA members by fold, vmap, loop and PEFT against the bare "
         "backbone's forward and input gradient on the same tokens, and a single step against PEFT and "
         "hand-written LoRA; rows that each have a member of their own, in a forward and in greedy decoding; a "
-        "second-order MAML step over tasks; an ensemble on one batch with deltas on the last layers; and memory. Ratios "
-        "are medians of ratios paired within a round; a table whose yardstick spreads by more than 10 % is measured again, and marked if it stays so.",
+        "second-order MAML step over tasks; an ensemble on one batch with deltas on the last layers; and memory. "
+        "Ratios are medians of ratios paired within a round; a table whose yardstick spreads by more than 10 % is "
+        "measured again, and marked if it stays so.",
     )
     result.add_argument(
         "--table", nargs="+", choices=TABLES, default=list(TABLES), metavar="NAME", help=f"of {', '.join(TABLES)} (all)"
