@@ -2,6 +2,7 @@
 
 import typing as _typing
 
+from . import distributed as distributed
 from . import optim as optim
 from . import tree as tree
 from .attention import higher_order as higher_order
@@ -52,6 +53,8 @@ from .interop.opendelta import save_opendelta as save_opendelta
 from .match import find_key as find_key
 from .match import find_module as find_module
 from .model import DeltaModel as DeltaModel
+from .packing import pack as pack
+from .packing import unpack as unpack
 from .params import broadcast as broadcast
 from .params import cat as cat
 from .params import combine as combine
@@ -62,8 +65,10 @@ from .params import stack as stack
 from .params import take as take
 from .params import unstack as unstack
 from .picker import pick as pick
+from .resident import Resident as Resident
 from .site import Site as Site
 from .structures import common_names as common_names
+from .tokenwise import linear as linear
 from .view import unbind as unbind
 
 DeltaBase = DeltaModel

@@ -11,6 +11,7 @@ from .attend import joined
 from .axes import in_order
 from .errors import ConfigError, MergeError
 from .plan import Attachment
+from .tokenwise import Tokenwise
 
 
 def rewritten(
@@ -51,7 +52,8 @@ def bound_in_both_modes(attachment: Attachment, function: str) -> Bound:
 
 def _bound(attachment: Attachment, function: str, training: bool) -> Callable[..., Tensor]:
     """The method's function, computed in the leaves' dtype and returned in the hidden value's own."""
-    method, site = in_order(getattr(attachment.config, function), attachment.config.axis_order), attachment.at(training)
+    config, site = attachment.config, attachment.at(training)
+    method = in_order(getattr(config, function), config.axis_order)
 
     def act(p: dict[str, Tensor], *values: Tensor) -> Tensor:
         dtype, own = _leaf_dtype(p), values[0].dtype
@@ -59,11 +61,12 @@ def _bound(attachment: Attachment, function: str, training: bool) -> Callable[..
         result = method(site, p, *raised)
         if not isinstance(result, Tensor):
             raise ConfigError(
-                f"{type(attachment.config).__name__}.{function} returned {type(result).__name__}; expected a tensor."
+                f"{type(config).__name__}.{function} returned {type(result).__name__}; expected a tensor."
             )
         return result if result.dtype == own or not own.is_floating_point else result.to(own)
 
-    return act
+    # A config's order of axes counts those of the model's own value.
+    return Tokenwise(act) if config.tokenwise(site) and config.axis_order is None else act
 
 
 def added_in_both_modes(attachment: Attachment) -> Bound:

@@ -1,4 +1,4 @@
-"""The command line: ``funcdelta train`` runs the main job, ``funcdelta bench`` the benchmark."""
+"""The command line: ``funcdelta train`` runs the main job, ``bench`` the benchmark, ``plan`` tells what a job costs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from .costs.report import add_options
 from .errors import FuncdeltaError
 
 WRONG, STOPPED = 2, 130
@@ -36,7 +37,7 @@ def build_parser() -> Parser:
     5
     """
     parser = Parser(prog="funcdelta", description="Deltas as pure functions of their parameters.")
-    commands = parser.add_subparsers(dest="command", metavar="{train,bench}", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="{train,bench,plan}", required=True)
     train = commands.add_parser(
         "train",
         help="train a sweep of members on labelled texts, all in one folded run",
@@ -77,6 +78,15 @@ def build_parser() -> Parser:
     run.add_argument("--resume", action="store_true", help="continue the run in --out; the result is the same")
     run.add_argument("--quiet", action="store_true", help="print nothing but errors")
     commands.add_parser("bench", help="time members by fold, vmap, loop and PEFT side by side", add_help=False)
+    plan = commands.add_parser(
+        "plan",
+        help="what n members cost in memory and time, and which layout fits",
+        description=(
+            "Memory and time of a step of n members on one backbone, on one device, with members or the backbone or "
+            "both sharded over several, by formulas (they stand in funcdelta/costs/formulas.py). No weights are read."
+        ),
+    )
+    add_options(plan)
     return parser
 
 
@@ -92,7 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return bench(arguments[1:])
     try:
-        given = vars(build_parser().parse_args(arguments))
+        options = build_parser().parse_args(arguments)
+        if options.command == "plan":
+            return _plan(options)
+        given = vars(options)
         given.pop("command")
         return _train(given)
     except KeyboardInterrupt:
@@ -100,6 +113,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return STOPPED
     except SystemExit as leaving:
         return leaving.code if isinstance(leaving.code, int) else WRONG
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from .costs.report import run as answer
+
+    try:
+        print(answer(options))
+    except (FuncdeltaError, OSError, ValueError) as error:
+        print(f"funcdelta plan: {' '.join(str(error).split())}", file=sys.stderr)
+        return WRONG
+    return 0
 
 
 def _train(given: dict[str, object]) -> int:

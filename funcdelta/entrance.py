@@ -146,10 +146,15 @@ class Entrance:
         self._limit = _position_limit(self.module, embedding, self.first_position)
 
     def positions(self, given: dict[str, Any]) -> dict[str, Tensor]:
-        """Position numbers that the model would count from ids, which it will not see: padding takes none."""
+        """Position numbers that the model would count from ids, which it will not see: padding takes none.
+
+        What the mask hides behind the text goes on counting, as positions of embeddings do.
+        """
         if self._padding is None or given.get("position_ids") is not None or "position_ids" not in self.inputs:
             return {}
-        tokens = given["input_ids"].ne(self._padding).int()
+        tokens, mask = given["input_ids"].ne(self._padding).int(), given.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape == tokens.shape:
+            tokens = tokens | mask.ne(0).flip(1).cumsum(1).flip(1).eq(0).int()
         return {"position_ids": (tokens.cumsum(1) * tokens).long() + self._padding}
 
     def check_length(self, total: int, without: int) -> None:

@@ -7,7 +7,6 @@ normal fast path once; only at a site is the hidden value split again, and the m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,11 +18,13 @@ from .errors import EngineError, ParamsError
 from .inputs import Inputs
 from .layout import Layout
 from .lift import Folded, split_members
+from .opaque import holds_tensors, spare, why_opaque
 from .params import take
 from .probe import layout_for, runners
 from .recompute import kept_run, named_refusal, needs_keeping
+from .routing import Index, pick_rows, read_index
+from .sharded import check_kept, check_ran
 from .skeleton import TENSOR, Call, Params
-from .transforms import is_wrapped
 
 if TYPE_CHECKING:
     from .model import DeltaModel
@@ -37,15 +38,28 @@ def call_single(
     call = Call(params, reached=reached)
     if params and needs_keeping(skeleton):
         skeleton = delta.skeletons.spare(delta.mode_flag)
-        return kept_run(skeleton, call, skeleton.overrides(params), args, kwargs)
+        overrides = skeleton.overrides(params)
+        check_kept(skeleton.units, overrides)
+        return kept_run(skeleton, call, overrides, args, kwargs)
+    if skeleton.units:
+        call.runners = delta.plan.runners(params)
     with attention_for_this_call(), named_refusal(skeleton):
-        return skeleton.run("", params, args, kwargs, call)
+        try:
+            output = skeleton.run("", params, args, kwargs, call)
+        except RuntimeError as error:
+            if skeleton.writes_buffers or "mutate a captured Tensor" not in str(error):
+                raise
+            skeleton.writes_buffers = True
+            call = Call(params, reached=reached, runners=call.runners)
+            output = skeleton.run("", params, args, kwargs, call)
+    check_ran(call.runners, call.ran)
+    return output
 
 
 def call_loop(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
     """Members in turn, outputs stacked."""
-    outputs = [call_single(delta, take(stack, i), *inputs.member(i)) for i in range(inputs.n)]
-    leaves = [pytree.tree_flatten(output) for output in outputs]
+    outputs = [call_single(delta, take(stack, i), *spare(inputs.member(i))) for i in range(inputs.n)]
+    leaves = [_flatten(output) for output in outputs]
     spec = leaves[0][1]
     columns = zip(*[row for row, _ in leaves], strict=True)
     joined = [torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
@@ -57,8 +71,8 @@ def call_vmap(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
     found: list[Any] = []
 
     def member(p: Params, mapped: list[Tensor]) -> tuple[Tensor, ...]:
-        output = call_single(delta, p, *inputs.fill_mapped(mapped))
-        leaves, spec = pytree.tree_flatten(output)
+        output = call_single(delta, p, *spare(inputs.fill_mapped(mapped)))
+        leaves, spec = _flatten(output)
         found[:] = [spec, [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]]
         return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
@@ -73,6 +87,15 @@ def call_vmap(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
         raise EngineError(f'{reason}. Use engine="fold" (or "loop").') from error
     spec, others = found
     return pytree.tree_unflatten([next(results) if other is TENSOR else other for other in others], spec)
+
+
+def _flatten(output: Any) -> tuple[list[Any], Any]:
+    """``tree_flatten`` of the model's output, which must not hide tensors: they would be one member's, or all."""
+    leaves, spec = pytree.tree_flatten(output)
+    for leaf in leaves:
+        if not torch.compiler.is_compiling() and holds_tensors(leaf):
+            raise EngineError(f"An output of many members {why_opaque(leaf)}")
+    return leaves, spec
 
 
 def known_vmap_limit(message: str) -> str | None:
@@ -98,13 +121,12 @@ def call_fold(delta: DeltaModel, stack: Params, inputs: Inputs) -> Any:
     if inputs.b == 0:
         return call_loop(delta, stack, inputs)
     if inputs.n == 1:
-        return pytree.tree_map_only(
-            Tensor, lambda t: t.unsqueeze(0), call_single(delta, take(stack, 0), *inputs.member(0))
-        )
+        leaves, spec = _flatten(call_single(delta, take(stack, 0), *spare(inputs.member(0))))
+        return pytree.tree_unflatten([t.unsqueeze(0) if isinstance(t, Tensor) else t for t in leaves], spec)
     args, kwargs = inputs.folded()
     layout = layout_for(delta, stack, args, kwargs, inputs.row_axis, inputs.n * inputs.b)
     output = _folded_run(delta, stack, layout, args, kwargs, Folded(inputs.n, inputs.b))
-    leaves, spec = pytree.tree_flatten(output)
+    leaves, spec = _flatten(output)
     split = [
         split_members(leaf, dim, inputs.n) if isinstance(leaf, Tensor) else leaf
         for leaf, dim in zip(leaves, layout.outputs, strict=True)
@@ -116,31 +138,20 @@ def route_rows(
     delta: DeltaModel,
     stack: Params,
     n: int,
-    index: Sequence[int] | Tensor,
+    index: Index,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     """Row i of the batch with member ``index[i]`` of the stack; -1 runs the bare backbone."""
-    device = next(iter(stack.values())).device
-    index = torch.as_tensor(index, device=device)
-    if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
-        raise ParamsError(f"index has the shape {tuple(index.shape)} and dtype {index.dtype}; expected (b,) integers.")
+    index, present = read_index(index, n, next(iter(stack.values())).device)
     inputs = Inputs(delta.backbone, n, args, kwargs, None, delta.batch_dim)
     if index.shape[0] != inputs.b:
         raise ParamsError(f"index has {index.shape[0]} entries for a batch of {inputs.b} rows: give one member a row.")
-    # Values steer Python code only where they can be read: compiled code and transforms mask every row.
-    readable = not torch.compiler.is_compiling() and not is_wrapped(index)
-    if readable and (int(index.max()) >= n or int(index.min()) < -1):
-        raise ParamsError(
-            f"index names the members {int(index.min())} to {int(index.max())}; there are 0 to {n - 1}, and -1."
-        )
-    bare = index < 0
-    present = None if readable and not bool(bare.any()) else ~bare
     if inputs.b == 0:
         return call_single(delta, {name: leaf[0] for name, leaf in stack.items()}, args, kwargs)
     if inputs.b == 1 and present is None:
         return call_single(delta, {name: leaf[index[0]] for name, leaf in stack.items()}, args, kwargs)
-    taken = {name: leaf[index.clamp(min=0)] for name, leaf in stack.items()}
+    taken = pick_rows(stack, index)
     layout = layout_for(delta, taken, args, kwargs, inputs.row_axis, inputs.b)
     return _folded_run(delta, taken, layout, args, kwargs, Folded(inputs.b, 1, present))
 

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import FoldError, ParamsError
 from .match import near
+from .opaque import holds_tensors, why_opaque
 
 InDims = int | None | Mapping[str, int | None]
 
@@ -50,7 +51,7 @@ class Inputs:
             self.is_mapped += [chosen[name] == 0 and isinstance(leaf, Tensor) for leaf in leaves]
         self.explicit = {name for name in chosen if isinstance(in_dims, Mapping) and name in in_dims}
         self._rebuild = (specs, len(args), list(kwargs))
-        self._check_members()
+        self._check_members(chosen)
         self.b = self._rows()
         self.row_axis = {i: batch_dim for i in range(len(self.leaves)) if self._kind(i) in ("rows", "mapped")}
 
@@ -60,7 +61,7 @@ class Inputs:
         shape = tuple(self.leaves[i].shape)
         return shape[1:] if self.is_mapped[i] else shape
 
-    def _check_members(self) -> None:
+    def _check_members(self, chosen: Mapping[str, int | None]) -> None:
         for name, leaf, mapped in zip(self.names, self.leaves, self.is_mapped, strict=True):
             if mapped and (leaf.ndim == 0 or leaf.shape[0] != self.n):
                 raise ParamsError(
@@ -68,6 +69,8 @@ class Inputs:
                     f"{self.n} members: ({self.n}, b, …). To show all members the same input write "
                     f"in_dims={{'{name}': None}}."
                 )
+            if chosen[name] == 0 and holds_tensors(leaf):
+                raise ParamsError(f"The input {name} of many members {why_opaque(leaf)}")
 
     def _rows(self) -> int:
         """The rows of one member: the first input that has more than one decides, for a single row stands for all."""

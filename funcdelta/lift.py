@@ -1,7 +1,8 @@
 """The lift of a fold: how a member's function acts at a site when all members' rows stand in one batch.
 
 The hidden value is split by member, (n·b, …) → (n, b, …), the function is mapped over members by a local
-``torch.vmap``, and the rows are joined again. Where the rows stand is told by the layout.
+``torch.vmap``, and the rows are joined again. Where the rows stand is told by the layout. A function of each token
+alone takes all members in one call instead (:mod:`funcdelta.tokenwise`).
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from .errors import FoldError
 from .layout import SiteLayout, scalar_message
+from .tokenwise import Tokenwise, all_tokens
 
 
 class Folded:
-    """The lift of a fold: split the rows by member, map the member's function, join the rows."""
+    """The lift of a fold: split the rows by member, map the member's function (or batch it), join the rows."""
 
     def __init__(self, n: int, rows: int, present: Tensor | None = None) -> None:
         self.n, self.rows, self.present = n, rows, present
@@ -35,10 +37,14 @@ class Folded:
         dims: tuple[int | None, ...],
         site: str,
     ) -> tuple[Tensor, int | None]:
-        split = [self._split(value, dim) for value, dim in zip(values, dims, strict=True)]
-        out_dim = dims[0] or 0
-        out = torch.vmap(function, in_dims=(0, *dims), out_dims=out_dim, randomness="different")(p, *split)
-        out, dim = self._join(out, dims[0], site)
+        out, dim = None, 0
+        if isinstance(function, Tokenwise) and all(at == 0 for at in dims):
+            out = all_tokens(function, p, values, self.n, site)
+        if out is None:
+            split = [self._split(value, at) for value, at in zip(values, dims, strict=True)]
+            out_dim = dims[0] or 0
+            out = torch.vmap(function, in_dims=(0, *dims), out_dims=out_dim, randomness="different")(p, *split)
+            out, dim = self._join(out, dims[0], site)
         if self.present is not None:
             out = torch.where(self._mask(out, dim), out, values[0])
         return out, dim

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .acting import rewritten
 from .errors import MergeError
 from .skeleton import Params
-from .structure import is_quantised
+from .structure import copy_module, is_quantised
 
 if TYPE_CHECKING:
     from .model import DeltaModel
@@ -33,6 +32,9 @@ def merge(delta: DeltaModel, params: Params, untie: bool = False) -> dict[str, T
     for path, attachments in plan.attachments.items():
         for attachment in attachments:
             if not attachment.among(params):
+                continue
+            present = attachment.config.present(attachment.of(params))
+            if present is not None and not present > 0:
                 continue
             refusal = attachment.config.unmergeable(attachment.site)
             if refusal:
@@ -97,7 +99,7 @@ def _aliases(backbone: nn.Module) -> dict[str, list[str]]:
 def merged(delta: DeltaModel, params: Params, untie: bool = False) -> nn.Module:
     """A new module of the backbone's class with the merged weights; it shares no storage with the backbone."""
     state = merge(delta, params, untie)
-    model = copy.deepcopy(delta.backbone)
+    model = copy_module(delta.backbone)
     if untie:
         _untie(model)
     for name, tensor in state.items():

@@ -26,10 +26,13 @@ from .layout import Layout
 from .match import as_names
 from .merge import merge, merged
 from .naming import named_leaves
+from .opaque import spare
 from .params import partition, seeds, stack, take
 from .plan import Plan, build_plan
 from .program import Skeletons
-from .reach import spare, verify_reached
+from .reach import verify_reached
+from .resident import Resident
+from .routing import Index
 from .sharing import expand_member, expand_stack
 from .skeleton import Params, Prepare
 from .transforms import concrete, inside_transform, outside_transforms
@@ -430,7 +433,7 @@ class DeltaModel(Habits):
     def apply_rows(
         self,
         stack: Params,
-        index: Sequence[int] | Tensor,
+        index: Index,
         /,
         *args: Any,
         inputs: Mapping[str, Any] | None = None,
@@ -443,6 +446,8 @@ class DeltaModel(Habits):
         torch.Size([3, 8])
         """
         n = check_stack(stack, self._shapes, self._groups, self._backbone_shapes)
+        if isinstance(stack, Resident):
+            stack.check(index)
         stack = self._ready(stack)
         args, kwargs = self._given(args, kwargs, inputs, transformed=True)
         self._verify_many(stack, Inputs(self.backbone, n, args, kwargs, None, self.batch_dim))
@@ -470,6 +475,26 @@ class DeltaModel(Habits):
         """
         self.skeletons.check()
         return bind(self, self._member(params))
+
+    def bind_rows(self, stack: Params, index: Index) -> nn.Module:
+        """A module of the backbone's class whose row i runs with member ``index[i]``, -1 with the bare backbone.
+
+        For ``generate``, which may make k rows of each (beams, sequences): a batch of k times as many rows gives
+        ``index[i // k]`` to row i. The view reads ``stack`` itself, not a copy: what is written into it, or into a
+        :class:`Resident`, is seen by the next call, and gradients go to its leaves if they require grad.
+        ``view.route(index)`` gives the rows other members; ``fd.unbind(view)`` copies the stack.
+
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+        >>> stack, x = fd.tree.randn_like(delta.init(0, n=5), seed=0), torch.ones(3, 4)
+        >>> view = delta.bind_rows(stack, [4, -1, 0])
+        >>> type(view).__name__, torch.equal(view(x), delta.apply_rows(stack, [4, -1, 0], x))
+        ('Sequential', True)
+        """
+        from .routed import bind_rows
+
+        check_stack(stack, self._shapes, self._groups, self._backbone_shapes)
+        self.skeletons.check()
+        return bind_rows(self, stack if isinstance(stack, Resident) else self._ready(stack), index)
 
     def merge(self, params: Params, untie: bool = False) -> dict[str, Tensor]:
         """A new state dict with the delta written into the weights; loading it *and* applying would count twice.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .axes import check_axes, sized
 from .config import BaseDeltaConfig
 from .errors import ConfigError, MatchError
+from .match import within
 from .naming import names_of_tensors, select, trained
 from .sharing import Shared, share
 from .site import AttentionShape, Shapes, Site, site_of
@@ -127,6 +128,20 @@ class Plan:
             if attachment.by_weights and attachment.among(params):
                 found.setdefault(attachment.site.path, []).extend(attachment.leaves.values())
         return found
+
+    def runners(self, params: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+        """The outermost modules that run with tensors of one member, each with the keys of params used in it."""
+        found: dict[str, list[str]] = {}
+        for owner, keys in self.owners(params).items():
+            found.setdefault(self.runner(owner), []).extend(keys)
+        outermost = [path for path in found if not any(path != other and within(path, other) for other in found)]
+        runners: dict[str, tuple[str, ...]] = {}
+        for path in outermost:
+            keys = [key for other, keys in found.items() if within(other, path) for key in keys]
+            acting = [a for a in self.all() if any(within(end, path) for end in a.ends)]
+            keys += [key for a in acting for key in a.leaves.values() if key in params]
+            runners[path] = tuple(dict.fromkeys(keys))
+        return runners
 
     def present(self, params: Mapping[str, Any]) -> frozenset[str]:
         """Which deltas and which trained leaves ``params`` hold; the structure that a layout belongs to."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +14,9 @@ from torch.utils import _pytree as pytree
 from .errors import FoldError, FuncdeltaError
 from .layout import Layout, Recorder, WithoutDropout, close, compare
 from .lift import Folded, split_members
+from .match import within
+from .opaque import spare
 from .params import take
-from .reach import spare
 from .sharing import expand_stack
 from .skeleton import Call, Params, Skeleton
 from .transforms import concrete, eager, outside_transforms
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
 OTHER_ENGINES = 'Use engine="vmap" or "loop".'
 
-_probing = threading.Lock()
+probing = threading.Lock()
+"""Held while a layout is learned: two threads need not learn the same."""
 
 
 def layout_for(
@@ -52,7 +55,7 @@ def layout_for(
         return delta.layouts[key]
     layout = delta.layouts.get(key)
     if layout is None:
-        with _probing:
+        with probing:
             values = [concrete(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             names = delta.plan.present(stack)
             delta.layouts[key] = layout = learn(delta, names, values, spec, row_axis, rows)
@@ -114,24 +117,38 @@ def _learn_while_tracing(
 
 @eager
 def learn(
-    delta: DeltaModel, names: frozenset[str], leaves: list[Any], spec: Any, row_axis: Mapping[int, int], rows: int
+    delta: DeltaModel,
+    names: frozenset[str],
+    leaves: list[Any],
+    spec: Any,
+    row_axis: Mapping[int, int],
+    rows: int,
+    entry: str = "",
 ) -> Layout:
-    """Learn the layout, then check it: two members folded have to equal the first one alone."""
+    """Learn the layout, then check it: two members folded have to equal the first one alone.
+
+    The module at ``entry`` is what is called. Of a cache among the inputs the same rows are taken as of the tensors.
+    """
 
     pairs = {i: _two_rows(leaf, row_axis[i]) for i, leaf in enumerate(leaves) if i in row_axis}
+    leaves = [_rows_of_cache(leaf, [0, rows - 1]) if is_cache(leaf) else leaf for leaf in leaves]
     if all(torch.equal(*pair.split(1, row_axis[i])) for i, pair in pairs.items()):
         pairs = {i: _unlike(pair, row_axis[i]) for i, pair in pairs.items()}
 
     def pick(*which: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         picked = [
-            pairs[i].index_select(row_axis[i], torch.tensor(which, device=leaf.device)) if i in pairs else leaf
+            pairs[i].index_select(row_axis[i], torch.tensor(which, device=leaf.device))
+            if i in pairs
+            else _rows_of_cache(leaf, which)
+            if is_cache(leaf)
+            else leaf
             for i, leaf in enumerate(leaves)
         ]
         return spare(pytree.tree_unflatten(picked, spec))
 
     skeleton = delta.skeletons.build(delta.mode_flag)
     try:
-        return _learn(delta, names, skeleton, pick)
+        return _learn(delta, names, skeleton, pick, entry)
     except FoldError as error:
         raise FoldError(f"{error}{_why_rows_mix(skeleton.module, delta.batch_dim)}") from error
 
@@ -141,26 +158,27 @@ def _learn(
     names: frozenset[str],
     skeleton: Skeleton,
     pick: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]],
+    entry: str,
 ) -> Layout:
     with outside_transforms(), torch.no_grad(), torch.random.fork_rng(), WithoutDropout():
         members = expand_stack(delta.plan.shared, delta.random_members(2, names))
         first = take(members, 0)
         # The last row first, too: where rows change places, one of the two orders shows it.
-        _compare_orders(skeleton, first, pick)
-        one, out_one = _record(skeleton, first, *pick(0))
-        two, out_two = _record(skeleton, first, *pick(0, 1))
+        _compare_orders(skeleton, entry, first, pick)
+        one, out_one = _record(skeleton, entry, first, *pick(0))
+        two, out_two = _record(skeleton, entry, first, *pick(0, 1))
         names_of_outputs = [_name(path) for path, _ in pytree.tree_flatten_with_path(out_one)[0]]
         flat_one, flat_two = pytree.tree_leaves(out_one), pytree.tree_leaves(out_two)
         if len(flat_one) != len(flat_two):
             raise FoldError('The output has another structure for two rows than for one. Use engine="vmap" or "loop".')
         layout = compare(one, two, flat_one, flat_two, names_of_outputs)
-        _check_fold(delta, members, layout, pick(0, 1), skeleton, flat_one, names_of_outputs)
+        _check_fold(delta, members, layout, pick(0, 1), skeleton, entry, flat_one, names_of_outputs)
     return layout
 
 
-def _compare_orders(skeleton: Skeleton, params: Params, pick: Callable[..., Any]) -> None:
-    one, out_one = _record(skeleton, params, *pick(1))
-    two, out_two = _record(skeleton, params, *pick(1, 0))
+def _compare_orders(skeleton: Skeleton, entry: str, params: Params, pick: Callable[..., Any]) -> None:
+    one, out_one = _record(skeleton, entry, params, *pick(1))
+    two, out_two = _record(skeleton, entry, params, *pick(1, 0))
     flat_one, flat_two = pytree.tree_leaves(out_one), pytree.tree_leaves(out_two)
     if len(flat_one) == len(flat_two):
         compare(one, two, flat_one, flat_two, [_name(path) for path, _ in pytree.tree_flatten_with_path(out_one)[0]])
@@ -169,6 +187,22 @@ def _compare_orders(skeleton: Skeleton, params: Params, pick: Callable[..., Any]
 def _two_rows(leaf: Tensor, axis: int) -> Tensor:
     """The first and the last row."""
     return leaf.index_select(axis, torch.tensor([0, leaf.shape[axis] - 1], device=leaf.device))
+
+
+def is_cache(leaf: Any) -> bool:
+    """Whether an input is a cache whose rows can be chosen, as those of Transformers.
+
+    >>> is_cache(torch.zeros(2))
+    False
+    """
+    return hasattr(leaf, "reorder_cache") and not isinstance(leaf, nn.Module)
+
+
+def _rows_of_cache(cache: Any, which: Sequence[int]) -> Any:
+    """A copy of a cache with some of its rows."""
+    cache = copy.deepcopy(cache)
+    cache.reorder_cache(torch.tensor(which))
+    return cache
 
 
 def _unlike(pair: Tensor, axis: int) -> Tensor:
@@ -180,15 +214,20 @@ def _unlike(pair: Tensor, axis: int) -> Tensor:
     return torch.cat([first, second.flip(-1)], axis) if axis != pair.ndim - 1 else pair
 
 
-def _record(skeleton: Skeleton, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Recorder, Any]:
-    recorder = Recorder()
+def _record(
+    skeleton: Skeleton, entry: str, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Recorder, Any]:
+    call = Call(params, recorder=(recorder := Recorder()))
+    if skeleton.units and skeleton.plan is not None:
+        call.runners = skeleton.plan.runners(params)
     skeleton.follow_buffers()
     torch.manual_seed(0)
     try:
         with torch.no_grad():
-            return recorder, skeleton.run("", params, args, kwargs, Call(params, recorder=recorder))
-    except RuntimeError as error:
-        # torch's complaint about shapes: an input was taken for rows that is none. Others are the model's own errors.
+            return recorder, skeleton.enter(entry, params, args, kwargs, call)
+    except (RuntimeError, ValueError) as error:
+        # torch's complaint about shapes: an input was taken for rows that is none, or one row is too few for a batch
+        # norm in training. Others are the model's own errors.
         if isinstance(error, FuncdeltaError) or not ("shape" in str(error) or "size" in str(error)):
             raise
         raise FoldError(f"The model fails on one or two rows of these inputs: {error}. {OTHER_ENGINES}") from error
@@ -200,6 +239,7 @@ def _check_fold(
     layout: Layout,
     given: tuple[tuple[Any, ...], dict[str, Any]],
     skeleton: Skeleton,
+    entry: str,
     alone: list[Any],
     names: list[str],
 ) -> None:
@@ -207,15 +247,13 @@ def _check_fold(
     lift = Folded(2, 1)
     skeleton.follow_buffers()
     torch.manual_seed(0)
-    skeleton.call = Call(members, lift=lift, layout=layout, runners=runners(delta, members, layout))
+    call = Call(members, lift=lift, layout=layout, runners=runners(delta, members, layout, entry))
     try:
-        together = pytree.tree_leaves(skeleton.module(*given[0], **given[1]))
+        together = pytree.tree_leaves(skeleton.enter(entry, {}, *given, call))
     except FuncdeltaError:
         raise
     except Exception as error:
         raise FoldError(f"Two members in one batch fail{lift.suspects()}: {error}. {OTHER_ENGINES}") from error
-    finally:
-        skeleton.call = None
     for name, leaf, expected, dim in zip(names, together, alone, layout.outputs, strict=True):
         if isinstance(leaf, Tensor) and not close(split_members(leaf, dim, 2)[0], expected):
             raise FoldError(
@@ -238,17 +276,28 @@ def _name(path: Any) -> str:
     return pytree.keystr(path).strip("[].'\"") or "of the model"
 
 
-def runners(delta: DeltaModel, params: Params, layout: Layout) -> Mapping[str, tuple[str, ...]]:
+def runners(
+    delta: DeltaModel, params: Params, layout: Layout, entry: str = "", skipped: str = ""
+) -> Mapping[str, tuple[str, ...]]:
     """Modules that run once per member, each with the keys of params that it needs.
 
     A tensor that differs by member is used by the module that owns it, or, if that is never called, by the nearest
-    module above it that is. A runner inside another runs within it.
+    module above it that is. A runner inside another runs within it. A call of the module at ``entry`` alone uses
+    nothing else, nor does a call of the model that was given what the module at ``skipped`` gives.
     """
     needed: dict[str, list[str]] = {}
     for owner, keys in delta.plan.owners(params).items():
         path = owner
+        if owner not in layout.runs:
+            # A table that is read under another of its names. If it were read here too, the check of the fold fails.
+            ends = {key: [end.rpartition(".")[0] for end in delta.plan.trained.get(key, ())] for key in keys}
+            keys = [key for key in keys if not any(end in layout.runs for end in ends[key])]
+        if not keys:
+            continue
         while path and path not in layout.runs:
             path = path.rpartition(".")[0]
+        if not path and (entry or (skipped and within(owner, skipped))):
+            continue
         if not path:
             raise FoldError(
                 f"{keys[0]} differs by member and is used by the model itself, outside of any module that could run "

@@ -10,6 +10,7 @@ from torch import nn
 from .errors import StaleBackboneError
 from .plan import Plan
 from .recompute import changed, flags_of
+from .sharded import Shards, refuse_sharded, settle
 from .skeleton import Prepare, Skeleton
 from .transforms import eager
 
@@ -18,10 +19,12 @@ class Skeletons:
     """The skeletons of one plan: one a thread and mode, one a mode for compiled code, rebuilt when weights move."""
 
     def __init__(self, backbone: nn.Module, plan: Plan, prepare: Prepare | None) -> None:
+        refuse_sharded(backbone)
         self.backbone, self.plan, self.prepare = backbone, plan, prepare
         self._local = threading.local()
         self._traced: dict[bool | None, Skeleton] = {}
         self._generation = 0
+        self._shards: Shards = {}
         # A mode belongs to the delta: what becomes of the backbone's flags later does not matter.
         self.flags = {path: module.training for path, module in backbone.named_modules()}
         self._ends, self._checkpointing = self._first_and_last(), flags_of(backbone)
@@ -43,7 +46,9 @@ class Skeletons:
     @eager
     def build(self, training: bool | None, hooked: bool = True) -> Skeleton:
         """A skeleton that nobody else uses."""
-        return Skeleton(self.backbone, self.plan if hooked else None, training, self.prepare, self.flags)
+        skeleton = Skeleton(self.backbone, self.plan if hooked else None, training, self.prepare, self.flags)
+        settle(skeleton.module, skeleton.units, self._shards)
+        return skeleton
 
     def spare(self, training: bool | None) -> Skeleton:
         """A skeleton of this thread's that no call needs any more, for one that may be recomputed."""
@@ -63,6 +68,7 @@ class Skeletons:
         """Forget every skeleton; the next calls copy the backbone as it is now, hooked as ``plan`` says."""
         self.plan = plan or self.plan
         self._generation += 1
+        self._shards = {}
         self._ends, self._checkpointing = self._first_and_last(), flags_of(self.backbone)
         self._traced = {training: self.build(training) for training in self._traced}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +11,13 @@ from torch.utils import _pytree as pytree
 
 from .attend import attention_mark
 from .errors import MatchError
+from .opaque import spare
 from .skeleton import Call, Params
 from .transforms import concrete, eager, outside_transforms
 
 if TYPE_CHECKING:
     from .model import DeltaModel
     from .plan import Plan
-
-UNCHANGED = (Tensor, str, int, float, bool, complex, bytes, type(None))
 
 
 def verify_reached(
@@ -66,16 +64,6 @@ def missed_sites(plan: Plan, params: Params, reached: set[str]) -> list[str]:
             for a in attachments
         )
     ]
-
-
-def spare(inputs: Any) -> Any:
-    """The inputs for a run besides the call itself: objects that a run may change (a cache) are copied.
-
-    >>> cache = [object()]
-    >>> spare((cache, 1))[0] is cache
-    False
-    """
-    return pytree.tree_map(lambda leaf: leaf if isinstance(leaf, UNCHANGED) else copy.deepcopy(leaf), inputs)
 
 
 @eager

@@ -13,6 +13,7 @@ from .errors import MatchError
 from .parts import Part
 
 CONVOLUTIONS = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
+TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS_OVER_LAST_AXIS = ("LayerNorm", "RMSNorm")
 NORMS_OVER_CHANNELS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
 
@@ -51,7 +52,7 @@ class Site:
     Attributes:
         path: dotted path in the backbone.
         kind: ``linear``, ``transposed_linear`` (Transformers' Conv1D), ``embedding``, ``conv1d``, ``conv2d``,
-            ``conv3d``, ``norm``, ``other`` or ``span`` (see ``exit``).
+            ``conv3d``, ``transposed_conv``, ``norm``, ``other`` or ``span`` (see ``exit``).
         module_type: the module's class name.
         weight, bias: shapes of the module's own ``weight`` and ``bias``, ``None`` where there is none.
         in_features, out_features: widths of the hidden input and output.
@@ -149,6 +150,14 @@ def site_of(path: str, module: nn.Module) -> Site:
                 options=tuple((key, getattr(module, key)) for key in made_with),
                 **facts,
             )
+    if isinstance(module, TRANSPOSED_CONVOLUTIONS):
+        return Site(
+            kind="transposed_conv",
+            in_features=int(getattr(module, "in_channels")),  # noqa: B009  (typed Any)
+            out_features=int(getattr(module, "out_channels")),  # noqa: B009
+            channel_axis=1,
+            **facts,
+        )
     if isinstance(module, nn.Embedding):
         return Site(kind="embedding", in_features=module.num_embeddings, out_features=module.embedding_dim, **facts)
     features = getattr(module, "in_features", None), getattr(module, "out_features", None)

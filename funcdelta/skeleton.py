@@ -29,9 +29,10 @@ from .layout import Layout, Recorder, SiteLayout
 from .plan import Attachment, Plan
 from .prompt import Prompts
 from .recompute import check_runner, note_reentrant, recomputing, require_grad_outside_transforms
+from .sharded import check_unit, units
 from .spans import Stash, keep, take
 from .structure import copy_structure, forget_batch_statistics, named_tensors, paired_buffers
-from .transforms import is_wrapped, outside_transforms
+from .transforms import inside_transform, is_wrapped, outside_transforms
 
 # torch runs these by one kernel that calls no submodule and has few derivatives, unless they have hooks.
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
@@ -93,6 +94,7 @@ class Call:
     stash: Stash = field(default_factory=dict)
     never_ends: bool = False
     ended: bool = False
+    ran: set[str] = field(default_factory=set)
 
     def next_visit(self, path: str) -> int | None:
         """Which call of the module at ``path`` comes next; ``None``: one of those that were made, again."""
@@ -140,11 +142,13 @@ class Skeleton:
             self.module = copy_structure(backbone, trains=plan is None)
         self._buffers = paired_buffers(backbone, self.module)
         self._versions = list(map(VERSION, self._buffers))
+        self.writes_buffers = False
         for path, child in self.module.named_modules():
             child.training = flags.get(path, child.training) if training is None else training
         forget_batch_statistics(self.module)
         if prepare is not None:
             prepare(self.module)
+        self.units = units(self.module)
         self._dtypes = {name: t.dtype for name, t in named_tensors(self.module)}
         self.plan = plan
         self.call: Call | None = None
@@ -179,10 +183,11 @@ class Skeleton:
         # One pass in C over all of them, for models may have thousands.
         if list(map(VERSION, self._buffers)) == self._versions:
             return
-        with torch.no_grad():
+        with torch.no_grad(), outside_transforms():
             for at in range(0, len(self._buffers), 2):
                 source, own = self._buffers[at : at + 2]
                 if [source._version, own._version] != self._versions[at : at + 2]:
+                    self.writes_buffers |= own._version != self._versions[at + 1]
                     own.copy_(source)
         self._versions = list(map(VERSION, self._buffers))
 
@@ -320,9 +325,11 @@ class Skeleton:
 
     def _run_members(self, call: Call, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module at ``path`` with weights of the member's own: once, or once for each folded member."""
+        if self.units and path in call.runners:
+            check_unit(path, self.units)
+            call.ran.add(path)
         if call.recorder is None and call.lift is None:
-            p = {key: call.params[key] for key in call.runners[path]}
-            return self.run(path, p, args, kwargs, Call(p, stash=call.stash, never_ends=call.never_ends))
+            return self._run_one(call, path, args, kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         shape_of_output: list[Any] = []
@@ -337,7 +344,8 @@ class Skeleton:
             return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
 
         if call.recorder is not None:
-            output = self.bypasses[path](*args, **kwargs)
+            alone = path in call.runners
+            output = self._run_one(call, path, args, kwargs) if alone else self.bypasses[path](*args, **kwargs)
             call.recorder.run(path, tensors, [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)])
             return output
         assert call.layout is not None
@@ -355,19 +363,46 @@ class Skeleton:
         filled = [next(results) if other is TENSOR else other for other in others]
         return pytree.tree_unflatten(filled, out_spec)
 
+    def _run_one(self, call: Call, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module at ``path`` once, with tensors of the one member of this call."""
+        p = {key: call.params[key] for key in call.runners[path]}
+        inner = Call(
+            p, recorder=call.recorder, reached=call.reached, stash=call.stash, never_ends=call.never_ends, ran=call.ran
+        )
+        return self.run(path, p, args, kwargs, inner)
+
     # -- calls -----------------------------------------------------------------------------------------------------
 
     def run(
         self, path: str, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call | None = None
     ) -> Any:
         """The module at ``path`` with one member's params: hidden values through hooks, weights through a swap."""
-        overrides = self.overrides(params, path)
+        # A sharded module sets its parameters as it begins, over an override: runners replace them (Plan.runners).
+        overrides = self.overrides(params, path) if path or not self.units else {}
         target: nn.Module = self.module
         if path in self.bypasses:
             target = self.bypasses[path]
             cut = len(path) + 1 if path else 0
             overrides = {"module." + name[cut:]: tensor for name, tensor in overrides.items()}
+        elif self.writes_buffers and inside_transform():
+            # Transforms forbid writing to what they did not make.
+            buffers = self.module.named_buffers(remove_duplicate=False)
+            overrides = {name: buffer.clone() for name, buffer in buffers} | overrides
         outer, self.call = self.call, call or Call(params)
+        try:
+            if not overrides:
+                return target(*args, **kwargs)
+            return functional_call(target, overrides, args, kwargs, tie_weights=False)
+        finally:
+            self.call = outer
+
+    def enter(self, path: str, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Any:
+        """The module at ``path`` called from outside, hooks and all: the model itself, or its encoder alone."""
+        target = self.module.get_submodule(path)
+        cut = len(path) + 1 if path else 0
+        found = self.overrides(params, path) if path or not self.units else {}
+        overrides = {name[cut:]: tensor for name, tensor in found.items()}
+        outer, self.call = self.call, call
         try:
             if not overrides:
                 return target(*args, **kwargs)
@@ -456,9 +491,14 @@ def _added(call: Call, path: str, bound: Bound, training: bool, query: Tensor, k
     # One number a row: enough to tell which rows are whose.
     slot, p = key.new_zeros(()).expand(rows, 1, 1), attachment.of(call.params)
     both, _ = _act(call, path, function[training], p, (slot,), (0,))
-    visible = None
-    if call.lift is not None and call.lift.present is not None:
-        visible, _ = call.lift(lambda p, slot: torch.ones_like(slot), p, (slot,), (0,), path)
+    visible, present = None, attachment.config.present
+    if present(p) is not None or (call.lift is not None and call.lift.present is not None):
+
+        def seen(p: Params, slot: Tensor) -> Tensor:
+            shown = present(p)
+            return torch.ones_like(slot) if shown is None else torch.zeros_like(slot) + shown
+
+        visible = seen(p, slot) if call.lift is None else call.lift(seen, p, (slot,), (0,), path)[0]
         visible = visible.flatten() > 0
     keys, values = both.split([shape.key_width, shape.value_width], -1)
     widen = functools.partial(attachment.config.widen_bias, attachment.at(training))

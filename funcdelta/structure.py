@@ -24,13 +24,26 @@ def copy_structure(backbone: nn.Module, trains: bool = False) -> nn.Module:
                 plain = type(parameter) is nn.Parameter
                 needs = trains and parameter.requires_grad
                 memo[id(parameter)] = nn.Parameter(parameter.detach(), needs) if plain else parameter
-        for value in vars(module).values():
+    return copy_module(backbone, memo)
+
+
+def copy_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy, also of one that keeps computed tensors (old ``weight_norm``); ``memo`` is ``copy.deepcopy``'s.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> layer.last = layer(torch.zeros(1, 2))  # copy.deepcopy(layer) raises
+    >>> copy_module(layer).last.shape
+    torch.Size([1, 2])
+    """
+    memo = {} if memo is None else memo
+    for child in module.modules():
+        for value in vars(child).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     try:
-        return copy.deepcopy(backbone, memo)
+        return copy.deepcopy(module, memo)
     except Exception as error:
-        path = _uncopyable(backbone)
+        path = _uncopyable(module)
         error.add_note(f"funcdelta: the backbone's structure cannot be copied; the attributes of {path} refuse it.")
         raise
 

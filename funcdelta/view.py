@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .errors import MatchError, ParamsError, StaleBackboneError
 from .match import near, within
 from .reach import missed_sites
+from .sharded import check_bound
 from .sharing import Expanding
 from .skeleton import Call, Params, Skeleton
 
@@ -101,6 +102,7 @@ def bind(delta: DeltaModel, params: Params) -> nn.Module:
     skeleton = delta.skeletons.build(delta.mode_flag)
     module = skeleton.module
     names = [name for name in delta.names if name in params]
+    check_bound(skeleton.units, [name for name in names if name in delta.plan.trained])
     for name in names:
         value = params[name].detach().clone()
         if name in delta.plan.trained:
@@ -119,8 +121,13 @@ def bind(delta: DeltaModel, params: Params) -> nn.Module:
     if "" in runners:
         skeleton.open_forward("")
     skeleton.call = Call(given, runners=runners, never_ends=True)
-    kind = type(delta.backbone)
-    module.__class__ = type(kind.__name__, (View, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    return as_view(delta, skeleton, View, leaves)
+
+
+def as_view(delta: DeltaModel, skeleton: Skeleton, view: type[View], leaves: Mapping[str, Tensor]) -> nn.Module:
+    """The skeleton's module as a ``view`` of the backbone's class over ``leaves``; its first call is verified."""
+    module, kind = skeleton.module, type(delta.backbone)
+    module.__class__ = type(kind.__name__, (view, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
     object.__setattr__(module, "_delta", delta)
     object.__setattr__(module, "_leaves", leaves)
     aliases = [(name, p, p._version) for name, p in module.named_parameters() if name not in leaves]

@@ -66,8 +66,8 @@ def _run(
 
     Runs in evaluation mode, without gradients and random numbers, on a private copy of the structure.
     """
-    given = _dummy_inputs(backbone) if example is None else example
-    if given is None:
+    trials = _own_trials(backbone, paths) if example is None else {"": example}
+    if not trials:
         raise MatchError(
             f"{what} of {paths[0]} ({type(backbone.get_submodule(paths[0])).__name__}) cannot be read off its "
             f"weights: build the delta with example=inputs (a dict of keywords, or a tuple)."
@@ -76,18 +76,33 @@ def _run(
     for path in paths:
         note(path, skeleton.module.get_submodule(path))
     with torch.no_grad(), torch.random.fork_rng():
-        try:
-            if isinstance(given, Mapping):
-                skeleton.module(**given)
-            else:
-                skeleton.module(*given)
-        except MatchError:
-            raise
-        except Exception as error:
-            source = "example" if example is not None else "the model's own dummy_inputs; give example=inputs"
-            raise MatchError(
-                f"{what} of {paths[0]} has to be measured, but the backbone fails on {source}: {error}"
-            ) from error
+        for owner, given in trials.items():
+            try:
+                model = skeleton.module.get_submodule(owner)
+                if isinstance(given, Mapping):
+                    model(**given)
+                else:
+                    model(*given)
+            except MatchError:
+                raise
+            except Exception as error:
+                source = "example" if example is not None else "the model's own dummy_inputs; give example=inputs"
+                raise MatchError(
+                    f"{what} of {paths[0]} has to be measured, but the backbone fails on {source}: {error}"
+                ) from error
+
+
+def _own_trials(backbone: nn.Module, paths: Sequence[str]) -> dict[str, Any]:
+    """``{path of a model: its own inputs for a trial run}`` of the outermost models around ``paths`` that have some."""
+    found: dict[str, Any] = {}
+    for path in paths:
+        tokens = path.split(".")
+        for owner in (".".join(tokens[:end]) for end in range(len(tokens))):
+            given = _dummy_inputs(backbone.get_submodule(owner))
+            if given is not None:
+                found[owner] = given
+                break
+    return found
 
 
 def _dummy_inputs(backbone: nn.Module) -> Any:

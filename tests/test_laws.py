@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,36 @@ def test_law_4_rows_are_members_picked_row_by_row(method: str, name: str) -> Non
             assert s.flags & {"batch_free_target", "moe"}
             return
     assert_close(found, expected)
+
+
+@on_some_pairs
+def test_law_4_gradients_of_rows_go_to_the_members_picked(method: str, name: str) -> None:
+    s = subject(method, name)
+    inputs, index = s.inputs(4), [2, -1, 0, 2]
+    if any(a.prompt_rows for a in s.delta.plan.all()):
+        index = [2, 2, 0, 2]
+    trained, constants = fd.partition(s.stack, s.delta.trainable)
+
+    def gradients(outputs: Callable[[dict[str, Tensor]], Tensor]) -> list[Tensor]:
+        leaves = [leaf.clone().requires_grad_() for leaf in trained.values()]
+        stack = fd.combine(dict(zip(trained, leaves, strict=True)), constants)
+        return list(torch.autograd.grad(weighted_sum(outputs(stack)), leaves, materialize_grads=True))
+
+    def one_by_one(stack: dict[str, Tensor]) -> Tensor:
+        rows = [take_rows(inputs, slice(r, r + 1)) for r in range(4)]
+        return torch.cat([s.apply(fd.take(stack, i) if i >= 0 else {}, rows[r]) for r, i in enumerate(index)])
+
+    expected = gradients(one_by_one)
+    try:
+        found = gradients(
+            lambda stack: s.architecture.call(lambda *a, **k: s.delta.apply_rows(stack, index, *a, **k), inputs)
+        )
+    except fd.EngineError:
+        assert s.flags & {"batch_free_target", "moe"}
+        return
+    for leaf, other in zip(found, expected, strict=True):
+        assert_close(leaf, other, 1e-4)
+        assert not leaf[1].any()
 
 
 @on_every_pair

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from handmade import ENGINES, MLP, assert_close, assert_engines_agree, logits, raises_saying, random_params
+from handmade import ENGINES, MLP, Block, assert_close, assert_engines_agree, logits, raises_saying, random_params
 from torch import Tensor, nn
 from zoo import ZOO
 
@@ -236,6 +237,33 @@ def test_what_is_no_tensor_passes_through_rows() -> None:
     assert (output["none"], output["text"]) == (None, "yes")
 
 
+@dataclass
+class Record:
+    """What torch's pytree takes for a leaf."""
+
+    y: Tensor
+    label: str
+
+
+class Records(nn.Linear):
+    """A linear layer that wraps what it gives, and unwraps what it is given: (b, 4) to (b, 4)."""
+
+    def forward(self, x: Any) -> Any:
+        return Record(super().forward(x.y if isinstance(x, Record) else x), "p")
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, "auto"])
+def test_tensors_that_cannot_be_split_by_member_are_refused(engine: str) -> None:
+    delta = lora(nn.Sequential(Block(), Records(4, 4)), "0.inner")
+    stack, x = random_params(delta, 3), torch.randn(5, 4)
+    with raises_saying(fd.EngineError, "Record", "register_dataclass(Record)", "tuple"):
+        delta.apply_many(stack, x, engine=engine)
+    with raises_saying(fd.ParamsError, "input", "Record"):
+        delta.apply_many(stack, Record(torch.randn(3, 5, 4), "p"), in_dims=0, engine=engine)
+    with torch.no_grad():
+        assert delta.apply_rows(stack, [0, -1, 2, 1, 0], x).y.shape == (5, 4)  # rows stay where they are
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_labels_under_fold_name_the_loss_to_use(name: str) -> None:
     delta = lora(ZOO[name].build(), ZOO[name].default_target)
@@ -247,3 +275,12 @@ def test_labels_under_fold_name_the_loss_to_use(name: str) -> None:
     assert_engines_agree(
         delta, stack, engines=("loop", "vmap", "auto"), pick=lambda output: output.loss, **inputs, labels=labels
     )
+
+
+def test_batch_norm_that_refuses_a_single_row_in_training() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    delta = lora(model, "0").mode(train=True)
+    stack, x = random_params(delta, 3), torch.randn(5, 4)
+    with raises_saying(fd.FoldError, "1 normalises over the batch", "delta.mode(train=False)"):
+        delta.apply_many(stack, x, engine="fold")
+    assert_engines_agree(delta, stack, x, engines=("loop", "vmap", "auto"))

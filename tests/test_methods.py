@@ -141,6 +141,8 @@ def shifted(model: nn.Module, params: dict[str, Tensor]) -> nn.Module:
         (nn.Linear(4, 6, bias=False), torch.randn(2, 5, 4)),
         (nn.Conv1d(4, 6, 3, bias=False), torch.randn(2, 4, 9)),
         (nn.Conv2d(3, 6, 3), torch.randn(2, 3, 9, 9)),
+        (nn.ConvTranspose1d(4, 6, 3, stride=2), torch.randn(2, 4, 9)),
+        (nn.ConvTranspose2d(3, 6, 2, bias=False), torch.randn(2, 3, 9, 9)),
         (transposed(4, 6), torch.randn(2, 5, 4)),
         (nn.LayerNorm(4), torch.randn(2, 5, 4)),
         (nn.BatchNorm2d(3), torch.randn(2, 3, 9, 9)),

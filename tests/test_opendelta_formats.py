@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, T5Config, T5ForConditionalGeneration
@@ -261,6 +262,12 @@ def test_models_inside_wrappers_and_out_of_them(tmp_path: Path) -> None:
             delta, params = fd.load_opendelta(folder, backbone)
             torch.testing.assert_close(logits(delta.apply, "bert", params), expected)
     assert fd.load_opendelta(plain, model.bert)[0].sites == tuple(site.removeprefix("bert.") for site in QUERIES)
+    # What has to be measured is measured on the model inside, whose own inputs are known.
+    for made in (fd.ParallelAdapterModel(model, bottleneck_dim=3), fd.PrefixModel(model, prefix_token_num=2)):
+        leaves = fd.tree.randn_like(made.init(0), seed=1) | {name: torch.ones(()) for name in made.constants}
+        folder = fd.save_opendelta(made, leaves, tmp_path / "measured")
+        delta, params = fd.load_opendelta(folder, Inside(model))
+        torch.testing.assert_close(logits(delta.apply, "bert", params), logits(made.apply, "bert", leaves))
     deeper = write(tmp_path / "deeper", LORA, loras((QUERIES[0].replace(".0.", ".7."),)))
     with pytest.raises(
         fd.CheckpointError,
@@ -283,6 +290,22 @@ def test_safetensors_are_read_and_other_files_are_not(tmp_path: Path) -> None:
     save_file(loras(), folder / "model.safetensors")
     found = fd.load_opendelta(folder / "config.json", bert())[1]
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_file_of_half_precision_is_computed_with_as_opendelta_does(dtype: torch.dtype, tmp_path: Path) -> None:
+    """It copies the values into leaves of the backbone's precision."""
+    model, head = bert(), random({"classifier.bias": (3,)})
+    tensors = {key: tensor.to(dtype) for key, tensor in (loras() | head).items()}
+    delta, params = fd.load_opendelta(write(tmp_path / "lora", LORA, tensors), model)
+    assert {leaf.dtype for leaf in params.values()} == {torch.float32}
+    exact = {key: tensor.float() for key, tensor in tensors.items()}
+    expected = by_hand(model, "bert", with_loras(model, exact) | {"classifier.bias": exact["classifier.bias"]})
+    torch.testing.assert_close(logits(delta.apply, "bert", params), expected)
+    bias = {f"{QUERIES[0]}.bias": random({"b": (8,)})["b"].to(dtype)}
+    data = {"delta_type": "bitfit", "modified_modules": ["0.attention.self.query"], "common_structure": False}
+    delta, params = fd.load_opendelta(write(tmp_path / "bitfit", data, bias), model)
+    torch.testing.assert_close(logits(delta.apply, "bert", params), by_hand(model, "bert", bias))
 
 
 class Hostile:
@@ -367,7 +390,11 @@ def first_site(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         ),
         ({"lora_rank": 2}, loras(), r"has a field 'lora_rank'.*Near names: lora_r.*backbone_model, lora_rank=None\)"),
         ({"delta_type": "lorra"}, loras(), r"delta_type='lorra' is no delta of OpenDelta\. Near names: lora"),
-        ({"delta_type": None}, loras(), r"has no delta_type\. It is one of lora, adapter.*delta_type=\.\.\."),
+        (
+            {"delta_type": None},
+            loras() | adapters([QUERIES[0]]),
+            r"has no delta_type\. It is one of lora, adapter.*delta_type=\.\.\.",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -378,10 +405,10 @@ def test_what_does_not_fit_is_named(
 
 
 def test_the_fixes_that_errors_name_work(tmp_path: Path) -> None:
-    data = {**LORA, "lora_r": 3, "lora_rank": 2, "delta_type": None}
+    data = {**LORA, "lora_r": 3, "lora_rank": 2, "delta_type": None}  # one kind of leaves says it
     folder = write(tmp_path / "saved", data, first_site(loras()))
     given: dict[str, Any] = {"modified_modules": ["0.attention.self.query"], "lora_r": 2, "lora_rank": None}
-    delta, params = fd.load_opendelta(folder, bert(), delta_type="lora", **given)
+    delta, params = fd.load_opendelta(folder, bert(), **given)
     assert delta.sites == QUERIES[:1]
     assert float(params[f"{QUERIES[0]}.lora.scale"]) == 2.0
     with pytest.raises(fd.CheckpointError, match="compat='exact': write compat=\"opendelta\""):
@@ -486,6 +513,21 @@ def test_t5_prefixes_are_written_only_as_what_they_become(tmp_path: Path) -> Non
         fd.save_opendelta(delta, delta.init(0), tmp_path / "saved")
     folder = fd.save_opendelta(delta, delta.init(0), tmp_path / "saved", compat="opendelta")
     assert next(iter(torch.load(folder / "pytorch_model.bin"))) == "encoder.block.0.layer.0.reparams.wte.weight"
+
+
+@pytest.mark.parametrize("name", ["mt5", "xlm-roberta"])
+def test_prefixes_of_models_that_were_built_from_others(name: str, tmp_path: Path) -> None:
+    """Once mT5 had T5's modules and XLM-R RoBERTa's, so OpenDelta knows them."""
+    family = FAMILIES[name]
+    delta = fd.PrefixModel(family.model, prefix_token_num=2, reparameterize=False)
+    params = fd.tree.randn_like(delta.init(0), seed=1)
+    if name == "mt5":
+        with pytest.raises(fd.CheckpointError, match="position bias in the first layer alone"):
+            fd.save_opendelta(delta, params, tmp_path / "saved")
+    folder = fd.save_opendelta(delta, params, tmp_path / "saved", compat="opendelta")
+    loaded, again = fd.load_opendelta(folder, family.model)
+    found = [d.apply(p, **family.example()).logits for d, p in ((delta, params), (loaded, again))]
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_a_bias_where_opendelta_makes_one_too_late(tmp_path: Path) -> None:

@@ -298,6 +298,21 @@ def test_a_call_has_no_memory(x: Tensor) -> None:
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("first", ["a plain call", "a transform"])
+def test_a_model_that_writes_buffers_under_transforms(first: str, x: Tensor) -> None:
+    model = Remembers().eval()
+    before = snapshot(model)
+    delta = lora(model, "layer")
+    stack = random_params(delta, 3)
+    if first == "a plain call":
+        delta.apply(fd.take(stack, 0), x)
+    grads = torch.vmap(torch.func.grad(lambda p: delta.apply(p, x).square().sum()))(stack)
+    _, expected = fd.value_and_grad(lambda s: delta.apply_many(s, x, engine="fold").square().sum((1, 2)))(stack)
+    for name, grad in grads.items():
+        assert_close(grad, expected[name])
+    assert_unchanged(model, before)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_spectral_norm_is_left_alone(training: bool, x: Tensor) -> None:
     """Reading its weight in training mode writes buffers."""

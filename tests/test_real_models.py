@@ -217,6 +217,22 @@ def test_generating_for_several_members_at_once(smollm: tuple[nn.Module, Any], s
         assert_close(routed[1:2], smollm[0](input_ids=tokens).logits, 1e-4)
 
 
+def test_generating_row_by_row_is_generating_one_by_one(smollm: tuple[nn.Module, Any], speaking: fd.DeltaModel) -> None:
+    model, tokenizer = smollm
+    before = snapshot(model)
+    stack, index = small_change(speaking, 4), [3, 0, 2, 1]
+    texts = ["The capital of France is", "Rain", "Once upon a time there was", "Water boils at a temperature of"]
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.pad_token or tokenizer.eos_token, "left"
+    inputs = tokenizer(texts, return_tensors="pt", padding=True)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    said = speaking.bind_rows(stack, index).generate(**inputs, **options)[:, -8:]
+    for row, i in enumerate(index):
+        alone = speaking.bind(fd.take(stack, i)).generate(**tokenizer(texts[row], return_tensors="pt"), **options)
+        assert torch.equal(said[row], alone[0, -8:]), (texts[row], tokenizer.decode(said[row]))
+    assert not torch.equal(said, model.generate(**inputs, **options)[:, -8:])
+    assert_unchanged(model, before)
+
+
 def test_a_head_tied_to_the_embedding(smollm: tuple[nn.Module, Any]) -> None:
     model, tokenizer = smollm
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -162,6 +162,12 @@ def test_positions_of_roberta_skip_padding() -> None:
         torch.testing.assert_close(found[1:], delta.apply(params, ids[1:, 2:]).logits)
         numbers = (mask.cumsum(1) * mask) + 1  # what RoBERTa counts, given explicitly
         torch.testing.assert_close(delta.apply(params, ids, mask, position_ids=numbers).logits, found)
+        # Padding behind the text counts on, as OpenDelta's and all embeddings do.
+        right, behind = ids.clone(), torch.ones_like(mask)
+        right[1, :2], right[1, -2:], behind[1, -2:] = 5, model.config.pad_token_id, 0
+        counted = torch.arange(ids.shape[1]).expand_as(ids) + 2
+        expected = delta.apply(params, right, behind, position_ids=counted).logits
+        torch.testing.assert_close(delta.apply(params, right, behind).logits, expected)
 
 
 @pytest.mark.parametrize("name", ["opt", "bloom"])

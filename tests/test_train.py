@@ -150,6 +150,22 @@ def test_other_deltas(place: Path, tmp_path: Path, delta: str, assignments: tupl
     assert layers == ({"0", "1", "2"} if assignments and delta == "lora" else {"1", "2"})
 
 
+@pytest.mark.parametrize(
+    ("delta", "assignments", "sites"),
+    [
+        ("parallel_adapter", ("modified_modules=attn@",), 2),  # widths that only a call tells
+        ("prefix", ("prefix_token_num=2", "reparameterize=false"), 2),
+        ("soft_prompt", ("soft_token_num=2",), 1),  # in no layer, and with a longer text inside
+    ],
+)
+def test_deltas_that_have_to_see_the_model_run(
+    place: Path, tmp_path: Path, delta: str, assignments: tuple[str, ...], sites: int
+) -> None:
+    report = run(options(place, tmp_path / "run", delta=delta, set=assignments, steps=1, seeds=1))
+    assert report["reloaded"]["same_accuracy"] == 2
+    assert len(report["sites"]) == sites
+
+
 def test_layers_and_test_data(place: Path, tmp_path: Path) -> None:
     test = tiny_text.write_texts(tmp_path / "test.csv", rows=30, seed=9)
     report = run(options(place, tmp_path / "run", layers=1, test_data=str(test), steps=2, seeds=1))

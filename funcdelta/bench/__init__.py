@@ -1,4 +1,4 @@
-"""`funcdelta bench`: training steps of many LoRA members, timed beside the bare backbone's and PEFT's."""
+"""`funcdelta bench`: many LoRA members trained, routed and meta-learnt, beside the bare backbone and PEFT."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+TABLES = ("members", "memory", "routed", "single", "meta")
 DEFAULT_SHAPES = ("64,1,16", "32,2,32", "8,8,64")
 
 
@@ -43,11 +45,18 @@ def parser() -> argparse.ArgumentParser:
         prog="funcdelta bench",
         description="Time one training step of n LoRA members by fold, vmap, loop and PEFT against the bare "
         "backbone's forward and input gradient on the same tokens, and a single step against PEFT and "
-        "hand-written LoRA. Ratios are medians of ratios paired within a round; a table whose yardstick "
-        "spreads by more than 10 % is measured again, and marked if it stays so.",
+        "hand-written LoRA; rows that each have a member of their own, in a forward and in greedy decoding; a "
+        "second-order MAML step over tasks; and memory. Ratios are medians of ratios paired within a round; a table "
+        "whose yardstick spreads by more than 10 % is measured again, and marked if it stays so.",
     )
     result.add_argument(
-        "--model", choices=("minilm", "llama", "tiny", "all"), default="all", help="all: minilm and llama"
+        "--table", nargs="+", choices=TABLES, default=list(TABLES), metavar="NAME", help=f"of {', '.join(TABLES)} (all)"
+    )
+    result.add_argument(
+        "--model",
+        choices=("minilm", "llama", "smollm", "tiny", "all"),
+        default="all",
+        help="all: minilm and llama, and smollm for routed rows",
     )
     result.add_argument(
         "--shapes",
@@ -62,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--threads", type=_positive, default=None, help="torch threads (torch's own default)")
     result.add_argument("--json", type=Path, default=None, metavar="FILE", help="write every measured second")
     result.add_argument("--plot", type=Path, default=None, metavar="FILE", help="write a picture of the ratios")
-    result.add_argument("--quick", action="store_true", help="3 rounds, first shape only, one attempt")
+    result.add_argument("--quick", action="store_true", help="3 rounds, first size only, one attempt")
     return result
 
 
@@ -74,8 +83,8 @@ def _positive(text: str) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from funcdelta.bench import measure, report
-    from funcdelta.bench.subjects import SUBJECTS, BenchError, Shape
+    from funcdelta.bench import measure, report, tables
+    from funcdelta.bench.subjects import SPEAKERS, SUBJECTS, BenchError, Shape
 
     try:
         from rich.console import Console
@@ -90,13 +99,15 @@ def _run(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise BenchError(f"--shapes: {error}") from error
     effort = measure.Effort(options.repeats, options.attempts)
-    singles = ((1, 16), (8, 64))
+    sizes = tables.Sizes()
     if options.quick:
-        shapes, singles, effort = shapes[:1], singles[:1], measure.Effort(3, 1)
+        shapes, effort = shapes[:1], measure.Effort(3, 1)
+        sizes = replace(sizes, singles=sizes.singles[:1], routed=sizes.routed[:1])
     if options.thousand:
         shapes.append(Shape(1024, 1, 8))
-    names = ("minilm", "llama") if options.model == "all" else (options.model,)
-    chosen = {name: SUBJECTS[name] for name in names}
+    names = ("minilm", "llama", "smollm") if options.model == "all" else (options.model,)
+    chosen = {name: SUBJECTS[name] for name in names if name in SUBJECTS}
+    speakers = {name: SPEAKERS[name] for name in names if name in SPEAKERS}
     # In a file or a pipe there is no width to keep to, and folded cells cannot be read.
     console, errors = Console(width=None if sys.stdout.isatty() else 140), Console(stderr=True)
     with _threads(options.threads):
@@ -104,18 +115,19 @@ def _run(options: argparse.Namespace) -> None:
         console.print(report.heading(facts))
         with errors.status("starting") as status:
             notify: Callable[[str], None] = status.update
-            tables = measure.run(
+            measured = tables.run(
+                options.table,
                 chosen,
-                tuple(shapes),
-                singles,
+                speakers,
+                replace(sizes, shapes=tuple(shapes)),
                 effort,
                 notify,
                 emit=lambda table: console.print(report.rich_table(table)),
             )
     if options.json is not None:
-        report.write_json(options.json, facts, tables)
+        report.write_json(options.json, facts, measured)
     if options.plot is not None:
-        report.plot(options.plot, facts, tables)
+        report.plot(options.plot, facts, measured)
 
 
 @contextlib.contextmanager

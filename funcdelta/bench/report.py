@@ -80,25 +80,30 @@ def rich_table(table: Table) -> rich.table.Table:
     from rich.table import Table as RichTable
 
     caption = (
-        f"{table.yardstick} spreads by {100 * table.spread:.0f} %"
+        f"{table.yardstick}{f' spreads by {100 * table.spread:.0f} %' if table.spread else ''}"
         + (f", measured {table.attempts} times" if table.attempts > 1 else "")
         + (" [bold red]NOISY: run again on a quiet machine[/]" if table.noisy else "")
-        + f"; gradients agree to {table.disagreement:.0e}"
+        + f"; {table.compared} agree to {table.disagreement:.0e}"
     )
-    shown = RichTable(title=table.title, caption=caption)
-    shown.add_column("one training step")
-    shown.add_column("ms", justify="right")
-    against_bare = table.yardstick == BARE
-    if against_bare:
-        shown.add_column("/ bare", justify="right")
-    shown.add_column("/ PEFT", justify="right")
+    shown = RichTable(title=table.title, caption=caption if table.compared else None)
+    shown.add_column(table.what)
+    shown.add_column(table.unit, justify="right")
+    # Where PEFT itself is the yardstick, one column says it.
+    against_yardstick = not table.yardstick.startswith("PEFT")
+    if against_yardstick:
+        shown.add_column("/ bare" if table.yardstick == BARE else f"/ {table.yardstick}", justify="right")
+    against_peft = any(row.to_peft is not None for row in table.rows)
+    if against_peft:
+        shown.add_column("/ PEFT", justify="right")
     shown.add_column("target")
     shown.add_column("met")
     for row in table.rows:
-        cells = [row.label + (f" [dim]({row.note})[/]" if row.note else ""), f"{row.milliseconds:.4g}"]
-        if against_bare:
+        cells = [row.label + (f" [dim]({row.note})[/]" if row.note else ""), f"{row.value:.4g}"]
+        if against_yardstick:
             cells.append(_ratio(row.to_yardstick))
-        shown.add_row(*cells, _ratio(row.to_peft), *_target(row))
+        if against_peft:
+            cells.append(_ratio(row.to_peft))
+        shown.add_row(*cells, *_target(row))
     return shown
 
 
@@ -163,6 +168,8 @@ def plot(path: Path, facts: dict[str, Any], tables: Sequence[Table]) -> None:
         panel.axvline(1.0, color="black", linewidth=0.8)
         panel.set_xlim(0, 1.15 * max(values))
         panel.invert_yaxis()
-        panel.set_title(f"{table.title}: time / {table.yardstick}" + (" (noisy)" if table.noisy else ""), loc="left")
+        panel.set_title(
+            f"{table.title}: {table.unit} / {table.yardstick}" + (" (noisy)" if table.noisy else ""), loc="left"
+        )
     figure.suptitle(heading(facts), fontsize=8)
     figure.savefig(path, dpi=120)

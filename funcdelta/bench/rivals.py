@@ -139,14 +139,18 @@ class HandWritten:
 
 
 class Peft:
-    """PEFT's LoRA on a copy of the backbone: one adapter a member, loaded with that member's values."""
+    """PEFT's LoRA on a copy of the backbone: one adapter a member, loaded with that member's values.
 
-    def __init__(self, subject: Subject, members: Sequence[Mapping[str, Tensor]]) -> None:
+    `task` is PEFT's name of what the model is for; `"CAUSAL_LM"` gives it a `generate` with adapter names.
+    """
+
+    def __init__(self, subject: Subject, members: Sequence[Mapping[str, Tensor]], task: str | None = None) -> None:
         try:
             import peft
         except ImportError as error:
             raise BenchError("the benchmark compares with PEFT: pip install 'funcdelta[test]'") from error
         config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(subject.targets), lora_dropout=0.0)
+        config.task_type = task
         self.names = [f"member{index}" for index in range(len(members))]
         with warnings.catch_warnings():
             # PEFT 0.21 asks transformers 5.23 a deprecated question when it wraps a model.

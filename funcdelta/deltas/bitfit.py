@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..config import BaseDeltaConfig, register
 from ..site import Site, site_of
 
-KINDS_WITH_BIAS = ("linear", "transposed_linear", "conv1d", "conv2d", "conv3d", "norm")
+KINDS_WITH_BIAS = ("linear", "transposed_linear", "conv1d", "conv2d", "conv3d", "transposed_conv", "norm")
 
 
 @register("bitfit")
@@ -48,10 +48,15 @@ class BitFitConfig(BaseDeltaConfig):
             ):
                 yield f"{path}.{below}"
 
+    def tokenwise(self, site: Site) -> bool:
+        return site.channel_axis == -1
+
     def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
         return {"bias": torch.zeros(site.width)}
 
     def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
+        if site.channel_axis == -1:
+            return y + p["bias"]
         return y + p["bias"].view(-1, *[1] * (y.ndim - 1 - site.channel_axis % y.ndim))
 
     def weights(self, site: Site, p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -59,6 +64,6 @@ class BitFitConfig(BaseDeltaConfig):
         return w | {"bias": w["bias"] + p["bias"] if "bias" in w else p["bias"]}
 
     def unmergeable(self, site: Site) -> str | None:
-        if site.bias is not None or site.kind in ("linear", "conv1d", "conv2d", "conv3d"):
+        if site.bias is not None or site.kind in ("linear", "conv1d", "conv2d", "conv3d", "transposed_conv"):
             return None
         return f"{site.module_type} adds no bias, so an offset on its output cannot be written into its weights"

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import activation
-from ..config import BaseDeltaConfig, register
+from ..config import BaseDeltaConfig, Paddable, register
 from ..errors import ConfigError, MatchError
 from ..site import Site
+from ..tokenwise import linear
 
 
 @register("parallel_adapter")
@@ -48,6 +48,7 @@ class ParallelAdapterConfig(BaseDeltaConfig):
 
     default_name: ClassVar[str] = "parallel_adapter"
     default_modified_modules: ClassVar[tuple[str, ...]] = ("attn@", "attn@", "ff@.w1@", "ff@.w2@")
+    in_leaves: ClassVar[tuple[str, ...]] = ("bottleneck_dim", "scaled")
 
     bottleneck_dim: int = 24
     non_linearity: str = "gelu_new"
@@ -82,6 +83,13 @@ class ParallelAdapterConfig(BaseDeltaConfig):
     def unmergeable(self, site: Site) -> str | None:
         return "it adds a non-linear function of the input, which no weight computes"
 
+    def padding(self, site: Site) -> dict[str, Paddable]:
+        axes = {"down_proj.weight": -2, "down_proj.bias": -1, "up_proj.weight": -1}
+        return {"bottleneck": Paddable(self.bottleneck_dim, axes)}
+
+    def tokenwise(self, site: Site) -> bool:
+        return site.channel_axis == -1
+
     def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
         m = self.bottleneck_dim
         return {
@@ -94,8 +102,8 @@ class ParallelAdapterConfig(BaseDeltaConfig):
 
     def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
         h = x.movedim(site.channel_axis, -1)
-        down = activation(self.non_linearity)(F.linear(h, p["down_proj.weight"], p["down_proj.bias"]))
-        change = F.linear(down, p["up_proj.weight"], p["up_proj.bias"]).movedim(-1, site.channel_axis)
+        down = activation(self.non_linearity)(linear(h, p["down_proj.weight"], p["down_proj.bias"]))
+        change = linear(down, p["up_proj.weight"], p["up_proj.bias"]).movedim(-1, site.channel_axis)
         if change.ndim != y.ndim or any(a not in (1, b) for a, b in zip(change.shape, y.shape, strict=True)):
             raise MatchError(
                 f"The parallel adapter from {site.path} to {site.exit or site.path} turns {tuple(x.shape)} into "

@@ -40,6 +40,12 @@ class TextClassifier(nn.Module):
         self.encoder = encoder
         self.head = nn.Linear(width, classes)
 
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """One row of one token, for deltas that have to run the model once, as Transformers' models have it."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.head.weight.device)
+        return {"input_ids": token, "attention_mask": torch.ones_like(token)}
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         weight = attention_mask.unsqueeze(-1).to(hidden.dtype)

@@ -175,11 +175,21 @@ def _text(row: dict[str, Any], name: str, where: str) -> str:
     value = _column(row, name, "--text", where)
     if not isinstance(value, str) or not value.strip():
         raise JobError(f"{where}: column {name!r} should hold a text, found {value!r}.")
-    return value.strip()
+    return _encodable(value.strip(), name, where)
 
 
 def _label(row: dict[str, Any], name: str, where: str) -> str:
     value = _column(row, name, "--label", where)
     if isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip():
         raise JobError(f"{where}: column {name!r} should hold a label (a word or a whole number), found {value!r}.")
-    return str(value).strip()
+    return _encodable(str(value).strip(), name, where)
+
+
+def _encodable(value: str, name: str, where: str) -> str:
+    """JSON can hold half of a surrogate pair, which is no character."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(value[error.start])
+        raise JobError(f"{where}: column {name!r} has {half}, half of a character: take it out.") from error
+    return value

@@ -129,12 +129,11 @@ def build_delta(settings: Settings, model: backbones.TextClassifier) -> DeltaMod
     from ..model import DeltaModel
 
     config = settings.config()
-    token = torch.zeros(1, settings.length, dtype=torch.long)
-    example = {"input_ids": token, "attention_mask": torch.ones_like(token)}
-    delta = DeltaModel(model, config, example=example)
+    delta = DeltaModel(model, config)
     layers = settings.layers or (LAYERS if config.modified_modules is None else None)
-    if layers is not None:
-        sites = backbones.last_layers(list(delta.sites), layers)
+    sites = backbones.last_layers(list(delta.sites), layers) if layers is not None else []
+    # A method whose own sites are in no layer (a soft prompt) keeps them.
+    if sites or settings.layers is not None:
         if not sites:
             raise JobError(
                 "No site lies in a numbered layer, so --layers means nothing here; name the sites with "
@@ -143,7 +142,7 @@ def build_delta(settings: Settings, model: backbones.TextClassifier) -> DeltaMod
         # The others are left out by name, so that what is named at a site (a part of its output) stays what it was.
         others = [path for path in delta.sites if path not in sites]
         config = config.replace(exclude_modules=(*(config.exclude_modules or ()), *others) or None)
-        delta = DeltaModel(model, config, example=example)
+        delta = DeltaModel(model, config)
     return delta.mode(train=False)
 
 

@@ -14,7 +14,7 @@ from ..config import AutoDeltaConfig, BaseDeltaConfig
 from ..match import near
 from .errors import JobError
 
-MANAGED = ("backbone_class", "backbone_checkpoint_name", "backbone_hash", "batch_dim", "unfrozen_init")
+MANAGED = ("backbone_class", "backbone_checkpoint_name", "backbone_hash", "batch_dim", "unfrozen_init", "strip")
 """Config fields that the job fills in itself."""
 TRUE, FALSE = ("true", "yes", "1", "on"), ("false", "no", "0", "off")
 
@@ -76,6 +76,9 @@ class Settings:
         unfrozen = tuple(values.pop("unfrozen_modules", None) or ("deltas",))
         unfrozen += () if "head" in unfrozen else ("head",)
         # Copied heads would be one and the same head in every member.
+        if any(entry.name == "strip" for entry in dataclasses.fields(kind)):
+            # The mean is over the positions of the text: those of a prompt have to be gone by then.
+            values["strip"] = True
         config = kind(unfrozen_modules=unfrozen, unfrozen_init="fresh", **values)
         for name, value in values.items():
             if "dropout" in name and value and not self.dropout:

@@ -71,6 +71,16 @@ def sort_keys(keys: Iterable[str], backbone: nn.Module) -> Keys:
     return found
 
 
+def only_kind(keys: Iterable[str], backbone: nn.Module) -> str | None:
+    """The delta type whose leaves stand among ``keys``, where all are of one.
+
+    >>> only_kind(["0.adapter.modulelist.up_proj.bias", "0.bias"], nn.Sequential(nn.Linear(2, 2)))
+    'adapter'
+    """
+    kinds = {delta_type for delta_type, _ in sort_keys(keys, backbone).deltas}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
 def _add_leaf(found: Keys, key: str, modules: set[str]) -> bool:
     """Whether ``key`` is a delta's leaf at one of the ``modules``; it is added to its group."""
     tokens = key.split(".")

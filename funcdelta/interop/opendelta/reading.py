@@ -18,7 +18,7 @@ from ...model import DeltaModel
 from .common_names import EXCLUDED
 from .fields import COMPAT, config_of, spelling_of
 from .folder import read_folder
-from .keys import Group, moved, repeats, sort_keys
+from .keys import Group, moved, only_kind, repeats, sort_keys
 from .places import Sites, exactly, explicit, flat, named, sites_at, sites_of
 from .spelling import SPELLINGS, Spelling, attribute_name
 from .trained import trained_leaves
@@ -68,13 +68,15 @@ def load_opendelta(
     if compat not in (None, COMPAT):
         raise CheckpointError(f'compat={compat!r}: write compat="{COMPAT}", or leave it out.')
     folder, data, tensors = read_folder(path, **(fetching or {}))
+    tensors = {key: tensors[old] for old, key in moved(tensors, backbone_model).items()}
     if "delta_type" in changes:
         data = {**data, "delta_type": changes.pop("delta_type")}
+    elif not data.get("delta_type"):
+        data = {**data, "delta_type": only_kind(tensors, backbone_model)}
     spelling = spelling_of(data)[1]
     config = config_of(data, compat, changes)
     if "modified_modules" in changes:
         data = {key: value for key, value in data.items() if key not in ("modified_modules", "exclude_modules")}
-    tensors = {key: tensors[old] for old, key in moved(tensors, backbone_model).items()}
     reader = _Reader(folder, backbone_model, data, tensors, spelling, {"example": example, "prepare": prepare})
     return reader.read(config, others or {}, device)
 
@@ -116,12 +118,16 @@ class _Reader:
         configs.insert(0, self._placed(*groups[0], meant, self.data))
         configs[0] = self._unfrozen(configs, trained, kept)
         delta = DeltaModel(self.backbone, *configs, **self.options)
-        params = self._leaves(delta, [group for _, group in groups]) | trained
+        fresh = delta.init(0)
+        params = self._leaves(delta, [group for _, group in groups], fresh) | trained
         self._check(delta, params)
-        return delta, {
-            name: params[name].to(device or home(self.backbone, name)).clone(memory_format=torch.contiguous_format)
-            for name in delta.names
-        }
+
+        def settled(name: str) -> Tensor:
+            # OpenDelta copies a file of another precision into leaves of its own.
+            leaf = params[name].to(device or home(self.backbone, name), fresh[name].dtype)
+            return leaf.clone(memory_format=torch.contiguous_format)
+
+        return delta, {name: settled(name) for name in delta.names}
 
     # -- which keys ------------------------------------------------------------------------------------------------
 
@@ -250,10 +256,9 @@ class _Reader:
 
     # -- what ------------------------------------------------------------------------------------------------------
 
-    def _leaves(self, delta: DeltaModel, groups: Sequence[Group]) -> dict[str, Tensor]:
+    def _leaves(self, delta: DeltaModel, groups: Sequence[Group], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The leaves in the file by their name here; those that the config determines, from the config."""
         by_name = dict(zip(delta.plan.names, zip(delta.configs, groups, strict=True), strict=True))
-        fresh = delta.init(0)
         params: dict[str, Tensor] = {}
         used: set[str] = set()
         parts = [(part, None) for part in delta.plan.shared] + [(part, part.site.path) for part in delta.plan.all()]
@@ -283,7 +288,7 @@ class _Reader:
         value, before = self.tensors[key], self.parameters.get(key)
         if before is None or before.shape != value.shape:
             return value
-        return (value.double() - before.detach().cpu().double()).to(value.dtype)
+        return value.double() - before.detach().cpu().double()
 
     # -- errors ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,91 @@
+"""Which tables there are, on which backbones, at which sizes; each measured and handed on as soon as it is ready."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from funcdelta.bench.measure import Effort, Notify, Table, members_table, single_table
+from funcdelta.bench.memory import memory_table
+from funcdelta.bench.meta import meta_table
+from funcdelta.bench.routed import decode_table, forward_table, resident_table
+from funcdelta.bench.subjects import Shape, Subject
+
+META = Shape(8, 2, 16)
+Load = Callable[[], Subject]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is.
+
+    Attributes:
+        shapes: members, rows and tokens of the tables of many members.
+        singles: rows and tokens of a single step.
+        routed: rows of the routed tables.
+        residents: members of the stacks that rows are picked from.
+        meta: tasks, rows and tokens of a MAML step.
+    """
+
+    shapes: tuple[Shape, ...] = ()
+    singles: tuple[tuple[int, int], ...] = ((1, 16), (8, 64))
+    routed: tuple[int, ...] = (16, 64)
+    residents: tuple[int, ...] = (5, 100, 1000)
+    meta: Shape = META
+
+
+def run(
+    names: Sequence[str],
+    subjects: dict[str, Load],
+    speakers: dict[str, Load],
+    sizes: Sizes,
+    effort: Effort,
+    notify: Notify = lambda _: None,
+    emit: Callable[[Table], None] = lambda _: None,
+) -> list[Table]:
+    """The tables of these names; `subjects` are trained, `speakers` are language models that are routed.
+
+    >>> run(["members"], {}, {}, Sizes(), Effort())
+    []
+    """
+    tables: list[Table] = []
+    for table in _each(names, subjects, speakers, sizes, effort, notify):
+        tables.append(table)
+        emit(table)
+    return tables
+
+
+def _each(
+    names: Sequence[str],
+    subjects: dict[str, Load],
+    speakers: dict[str, Load],
+    sizes: Sizes,
+    effort: Effort,
+    notify: Notify,
+) -> Iterator[Table]:
+    # A pass of a language model or of a MAML step takes long: fewer rounds keep the whole command to minutes.
+    fewer = replace(effort, repeats=max(1, effort.repeats // 2), attempts=1)
+    for number, (name, load) in enumerate(subjects.items()):
+        if not {"members", "memory", "single", "meta"} & set(names):
+            break
+        notify(f"loading {name}")
+        subject = load()
+        if "members" in names:
+            for shape in sizes.shapes:
+                yield members_table(subject, shape, effort, notify)
+        # What follows from arithmetic and the tape is the same for every backbone of a size: one is enough.
+        if "memory" in names and number == 0 and sizes.shapes:
+            yield memory_table(subject, sizes.shapes[0], notify)
+        if "single" in names:
+            for index, (rows, length) in enumerate(sizes.singles):
+                # The overhead of a call does not depend on the batch: once a subject is enough.
+                yield single_table(subject, rows, length, effort, notify, overhead=index == 0)
+        if "meta" in names and number == 0:
+            yield meta_table(subject, sizes.meta, fewer, notify)
+    for name, load in speakers.items() if "routed" in names else ():
+        notify(f"loading {name}")
+        subject = load()
+        for rows in sizes.routed:
+            yield forward_table(subject, rows, fewer, notify)
+            yield decode_table(subject, rows, fewer, notify)
+        yield resident_table(subject, sizes.residents, effort, notify)

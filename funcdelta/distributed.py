@@ -1,0 +1,163 @@
+"""Members over several processes: which are this process's own, and their results gathered in the members' order.
+
+Started by ``torchrun``, on torch's own process groups and ``DeviceMesh``; written on the public functions of a delta.
+Members never exchange anything while they train, so each process initialises, trains and saves its own ones, and only
+results are gathered. A process alone has all members: a script is the same for one and for many.
+
+A mesh of several dimensions counts row by row, the last dimension fastest. With the backbone sharded over one of them
+(``prepare=lambda skeleton: fully_shard(skeleton, mesh=mesh["shards"])``) ``shard(n, mesh)`` still gives every process
+members of its own; those of one group then have to run in step: as many calls each, forward and backward.
+
+>>> import funcdelta as fd
+>>> delta = fd.LoraModel(nn.Sequential(nn.Linear(4, 3)), lora_r=2, modified_modules=["0"])
+>>> mine = shard(8)
+>>> stack = delta.init(fd.seeds(0, 8)[mine])
+>>> with torch.no_grad():
+...     losses = delta.apply_many(stack, torch.ones(5, 4)).square().mean((1, 2))
+>>> gather(losses).shape
+torch.Size([8])
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils import _pytree as pytree
+
+from .errors import ParamsError
+from .leaves import named
+from .params import members
+from .shards import load_shards, save_shard
+
+__all__ = ["gather", "load_shards", "mean", "save_shard", "shard"]
+
+Tree = TypeVar("Tree")
+
+
+def shard(n: int, mesh: DeviceMesh | None = None) -> slice:
+    """The members of n that are this process's own, as a slice: ``fd.seeds(0, n)[mine]``, ``fd.take(stack, mine)``.
+
+    Runs of neighbours, in the order of the processes of ``mesh`` (``None``: of all); the first n mod world processes
+    have one member more. Raises ``ParamsError`` where there are fewer members than processes.
+
+    >>> shard(64)
+    slice(0, 64, None)
+    """
+    rank, world = _place(mesh)
+    if n < world:
+        raise ParamsError(
+            f"{n} members on {world} processes leave some without any: start at most {n} processes, or shard over one "
+            f"dimension of a mesh, shard({n}, mesh['members'])."
+        )
+    each, more = divmod(n, world)
+    first = rank * each + min(rank, more)
+    return slice(first, first + each + (rank < more))
+
+
+def gather(tree: Tree, mesh: DeviceMesh | None = None) -> Tree:
+    """The stacks of all processes one after the other: (n of this process, …) → (n, …), the same on each of them.
+
+    ``tree`` is any pytree whose tensors have the member axis first (params, losses, an optimiser's state); other
+    leaves pass unchanged. Bit for bit, of any dtype, detached; unlike numbers of members are fine. All processes of
+    ``mesh`` (``None``: of all) have to call it. Raises ``ParamsError`` on all of them if their leaves are unlike.
+
+    >>> gather({"loss": torch.tensor([0.5, 0.25])})
+    {'loss': tensor([0.5000, 0.2500])}
+    """
+    members(tree)
+    for group, device in _groups(mesh):
+        tree = _gather(tree, group, device)
+    return tree
+
+
+def mean(tree: Tree, mesh: DeviceMesh | None = None) -> Tree:
+    """The mean of every leaf over the processes of ``mesh``: gradients of one member whose rows they share.
+
+    For processes with the same members and other rows, as many each: average what ``fd.value_and_grad`` gives.
+
+    >>> mean({"w": torch.ones(2)})
+    {'w': tensor([1., 1.])}
+    """
+    for group, device in _groups(mesh):
+        world = dist.get_world_size(group)
+
+        def average(leaf: Tensor, group: Any = group, device: Any = device, world: int = world) -> Tensor:
+            total = leaf.detach().to(device=device, copy=True).contiguous()
+            dist.all_reduce(total, group=group)
+            return (total / world).to(device=leaf.device, dtype=leaf.dtype)
+
+        tree = pytree.tree_map_only(Tensor, average, tree)
+    return tree
+
+
+def _place(mesh: DeviceMesh | None) -> tuple[int, int]:
+    """``(rank, world)`` among the processes of ``mesh``, counted row by row."""
+    if mesh is None:
+        return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        raise ParamsError(f"This process (rank {dist.get_rank()}) is not in {mesh}: call it on processes of the mesh.")
+    rank = 0
+    for position, size in zip(coordinate, mesh.shape, strict=True):
+        rank = rank * size + position
+    return rank, mesh.size()
+
+
+def _groups(mesh: DeviceMesh | None) -> list[tuple[Any, torch.device]]:
+    """The groups to communicate in, one after the other, with the device that each communicates from."""
+    if mesh is not None:
+        device = _device(mesh.device_type)
+        # The last dimension first: its processes hold neighbours.
+        return [(mesh.get_group(dim), device) for dim in reversed(range(mesh.ndim)) if mesh.size(dim) > 1]
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return []
+    return [(None, _device("cpu" if "gloo" in dist.get_backend() else "cuda"))]
+
+
+def _device(kind: str) -> torch.device:
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.accelerator.current_device_index())
+
+
+def _gather(tree: Any, group: Any, device: torch.device) -> Any:
+    """One collective for the whole tree: every member's leaves as one row of bytes."""
+    world = dist.get_world_size(group)
+    pairs = [(name, leaf.detach()) for name, leaf in named(tree) if isinstance(leaf, Tensor)]
+    k = members(tree)
+    kinds = [(name, tuple(leaf.shape[1:]), leaf.dtype) for name, leaf in pairs]
+    facts = torch.tensor([k, _number(kinds)], device=device)
+    all_facts = [torch.empty_like(facts) for _ in range(world)]
+    dist.all_gather(all_facts, facts, group=group)
+    counts, numbers = torch.stack(all_facts).unbind(1)
+    unlike = (numbers != numbers[0]).nonzero().flatten().tolist()
+    if unlike:
+        raise ParamsError(
+            f"gather: the leaves of process {unlike[0]} are unlike those of process 0 in names, shapes after the "
+            f"member axis, dtypes or order; here the first is {kinds[0]}. All processes have to gather the same things."
+        )
+    rows = [leaf.contiguous().to(device).reshape(k, -1) for _, leaf in pairs]
+    rows = [row.view(torch.uint8) if row.shape[1] else row.new_empty(k, 0, dtype=torch.uint8) for row in rows]
+    widths, most = [row.shape[1] for row in rows], int(counts.max())
+    own = torch.zeros(most, sum(widths), dtype=torch.uint8, device=device)
+    torch.cat(rows, 1, out=own[:k])
+    parts = [torch.empty_like(own) for _ in range(world)]
+    dist.all_gather(parts, own, group=group)
+    kept = torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
+    found = iter(zip(kept.split(widths, 1), pairs, strict=True))
+
+    def unpack(leaf: Tensor) -> Tensor:
+        row, _ = next(found)
+        # A copy, for a view of bytes as numbers has to begin at a multiple of their size.
+        plain = row.clone(memory_format=torch.contiguous_format).view(-1).view(leaf.dtype)
+        return plain.view(kept.shape[0], *leaf.shape[1:]).to(leaf.device)
+
+    return pytree.tree_map_only(Tensor, unpack, tree)
+
+
+def _number(facts: Any) -> int:
+    """A number that is almost surely another one for other facts; the same in every process."""
+    return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:7], "big")
