@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from handmade import raises_saying
 from subjects import MEMBERS, Subject, config_for, subject, thinned
 from torch import Tensor, nn
 from zoo import ZOO, cast
@@ -96,6 +97,10 @@ def test_autocast_is_the_same_by_every_engine(method: str, name: str) -> None:
             loop = s.many(inputs, "loop")
             assert loop.dtype == bare.dtype
             for engine in ("fold", "vmap"):
+                if engine == "vmap" and name == "conv2d":
+                    with raises_saying(fd.EngineError, "out of autocast", 'engine="fold"'):
+                        s.many(inputs, engine)
+                    continue
                 found = s.many(inputs, engine)
                 # torch.vmap leaves a linear layer with a mapped weight and a bias out of autocast: it stays float32.
                 assert found.dtype == loop.dtype or engine == "vmap"
