@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -57,7 +58,7 @@ def tiny_subjects(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_llama = replace(subjects.tiny(), name="llama", judged=True)
     monkeypatch.setattr(subjects, "SUBJECTS", {"minilm": tiny_bert, "llama": lambda: tiny_llama})
     monkeypatch.setattr(subjects, "SPEAKERS", {"smollm": lambda: replace(subjects.tiny_lm(), name="smollm")})
-    monkeypatch.setattr(tables.Sizes, "residents", (2, 3), raising=False)
+    monkeypatch.setattr(tables, "Sizes", functools.partial(tables.Sizes, residents=(2, 3)))
 
 
 # timing
