@@ -53,6 +53,8 @@ from .interop.opendelta import save_opendelta as save_opendelta
 from .match import find_key as find_key
 from .match import find_module as find_module
 from .model import DeltaModel as DeltaModel
+from .packing import pack as pack
+from .packing import unpack as unpack
 from .params import broadcast as broadcast
 from .params import cat as cat
 from .params import combine as combine

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 METHODS: dict[str, type[BaseDeltaConfig]] = {}
 """Every registered method by its ``delta_type``."""
 
+PACKED = "packed."
+"""Before the delta type of the method that unlike members share in one stack (:mod:`funcdelta.packed`)."""
+
 Config = TypeVar("Config", bound="type[BaseDeltaConfig]")
 
 # What fields are called in PEFT, where most people come from.
@@ -81,6 +84,28 @@ def register(delta_type: str) -> Callable[[Config], Config]:
     return add
 
 
+@dataclass(frozen=True)
+class Paddable:
+    """One size of a method at a site, such as its rank, that zeros may make longer: the same in several leaves.
+
+    Attributes:
+        size: the rank, the width of a bottleneck.
+        axes: ``{leaf: the axis that has this size}``, counted from the last, -1.
+        pieces: ``{leaf: k}`` where the axis holds k pieces of that size, each made longer at its own end; else 1.
+
+    >>> Paddable(2, {"lora_A": -2}, {"lora_A": 3}).length("lora_A", 5)
+    15
+    """
+
+    size: int
+    axes: Mapping[str, int]
+    pieces: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def length(self, leaf: str, size: int) -> int:
+        """How long the leaf's axis is when the pieces are ``size`` long."""
+        return self.pieces.get(leaf, 1) * size
+
+
 @dataclass(frozen=True, kw_only=True)
 class BaseDeltaConfig:
     """What to change and where: the fields that every delta method shares, and the functions that it may give.
@@ -111,6 +136,11 @@ class BaseDeltaConfig:
     """Whether fresh params change nothing (law 2 is then tested)."""
     acts_on_parts: ClassVar[bool] = False
     """Whether the method heeds ``site.parts``, so that it can act on the queries of a fused q,k,v alone."""
+    in_leaves: ClassVar[tuple[str, ...]] = ()
+    """Fields that say how leaves start and how large they are, and that no other function reads: members that differ
+    in them may share a config of one stack (:func:`funcdelta.pack`)."""
+    as_leaves: ClassVar[tuple[str, ...]] = ()
+    """Fields that the functions take from ``p`` where they stand in it: there they may differ by member, too."""
 
     modified_modules: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] | None = None
@@ -226,6 +256,14 @@ class BaseDeltaConfig:
     def constants(self, site: Site) -> tuple[str, ...]:
         """Names of leaves that never train (scales, frozen bases)."""
         return ()
+
+    def padding(self, site: Site) -> dict[str, Paddable]:
+        """By name, the sizes at ``site`` that zeros may make longer without changing what the method computes."""
+        return {}
+
+    def present(self, p: Mapping[str, Tensor]) -> Tensor | None:
+        """Whether the member has this delta at the site, a number above 0 if so; ``None``: every member has."""
+        return None
 
     def tokenwise(self, site: Site) -> bool:
         """Whether ``before`` and ``after`` make of each token alone a token, by matrix products and elementwise steps.
@@ -409,6 +447,10 @@ class AutoDeltaConfig:
         >>> AutoDeltaConfig.for_type("lora").__name__
         'LoraConfig'
         """
+        if delta_type.startswith(PACKED):
+            from .packed import packed_class
+
+            return packed_class(AutoDeltaConfig.for_type(delta_type.removeprefix(PACKED)))
         if delta_type not in METHODS:
             raise ConfigError(f"There is no delta type {delta_type!r}.{near(delta_type, list(METHODS))}")
         return METHODS[delta_type]

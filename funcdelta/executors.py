@@ -23,7 +23,7 @@ from .params import take
 from .probe import layout_for, runners
 from .recompute import kept_run, named_refusal, needs_keeping
 from .routing import Index, pick_rows, read_index
-from .sharded import check_ran
+from .sharded import check_kept, check_ran
 from .skeleton import TENSOR, Call, Params
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ def call_single(
     call = Call(params, reached=reached)
     if params and needs_keeping(skeleton):
         skeleton = delta.skeletons.spare(delta.mode_flag)
-        return kept_run(skeleton, call, skeleton.overrides(params), args, kwargs)
+        overrides = skeleton.overrides(params)
+        check_kept(skeleton.units, overrides)
+        return kept_run(skeleton, call, overrides, args, kwargs)
     if skeleton.units:
         call.runners = delta.plan.runners(params)
     with attention_for_this_call(), named_refusal(skeleton):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .dropout import dropout
 from .errors import FoldError
 
 Dims = tuple[int | None, ...]
@@ -193,7 +194,7 @@ class WithoutDropout(TorchFunctionMode):
 
     OFF: ClassVar = {
         *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),
-        *(F.alpha_dropout, F.feature_alpha_dropout, torch.dropout),
+        *(F.alpha_dropout, F.feature_alpha_dropout, torch.dropout, dropout),
     }
 
     def __torch_function__(

@@ -33,6 +33,9 @@ def merge(delta: DeltaModel, params: Params, untie: bool = False) -> dict[str, T
         for attachment in attachments:
             if not attachment.among(params):
                 continue
+            present = attachment.config.present(attachment.of(params))
+            if present is not None and not present > 0:
+                continue
             refusal = attachment.config.unmergeable(attachment.site)
             if refusal:
                 raise MergeError(

@@ -81,8 +81,9 @@ def _calls_checkpoint(function: types.FunctionType, seen: set[Any]) -> bool:
         found = function.__globals__.get(name)
         if MODULE in (getattr(found, "__module__", None), found.__name__ if inspect.ismodule(found) else None):
             return True
-        beside = isinstance(found, types.FunctionType) and found.__module__ == function.__module__
-        if beside and found not in seen and _calls_checkpoint(found, seen):
+        if not isinstance(found, types.FunctionType) or found.__module__ != function.__module__:
+            continue
+        if found not in seen and _calls_checkpoint(found, seen):
             return True
     return False
 

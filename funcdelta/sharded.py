@@ -103,3 +103,15 @@ def check_bound(units: Iterable[str], trained: Iterable[str]) -> None:
             f"{name} is a trained leaf of a backbone that is sharded by fully_shard, and a view cannot keep it: train "
             f"params (delta.apply, delta.apply_many), or bind them to a delta made without prepare."
         )
+
+
+def check_kept(units: Iterable[str], replaced: Iterable[str]) -> None:
+    """Raise `EngineError` if tensors of a sharded backbone that checkpoints its layers are to be replaced.
+
+    >>> check_kept([], ["head.weight"])
+    """
+    for name in replaced if tuple(units) else ():
+        raise EngineError(
+            f"{name} is the member's own, in a backbone that is sharded by fully_shard and checkpoints its layers: "
+            f"turn gradient checkpointing off, or leave {name} out of the delta."
+        )

@@ -491,9 +491,14 @@ def _added(call: Call, path: str, bound: Bound, training: bool, query: Tensor, k
     # One number a row: enough to tell which rows are whose.
     slot, p = key.new_zeros(()).expand(rows, 1, 1), attachment.of(call.params)
     both, _ = _act(call, path, function[training], p, (slot,), (0,))
-    visible = None
-    if call.lift is not None and call.lift.present is not None:
-        visible, _ = call.lift(lambda p, slot: torch.ones_like(slot), p, (slot,), (0,), path)
+    visible, present = None, attachment.config.present
+    if present(p) is not None or (call.lift is not None and call.lift.present is not None):
+
+        def seen(p: Params, slot: Tensor) -> Tensor:
+            shown = present(p)
+            return torch.ones_like(slot) if shown is None else torch.zeros_like(slot) + shown
+
+        visible = seen(p, slot) if call.lift is None else call.lift(seen, p, (slot,), (0,), path)[0]
         visible = visible.flatten() > 0
     keys, values = both.split([shape.key_width, shape.value_width], -1)
     widen = functools.partial(attachment.config.widen_bias, attachment.at(training))

@@ -111,7 +111,7 @@ def train(
 
 
 def units(skeleton: nn.Module, mesh: Any) -> None:
-    """Every block and its attention's feed-forward neighbours as one unit, the rest with the root."""
+    """Every block is one unit, the rest of the model another."""
     for block in skeleton.blocks:  # type: ignore[union-attr]
         fully_shard(block, mesh=mesh)
     fully_shard(skeleton, mesh=mesh)
@@ -155,8 +155,8 @@ def backbone(rank: int, world: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     ids, labels = data(3)
     for name, config in CONFIGS.items():
-        plain = fd.DeltaModel(model, config)
-        sharded = fd.DeltaModel(model, config, prepare=lambda skeleton: units(skeleton, mesh))
+        plain = fd.DeltaModel(model, config, example=(ids[0],))
+        sharded = fd.DeltaModel(model, config, example=(ids[0],), prepare=lambda skeleton: units(skeleton, mesh))
         stack = plain.random_members(3, plain.plan.present(dict.fromkeys(plain.names)))
         one = fd.take(stack, 1)
         for kind, delta in (("expected", plain), ("found", sharded)):

@@ -107,7 +107,6 @@ def test_activations_are_near_what_autograd_keeps(model: LlamaForCausalLM, delta
     found = sum(size for pointer, size in kept.items() if pointer not in parameters)
     device = dataclasses.replace(H100, weight_bytes=4)
     estimate = costs.training_cost(backbone, member, costs.Job(MEMBERS, 1, long), device).memory["activations"]
-    print(found / estimate)
     assert 0.5 < found / estimate < 1.5
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, T5Config, T5ForConditionalGeneration
@@ -512,6 +513,21 @@ def test_t5_prefixes_are_written_only_as_what_they_become(tmp_path: Path) -> Non
         fd.save_opendelta(delta, delta.init(0), tmp_path / "saved")
     folder = fd.save_opendelta(delta, delta.init(0), tmp_path / "saved", compat="opendelta")
     assert next(iter(torch.load(folder / "pytorch_model.bin"))) == "encoder.block.0.layer.0.reparams.wte.weight"
+
+
+@pytest.mark.parametrize("name", ["mt5", "xlm-roberta"])
+def test_prefixes_of_models_that_were_built_from_others(name: str, tmp_path: Path) -> None:
+    """Once mT5 had T5's modules and XLM-R RoBERTa's, so OpenDelta knows them."""
+    family = FAMILIES[name]
+    delta = fd.PrefixModel(family.model, prefix_token_num=2, reparameterize=False)
+    params = fd.tree.randn_like(delta.init(0), seed=1)
+    if name == "mt5":
+        with pytest.raises(fd.CheckpointError, match="position bias in the first layer alone"):
+            fd.save_opendelta(delta, params, tmp_path / "saved")
+    folder = fd.save_opendelta(delta, params, tmp_path / "saved", compat="opendelta")
+    loaded, again = fd.load_opendelta(folder, family.model)
+    found = [d.apply(p, **family.example()).logits for d, p in ((delta, params), (loaded, again))]
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_a_bias_where_opendelta_makes_one_too_late(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ matrices have gradients too, 6m::
     seconds    = max(operations / F, 2 w N · chunks / BW) + (the other bytes) / BW
 
 Where T exceeds F / BW (2-byte weights) the first term is arithmetic: n members cost what T tokens cost, whatever n is.
-Memory::
+No step is shorter than starting its kernels: L · launch a forward pass, and twice that a backward pass. Memory::
 
     backbone w N;  members and gradients 4 (m + constants) n each;  moments 8 m n
     activations T · w · L (4 d + 2 d_a + d_kv + 3 f), and 8 T V bytes of logits
@@ -70,7 +70,7 @@ class Job:
 class Cost:
     """Bytes by what they are for, operations, bytes moved, and the seconds of one step.
 
-    ``bound`` says what takes the time: ``"arithmetic"`` or ``"memory"``.
+    ``bound`` says what takes the time: ``"arithmetic"``, ``"memory"`` or ``"launches"``.
     """
 
     memory: dict[str, float]
@@ -108,7 +108,7 @@ def training_cost(backbone: Backbone, member: Member, job: Job, device: Device, 
         "optimiser": n * (2 * 4 * member.trained + 8),
         "activations": at_once * (w * backbone.layers * back * kept + 8 * backbone.vocabulary),
     }
-    return _cost(memory, operations, read, others, device)
+    return _cost(memory, operations, read, others, job.chunks * (1 + 2 * back) * backbone.layers, device)
 
 
 def decode_cost(backbone: Backbone, member: Member, job: Job, device: Device, shards: int = 1) -> Cost:
@@ -125,7 +125,7 @@ def decode_cost(backbone: Backbone, member: Member, job: Job, device: Device, sh
     leaves = n * member.leaf_bytes * (member.trained + member.constants)
     hidden = w * (4 * backbone.width + 3 * backbone.intermediate + backbone.vocabulary)
     memory = {"backbone": _held(backbone, w, shards), "members": leaves, "cache": cache, "activations": rows * hidden}
-    return _cost(memory, operations, w * backbone.linear + leaves + cache, 0, device)
+    return _cost(memory, operations, w * backbone.linear + leaves + cache, 0, backbone.layers, device)
 
 
 def _held(backbone: Backbone, w: int, shards: int) -> float:
@@ -134,8 +134,11 @@ def _held(backbone: Backbone, w: int, shards: int) -> float:
     return whole if shards == 1 else whole / shards + min(2, backbone.layers) * whole / backbone.layers
 
 
-def _cost(memory: dict[str, float], operations: float, read: float, others: float, device: Device) -> Cost:
+def _cost(
+    memory: dict[str, float], operations: float, read: float, others: float, layers: float, device: Device
+) -> Cost:
     speed, bandwidth = device.flops * device.efficiency, device.bandwidth * device.efficiency
     arithmetic, reading, rest = operations / speed, read / bandwidth, others / bandwidth
-    seconds = max(arithmetic, reading) + rest
-    return Cost(memory, operations, read + others, seconds, "arithmetic" if arithmetic > reading + rest else "memory")
+    seconds, floor = max(arithmetic, reading) + rest, layers * device.launch
+    bound = "launches" if floor > seconds else "arithmetic" if arithmetic > reading + rest else "memory"
+    return Cost(memory, operations, read + others, max(seconds, floor), bound)

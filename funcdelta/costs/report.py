@@ -78,7 +78,7 @@ def add_options(plan: argparse.ArgumentParser) -> None:
     where.add_argument("--bandwidth", metavar="BW", type=number, help="bytes a second of its memory: 3.35T")
     where.add_argument("--memory", metavar="BYTES", type=number, help="its memory: 80G")
     where.add_argument("--link", metavar="BW", type=number, help="bytes a second to other devices: 450G")
-    where.add_argument("--efficiency", metavar="E", type=number, help="the part of both that is reached (0.5; cpu 1)")
+    where.add_argument("--efficiency", metavar="E", type=number, help="the part of both reached (0.5; cpu 0.75)")
     where.add_argument("--weight-bytes", metavar="W", type=whole, help="bytes a number of the backbone (2; cpu 4)")
     plan.add_argument("--json", action="store_true", help="print JSON")
 

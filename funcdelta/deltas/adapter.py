@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..activations import activation
-from ..config import BaseDeltaConfig, register
+from ..config import BaseDeltaConfig, Paddable, register
 from ..errors import ConfigError
 from ..site import Site
 from ..tokenwise import linear
@@ -38,6 +38,7 @@ class AdapterConfig(BaseDeltaConfig):
 
     default_name: ClassVar[str] = "adapter"
     default_modified_modules: ClassVar[tuple[str, ...]] = ("attn@.proj@", "ff@.w2@")
+    in_leaves: ClassVar[tuple[str, ...]] = ("bottleneck_dim",)
 
     bottleneck_dim: int = 24
     non_linearity: str = "gelu_new"
@@ -47,6 +48,10 @@ class AdapterConfig(BaseDeltaConfig):
         if self.bottleneck_dim < 1:
             raise ConfigError(f"bottleneck_dim={self.bottleneck_dim}: write at least 1.")
         activation(self.non_linearity)
+
+    def padding(self, site: Site) -> dict[str, Paddable]:
+        axes = {"down_proj.weight": -2, "down_proj.bias": -1, "up_proj.weight": -1}
+        return {"bottleneck": Paddable(self.bottleneck_dim, axes)}
 
     def tokenwise(self, site: Site) -> bool:
         return site.channel_axis == -1

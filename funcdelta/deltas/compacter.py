@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..activations import activation
-from ..config import BaseDeltaConfig, register
+from ..config import BaseDeltaConfig, Paddable, register
 from ..errors import ConfigError, MatchError
 from ..glorot import GLOROT, glorot
 from ..hypercomplex import kronecker_sum, times_kronecker_sum
@@ -68,6 +68,10 @@ class CompacterConfig(BaseDeltaConfig):
 
     default_name: ClassVar[str] = "compactor"
     default_modified_modules: ClassVar[tuple[str, ...]] = ("attn@.proj@", "ff@.w2@")
+    in_leaves: ClassVar[tuple[str, ...]] = (
+        *("reduction_factor", "phm_rank", "phm_c_init", "phm_init_range"),
+        *("hypercomplex_nonlinearity", "kronecker_prod"),
+    )
 
     reduction_factor: int = 16
     non_linearity: str = "gelu_new"
@@ -134,6 +138,21 @@ class CompacterConfig(BaseDeltaConfig):
 
     def unmergeable(self, site: Site) -> str | None:
         return "it adds a non-linear function of the output, which no weight of the site computes"
+
+    def padding(self, site: Site) -> dict[str, Paddable]:
+        if self.shared_W_phm:
+            return {}
+        n = self.hypercomplex_division
+        columns, rows = ("W_right", "W_left") if self.factorized_phm else ("W", "W")
+        bottleneck = {f"down_sampler.{columns}": -1, f"up_sampler.{rows}": -2}
+        # The bottleneck is n blocks side by side.
+        pieces = {"down_sampler.b": n} if self.use_bias_down_sampler else {}
+        block = site.width // self.reduction_factor // n
+        found = {"bottleneck": Paddable(block, bottleneck | dict.fromkeys(pieces, -1), pieces)}
+        if self.factorized_phm:
+            rank = {f"{layer}.{leaf}": axis for layer in LAYERS for leaf, axis in (("W_left", -1), ("W_right", -2))}
+            found["rank"] = Paddable(self.phm_rank, rank)
+        return found
 
     def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> dict[str, Tensor]:
         found = self._rule(rng) if self.shared_phm_rule else {}

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import BaseDeltaConfig, register
+from ..config import BaseDeltaConfig, Paddable, register
+from ..dropout import dropout
 from ..errors import ConfigError
 from ..parts import Part, equal_parts, place
 from ..site import Site
@@ -51,6 +52,8 @@ class LoraConfig(BaseDeltaConfig):
     default_modified_modules: ClassVar[tuple[str, ...]] = ("attn@.q@", "attn@.v@")
     identity_at_start: ClassVar[bool] = True
     acts_on_parts: ClassVar[bool] = True
+    in_leaves: ClassVar[tuple[str, ...]] = ("lora_r", "lora_alpha", "use_rslora")
+    as_leaves: ClassVar[tuple[str, ...]] = ("lora_dropout",)
 
     lora_r: int = 8
     lora_alpha: float = 16
@@ -99,6 +102,10 @@ class LoraConfig(BaseDeltaConfig):
     def constants(self, site: Site) -> tuple[str, ...]:
         return ("scale",)
 
+    def padding(self, site: Site) -> dict[str, Paddable]:
+        pieces = {"lora_A": max(1, len(self._parts(site)))}
+        return {"rank": Paddable(self.lora_r, {"lora_A": -1 - len(self._fan_in(site)), "lora_B": -1}, pieces)}
+
     def tokenwise(self, site: Site) -> bool:
         return site.kind in ("linear", "transposed_linear")
 
@@ -119,7 +126,7 @@ class LoraConfig(BaseDeltaConfig):
         a, b = p["lora_A"], p["lora_B"]
         if site.kind == "embedding":
             return y + F.embedding(x, a.mT) @ (p["scale"] * b).mT
-        x = F.dropout(x, self.lora_dropout, site.training) if self.lora_dropout else x
+        x = dropout(x, p.get("lora_dropout", self.lora_dropout), site.training)
         if site.kind in CONVOLVE:
             groups, ones = site.option("groups"), [1] * (a.ndim - 2)
             convolve = CONVOLVE[site.kind]

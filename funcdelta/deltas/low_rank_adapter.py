@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from ..activations import activation
-from ..config import BaseDeltaConfig, register
+from ..config import BaseDeltaConfig, Paddable, register
 from ..errors import ConfigError, MatchError
 from ..glorot import GLOROT, glorot
 from ..match import near
 from ..site import Site
+
+LAYERS = ("down_sampler", "up_sampler")
 
 
 @register("low_rank_adapter")
@@ -42,6 +44,7 @@ class LowRankAdapterConfig(BaseDeltaConfig):
 
     default_name: ClassVar[str] = "low_rank_adapter"
     default_modified_modules: ClassVar[tuple[str, ...]] = ("attn@.proj@", "ff@.w2@")
+    in_leaves: ClassVar[tuple[str, ...]] = ("reduction_factor", "low_rank_w_init", "low_rank_rank")
 
     reduction_factor: int = 32
     non_linearity: str = "gelu_new"
@@ -59,6 +62,14 @@ class LowRankAdapterConfig(BaseDeltaConfig):
 
     def unmergeable(self, site: Site) -> str | None:
         return "it adds a non-linear function of the output, which no weight of the site computes"
+
+    def padding(self, site: Site) -> dict[str, Paddable]:
+        bottleneck = {"down_sampler.W_right": -1, "down_sampler.b": -1, "up_sampler.W_left": -2}
+        rank = {f"{layer}.{leaf}": axis for layer in LAYERS for leaf, axis in (("W_left", -1), ("W_right", -2))}
+        return {
+            "bottleneck": Paddable(site.width // self.reduction_factor, bottleneck),
+            "rank": Paddable(self.low_rank_rank, rank),
+        }
 
     def tokenwise(self, site: Site) -> bool:
         return site.channel_axis == -1

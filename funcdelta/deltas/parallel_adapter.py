@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..activations import activation
-from ..config import BaseDeltaConfig, register
+from ..config import BaseDeltaConfig, Paddable, register
 from ..errors import ConfigError, MatchError
 from ..site import Site
 from ..tokenwise import linear
@@ -48,6 +48,7 @@ class ParallelAdapterConfig(BaseDeltaConfig):
 
     default_name: ClassVar[str] = "parallel_adapter"
     default_modified_modules: ClassVar[tuple[str, ...]] = ("attn@", "attn@", "ff@.w1@", "ff@.w2@")
+    in_leaves: ClassVar[tuple[str, ...]] = ("bottleneck_dim", "scaled")
 
     bottleneck_dim: int = 24
     non_linearity: str = "gelu_new"
@@ -81,6 +82,10 @@ class ParallelAdapterConfig(BaseDeltaConfig):
 
     def unmergeable(self, site: Site) -> str | None:
         return "it adds a non-linear function of the input, which no weight computes"
+
+    def padding(self, site: Site) -> dict[str, Paddable]:
+        axes = {"down_proj.weight": -2, "down_proj.bias": -1, "up_proj.weight": -1}
+        return {"bottleneck": Paddable(self.bottleneck_dim, axes)}
 
     def tokenwise(self, site: Site) -> bool:
         return site.channel_axis == -1

@@ -51,6 +51,7 @@ class PrefixConfig(BaseDeltaConfig):
 
     default_name: ClassVar[str] = "prefix"
     default_modified_modules: ClassVar[tuple[str, ...]] = ("attn@",)
+    in_leaves: ClassVar[tuple[str, ...]] = ("prefix_token_num", "embed_dim", "mid_dim")
 
     prefix_token_num: int = 6
     reparameterize: bool = True

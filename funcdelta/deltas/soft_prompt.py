@@ -48,6 +48,7 @@ class SoftPromptConfig(BaseDeltaConfig):
     """
 
     default_name: ClassVar[str] = "soft_prompt_layer"
+    in_leaves: ClassVar[tuple[str, ...]] = ("soft_token_num", "init_range", "token_init")
 
     soft_token_num: int = 100
     init_range: float = 0.5

@@ -197,9 +197,14 @@ SPELLINGS: dict[str, Spelling] = {
         fields=_ours("prefix_token_num", "reparameterize", "embed_dim", "mid_dim"),
         shared="reparams",
         unused=("input_tokens",),
-        hosts=("T5Attention", "BertAttention", "RobertaAttention", "GPT2Attention", "BartAttention"),
+        # mT5 and XLM-R had the modules of T5 and RoBERTa in the releases of Transformers that OpenDelta runs on.
+        hosts=(
+            *("T5Attention", "MT5Attention", "BertAttention", "RobertaAttention", "XLMRobertaAttention"),
+            *("GPT2Attention", "BartAttention"),
+        ),
         inexact=Inexact(
-            "position_bias", "first_layer_only", ("T5Attention",), "position bias in the first layer alone"
+            *("position_bias", "first_layer_only", ("T5Attention", "MT5Attention")),
+            what="position bias in the first layer alone",
         ),
     ),
     "soft_prompt": Spelling(

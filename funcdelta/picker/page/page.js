@@ -266,12 +266,16 @@ function show(answer) {
   $("status").textContent = answer.error ? "" : `${answer.sites} sites, ${whole.format(answer.parameters)} parameters`;
 }
 
+let finishing = false;
 async function finish(action, data) {
+  if (finishing) return; // a double click is one answer
+  finishing = true;
   try {
     const { count: n } = await send(action, data);
     $("ended").textContent = action === "done" ? `${n} module${n === 1 ? "" : "s"} handed back` : "Cancelled";
   } catch (error) {
     failed(error);
+    finishing = false;
     return;
   }
   $("end").hidden = false;
