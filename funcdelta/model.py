@@ -248,6 +248,8 @@ class DeltaModel(Habits):
         >>> all(torch.equal(leaf, fd.take(delta.init(0, n=64), 1)[name]) for name, leaf in one.items())
         True
         """
+        if dtype is not None and not dtype.is_floating_point:
+            raise ParamsError(f"dtype={dtype}: leaves are trained, write a floating-point dtype.")
         if isinstance(seed, torch.Generator):
             seed = int(torch.randint(2**62, (), generator=seed, device=seed.device))
         if isinstance(seed, Iterable) and not (isinstance(seed, str) or (isinstance(seed, Tensor) and seed.ndim == 0)):

@@ -86,7 +86,7 @@ def take(stack: Tree, index: int | slice | Sequence[int] | Tensor) -> Tree:
             )
         if index.dtype == torch.bool and tuple(index.shape) != (n,):
             raise ParamsError(f"A mask over {n} members has shape ({n},); found {tuple(index.shape)}.")
-        where = index
+        where = index if index.dtype == torch.bool else index.long()  # torch reads uint8 as a mask
     elif isinstance(index, slice):
         where = index
     elif isinstance(index, Iterable):

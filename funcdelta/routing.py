@@ -28,10 +28,14 @@ def read_index(index: Index, n: int, device: torch.device) -> tuple[Tensor, Tens
     >>> read_index([2, 0], 3, torch.device("cpu"))[1] is None
     True
     """
-    index = torch.as_tensor(index, device=device)
+    try:
+        index = torch.as_tensor(index, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ParamsError(f"index is {index!r}; expected one integer a row, such as [0, 2, -1].") from error
     index = index if index.numel() else index.long()  # an empty list says nothing of its type
     if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
         raise ParamsError(f"index has the shape {tuple(index.shape)} and dtype {index.dtype}; expected (b,) integers.")
+    index = index.long()  # torch reads uint8 as a mask
     if torch.compiler.is_compiling() or is_wrapped(index):
         return index, index >= 0
     if index.shape[0] and (int(index.max()) >= n or int(index.min()) < -1):

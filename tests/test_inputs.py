@@ -195,6 +195,10 @@ def test_rows_in_any_order() -> None:
             params = fd.take(stack, member) if member >= 0 else {}
             assert_close(routed[row : row + 1], delta.apply(params, **alone).logits)
     assert_close(delta.apply_rows(stack, [-1] * 6, **inputs).logits, delta.backbone(**inputs).logits)
+    bytes_, twice = torch.tensor([0, 1, 0, 1, 1, 1], dtype=torch.uint8), fd.cat([stack, stack])
+    expected = delta.apply_rows(stack, [0, 1, 0, 1, 1, 1], **inputs).logits
+    assert_close(delta.apply_rows(twice, bytes_, **inputs).logits, expected)  # as many as members, and no mask
+    assert fd.members(fd.take(twice, bytes_)) == 6
     grads = torch.func.grad(lambda s: delta.apply_rows(s, [*index[:4], 0, 0], **inputs).logits.square().sum())(stack)
     for name in delta.names:
         used = [bool(grad.any()) for grad in grads[name]]

@@ -97,6 +97,7 @@ PARAMS: dict[str, Case] = {
     ),
     "no members": (fd.ParamsError, lambda w: w.delta.init(0, n=0), ("n=0", "at least one")),
     "half a member": (fd.ParamsError, lambda w: w.delta.init(0, n=2.5), ("n=2.5",)),
+    "leaves of whole numbers": (fd.ParamsError, lambda w: w.delta.init(0, dtype=torch.int32), ("int32", "floating")),
     "fewer than none": (fd.ParamsError, lambda w: w.delta.init(0, n=-1), ("n=-1",)),
     "seeds and another n": (fd.ParamsError, lambda w: w.delta.init([1, 2], n=3), ("n=3", "2 seeds")),
 }
@@ -123,6 +124,7 @@ CALLS: dict[str, Case] = {
     "a member too near": (fd.ParamsError, lambda w: w.rows([0, 0, 0, 0, -2]), ("-2", "0 to 2", "-1")),
     "too few rows": (fd.ParamsError, lambda w: w.rows([0, 1]), ("2", "5")),
     "no integers": (fd.ParamsError, lambda w: w.rows([0.0] * 5), ("float32", "integers")),
+    "no index": (fd.ParamsError, lambda w: w.rows(None), ("None", "one integer a row")),
     "an index of two axes": (fd.ParamsError, lambda w: w.rows([[0] * 5]), ("(1, 5)", "(b,)")),
     "a member that is not there": (fd.ParamsError, lambda w: fd.take(w.stack, 3), ("3", "0 to 2")),
     "losses with two axes": (

@@ -153,7 +153,7 @@ def test_other_deltas(place: Path, tmp_path: Path, delta: str, assignments: tupl
 @pytest.mark.parametrize(
     ("delta", "assignments", "sites"),
     [
-        ("parallel_adapter", ("modified_modules=attn@",), 2),  # widths that only a call tells
+        ("parallel_adapter", (), 4),  # widths that only a call tells
         ("prefix", ("prefix_token_num=2", "reparameterize=false"), 2),
         ("soft_prompt", ("soft_token_num=2",), 1),  # in no layer, and with a longer text inside
     ],
