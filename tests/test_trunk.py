@@ -230,6 +230,23 @@ def test_dropout_of_a_shared_block_is_drawn_for_each_members_rows() -> None:
     assert rows["bert.embeddings"] == rows["bert.encoder.layer.0.attention.self.query"] == [N * B]
 
 
+def test_a_backbone_that_checkpoints_is_folded() -> None:
+    model = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    delta = fd.DeltaModel(model, lora("3.attention.self.query")).mode(train=True)
+    stack = {name: leaf.requires_grad_() for name, leaf in random_params(delta, N).items()}
+    with raises_saying(fd.FoldError, 'engine="trunk"', "checkpoints its activations", 'Use engine="fold"'):
+        delta.apply_many(stack, **text(), engine="trunk")
+    grads = [
+        torch.autograd.grad(delta.apply_many(stack, **text(), engine=engine).logits.square().sum(), leaf)[0]
+        for engine in ("auto", "loop")
+        for leaf in [stack["bert.encoder.layer.3.attention.self.query.lora.lora_A"]]
+    ]
+    assert_close(*grads)
+    with torch.no_grad():  # nothing runs again
+        assert_close(*(delta.apply_many(stack, **text(), engine=engine).logits for engine in ("trunk", "loop")))
+
+
 class Odd(nn.Module):
     """Its first layer ends in something that a shared call would change."""
 
