@@ -232,7 +232,7 @@ def test_dropout_of_a_shared_block_is_drawn_for_each_members_rows() -> None:
 
 def test_a_backbone_that_checkpoints_is_folded() -> None:
     model = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     delta = fd.DeltaModel(model, lora("3.attention.self.query")).mode(train=True)
     stack = {name: leaf.requires_grad_() for name, leaf in random_params(delta, N).items()}
     with raises_saying(fd.FoldError, 'engine="trunk"', "checkpoints its activations", 'Use engine="fold"'):
