@@ -17,11 +17,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-# At its first jvp torch compiles rules by torch.jit.script, which warns as deprecated: done here once,
-# so that no test needs an exception for it.
+# Both are compiled by torch.jit.script when they are imported, at the first jvp and by inductor, which warns as
+# deprecated: done here once, so that no test needs an exception for it.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
     importlib.import_module("torch._decomp.decompositions_for_jvp")
+    importlib.import_module("torch.utils.mkldnn")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
