@@ -272,6 +272,18 @@ def test_pick_gives_what_was_picked_and_leaves_nothing_behind(capsys: pytest.Cap
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's list of sockets")
+def test_a_page_that_is_gone_before_it_is_told_has_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The server never comes to the end of a response whose connection was reset.
+    monkeypatch.setattr("funcdelta.picker.app._last", lambda picking, response: response)
+
+    def act(address: str) -> None:
+        body = json.dumps({"paths": ["a"]}).encode()
+        headers = {"Content-Type": "application/json"}
+        urllib.request.urlopen(urllib.request.Request(address + "done", body, headers)).close()
+
+    assert fd.pick(MLP(), open_browser=act, timeout=20) == ["a"]
+
+
 def test_the_server_listens_on_the_loopback_address_alone() -> None:
     picking = Picking(MLP())
     with served(picking) as address:

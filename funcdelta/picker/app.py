@@ -87,8 +87,8 @@ class Picking:
         with self.lock:
             if self.closed:
                 abort(410, "This page has already handed back its answer.")
-            self.closed = True
             self.answer = None if answer is None else list(answer)
+            self.closed = True
 
 
 def make_app(picking: Picking) -> Flask:

@@ -73,7 +73,7 @@ def pick(
             open_browser(address)
         elif open_browser:
             _open(address)
-        if not _wait(picking.ended, timeout):
+        if not _wait(picking, timeout):
             raise PickError(f"Nothing was picked within {timeout:g} s; timeout=None waits for as long as it takes.")
     if picking.answer is None:
         raise PickError("Picking was cancelled on the page; nothing was picked.")
@@ -148,9 +148,12 @@ def _open(address: str) -> None:
         browser.open(address)
 
 
-def _wait(ended: threading.Event, timeout: float | None) -> bool:
-    """Whether ``ended`` was set in time; in short waits, so that Ctrl-C gets through on every system."""
+def _wait(picking: Picking, timeout: float | None) -> bool:
+    """Whether the page was answered in time; in short waits, so that Ctrl-C gets through on every system."""
     deadline = float("inf") if timeout is None else time.monotonic() + timeout
-    while not ended.is_set() and time.monotonic() < deadline:
-        ended.wait(min(0.5, deadline - time.monotonic()))
-    return ended.is_set()
+    while not picking.closed and time.monotonic() < deadline:
+        picking.ended.wait(min(0.5, deadline - time.monotonic()))
+    if picking.closed:
+        # Until the page has been told; one that was closed at once never is, and its choice counts all the same.
+        picking.ended.wait(1)
+    return picking.closed
