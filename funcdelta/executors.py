@@ -226,11 +226,7 @@ def _folded_run(
             )
         return kept_run(delta.skeletons.spare(delta.mode_flag), call, {}, args, kwargs)
     with attention_for_this_call():
-        outer, skeleton.call = skeleton.call, call
-        try:
-            return skeleton.module(*args, **kwargs)
-        finally:
-            skeleton.call = outer
+        return skeleton.call_with(skeleton.module, {}, args, kwargs, call)
 
 
 BY_NAME = {"fold": call_fold, "trunk": call_trunk, "vmap": call_vmap, "loop": call_loop}

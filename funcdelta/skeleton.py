@@ -394,13 +394,7 @@ class Skeleton:
             # Transforms forbid writing to what they did not make.
             buffers = self.module.named_buffers(remove_duplicate=False)
             overrides = {name: buffer.clone() for name, buffer in buffers} | overrides
-        outer, self.call = self.call, call or Call(params)
-        try:
-            if not overrides:
-                return target(*args, **kwargs)
-            return functional_call(target, overrides, args, kwargs, tie_weights=False)
-        finally:
-            self.call = outer
+        return self.call_with(target, overrides, args, kwargs, call or Call(params))
 
     def enter(self, path: str, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call) -> Any:
         """The module at ``path`` called from outside, hooks and all: the model itself, or its encoder alone."""
@@ -408,6 +402,17 @@ class Skeleton:
         cut = len(path) + 1 if path else 0
         found = self.overrides(params, path) if path or not self.units else {}
         overrides = {name[cut:]: tensor for name, tensor in found.items()}
+        return self.call_with(target, overrides, args, kwargs, call)
+
+    def call_with(
+        self,
+        target: nn.Module,
+        overrides: dict[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        call: Call,
+    ) -> Any:
+        """``target`` called with some tensors replaced, while ``call`` is what the hooks see."""
         outer, self.call = self.call, call
         try:
             if not overrides:
