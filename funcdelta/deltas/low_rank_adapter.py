@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..activations import activation
 from ..config import BaseDeltaConfig, Paddable, register
-from ..errors import ConfigError, MatchError
+from ..errors import ConfigError
 from ..glorot import GLOROT, glorot
 from ..match import near
 from ..site import Site
@@ -60,6 +60,15 @@ class LowRankAdapterConfig(BaseDeltaConfig):
             raise ConfigError(f"low_rank_w_init={self.low_rank_w_init!r}.{near(self.low_rank_w_init, GLOROT)}")
         activation(self.non_linearity)
 
+    def check(self, site: Site) -> str | None:
+        d = site.out_features
+        if d is None or d >= self.reduction_factor:
+            return None
+        return (
+            f"{site.path} has {d} outputs, fewer than reduction_factor={self.reduction_factor}, so the bottleneck "
+            f"would be empty: write a reduction_factor of at most {d}"
+        )
+
     def unmergeable(self, site: Site) -> str | None:
         return "it adds a non-linear function of the output, which no weight of the site computes"
 
@@ -77,11 +86,6 @@ class LowRankAdapterConfig(BaseDeltaConfig):
     def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
         d, k = site.width, self.low_rank_rank
         m = d // self.reduction_factor
-        if m < 1:
-            raise MatchError(
-                f"{site.path} has {d} outputs, fewer than reduction_factor={self.reduction_factor}, so the bottleneck "
-                f"would be empty: write a reduction_factor of at most {d}."
-            )
         kind = self.low_rank_w_init
         return {
             "down_sampler.W_left": glorot(kind, (d, k), rng),

@@ -1,9 +1,9 @@
 """Which modules OpenDelta meant: its common names (``attn@.q@``) of the classes that it knows, and its exclusion.
 
 A row maps a path inside a module of that class to common tokens (``$`` is a number). The longest row that a path
-starts with is translated, each token with an ``@`` behind it, and the rest of the path stays. These tables differ from
-those of :mod:`funcdelta.structures` on purpose: they say what the names in old files mean (in T5, ``attn@`` is the
-whole sub-layer), not where a method acts best. Before 0.3 the names had no ``@``.
+starts with is translated, each token with an ``@`` behind it, and the rest of the path stays. These tables stand apart
+from those of :mod:`funcdelta.structures` on purpose: they say what the names in old files meant, which a table that
+grows (norms on OPT, DeBERTa's ``intermediate``) must not change. Before 0.3 the names had no ``@``.
 """
 
 from __future__ import annotations
