@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import EngineError, ParamsError, RecomputeError, StackError
 from .executors import known_vmap_limit
-from .params import members, take
+from .params import members, slices, take
 from .recompute import gradients_of, note_reentrant
 from .transforms import inside_transform
 
@@ -55,12 +55,8 @@ def value_and_grad(
         dims = _dims(in_dims, data)
         if chunk_size is None:
             return _one_pass(loss, stack, data, dims, has_aux)
-        n = members(stack)
-        if chunk_size < 1:
-            raise ParamsError(f"chunk_size={chunk_size}: write how many members run at a time, at least 1.")
         parts = []
-        for start in range(0, n, chunk_size):
-            part = slice(start, start + chunk_size)
+        for part in slices(members(stack), chunk_size):
             rows = [_members_of(value, dim, part) for value, dim in zip(data, dims, strict=True)]
             parts.append(_one_pass(loss, _members_of(stack, 0, part), rows, dims, has_aux))
         return pytree.tree_map(

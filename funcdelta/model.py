@@ -27,7 +27,7 @@ from .match import as_names
 from .merge import merge, merged
 from .naming import named_leaves
 from .opaque import spare
-from .params import partition, seeds, stack, take
+from .params import partition, seeds, slices, stack, take
 from .plan import Plan, build_plan
 from .program import Skeletons
 from .reach import verify_reached
@@ -412,14 +412,12 @@ class DeltaModel(Habits):
         stack = self._ready(stack)
         args, kwargs = self._given(args, kwargs, inputs, transformed=True)
         whole = Inputs(self.backbone, n, args, kwargs, in_dims, self.batch_dim)
-        if chunk_size is None or chunk_size >= n:
+        if chunk_size is None:
             return self._many(stack, whole, engine)
-        if chunk_size < 1:
-            raise ParamsError(f"chunk_size={chunk_size}: write how many members run at a time, at least 1.")
-        parts = []
-        for start in range(0, n, chunk_size):
-            stop = min(start + chunk_size, n)
-            parts.append(self._many(take(stack, slice(start, stop)), whole.chunk(start, stop), engine))
+        chunks = list(slices(n, chunk_size))
+        if len(chunks) == 1:
+            return self._many(stack, whole, engine)
+        parts = [self._many(take(stack, chunk), whole.chunk(chunk.start, chunk.stop), engine) for chunk in chunks]
         return _cat_outputs(parts)
 
     def _many(self, stack: Params, inputs: Inputs, engine: str) -> Any:

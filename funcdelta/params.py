@@ -143,6 +143,25 @@ def members(stack: Any) -> int:
     return leading(stack)
 
 
+def slices(n: int, chunk_size: int) -> list[slice]:
+    """The members 0 to n, ``chunk_size`` at a time; the last slice may be shorter.
+
+    Raises ``ParamsError`` where ``chunk_size`` is not a whole number of at least 1.
+
+    >>> slices(5, 2)
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    try:
+        step = operator.index(chunk_size)
+    except TypeError:
+        step = 0
+    if step < 1:
+        raise ParamsError(
+            f"chunk_size={chunk_size!r}: write how many members run at a time, a whole number, at least 1."
+        )
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
 def _join(trees: Iterable[Any], function: str, what: str, join: Callable[..., Tensor], skip: int) -> Any:
     """Leafwise ``join([leaf_0, leaf_1, ...])``; shapes must agree after the first ``skip`` axes."""
     if isinstance(trees, Mapping):

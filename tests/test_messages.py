@@ -120,6 +120,7 @@ CALLS: dict[str, Case] = {
         ("other", "3", "5", "(3, 4)", "in_dims={'other': None}"),
     ),
     "chunk_size=0": (fd.ParamsError, lambda w: w.many(chunk_size=0), ("chunk_size=0", "at least 1")),
+    "half a chunk": (fd.ParamsError, lambda w: w.many(chunk_size=1.5), ("chunk_size=1.5", "whole number")),
     "a member too far": (fd.ParamsError, lambda w: w.rows([0, 0, 0, 0, 3]), ("3", "0 to 2", "-1")),
     "a member too near": (fd.ParamsError, lambda w: w.rows([0, 0, 0, 0, -2]), ("-2", "0 to 2", "-1")),
     "too few rows": (fd.ParamsError, lambda w: w.rows([0, 1]), ("2", "5")),

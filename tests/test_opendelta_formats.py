@@ -540,3 +540,13 @@ def test_a_bias_where_opendelta_makes_one_too_late(tmp_path: Path) -> None:
         fd.CheckpointError, match=r"cannot hold .*layer_norm\.bias: T5LayerNorm has none.*exclude_modules"
     ):
         fd.save_opendelta(delta, params | {name: params[name] + 1}, tmp_path / "other")
+
+
+def test_a_stack_of_unlike_members_is_sent_to_unpack(tmp_path):
+    backbone = bert()
+    small, large = (fd.LoraModel(backbone, lora_r=rank, modified_modules=["query"]) for rank in (2, 4))
+    packed, stack = fd.pack([(small, small.init(0)), (large, large.init(1))])
+    with pytest.raises(fd.CheckpointError, match=r"unlike members.*fd\.unpack\(delta, stack\)"):
+        fd.save_opendelta(packed, fd.take(stack, 0), tmp_path / "run")
+    for number, (delta, params) in enumerate(fd.unpack(packed, stack)):
+        fd.save_opendelta(delta, params, tmp_path / str(number))

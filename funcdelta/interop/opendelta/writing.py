@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...check import check_member
 from ...checkpoint import backbone_facts
+from ...config import PACKED
 from ...errors import CheckpointError, MatchError, ParamsError
 from ...match import within
 from ...model import DeltaModel
@@ -47,6 +48,11 @@ def save_opendelta(
     >>> json.loads((folder / "config.json").read_text())["modified_modules"]
     ['0']
     """
+    if any(config.delta_type.startswith(PACKED) for config in delta.configs):
+        raise CheckpointError(
+            "This delta holds unlike members in one stack, which OpenDelta cannot read: save the pairs that "
+            "fd.unpack(delta, stack) gives, each in a folder of its own."
+        )
     if len(delta.configs) != 1:
         kinds = ", ".join(config.delta_type for config in delta.configs)
         raise CheckpointError(
