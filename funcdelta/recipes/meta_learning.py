@@ -1,0 +1,97 @@
+"""Meta-learning: params from which a few steps of gradient descent learn a new task.
+
+A task is a support set to adapt to and a query set to be judged by. ``loss(params, *data)`` is one task's loss, ();
+``support`` and ``query`` are tuples of tensors whose first axis is the task axis t. Tasks are mapped, so that all of
+them adapt in one pass over the backbone. Constants of a delta stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+import funcdelta as fd
+
+Params = dict[str, Tensor]
+Loss = Callable[..., Tensor]
+Selector = Callable[[str, Tensor], bool] | str | Sequence[str]
+
+
+def adapt(
+    loss: Loss,
+    params: Params,
+    support: Sequence[Tensor],
+    *,
+    steps: int,
+    lr: float | Tensor,
+    first_order: bool = False,
+    trainable: Selector | None = None,
+) -> Params:
+    """θₖ₊₁ = θₖ - lr ∇L(θₖ, support), ``steps`` times: one task's params, differentiable in ``params`` and ``lr``.
+
+    ``first_order=True`` takes the gradients for constants (FOMAML). ``trainable`` names the leaves that adapt: the
+    head alone is ANIL (Raghu et al. 2020, "Rapid Learning or Feature Reuse?").
+
+    >>> def loss(params, x):
+    ...     return ((params["w"] - x) ** 2).sum()
+    >>> adapt(loss, {"w": torch.zeros(2)}, [torch.ones(2)], steps=1, lr=0.25)
+    {'w': tensor([0.5000, 0.5000])}
+    """
+    optimizer = fd.optim.sgd(lr, trainable=trainable)
+    state = optimizer.init(params)
+    for _ in range(steps):
+        grads = torch.func.grad(loss)(params, *support)
+        grads = fd.tree.map(torch.Tensor.detach, grads) if first_order else grads
+        updates, state = optimizer.update(grads, state, params)
+        params = fd.tree.add(params, updates)
+    return params
+
+
+def maml_loss(
+    loss: Loss,
+    params: Params,
+    support: Sequence[Tensor],
+    query: Sequence[Tensor],
+    *,
+    steps: int,
+    lr: float | Tensor,
+    first_order: bool = False,
+    trainable: Selector | None = None,
+) -> Tensor:
+    """(1/t) Σᵢ L(adapt(θ, supportᵢ), queryᵢ): what MAML minimises in θ; ``torch.func.grad`` of it is the meta-gradient.
+
+    Finn et al. 2017, "Model-Agnostic Meta-Learning"; ``first_order=True`` is their FOMAML.
+
+    >>> def loss(params, x):
+    ...     return ((params["w"] - x) ** 2).sum()
+    >>> goals = (torch.tensor([[1.0], [3.0]]),)
+    >>> torch.func.grad(lambda p: maml_loss(loss, p, goals, goals, steps=1, lr=0.25))({"w": torch.zeros(1)})
+    {'w': tensor([-1.])}
+    """
+
+    def one(support: Sequence[Tensor], query: Sequence[Tensor]) -> Tensor:
+        adapted = adapt(loss, params, support, steps=steps, lr=lr, first_order=first_order, trainable=trainable)
+        return loss(adapted, *query)
+
+    return torch.vmap(one, randomness="different")(tuple(support), tuple(query)).mean()
+
+
+def reptile(
+    loss: Loss, params: Params, support: Sequence[Tensor], *, steps: int, lr: float | Tensor, rate: float = 1.0
+) -> Params:
+    """θ + rate · (mean over tasks of adapt(θ, supportᵢ) - θ): one step of Reptile, without a query set.
+
+    Nichol et al. 2018, "On First-Order Meta-Learning Algorithms".
+
+    >>> def loss(params, x):
+    ...     return ((params["w"] - x) ** 2).sum()
+    >>> reptile(loss, {"w": torch.zeros(1)}, (torch.tensor([[1.0], [3.0]]),), steps=1, lr=0.25)
+    {'w': tensor([1.])}
+    """
+
+    def one(support: Sequence[Tensor]) -> Params:
+        return adapt(loss, params, support, steps=steps, lr=lr)
+
+    return fd.tree.lerp(params, fd.tree.mean(torch.vmap(one, randomness="different")(tuple(support))), rate)
