@@ -1,0 +1,58 @@
+"""SWAG: a Gaussian around the mean of the params that training passes through (Maddox et al. 2019).
+
+In factor space: the Gaussian is of the leaves, not of what they do. Give it the leaves that train,
+``trained, constants = fd.partition(params, delta.trainable)``. A stack has one Gaussian a member.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import funcdelta as fd
+
+Params = dict[str, Tensor]
+
+
+class Moments(NamedTuple):
+    """``count`` params seen, their mean and mean square, and the last differences from the mean (K of them at most)."""
+
+    count: int
+    mean: Params
+    square: Params
+    deviations: tuple[Params, ...]
+
+
+def collect(moments: Moments | None, params: Params, *, rank: int = 10) -> Moments:
+    """m ← m + (θ - m)/k, s ← s + (θ² - s)/k, and θ - m as one more of at most ``rank`` deviations.
+
+    >>> moments = collect(collect(None, {"w": torch.tensor([1.0])}), {"w": torch.tensor([3.0])})
+    >>> moments.mean, moments.square
+    ({'w': tensor([2.])}, {'w': tensor([5.])})
+    """
+    square = fd.tree.map(torch.square, params)
+    if moments is None:
+        return Moments(1, params, square, ())
+    count = moments.count + 1
+    mean = fd.tree.lerp(moments.mean, params, 1 / count)
+    deviations = (*moments.deviations, fd.tree.sub(params, mean))[-rank:]
+    return Moments(count, mean, fd.tree.lerp(moments.square, square, 1 / count), deviations)
+
+
+def sample(moments: Moments, seed: int) -> Params:
+    """m + σ ε/√2 + Σₖ dₖ zₖ/√(2(K - 1)), with σ² = s - m²: a draw from N(m, ½(diag σ² + D Dᵀ/(K - 1))).
+
+    >>> moments = collect(collect(None, {"w": torch.tensor([1.0])}), {"w": torch.tensor([1.0])})
+    >>> sample(moments, seed=0)
+    {'w': tensor([1.])}
+    """
+    deviation = fd.tree.map(lambda s, m: (s - m.square()).clamp(min=0).sqrt(), moments.square, moments.mean)
+    noise = fd.tree.map(torch.mul, fd.tree.randn_like(moments.mean, seed), deviation)
+    drawn = fd.tree.add(moments.mean, fd.tree.scale(noise, 0.5**0.5))
+    k = len(moments.deviations)
+    weights = torch.randn(k, generator=torch.Generator().manual_seed(seed)) / (2 * max(k - 1, 1)) ** 0.5
+    for weight, difference in zip(weights, moments.deviations, strict=True):
+        drawn = fd.tree.add(drawn, fd.tree.scale(difference, weight))
+    return drawn
