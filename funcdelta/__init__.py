@@ -69,6 +69,7 @@ from .resident import Resident as Resident
 from .site import Site as Site
 from .structures import common_names as common_names
 from .tokenwise import linear as linear
+from .unrolling import unroll as unroll
 from .view import unbind as unbind
 
 DeltaBase = DeltaModel

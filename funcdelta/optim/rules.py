@@ -16,17 +16,18 @@ leaves are float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import tree
-from .errors import ConfigError
-from .hyper import Hyper, Values, checked, is_zero
-from .moving import begin, updates_of, zeros
-from .selecting import Selector
+from .. import tree
+from ..errors import ConfigError
+from ..hyper import Hyper, Values, checked, is_zero
+from ..moving import begin, updates_of, zeros
+from ..selecting import Selector
+from .groups import Groups
 
 __all__ = ["AdamState", "Optimizer", "SGDState", "adam", "adamw", "apply_updates", "clip_by_norm", "sgd"]
 
@@ -77,41 +78,54 @@ def sgd(
     weight_decay: Hyper = 0.0,
     *,
     trainable: Selector | None = None,
+    groups: Mapping[Any, Hyper] | None = None,
+    decay_mask: Selector | None = None,
 ) -> Optimizer:
     """g ← grad + wd·p; v ← momentum·v + g; p ← p - lr·v (nesterov: p - lr·(g + momentum·v)).
 
     ``trainable`` says which leaves move: a predicate (``delta.trainable``) decides alone; names as in
     ``fd.partition`` choose among the leaves that no delta declared constant. Default: all but constants.
 
+    ``groups`` = {selector: factor} multiplies lr at the leaves that a selector means, named as in ``fd.partition``
+    (several names as a tuple), or a predicate; a factor is any hyper-parameter, and a leaf in several groups gets
+    their product. LoRA+ (Hayou et al. 2024) is ``groups={"lora_B": 16.0}``. ``decay_mask`` is a selector of the
+    leaves that decay; default: all that move.
+
     >>> opt = sgd(lr=0.5)
     >>> params = {"w": torch.tensor([1.0, 2.0])}
     >>> updates, state = opt.update({"w": torch.tensor([1.0, 1.0])}, opt.init(params), params)
     >>> apply_updates(params, updates)
     {'w': tensor([0.5000, 1.5000])}
+    >>> opt = sgd(lr=0.5, groups={"b": 0.1})
+    >>> params = {"w": torch.ones(1), "b": torch.ones(1)}
+    >>> opt.update(params, opt.init(params), params)[0]
+    {'w': tensor([-0.5000]), 'b': tensor([-0.0500])}
     """
-    hypers = checked(lr=lr, momentum=momentum, weight_decay=weight_decay)
-    has_momentum = not is_zero(momentum)
+    grouped = Groups(groups, decay_mask)
+    hypers = checked(lr=lr, momentum=momentum, weight_decay=weight_decay, **grouped.hypers)
+    has_momentum, decays = not is_zero(momentum), not is_zero(weight_decay)
     if nesterov and not has_momentum:
         raise ConfigError("nesterov=True needs a momentum; write sgd(lr, momentum=0.9, nesterov=True).")
 
     def init(params: Any, n: int | None = None) -> SGDState:
         first, moving = begin(params, hypers, trainable, n)
+        grouped.of(params)
         if has_momentum:
             return SGDState(first, {name: zeros(leaf) for name, leaf in moving.items()})
         return SGDState(first, {name: zeros(leaf, (*first.shape, 0)) for name, leaf in moving.items()})
 
     def update(grads: Any, state: SGDState, params: Any) -> tuple[Any, SGDState]:
         values = Values(hypers, state.step)
-        velocities = dict(state.momentum)
+        velocities, chosen = dict(state.momentum), grouped.of(params)
 
         def move(name: str, p: Tensor, g: Tensor) -> Tensor:
-            if not is_zero(weight_decay):
+            if decays and chosen.decays(name):
                 g = torch.addcmul(g, p, values("weight_decay", p, name))
             if has_momentum:
                 m = values("momentum", p, name)
                 velocities[name] = torch.addcmul(g, velocities[name], m)
                 g = torch.addcmul(g, velocities[name], m) if nesterov else velocities[name]
-            return g * -values("lr", p, name)
+            return g * -chosen.scaled(values, "lr", p, name)
 
         updates = updates_of(move, grads, state.momentum, params, trainable)
         return updates, SGDState(state.step + 1, velocities)
@@ -126,11 +140,13 @@ def adam(
     weight_decay: Hyper = 0.0,
     *,
     trainable: Selector | None = None,
+    groups: Mapping[Any, Hyper] | None = None,
+    decay_mask: Selector | None = None,
 ) -> Optimizer:
     """Adam; weight decay is L2, added to the gradient, as in ``torch.optim.Adam``.
 
     m ← β₁m + (1-β₁)g; v ← β₂v + (1-β₂)g²; p ← p - lr·m̂ / (√v̂ + eps), with m̂ = m/(1-β₁ᵗ), v̂ = v/(1-β₂ᵗ).
-    ``trainable`` is as in :func:`sgd`.
+    ``trainable``, ``groups`` and ``decay_mask`` are as in :func:`sgd`.
 
     >>> opt = adam(lr=lambda step: 0.1 * 0.5**step)
     >>> params = {"w": torch.tensor([1.0, 2.0])}
@@ -141,7 +157,7 @@ def adam(
     >>> params
     {'w': tensor([0.8500, 2.1500])}
     """
-    return _adam(lr, betas, eps, weight_decay, trainable, decoupled=False)
+    return _adam(lr, betas, eps, weight_decay, trainable, groups, decay_mask, decoupled=False)
 
 
 def adamw(
@@ -151,10 +167,12 @@ def adamw(
     weight_decay: Hyper = 1e-2,
     *,
     trainable: Selector | None = None,
+    groups: Mapping[Any, Hyper] | None = None,
+    decay_mask: Selector | None = None,
 ) -> Optimizer:
     """Adam with decoupled weight decay: p ← p - lr·wd·p beside Adam's step, as in ``torch.optim.AdamW``.
 
-    ``trainable`` is as in :func:`sgd`.
+    ``trainable``, ``groups`` and ``decay_mask`` are as in :func:`sgd`.
 
     >>> opt = adamw(lr=torch.tensor([0.1, 0.2]), weight_decay=torch.tensor([0.0, 0.5]))
     >>> stack = {"w": torch.ones(2, 1)}
@@ -163,7 +181,7 @@ def adamw(
     tensor([[-0.1000],
             [-0.3000]])
     """
-    return _adam(lr, betas, eps, weight_decay, trainable, decoupled=True)
+    return _adam(lr, betas, eps, weight_decay, trainable, groups, decay_mask, decoupled=True)
 
 
 def _adam(
@@ -172,22 +190,26 @@ def _adam(
     eps: Hyper,
     weight_decay: Hyper,
     trainable: Selector | None,
+    groups: Mapping[Any, Hyper] | None,
+    decay_mask: Selector | None,
     decoupled: bool,
 ) -> Optimizer:
     """Both kinds of Adam."""
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise ConfigError(f"betas is a pair (beta1, beta2); found {betas!r}.")
-    hypers = checked(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay)
+    grouped = Groups(groups, decay_mask)
+    hypers = checked(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay, **grouped.hypers)
     decays = not is_zero(weight_decay)
 
     def init(params: Any, n: int | None = None) -> AdamState:
         first, moving = begin(params, hypers, trainable, n)
+        grouped.of(params)
         mu, nu = ({name: zeros(leaf) for name, leaf in moving.items()} for _ in range(2))
         return AdamState(first, mu, nu)
 
     def update(grads: Any, state: AdamState, params: Any) -> tuple[Any, AdamState]:
         values = Values(hypers, state.step)
-        mu, nu = dict(state.mu), dict(state.nu)
+        mu, nu, chosen = dict(state.mu), dict(state.nu), grouped.of(params)
         # p - (lr/c₁)·m / (√v/√c₂ + eps) is rearranged to lr·√c₂/c₁ · m / (√v + eps·√c₂): the corrections then
         # fall on scalars, which are few and float64, instead of on leaves.
         taken = (state.step + 1).to(values.dtype)
@@ -198,14 +220,17 @@ def _adam(
         values.of["shrink"] = -values.of["lr"] * values.of["weight_decay"]
 
         def move(name: str, p: Tensor, g: Tensor) -> Tensor:
-            if decays and not decoupled:
+            shrinks = decays and chosen.decays(name)
+            if shrinks and not decoupled:
                 g = torch.addcmul(g, p, values("weight_decay", p, name))
             mu[name] = torch.lerp(mu[name], g, values("fresh1", p, name))
             nu[name] = torch.lerp(nu[name], g * g, values("fresh2", p, name))
             # The clamp is lost beside eps; it keeps the root's derivative finite where no gradient came yet.
             root_nu = nu[name].clamp_min(torch.finfo(p.dtype).tiny).sqrt()
-            delta = mu[name] * values("rate", p, name) / (root_nu + values("floor", p, name))
-            return torch.addcmul(delta, p, values("shrink", p, name)) if decays and decoupled else delta
+            delta = mu[name] * chosen.scaled(values, "rate", p, name) / (root_nu + values("floor", p, name))
+            if shrinks and decoupled:
+                return torch.addcmul(delta, p, chosen.scaled(values, "shrink", p, name))
+            return delta
 
         updates = updates_of(move, grads, state.mu, params, trainable)
         return updates, AdamState(state.step + 1, mu, nu)

@@ -1,0 +1,24 @@
+"""Functional optimisers and schedules whose hyper-parameters may be one value a member.
+
+What they compute is told by :mod:`funcdelta.optim.rules`; :mod:`~funcdelta.optim.schedules` has functions of the
+step, and :mod:`~funcdelta.optim.groups` multipliers that depend on the leaf.
+"""
+
+from .lion import LionState, lion
+from .rules import AdamState, Optimizer, SGDState, adam, adamw, apply_updates, clip_by_norm, sgd
+from .schedules import cosine, linear
+
+__all__ = [
+    "AdamState",
+    "LionState",
+    "Optimizer",
+    "SGDState",
+    "adam",
+    "adamw",
+    "apply_updates",
+    "clip_by_norm",
+    "cosine",
+    "linear",
+    "lion",
+    "sgd",
+]
