@@ -2,6 +2,7 @@
 
 import typing as _typing
 
+from . import algebra as algebra
 from . import distributed as distributed
 from . import optim as optim
 from . import tree as tree

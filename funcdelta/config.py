@@ -234,6 +234,27 @@ class BaseDeltaConfig:
         """
         return ()
 
+    # -- what it adds to a weight, in factors (fd.algebra) ---------------------------------------------------------
+
+    def factors(self, site: Site, p: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """``{own name: (B, A)}`` with ΔW = B A, scales folded in: B (rows, r), A (r, the weight's other axes, flat)."""
+        raise ConfigError(f"{type(self).__name__} gives no factors(self, site, p).")
+
+    def from_factors(self, site: Site, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """The leaves at ``site`` whose :meth:`factors` are ``factors``, of the rank that the config has."""
+        raise ConfigError(f"{type(self).__name__} gives no from_factors(self, site, factors).")
+
+    def with_rank(self, rank: int) -> Self:
+        """The config whose leaves are those that :meth:`from_factors` makes of factors of that rank."""
+        raise ConfigError(f"{type(self).__name__} gives no with_rank(self, rank).")
+
+    def unfactored(self, site: Site) -> str | None:
+        """Why the delta at ``site`` has no :meth:`factors`; ``None`` if it has."""
+        if self.gives("factors"):
+            return None
+        kind = self.delta_type or type(self).__name__
+        return self.unmergeable(site) or f"{kind} changes weights, but not by a product of low-rank factors"
+
     # -- leaves that sites share -----------------------------------------------------------------------------------
 
     def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> dict[str, Tensor]:

@@ -22,6 +22,13 @@ def merge(delta: DeltaModel, params: Params, untie: bool = False) -> dict[str, T
     Raises :class:`MergeError` where a delta is no function of the site's weights, and where it acts on one end of a
     tied pair alone, unless ``untie`` says that the two ends may differ from then on.
     """
+    return {name: tensor.detach() for name, tensor in delta.backbone.state_dict().items()} | changes(
+        delta, params, untie
+    )
+
+
+def changes(delta: DeltaModel, params: Params, untie: bool = False) -> dict[str, Tensor]:
+    """Of :func:`merge`, the tensors that ``params`` write anew."""
     backbone, plan = delta.backbone, delta.plan
     state = {name: tensor.detach() for name, tensor in backbone.state_dict().items()}
     aliases = _aliases(backbone)
@@ -76,7 +83,7 @@ def merge(delta: DeltaModel, params: Params, untie: bool = False) -> dict[str, T
                             f"(tie_word_embeddings=False)."
                         )
                 changed[name] = tensor
-    return state | changed
+    return changed
 
 
 def _owner(backbone: nn.Module, name: str) -> nn.Module:

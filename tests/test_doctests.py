@@ -48,7 +48,7 @@ def test_a_public_name_has_a_docstring_with_an_example(name: str) -> None:
     assert ">>>" in text, f"the docstring of fd.{name} has no example (>>>)"
 
 
-@pytest.mark.parametrize("module", [fd.optim, fd.tree], ids=["optim", "tree"])
+@pytest.mark.parametrize("module", [fd.algebra, fd.optim, fd.tree], ids=["algebra", "optim", "tree"])
 def test_the_functions_of_a_public_module_have_examples(module: ModuleType) -> None:
     functions = [name for name in module.__all__ if inspect.isfunction(getattr(module, name))]
     assert functions

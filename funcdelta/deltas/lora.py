@@ -8,9 +8,9 @@ of its reference code (``enable_lora``), ``use_rslora`` is Kalajdzievski 2023.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ from ..tokenwise import linear
 
 CONVOLVE: dict[str, Callable[..., Tensor]] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
 KINDS = ("linear", "transposed_linear", "embedding", *CONVOLVE)
+TURNED = ("transposed_linear", "embedding")
+"""Kinds whose weight is (in, out)."""
 
 
 @register("lora")
@@ -150,9 +152,31 @@ class LoraConfig(BaseDeltaConfig):
         else:
             pairs = zip(a.chunk(len(parts), 0), b.split([part.size for part in parts], 0), strict=True)
             change = place([part_b @ part_a for part_a, part_b in pairs], parts, site.width, 0)
-        if site.kind in ("transposed_linear", "embedding"):
+        if site.kind in TURNED:
             change = change.mT
         return w | {"weight": w["weight"] + change.reshape(w["weight"].shape)}
+
+    def unfactored(self, site: Site) -> str | None:
+        parts = self._parts(site)
+        if parts:
+            names = ", ".join(part.name for part in parts)
+            return f"LoRA acts on parts ({names}) of its output, each with factors of its own"
+        return None
+
+    def factors(self, site: Site, p: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """``(s B, A)``; with the weight's axes the other way round ``(Aᵀ, s Bᵀ)``."""
+        b, a = p["scale"] * p["lora_B"], p["lora_A"].flatten(1)
+        return {"weight": (a.mT, b.mT) if site.kind in TURNED else (b, a)}
+
+    def from_factors(self, site: Site, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """The factors as they are, with ``s = 1``."""
+        b, a = factors["weight"]
+        if site.kind in TURNED:
+            b, a = a.mT, b.mT
+        return {"lora_A": a.unflatten(1, self._fan_in(site)), "lora_B": b, "scale": b.new_ones(())}
+
+    def with_rank(self, rank: int) -> Self:
+        return self.replace(lora_r=rank, lora_alpha=rank, use_rslora=False)
 
     def _parts(self, site: Site) -> tuple[Part, ...]:
         """The parts of the output that have factors of their own; none: one pair for all of it."""

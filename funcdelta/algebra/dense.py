@@ -1,0 +1,180 @@
+"""Between factors and dense changes: ``{name of a weight: ΔW}``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import ParamsError
+from ..leaves import compute_dtype
+from ..match import near
+from ..merge import changes
+from ..model import DeltaModel
+from ..packed import Packed
+from ..params import unstack
+from ..plan import Attachment
+from ..sharing import expand_member
+from ..transforms import outside_transforms
+from .factored import Factored, Factors, factors_of, is_stack, need_factors, write
+from .ranks import gauged
+
+
+def materialise(delta: DeltaModel, params: Mapping[str, Tensor], untie: bool = False) -> dict[str, Tensor]:
+    """ΔW of every tensor that ``delta.merge(params)`` changes, under its name: merged minus the backbone's own.
+
+    Tensors have the shapes of the backbone's, after the member axis (n,) for a stack. Where all of a change is B A, or
+    is p - w of a trained leaf, it is computed as that, in the leaves' dtype; of any other method that merges it is the
+    difference, with the rounding of the backbone's dtype. Dense: a stack of n is n times the weights.
+
+    Raises ``MergeError`` where ``merge`` does; ``untie`` is as there.
+
+    >>> delta = fd.BitFitModel(torch.nn.Sequential(torch.nn.Linear(4, 2)), modified_modules=["0"])
+    >>> fd.algebra.materialise(delta, {"0.bitfit.bias": torch.tensor([1.0, 2.0])})
+    {'0.bias': tensor([1., 2.])}
+    """
+
+    def one(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        still = {name: leaf.detach() if name in delta.constants else leaf for name, leaf in params.items()}
+        return _member(delta, expand_member(delta.plan.shared, still), untie)
+
+    if not is_stack(delta, params):
+        return one(params)
+    if any(isinstance(config, Packed) for config in delta.configs):
+        return _side_by_side([one(member) for member in unstack(dict(params))])
+    return torch.vmap(one)(dict(params))
+
+
+def _side_by_side(members: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The changes of members that need not change the same weights, with zeros where one changes none."""
+    like = {name: change for member in members for name, change in member.items()}
+    return {
+        name: torch.stack([member.get(name, torch.zeros_like(zero)) for member in members])
+        for name, zero in like.items()
+    }
+
+
+def _member(delta: DeltaModel, params: Mapping[str, Tensor], untie: bool) -> dict[str, Tensor]:
+    merged = changes(delta, params, untie)
+    own = {name: tensor.detach() for name, tensor in delta.backbone.state_dict().items()}
+    sums = {
+        end: params[name] - own[end].to(params[name])
+        for name, ends in delta.plan.trained.items()
+        if name in params
+        for end in ends
+    }
+    for path, attachments in delta.plan.attachments.items():
+        acting = [a for a in attachments if a.among(params)]
+        if any(isinstance(a.config, Packed) or a.config.unfactored(a.site) for a in acting):
+            sums = {name: change for name, change in sums.items() if name.rpartition(".")[0] != path}
+            continue
+        for a in acting:
+            for leaf, (b, a_) in factors_of(a, a.of(params), stacked=False).items():
+                name = f"{path}.{leaf}"
+                change = (b @ a_).reshape(own[name].shape)
+                sums[name] = sums[name] + change if name in sums else change
+    # A tensor of several names is one tensor in ``merged``, and its sum stands under the name of the site.
+    by_tensor = {id(merged[name]): change for name, change in sums.items()}
+    found: dict[str, Tensor] = {}
+    for name, tensor in merged.items():
+        change = sums.get(name, by_tensor.get(id(tensor)))
+        found[name] = change if change is not None else tensor - own[name] if name in own else tensor
+    return found
+
+
+def from_dense(delta: DeltaModel, dense: Mapping[str, Tensor]) -> tuple[DeltaModel, dict[str, Tensor]]:
+    """The params of ``delta``'s rank that come nearest to ``dense``, in the gauge of :func:`canonical`.
+
+    The largest singular values of every ΔW (Eckart and Young 1936). ``dense`` is ``{name of a weight: ΔW}`` as
+    :func:`materialise` gives it, with a first axis (n,) for a stack; trained backbone leaves get theirs exactly. The
+    delta given back has scale 1. Gradients are as in :func:`truncate`.
+
+    Raises ``ParamsError`` for a weight that the delta does not change, one that is missing, or another shape.
+
+    >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8))
+    >>> delta, full = (fd.LoraModel(backbone, lora_r=r, modified_modules=["0"]) for r in (2, 4))
+    >>> change = torch.outer(torch.arange(8.0), torch.ones(4))
+    >>> found = fd.algebra.from_dense(delta, {"0.weight": change})
+    >>> torch.allclose(fd.algebra.materialise(*found)["0.weight"], change, atol=1e-5)
+    True
+    """
+    places = _places(delta)
+    trained = {name: tuple(tensor.shape) for name, tensor in delta.backbone.named_parameters()}
+    trained = {name: trained[name] for name in delta.plan.trained}
+    for name, ends in delta.plan.trained.items():
+        both = [end for end in ends if end in places]
+        if both:
+            raise ParamsError(
+                f"{both[0]} is changed by the delta and trained itself ({name} in unfrozen_modules), so a change of it "
+                f"is not one or the other: build the delta for from_dense without one of the two."
+            )
+    given = _by_place(delta, dense, [*places, *trained])
+    n = _members(given, {name: shape for name, (_, _, shape) in places.items()} | trained)
+    sites: dict[str, dict[str, Factors]] = {}
+    rank = 0
+    for name, (a, own, shape) in places.items():
+        matrix = given[name].to(compute_dtype(given[name].dtype)).flatten(1 - len(shape))
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        k = _fresh(a)[own][1].shape[-2]
+        sites.setdefault(a.site.path, {})[own] = gauged(u[..., :k], s[..., :k], vh[..., :k, :])
+        rank = max(rank, k)
+    base = delta.plan.all()[0].config
+    return write(Factored(delta, base, n, sites, {name: given[name] for name in trained}), rank)
+
+
+def _fresh(a: Attachment) -> dict[str, Factors]:
+    """The factors of the attachment as it starts, for their shapes."""
+    with outside_transforms():
+        return a.config.factors(a.site, a.config.init(a.site, torch.Generator().manual_seed(0)))
+
+
+def _places(delta: DeltaModel) -> dict[str, tuple[Attachment, str, tuple[int, ...]]]:
+    """``{name of a weight: (who changes it, its own name, its shape)}``."""
+    found: dict[str, tuple[Attachment, str, tuple[int, ...]]] = {}
+    state = delta.backbone.state_dict()
+    for a in need_factors(delta):
+        for own in _fresh(a):
+            name = f"{a.site.path}.{own}"
+            if name not in state:
+                raise ParamsError(f"{name} is no tensor of the backbone's state dict, so it is computed at each call.")
+            if name in found:
+                raise ParamsError(
+                    f"{name} is changed by {found[name][0].name} and by {a.name}, and a change can be divided between "
+                    f"them in many ways: give from_dense a delta of one config."
+                )
+            found[name] = a, own, tuple(state[name].shape)
+    return found
+
+
+def _by_place(delta: DeltaModel, dense: Mapping[str, Tensor], wanted: list[str]) -> dict[str, Tensor]:
+    """The changes under the names that the delta knows; another name of the same tensor may stand beside it."""
+    tensors = dict(delta.backbone.named_parameters(remove_duplicate=False))
+    owners = {id(tensors[name]): name for name in wanted if name in tensors}
+    same = {end: owners[id(tensor)] for end, tensor in tensors.items() if id(tensor) in owners}
+    same |= {name: name for name in wanted}
+    for name in dense:
+        if name not in same:
+            raise ParamsError(f"from_dense: the delta does not change {name!r}.{near(name, wanted)}")
+    found = {name: dense[name] for name in wanted if name in dense}
+    found |= {same[name]: change for name, change in dense.items() if same[name] not in found}
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise ParamsError(
+            f"from_dense: {len(missing)} changes are missing, the first is {missing[0]!r}. Give zeros for a weight "
+            f"that does not change."
+        )
+    return found
+
+
+def _members(given: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """The number of members, which all changes share; ``None`` for one."""
+    first = next(iter(shapes))
+    n = given[first].shape[0] if given[first].ndim > len(shapes[first]) else None
+    for name, shape in shapes.items():
+        expected = shape if n is None else (n, *shape)
+        if tuple(given[name].shape) != expected:
+            raise ParamsError(
+                f"from_dense: the change of {name} has shape {tuple(given[name].shape)}; expected {expected}."
+            )
+    return n

@@ -1,0 +1,165 @@
+"""A (delta, params) pair as factors of the change at every site, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..check import check_member, check_stack
+from ..config import BaseDeltaConfig
+from ..errors import MergeError, ParamsError
+from ..model import DeltaModel
+from ..packed import Packed
+from ..plan import Attachment
+from ..sharing import expand_member, expand_stack
+from ..slots import exactly
+from ..transforms import outside_transforms
+
+Factors = tuple[Tensor, Tensor]
+"""``(B, A)`` with ΔW = B A: (..., rows, r) and (..., r, columns)."""
+
+
+@dataclass(frozen=True)
+class Factored:
+    """What one member, or each of n, does to the weights.
+
+    Attributes:
+        delta: whose backbone, mode and config the result takes.
+        base: the config that the result is made of.
+        n: the number of members of a stack; ``None`` for one member.
+        sites: ``{site path: {own name: (B, A)}}``.
+        trained: ``{name: p - w}`` of the backbone leaves that are trained too.
+    """
+
+    delta: DeltaModel
+    base: BaseDeltaConfig
+    n: int | None
+    sites: dict[str, dict[str, Factors]]
+    trained: dict[str, Tensor]
+
+
+def is_stack(delta: DeltaModel, params: Any) -> bool:
+    """Whether ``params`` is a stack; raises ``ParamsError`` unless every leaf is known and of its shape.
+
+    >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+    >>> is_stack(delta, delta.init(0)), is_stack(delta, delta.init(0, n=2))
+    (False, True)
+    """
+    if not isinstance(delta, DeltaModel):
+        raise ParamsError(
+            f"fd.algebra takes a delta and its params; found {type(delta).__name__} in the place of the delta."
+        )
+    shapes = delta.shapes
+    known = [name for name in shapes if isinstance(params, Mapping) and isinstance(params.get(name), Tensor)]
+    stacked = any(params[name].ndim > len(shapes[name]) for name in known)
+    (check_stack if stacked else check_member)(params, shapes, delta.plan.keys(), {})
+    return stacked
+
+
+def read(delta: DeltaModel, params: Mapping[str, Tensor]) -> Factored:
+    """The factors of ``params``; raises ``MergeError`` where a method has none.
+
+    >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), lora_r=2, modified_modules=["0"])
+    >>> [tuple(factor.shape) for factor in read(delta, delta.init(0)).sites["0"]["weight"]]
+    [(8, 2), (2, 4)]
+    """
+    stacked = is_stack(delta, params)
+    missing = [name for name in delta.names if name not in params]
+    if missing:
+        raise ParamsError(f"{len(missing)} leaves are missing, the first is {missing[0]!r}. Give all of them.")
+    attachments = need_factors(delta)
+    still = {name: leaf.detach() if name in delta.constants else leaf for name, leaf in params.items()}
+    full = (expand_stack if stacked else expand_member)(delta.plan.shared, still)
+    sites: dict[str, dict[str, Factors]] = {}
+    for a in attachments:
+        own = sites.setdefault(a.site.path, {})
+        for name, factors in factors_of(a, a.of(full), stacked).items():
+            own[name] = beside(own[name], factors) if name in own else factors
+    parameters = dict(delta.backbone.named_parameters())
+    trained = {name: full[name] - parameters[name].detach().to(full[name]) for name in delta.plan.trained}
+    n = next(iter(params.values())).shape[0] if stacked else None
+    return Factored(delta, attachments[0].config, n, sites, trained)
+
+
+def need_factors(delta: DeltaModel) -> list[Attachment]:
+    """Every attachment of ``delta``, once it is known that each has factors."""
+    for config in delta.configs:
+        if isinstance(config, Packed):
+            raise MergeError(
+                "This delta was made by fd.pack, and its members are of unlike ranks or sites: write "
+                "fd.algebra.sum_exact(fd.unpack(delta, stack)), or take the pairs that fd.unpack gives one by one."
+            )
+    for a in delta.plan.all():
+        reason = a.config.unfactored(a.site)
+        if reason:
+            raise MergeError(
+                f"{a.name} at {a.site.path} has no change ΔW = B A of a weight: {reason}. fd.tree adds and averages "
+                f"its leaves (factor space); or combine outputs, delta.apply_many(stack, ...).mean(0)."
+            )
+    return delta.plan.all()
+
+
+def factors_of(a: Attachment, p: dict[str, Tensor], stacked: bool) -> dict[str, Factors]:
+    """``{own name: (B, A)}`` of one attachment."""
+
+    def one(p: dict[str, Tensor]) -> dict[str, Factors]:
+        return a.config.factors(a.site, p)
+
+    return torch.vmap(one)(p) if stacked else one(p)
+
+
+def beside(left: Factors, right: Factors) -> Factors:
+    """The factors of the sum: ``B A + B' A' = [B B'] [A; A']``."""
+    return torch.cat([left[0], right[0]], -1), torch.cat([left[1], right[1]], -2)
+
+
+def rank_of(factored: Factored) -> int:
+    """The largest rank at a site."""
+    return max(a.shape[-2] for own in factored.sites.values() for _, a in own.values())
+
+
+def write(factored: Factored, rank: int) -> tuple[DeltaModel, dict[str, Tensor]]:
+    """A delta of that rank, and the params whose factors these are; shorter ones get zeros at the end."""
+    delta = _delta(factored, rank)
+    parameters = dict(delta.backbone.named_parameters())
+    found = {name: parameters[name].detach().to(change) + change for name, change in factored.trained.items()}
+    for a in delta.plan.all():
+        padded = {name: _padded(pair, rank) for name, pair in factored.sites[a.site.path].items()}
+
+        def one(factors: dict[str, Factors], a: Attachment = a) -> dict[str, Tensor]:
+            return a.config.from_factors(a.site, factors)
+
+        leaves = one(padded) if factored.n is None else torch.vmap(one)(padded)
+        found |= {a.leaves[leaf]: tensor.contiguous() for leaf, tensor in leaves.items()}
+    params = {name: found[name] for name in delta.names}
+    is_stack(delta, params)
+    return delta, params
+
+
+def _padded(factors: Factors, rank: int) -> Factors:
+    b, a = factors
+    more = rank - a.shape[-2]
+    return (F.pad(b, (0, more)), F.pad(a, (0, 0, 0, more))) if more else factors
+
+
+def _delta(factored: Factored, rank: int) -> DeltaModel:
+    """The delta itself if its config is already the right one, else a new one with that config."""
+    old = factored.delta
+    config = factored.base.with_rank(rank)
+    own = {a.site.path for a in old.plan.all() if a.config is factored.base}
+    if own != factored.sites.keys():
+        names = tuple(map(exactly, factored.sites))
+        config = dataclasses.replace(config, modified_modules=names, exclude_modules=None, common_structure=None)
+    if len(old.configs) > 1 or old.plan.trained.keys() != factored.trained.keys():
+        config = dataclasses.replace(config, unfrozen_modules=("deltas", *map(exactly, factored.trained)))
+    if old.configs == (config,):
+        return old
+    with outside_transforms():  # its methods draw leaves, for their shapes
+        new = DeltaModel(old.backbone, config, example=old.example, prepare=old.prepare)
+    return new if old.mode_flag is None else new.mode(train=old.mode_flag)
