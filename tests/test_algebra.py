@@ -253,6 +253,69 @@ def test_from_dense_gives_the_nearest_and_trained_leaves_exactly(mlp: nn.Module)
     assert_same(found, dense | {"a.weight": (u[:, :2] * s[:2]) @ vh[:2]})
 
 
+# -- dense changes made one ----------------------------------------------------------------------------------------
+
+
+def tasks() -> list[Params]:
+    rng = torch.Generator().manual_seed(5)
+    shapes = {"a.weight": (3, 4), "b.bias": (5,)}
+    return [{name: torch.randn(shape, generator=rng) for name, shape in shapes.items()} for _ in range(N)]
+
+
+def test_task_arithmetic_is_a_loop_and_the_exact_sum(mlp: nn.Module) -> None:
+    changes, weights = tasks(), [1.0, -0.5, 0.25]
+    expected = {name: sum(w * one[name] for w, one in zip(weights, changes, strict=True)) for name in changes[0]}
+    assert_same(fd.algebra.task_arithmetic(changes, weights), expected)
+    assert_same(fd.algebra.task_arithmetic(fd.stack(changes), torch.tensor(weights)), expected)
+    delta = lora(mlp, 2, "a", "b")
+    stack = random_params(delta, N)
+    dense = fd.algebra.task_arithmetic(fd.algebra.materialise(delta, stack), weights)
+    assert_same(fd.algebra.materialise(*fd.algebra.sum_exact((delta, stack), weights)), dense)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.4, 1.0])
+def test_ties_is_a_loop_over_entries(density: float) -> None:
+    changes = tasks()
+    rows = [torch.cat([t.flatten() for t in one.values()]).tolist() for one in changes]
+    for row in rows:
+        largest = sorted(range(len(row)), key=lambda i, row=row: -abs(row[i]))
+        for i in largest[max(1, round(density * len(row))) :]:
+            row[i] = 0.0
+    expected = []
+    for column in zip(*rows, strict=True):
+        positive = sum(column) > 0
+        kept = [v for v in column if v != 0 and (v > 0) == positive]
+        expected.append(1.5 * sum(kept) / len(kept) if kept else 0.0)
+    for given in (changes, fd.stack(changes)):
+        found = fd.algebra.ties(given, density, weight=1.5)
+        assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in changes[0].items()}
+        assert_close(torch.cat([t.flatten() for t in found.values()]), torch.tensor(expected))
+
+
+def test_dare_drops_and_rescales_without_bias() -> None:
+    change = {"w": torch.full((200, 300), 2.0), "v": torch.full((200, 300), 2.0)}
+    found = fd.algebra.dare(change, drop=0.75, seed=3)
+    assert set(found["w"].unique().tolist()) == {0.0, 8.0}
+    assert abs(float(found["w"].mean()) - 2) < 0.1
+    assert not torch.equal(found["w"], found["v"])
+    again, other = (fd.algebra.dare({"w": change["w"]}, drop=0.75, seed=seed)["w"] for seed in (3, 4))
+    assert torch.equal(again, found["w"])
+    assert not torch.equal(other, found["w"])
+    assert torch.equal(fd.algebra.dare(change, drop=0.0, seed=3)["w"], change["w"])
+
+
+def test_dense_changes_that_do_not_fit_are_refused() -> None:
+    changes = tasks()
+    with raises_saying(fd.ParamsError, "one weight a change", "(3,)", "(2,)"):
+        fd.algebra.task_arithmetic(changes, [1.0, 2.0])
+    with raises_saying(fd.ParamsError, "density=0"):
+        fd.algebra.ties(changes, 0)
+    with raises_saying(fd.ParamsError, "drop=1"):
+        fd.algebra.dare(changes[0], 1, seed=0)
+    with raises_saying(fd.ParamsError, "b.bias", "member 0"):
+        fd.algebra.ties([changes[0], {"a.weight": changes[1]["a.weight"]}])
+
+
 # -- derivatives ---------------------------------------------------------------------------------------------------
 
 

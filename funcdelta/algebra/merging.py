@@ -1,0 +1,91 @@
+"""Several dense changes made one: sums of task vectors, TIES, and DARE's sparser changes of equal expectation.
+
+``changes`` is what :func:`materialise` gives: a list of ``{name of a weight: ΔW}``, or the one dict of a stack, whose
+tensors are (n, ...). The result is one dict without the member axis, for :func:`from_dense` or to add to the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import ParamsError
+from ..leaves import compute_dtype
+from ..params import members, stack, take
+from ..seeding import derive
+from ..tree import map as map_leaves
+from ..tree import ravel
+
+Change = Mapping[str, Tensor]
+
+
+def task_arithmetic(changes: Sequence[Change] | Change, weights: Sequence[float] | Tensor) -> dict[str, Tensor]:
+    """Σ wᵢ ΔWᵢ; a negative weight takes a task away. ``weights`` has one number a change.
+
+    Ilharco et al. 2022, "Editing Models with Task Arithmetic". For low-rank deltas :func:`sum_exact` is the same
+    without dense matrices.
+
+    >>> changes = [{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 5.0])}]
+    >>> fd.algebra.task_arithmetic(changes, [1.0, -1.0])
+    {'w': tensor([-2., -3.])}
+    """
+    found = _stack(changes)
+    factors = torch.as_tensor(weights)
+    if tuple(factors.shape) != (members(found),):
+        raise ParamsError(
+            f"task_arithmetic needs one weight a change: ({members(found)},); found shape {tuple(factors.shape)}."
+        )
+    return map_leaves(lambda leaf: torch.tensordot(factors.to(leaf), leaf, dims=1), found)
+
+
+def ties(changes: Sequence[Change] | Change, density: float = 0.2, weight: float = 1.0) -> dict[str, Tensor]:
+    """λ times the mean, entry by entry, of those trimmed changes that have the elected sign.
+
+    Each change keeps the share ``density`` of its entries that is largest in magnitude, over all its weights together;
+    the sign of an entry is that of the sum of what was kept; the mean is over the kept values of that sign alone.
+    ``weight`` is the paper's λ. Yadav et al. 2023, "TIES-Merging".
+
+    >>> changes = [{"w": torch.tensor([4.0, 0.1, -3.0])}, {"w": torch.tensor([2.0, 0.2, 5.0])}]
+    >>> fd.algebra.ties(changes, density=2 / 3)
+    {'w': tensor([3., 0., 5.])}
+    """
+    if not 0 < density <= 1:
+        raise ParamsError(f"ties: density={density}; write the share of entries that each change keeps, in (0, 1].")
+    vectors, unravel = ravel(_stack(changes), per_member=True)
+    values = vectors.to(compute_dtype(vectors.dtype))
+    top = values.detach().abs().topk(max(1, round(density * values.shape[1])), dim=1).indices
+    kept = torch.zeros_like(values).scatter(1, top, 1.0) * values
+    elected = kept.detach().sum(0).sign()
+    agreeing = (kept.detach().sign() == elected) & (elected != 0)
+    mean = (kept * agreeing).sum(0) / agreeing.sum(0).clamp(min=1)
+    return take(unravel(weight * mean.unsqueeze(0)), 0)
+
+
+def dare(change: Change, drop: float, seed: int) -> dict[str, Tensor]:
+    """``m ⊙ ΔW / (1 - p)`` with m = 0 with probability p = ``drop``: sparse, and ΔW in expectation.
+
+    An entry's mask depends on (seed, name of the weight) and its place alone; drawn on the CPU, so every device gets
+    the same one. One change, or that of a stack (every member's mask is then its own). Yu et al. 2023, "Language
+    Models are Super Mario".
+
+    >>> fd.algebra.dare({"w": torch.ones(6)}, drop=0.5, seed=0)["w"].unique()
+    tensor([0., 2.])
+    """
+    if not 0 <= drop < 1:
+        raise ParamsError(f"dare: drop={drop}; write a probability in [0, 1).")
+
+    def masked(name: str, leaf: Tensor) -> Tensor:
+        drawn = torch.rand(leaf.shape, generator=torch.Generator().manual_seed(derive(seed, "dare", name)))
+        return leaf * (drawn >= drop).to(leaf) / (1 - drop)
+
+    return {name: masked(name, leaf) for name, leaf in change.items()}
+
+
+def _stack(changes: Sequence[Change] | Change) -> dict[str, Tensor]:
+    """The changes side by side, each tensor (n, ...)."""
+    if isinstance(changes, Mapping):
+        members(changes)
+        return dict(changes)
+    return stack([dict(change) for change in changes])
