@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -354,6 +355,47 @@ def test_the_functions_map_over_members(mlp: nn.Module) -> None:
     scaled = fd.algebra.scale(delta, stack, 2.0)[1]
     for leaf in scaled.values():
         leaf.mul_(1)  # an expanded leaf could not be written
+
+
+# -- methods of one's own ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OuterConfig(fd.BaseDeltaConfig):
+    """``W - U V``, with columns of U as rows of a leaf."""
+
+    columns: int = 1
+
+    def init(self, site: fd.Site, rng: torch.Generator) -> Params:
+        return {"u": torch.zeros(self.columns, site.width), "v": torch.zeros(self.columns, site.input_width)}
+
+    def weights(self, site: fd.Site, p: Params, w: Params) -> Params:
+        return w | {"weight": w["weight"] - p["u"].mT @ p["v"]}
+
+    def factors(self, site: fd.Site, p: Params) -> dict[str, tuple[Tensor, Tensor]]:
+        return {"weight": (-p["u"].mT, p["v"])}
+
+    def from_factors(self, site: fd.Site, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Params:
+        return {"u": -factors["weight"][0].mT, "v": factors["weight"][1]}
+
+    def with_rank(self, rank: int) -> OuterConfig:
+        return self.replace(columns=rank)
+
+
+def test_a_method_that_gives_its_factors_has_the_algebra(mlp: nn.Module) -> None:
+    one = fd.DeltaModel(mlp, OuterConfig(columns=2, modified_modules=("a",), name="outer"))
+    two = lora(mlp, 3, "a", "b")
+    pairs = [(one, random_params(one)), (two, random_params(two))]
+    total, params = fd.algebra.sum_exact(pairs)
+    assert {name: tuple(leaf.shape) for name, leaf in params.items() if name.startswith("a.")} == {
+        "a.outer.u": (5, 8),
+        "a.outer.v": (5, 4),
+    }
+    dense = [change(*pair) for pair in pairs]
+    expected = {"a.weight": dense[0]["a.weight"] + dense[1]["a.weight"], "b.weight": dense[1]["b.weight"]}
+    assert_same(change(total, params), expected)
+    assert_same(change(*fd.algebra.canonical(total, params)), expected)
+    assert_same(change(*fd.algebra.add(*reversed(pairs))), expected)
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------
