@@ -17,9 +17,9 @@ Params = dict[str, Tensor]
 
 
 class Moments(NamedTuple):
-    """``count`` params seen, their mean and mean square, and the last differences from the mean (K of them at most)."""
+    """``steps`` params seen, their mean and mean square, and the last differences from the mean (K of them at most)."""
 
-    count: int
+    steps: int
     mean: Params
     square: Params
     deviations: tuple[Params, ...]
@@ -35,7 +35,7 @@ def collect(moments: Moments | None, params: Params, *, rank: int = 10) -> Momen
     square = fd.tree.map(torch.square, params)
     if moments is None:
         return Moments(1, params, square, ())
-    count = moments.count + 1
+    count = moments.steps + 1
     mean = fd.tree.lerp(moments.mean, params, 1 / count)
     deviations = (*moments.deviations, fd.tree.sub(params, mean))[-rank:]
     return Moments(count, mean, fd.tree.lerp(moments.square, square, 1 / count), deviations)
