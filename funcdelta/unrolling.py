@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .attention import higher_order, needs_mathematical_attention
 from .errors import ParamsError, RecomputeError
 from .leaves import align, named
 from .transforms import eager, inside_transform
@@ -25,8 +26,8 @@ def unroll(step: Callable[..., State], state: State, steps: int, *data: Any, che
     ``state`` and ``data`` are pytrees; ``step`` is pure and may differentiate inside (``fd.value_and_grad``,
     ``torch.func.grad``, or ``torch.autograd.grad`` with ``create_graph=True``). With ``checkpoint=True`` the graph of
     a step is dropped when the step ends and made again in the backward pass, so that memory grows by one state a
-    step, not by the activations of a step; each step then runs twice. Random numbers and autocast are the same both
-    times. Without gradients to keep (``torch.no_grad()``) it is the plain loop.
+    step, not by the activations of a step; each step then runs twice. Random numbers, autocast and
+    ``fd.higher_order()`` are the same both times. Without gradients to keep (``torch.no_grad()``) it is the plain loop.
 
     Tensors that require grad reach ``step`` by ``state`` and ``data``; leaves that it reads from outside get their
     gradients too, other tensors from outside raise ``RecomputeError``. So do ``torch.func`` transforms around the loop:
@@ -215,12 +216,13 @@ def _refuse_from_outside(run: _Run, older: list[Any], since: int) -> None:
 
 
 class _Surroundings:
-    """The random generators and autocast under which a step ran."""
+    """The random generators, autocast and ``fd.higher_order()`` under which a step ran."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.devices = sorted({x.get_device() for x in tensors if x.is_cuda})
         self.random = self._random()
         self.used = False
+        self.higher_order = needs_mathematical_attention()
         kinds = ["cpu", *(["cuda"] if self.devices else [])]
         self.autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds]
 
@@ -235,8 +237,10 @@ class _Surroundings:
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """A block with the random numbers and autocast of the step."""
+        """A block with the surroundings of the step."""
         with contextlib.ExitStack() as stack:
+            if self.higher_order:
+                stack.enter_context(higher_order())
             if self.used:
                 stack.enter_context(torch.random.fork_rng(self.devices))
                 torch.set_rng_state(self.random[0])

@@ -333,6 +333,30 @@ def test_unroll_draws_the_same_random_numbers_again() -> None:
     assert results[0][1].any()
 
 
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_unroll_through_a_backbone_differentiated_outside_the_block_of_higher_order(checkpoint: bool) -> None:
+    layers = [torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True) for _ in range(2)]
+    delta = fd.LoraModel(backbone_model=torch.nn.Sequential(*layers), lora_r=2, modified_modules=["0.linear1"])
+    x, scaled = torch.randn(2, 5, 8), fd.tree.randn_like(delta.init(0), 1)
+    p = {name: scaled[name].requires_grad_() for name in scaled}
+
+    def step(p: Tensors, i: int, rate: Tensor) -> Tensors:
+        found = torch.autograd.grad(
+            delta.apply(p, x)[:, 0].square().mean(), list(p.values()), create_graph=True, materialize_grads=True
+        )
+        return {name: w - rate * g for (name, w), g in zip(p.items(), found, strict=True)}
+
+    def after(rate: Tensor) -> Tensor:
+        with fd.higher_order():
+            end = fd.unroll(step, p, 3, rate, checkpoint=checkpoint)
+        return delta.apply(end, x)[:, 0, :3].sum()
+
+    rate = torch.tensor(0.1, requires_grad=True)
+    (slope,) = torch.autograd.grad(after(rate), rate)
+    numeric = (after(rate + 0.01) - after(rate - 0.01)) / 0.02
+    torch.testing.assert_close(slope, numeric.detach(), rtol=2e-2, atol=1e-5)
+
+
 def test_unroll_gives_leaves_that_step_reads_from_outside_their_gradients() -> None:
     layer = torch.nn.Linear(3, 3).double()
     state = {"w": torch.ones(3, dtype=torch.float64), "count": torch.tensor(0), "name": "run"}
