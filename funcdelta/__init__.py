@@ -27,6 +27,9 @@ from .deltas import LowRankAdapterConfig as LowRankAdapterConfig
 from .deltas import ParallelAdapterConfig as ParallelAdapterConfig
 from .deltas import PrefixConfig as PrefixConfig
 from .deltas import SoftPromptConfig as SoftPromptConfig
+from .derivatives import conjugate_gradient as conjugate_gradient
+from .derivatives import hvp as hvp
+from .derivatives import per_sample_grads as per_sample_grads
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import EngineError as EngineError
