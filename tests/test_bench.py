@@ -321,8 +321,8 @@ def test_the_command_prints_tables_and_writes_json_and_plot(
     monkeypatch.setenv("COLUMNS", "160")
     threads = torch.get_num_threads()
     data, picture = tmp_path / "bench.json", tmp_path / "bench.png"
-    arguments = ["--shapes", "2,1,4", "--repeats", "1", "--attempts", "1", "--threads", "1"]
-    assert bench.main([*arguments, "--json", str(data), "--plot", str(picture)]) == 0
+    arguments = ["--shapes", "2,1,4", "--repeats", "1", "--attempts", "1", "--threads", "1", "--model", "all"]
+    assert bench.main([*arguments, "--table", *bench.TABLES, "--json", str(data), "--plot", str(picture)]) == 0
     assert torch.get_num_threads() == threads
     shown = capsys.readouterr().out
     for text in (
@@ -345,6 +345,16 @@ def test_the_command_prints_tables_and_writes_json_and_plot(
     assert content["tables"][0]["rows"][1]["to_yardstick"]["median"] > 0
     assert isinstance(content["tables"][0]["noisy"], bool)
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_arguments_one_backbone_is_trained_and_no_rows_are_routed(
+    tiny_subjects: None, capsys: pytest.CaptureFixture[str]
+):
+    assert bench.main(["--quick", "--shapes", "2,1,4"]) == 0
+    shown = capsys.readouterr().out
+    assert "minilm (2,1,4)" in shown
+    assert "llama" not in shown
+    assert "routed" not in shown
 
 
 def test_quick_takes_the_first_shape_only(tiny_subjects: None, capsys: pytest.CaptureFixture[str]):
