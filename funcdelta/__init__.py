@@ -28,8 +28,15 @@ from .deltas import PrefixConfig as PrefixConfig
 from .deltas import SoftPromptConfig as SoftPromptConfig
 from .derivatives.directions import conjugate_gradient as conjugate_gradient
 from .derivatives.directions import hvp as hvp
+from .derivatives.directions import jacobian as jacobian
+from .derivatives.directions import jvp as jvp
 from .derivatives.directions import per_sample_grads as per_sample_grads
+from .derivatives.directions import vjp as vjp
 from .derivatives.gradients import value_and_grad as value_and_grad
+from .derivatives.taps import Tap as Tap
+from .derivatives.taps import ghost_norms as ghost_norms
+from .derivatives.taps import kronecker_factors as kronecker_factors
+from .derivatives.taps import taps as taps
 from .derivatives.unrolling import unroll as unroll
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError

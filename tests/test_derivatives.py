@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import BertConfig, BertForSequenceClassification
+from zoo import DoublePrecision
 
 import funcdelta as fd
 
@@ -114,3 +117,131 @@ def test_messages(case: Case) -> None:
         fd.per_sample_grads(lambda p, t: case.delta.apply(p, input_ids=t).logits)(case.params, case.tokens)
     with pytest.raises(fd.ParamsError, match=r"steps=0.*1 or more"):
         fd.conjugate_gradient(lambda x: x, {"w": torch.ones(1)}, steps=0)
+
+
+def finite_difference(f, params, direction, step: float = 1e-5):
+    """(f(p + h d) - f(p - h d)) / 2h."""
+    ahead = f(fd.tree.add(params, fd.tree.scale(direction, step)))
+    behind = f(fd.tree.sub(params, fd.tree.scale(direction, step)))
+    return (ahead - behind) / (2 * step)
+
+
+class Plain:
+    """LoRA on a plain module, float64."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(1)
+        backbone = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+        self.delta = fd.LoraModel(backbone, lora_r=2, modified_modules=["0", "2"])
+        self.stack = away(self.delta, fd.tree.map(torch.clone, self.delta.init(0, n=2, dtype=torch.float64)))
+        self.data = (torch.randn(5, 4, dtype=torch.float64),)
+
+    def outputs(self, params, x):
+        return self.delta.apply(params, x)
+
+
+class Attentive(Plain):
+    """LoRA on a Llama, whose attention is fused, float64."""
+
+    def __init__(self) -> None:
+        from transformers import LlamaConfig, LlamaModel
+
+        torch.manual_seed(1)
+        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+        backbone = LlamaModel(LlamaConfig(vocab_size=20, initializer_range=0.5, **sizes)).double().eval()
+        self.delta = fd.LoraModel(backbone, lora_r=1)
+        self.stack = away(self.delta, fd.tree.map(torch.clone, self.delta.init(0, n=2, dtype=torch.float64)))
+        self.data = (torch.randint(20, (3, 4)),)
+
+    def outputs(self, params, tokens):
+        return self.delta.apply(params, input_ids=tokens).last_hidden_state.mean(1)
+
+
+def away(delta, stack):
+    """Members away from their start, constants as they are."""
+    noise = fd.tree.randn_like(stack, [1, 2])
+    return {name: leaf if name in delta.constants else leaf + noise[name] for name, leaf in stack.items()}
+
+
+@pytest.fixture(params=[Plain, Attentive])
+def smooth(request: pytest.FixtureRequest) -> Iterator[Plain]:
+    with DoublePrecision():  # a Llama's norms compute in float32
+        yield request.param()
+
+
+def trained_direction(smooth: Plain, seed: int = 3):
+    params = fd.take(smooth.stack, 0)
+    noise = fd.tree.randn_like(params, seed)
+    return params, {k: torch.zeros_like(v) if k in smooth.delta.constants else noise[k] for k, v in params.items()}
+
+
+def test_products_with_the_jacobian_are_finite_differences(smooth: Plain) -> None:
+    params, direction = trained_direction(smooth)
+    expected = finite_difference(lambda p: smooth.outputs(p, *smooth.data), params, direction)
+    found = fd.jvp(smooth.outputs, params, direction, *smooth.data)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    cotangent = torch.randn_like(found)
+    pulled = fd.vjp(smooth.outputs, params, cotangent, *smooth.data)
+    torch.testing.assert_close(fd.tree.vdot(pulled, direction), (cotangent * expected).sum(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_the_jacobian_is_that_of_finite_differences(smooth: Plain, chunk_size: int | None) -> None:
+    params, direction = trained_direction(smooth)
+    found = fd.jacobian(smooth.outputs, params, *smooth.data, chunk_size=chunk_size)
+    assert list(found) == list(params)
+    shape = smooth.outputs(params, *smooth.data).shape
+    moved = sum((leaf * direction[name]).reshape(*shape, -1).sum(-1) for name, leaf in found.items())
+    expected = finite_difference(lambda p: smooth.outputs(p, *smooth.data), params, direction)
+    torch.testing.assert_close(moved, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_derivatives_map_over_members(smooth: Plain) -> None:
+    every = torch.vmap(lambda p: fd.jacobian(smooth.outputs, p, *smooth.data))(smooth.stack)
+    second = fd.jacobian(smooth.outputs, fd.take(smooth.stack, 1), *smooth.data)
+    for name, leaf in second.items():
+        torch.testing.assert_close(every[name][1], leaf)
+
+
+def test_the_hessian_product_is_a_finite_difference_of_gradients(smooth: Plain) -> None:
+    params, direction = trained_direction(smooth)
+
+    def loss(p, *data):
+        return smooth.outputs(p, *data).square().sum()
+
+    gradient = torch.func.grad(loss)
+    found = fd.hvp(loss, params, direction, *smooth.data)
+    for name in smooth.delta.constants:
+        assert not found[name].any()
+    for name in set(params) - set(smooth.delta.constants):
+        expected = finite_difference(lambda p, name=name: gradient(p, *smooth.data)[name], params, direction)
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_conjugate_gradients_do_not_hide_a_direction_without_curvature() -> None:
+    signs = torch.tensor([1.0, -1.0])
+    found = fd.conjugate_gradient(lambda x: {"w": signs * x["w"]}, {"w": torch.ones(2)}, steps=3)
+    assert not found["w"].isfinite().all()
+
+
+def test_no_rows_have_no_gradients(case: Case) -> None:
+    found = fd.per_sample_grads(case.loss)(case.params, case.tokens[:0], case.labels[:0])
+    assert {name: leaf.shape for name, leaf in found.items()} == {n: (0, *p.shape) for n, p in case.params.items()}
+
+
+def test_more_messages(case: Case) -> None:
+    for chunk_size in (0, 1.5):
+        with pytest.raises(fd.ParamsError, match=f"chunk_size={chunk_size}.*whole number"):
+            fd.per_sample_grads(case.loss, chunk_size)(case.params, case.tokens, case.labels)
+        with pytest.raises(fd.ParamsError, match=f"chunk_size={chunk_size}.*whole number"):
+            fd.jacobian(case.loss, case.params, case.tokens, case.labels, chunk_size=chunk_size)
+    with pytest.raises(fd.ParamsError, match=r"hvp needs a loss that is one number, \(\); found shape \(5, 3\)"):
+        fd.hvp(lambda p: case.delta.apply(p, input_ids=case.tokens).logits, case.params, case.params)
+    with pytest.raises(fd.ParamsError, match="matvec of conjugate_gradient gives"):
+        fd.conjugate_gradient(lambda x: {"v": x["w"]}, {"w": torch.ones(2)}, steps=1)
+    with pytest.raises(fd.ParamsError, match="the tangent of jvp"):
+        fd.jvp(case.loss, case.params, {}, case.tokens, case.labels)
+    with pytest.raises(fd.StackError, match=r"fd.hvp\(loss, ...\) takes one member's params; map .* torch.vmap"):
+        fd.hvp(case.loss, case.stack, case.stack, case.tokens, case.labels)
+    with pytest.raises(fd.StackError, match=r"per_sample_grads\(loss\) takes one member's params"):
+        fd.per_sample_grads(case.loss)(case.stack, case.tokens, case.labels)

@@ -1,8 +1,9 @@
-"""Derivatives with respect to params beyond one gradient: per row, along a direction, and through a linear solve."""
+"""Derivatives with respect to params beyond one gradient: of every row, along directions, and through a solve."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .. import tree
-from ..errors import ParamsError
+from ..errors import ParamsError, StackError
+from ..functional.attention import higher_order
+from ..pytrees.leaves import align
+from ..stacks.params import slices
 
-__all__ = ["conjugate_gradient", "hvp", "per_sample_grads"]
+__all__ = ["conjugate_gradient", "hvp", "jacobian", "jvp", "per_sample_grads", "vjp"]
 
 Tree = TypeVar("Tree")
 
@@ -34,11 +38,9 @@ def per_sample_grads(loss: Callable[..., Tensor], chunk_size: int | None = None)
     """
 
     def alone(params: Any, data: Any) -> Tensor:
-        value = loss(params, *pytree.tree_map_only(Tensor, lambda row: row.unsqueeze(0), data))
-        if not isinstance(value, Tensor) or value.ndim:
-            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ParamsError(f"per_sample_grads needs one loss, (), for a batch of one row; found {found}.")
-        return value
+        with _one_member("per_sample_grads(loss)"):
+            value = loss(params, *pytree.tree_map_only(Tensor, lambda row: row.unsqueeze(0), data))
+        return _one_number(value, "per_sample_grads needs one loss, (), for a batch of one row")
 
     def grads(params: Any, *data: Any) -> Any:
         lengths = [leaf.shape[:1] for leaf in pytree.tree_leaves(data) if isinstance(leaf, Tensor)]
@@ -47,6 +49,11 @@ def per_sample_grads(loss: Callable[..., Tensor], chunk_size: int | None = None)
                 f"per_sample_grads maps over the rows of its data, the first axis of every tensor: expected one "
                 f"length, found {[tuple(length) for length in lengths]}."
             )
+        rows = lengths[0][0]
+        if not rows:
+            return tree.map(lambda leaf: leaf.new_zeros((0, *leaf.shape)), params)
+        if chunk_size is not None:
+            slices(rows, chunk_size)  # refuses what is no number of rows
         mapped = torch.vmap(torch.func.grad(alone), in_dims=(None, 0), chunk_size=chunk_size, randomness="different")
         return mapped(params, data)
 
@@ -59,18 +66,71 @@ def hvp(loss: Callable[..., Tensor], params: Tree, vector: Tree, *data: Any) -> 
     Reverse over reverse, ∇⟨∇L, v⟩, so that it needs no forward derivative of any operator; a pass costs about two
     gradients. Fused attention is replaced by its mathematical form where the loss calls a delta.
 
+    Raises ``ParamsError`` for a loss that is no single number, and where ``vector`` is not built as ``params`` are.
+
     >>> hvp(lambda params: (params["w"] ** 3).sum(), {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.0, 0.0])})
     {'w': tensor([6., 0.])}
     """
-    return torch.func.grad(lambda p: tree.vdot(torch.func.grad(loss)(p, *data), vector))(params)
+    align(params, vector, first_is="params", other_is="the vector of hvp")
+
+    def one(params: Tree) -> Tensor:
+        with _one_member("hvp(loss, ...)"):
+            return _one_number(loss(params, *data), "hvp needs a loss that is one number, ()")
+
+    return torch.func.grad(lambda p: tree.vdot(torch.func.grad(one)(p), vector))(params)
+
+
+def jvp(f: Callable[..., Any], params: Tree, tangent: Tree, *data: Any) -> Any:
+    """J t, with J = ∂f/∂params: how ``f(params, *data)``, any pytree of tensors, changes along ``tangent``.
+
+    Forward mode: one pass, no graph. Constants of a delta do not move what ``apply`` gives. For several tangents map
+    over them: ``torch.vmap(lambda t: fd.jvp(f, params, t))(tangents)``.
+
+    >>> jvp(lambda params: params["w"] ** 2, {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.0, 10.0])})
+    tensor([ 2., 40.])
+    """
+    align(params, tangent, first_is="params", other_is="the tangent of jvp")
+    with _one_member("jvp(f, ...)"):
+        return torch.func.jvp(lambda p: f(p, *data), (params,), (tangent,))[1]
+
+
+def vjp(f: Callable[..., Any], params: Tree, cotangent: Any, *data: Any) -> Tree:
+    """Jᵀ c, with J = ∂f/∂params: the gradient of ⟨f(params, *data), c⟩; ``cotangent`` is built as what ``f`` gives.
+
+    >>> vjp(lambda params: params["w"] ** 2, {"w": torch.tensor([1.0, 2.0])}, torch.tensor([1.0, 10.0]))
+    {'w': tensor([ 2., 40.])}
+    """
+    # Whoever maps over cotangents meets a forward pass that is outside of the map.
+    with _one_member("vjp(f, ...)"), higher_order():
+        value, pull = torch.func.vjp(lambda p: f(p, *data), params)[:2]
+        align(value, cotangent, first_is="what f gives", other_is="the cotangent of vjp")
+        return pull(cotangent)[0]
+
+
+def jacobian(f: Callable[..., Any], params: Any, *data: Any, chunk_size: int | None = None) -> Any:
+    """J = ∂f/∂params: for every leaf (…) of ``params`` the derivatives (out…, …) of what ``f(params, *data)`` gives.
+
+    Reverse mode, one backward pass for all outputs, or for ``chunk_size`` of them at a time. Where ``f`` gives a
+    pytree, each of its leaves holds such a tree. Fused attention is replaced by its mathematical form, for its backward
+    pass cannot be mapped over outputs.
+
+    >>> jacobian(lambda params: params["w"] ** 2, {"w": torch.tensor([1.0, 2.0])})
+    {'w': tensor([[2., 0.],
+            [0., 4.]])}
+    """
+    if chunk_size is not None:
+        slices(1, chunk_size)
+    with _one_member("jacobian(f, ...)"), higher_order():
+        return torch.func.jacrev(lambda p: f(p, *data), chunk_size=chunk_size)(params)
 
 
 def conjugate_gradient(matvec: Callable[[Tree], Tree], b: Tree, steps: int, damping: float | Tensor = 0.0) -> Tree:
     """x with (A + damping · I) x ≈ b, after ``steps`` steps of conjugate gradients from 0; A positive semi-definite.
 
     Exact after as many steps as A + damping · I has distinct eigenvalues (Hestenes and Stiefel 1952). The number of
-    steps is fixed, so that it maps under ``torch.vmap``; a residual that has reached 0 stays there. Implicit gradients
-    (iMAML) and influence functions take ``matvec`` from :func:`hvp`.
+    steps is fixed, so that it maps under ``torch.vmap``; a residual that has reached 0 stays there. A direction without
+    curvature (A is not positive definite, and ``damping`` too small) makes the result infinite or nan. Implicit
+    gradients (iMAML) and influence functions take ``matvec`` from :func:`hvp`.
 
     >>> conjugate_gradient(lambda x: {"w": x["w"] * torch.tensor([1.0, 4.0])}, {"w": torch.tensor([1.0, 2.0])}, steps=2)
     {'w': tensor([1.0000, 0.5000])}
@@ -80,16 +140,37 @@ def conjugate_gradient(matvec: Callable[[Tree], Tree], b: Tree, steps: int, damp
     x, residual, direction = tree.scale(b, 0.0), b, b
     rest = tree.vdot(residual, residual)
     for _ in range(steps):
-        image = tree.add(matvec(direction), tree.scale(direction, damping))
-        length = _ratio(rest, tree.vdot(direction, image))
+        product = matvec(direction)
+        align(direction, product, first_is="b", other_is="what matvec of conjugate_gradient gives")
+        image = tree.add(product, tree.scale(direction, damping))
+        length = _ratio(rest, tree.vdot(direction, image), rest)
         x = tree.add(x, tree.scale(direction, length))
         residual = tree.sub(residual, tree.scale(image, length))
         before, rest = rest, tree.vdot(residual, residual)
-        direction = tree.add(residual, tree.scale(direction, _ratio(rest, before)))
+        direction = tree.add(residual, tree.scale(direction, _ratio(rest, before, before)))
     return x
 
 
-def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and 0 where b is 0: there is nothing left to solve."""
-    zero = b == 0
-    return torch.where(zero, torch.zeros_like(a), a / torch.where(zero, torch.ones_like(b), b))
+def _ratio(a: Tensor, b: Tensor, left: Tensor) -> Tensor:
+    """a / b, and 0 where nothing is ``left`` to solve."""
+    done = left == 0
+    return torch.where(done, torch.zeros_like(a), a / torch.where(done, torch.ones_like(b), b))
+
+
+def _one_number(value: Any, expected: str) -> Tensor:
+    """``value``, if it is a single number."""
+    if not isinstance(value, Tensor) or value.ndim:
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ParamsError(f"{expected}; found {found}.")
+    return value
+
+
+@contextlib.contextmanager
+def _one_member(call: str) -> Iterator[None]:
+    """A block in which ``apply`` is given one member; for a stack the error says how to map."""
+    try:
+        yield
+    except StackError as error:
+        raise StackError(
+            f"fd.{call} takes one member's params; map it over a stack with torch.vmap. {error}"
+        ) from error

@@ -1,0 +1,187 @@
+"""Taps: what goes into a trained matrix, and the gradients with respect to what comes out of it, row by row.
+
+Where y = x Wᵀ, the gradient of row i's loss is ∇_W Lᵢ = Σₜ gᵢₜ xᵢₜᵀ with g = ∂Lᵢ/∂y: two thin factors in place of a
+matrix a row. Norms of gradients (ghost norms) and Kronecker factors of curvature (KFAC) need no more than these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from ..errors import ParamsError, StackError
+
+__all__ = ["Tap", "ghost_norms", "kronecker_factors", "taps"]
+
+
+class Tap(NamedTuple):
+    """``inputs`` x (b, t, in) of a matrix (out, in), and ``grads`` g (b, t, out) of each row's own loss."""
+
+    inputs: Tensor
+    grads: Tensor
+
+
+def taps(loss: Callable[..., Tensor], params: Mapping[str, Tensor], *data: Any, check: bool = True) -> dict[str, Tap]:
+    """{leaf: (x, g)} with ∇_W Lᵢ = Σₜ gᵢₜ xᵢₜᵀ, for every matrix W of ``params`` that acts as y = x Wᵀ alone.
+
+    ``loss(params, *data)`` gives one number a row, (b,): one forward and one backward pass serve all rows. ``params``
+    are one member's. A position t is a token, or one more use of the same leaf; a matrix behind a pooled value has one.
+    Leaves that are not matrices (biases, scales), are constant, act otherwise (embeddings, convolutions, Kronecker
+    sums) or on inputs without the rows in front have no tap: for those, and as the slow form of all, there is
+    :func:`funcdelta.per_sample_grads`.
+
+    With ``check`` a second backward pass makes sure that no row's loss depends on another row.
+
+    Raises ``ParamsError`` where the loss is not one number a row, or rows depend on each other.
+
+    >>> def loss(params, x):
+    ...     return F.linear(x, params["w"]).square().sum((1, 2)) / 2
+    >>> tap = fd.taps(loss, {"w": torch.tensor([[1.0, 2.0]])}, torch.tensor([[[1.0, 0.0]], [[1.0, 1.0]]]))["w"]
+    >>> torch.einsum("bto,bti->boi", tap.grads, tap.inputs)
+    tensor([[[1., 0.]],
+    <BLANKLINE>
+            [[3., 3.]]])
+    """
+    leaves = {
+        name: leaf.detach().requires_grad_() if leaf.is_floating_point() else leaf for name, leaf in params.items()
+    }
+    record = _Record(leaves)
+    with torch.enable_grad():
+        try:
+            with record:
+                losses = loss(leaves, *data)
+        except StackError as error:
+            raise StackError(
+                f"fd.taps takes one member's params; for a stack, one of fd.unstack(stack). {error}"
+            ) from error
+        rows = _rows(losses, data)
+        uses = {name: found for name, found in record.uses.items() if name not in record.otherwise}
+        uses = {name: found for name, found in uses.items() if all(_has_rows(x, rows) for x, _ in found)}
+        outputs = [y for found in uses.values() for _, y in found]
+        grads = _gradients(losses.sum(), outputs, keep=check)
+        if check and rows > 1:
+            _refuse_mixed(uses, _gradients(losses[0], outputs, keep=False))
+    following = iter(grads)
+    result = {}
+    for name, found in uses.items():
+        x = torch.cat([x.detach().reshape(rows, -1, x.shape[-1]) for x, _ in found], 1)
+        g = torch.cat([next(following).reshape(rows, -1, y.shape[-1]) for _, y in found], 1)
+        result[name] = Tap(x, g)
+    return result
+
+
+def _has_rows(x: Tensor, rows: int) -> bool:
+    return x.ndim > 1 and x.shape[0] == rows
+
+
+def _gradients(value: Tensor, outputs: list[Tensor], keep: bool) -> list[Tensor]:
+    """∂value/∂y for every y, 0 where it has no part in the value."""
+    found = torch.autograd.grad(value, outputs, retain_graph=keep, allow_unused=True) if outputs else ()
+    return [torch.zeros_like(y) if g is None else g for g, y in zip(found, outputs, strict=True)]
+
+
+def _refuse_mixed(uses: Mapping[str, list[tuple[Tensor, Tensor]]], grads: list[Tensor]) -> None:
+    """Raise where the first row's loss has gradients in other rows."""
+    names = [name for name, found in uses.items() for _ in found]
+    for name, g in zip(names, grads, strict=True):
+        if bool(g[1:].any()):
+            raise ParamsError(
+                f"fd.taps: the loss of row 0 depends on what {name} makes of other rows, so its gradients cannot be "
+                f"told apart by row. Is one number a row lost in an average, the batch not the first axis, or a batch "
+                f"norm in training?"
+            )
+
+
+def ghost_norms(tapped: Mapping[str, Tap]) -> Tensor:
+    """‖∇Lᵢ‖ over the tapped leaves, (b,): √ΣΣ (xₜ·xₛ)(gₜ·gₛ), without the gradients themselves.
+
+    Costs t² (in + out) a row and leaf, or t · in · out where that is less. Li et al. 2022, "Large Language Models Can
+    Be Strong Differentially Private Learners".
+
+    >>> fd.ghost_norms({"w": fd.Tap(torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[2.0]]]))})
+    tensor([10.])
+    """
+    if not tapped:
+        raise ParamsError("ghost_norms needs at least one tap; found none.")
+    squares = []
+    for x, g in tapped.values():
+        t, width = x.shape[1], x.shape[2] * g.shape[2]
+        if t * (x.shape[2] + g.shape[2]) <= width:
+            square = ((x @ x.mT) * (g @ g.mT)).sum((1, 2))
+        else:
+            square = (g.mT @ x).square().sum((1, 2))
+        squares.append(square)
+    # Rounding may take a sum of squares below 0.
+    return torch.stack(squares).sum(0).clamp(min=0).sqrt()
+
+
+def kronecker_factors(tapped: Mapping[str, Tap]) -> dict[str, tuple[Tensor, Tensor]]:
+    """{leaf: (A, G)}, A = (1/bt) Σ x xᵀ (in, in) and G = (1/b) Σ g gᵀ (out, out): (1/b) Σᵢ ∇Lᵢ∇Lᵢᵀ ≈ G ⊗ A.
+
+    The Kronecker product acts on W read row by row, vec(W) (out · in). Exact where t = 1 and x and g are independent
+    over rows; the gradients are those of the given losses: for the Fisher matrix let the loss draw its labels from the
+    model. Positions count as rows of their own ("expand"). Martens and Grosse 2015; Eschenhagen et al. 2023,
+    "Kronecker-Factored Approximate Curvature for Modern Neural Network Architectures".
+
+    >>> tap = fd.Tap(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]), torch.tensor([[[2.0]], [[2.0]]]))
+    >>> fd.kronecker_factors({"w": tap})["w"]
+    (tensor([[0.5000, 0.0000],
+            [0.0000, 0.5000]]), tensor([[4.]]))
+    """
+    factors = {}
+    for name, (x, g) in tapped.items():
+        b, t = x.shape[:2]
+        x, g = x.flatten(0, 1), g.flatten(0, 1)
+        factors[name] = (x.mT @ x / (b * t), g.mT @ g / b)
+    return factors
+
+
+class _Record(TorchFunctionMode):
+    """Notes every ``F.linear`` by one of the ``leaves``, and the leaves that anything else makes a tensor of."""
+
+    def __init__(self, leaves: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.names = {id(leaf): name for name, leaf in leaves.items() if leaf.ndim == 2 and leaf.requires_grad}
+        self.uses: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.otherwise: set[str] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+            return result  # its shape, its dtype
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if id(leaf) in self.names]
+        if not given:
+            return result
+        if func is F.linear:
+            x, weight = _bound_linear(*args, **kwargs)
+            if id(weight) in self.names and len(given) == 1:
+                self.uses.setdefault(self.names[id(weight)], []).append((x, result))
+                return result
+        self.otherwise.update(self.names[id(leaf)] for leaf in given)
+        return result
+
+
+def _bound_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The arguments of ``F.linear`` by their names."""
+    return input, weight
+
+
+def _rows(losses: Any, data: tuple[Any, ...]) -> int:
+    """The number of rows, which losses and data agree on."""
+    lengths = {leaf.shape[0] for leaf in pytree.tree_leaves(data) if isinstance(leaf, Tensor) and leaf.ndim}
+    if not isinstance(losses, Tensor) or losses.ndim != 1 or (lengths and losses.shape[0] not in lengths):
+        found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise ParamsError(
+            f"fd.taps needs one loss a row, ({next(iter(lengths), 'b')},); found {found}. Write for example "
+            f'F.cross_entropy(logits, labels, reduction="none").'
+        )
+    return losses.shape[0]
