@@ -1,0 +1,60 @@
+"""Influence of training rows: what a loss would be, had a row been left out of the training.
+
+At a minimum of (1/n) Σᵢ Lᵢ + (damping/2) ‖θ‖², leaving row i out moves θ by (1/n) (H + damping)⁻¹ ∇Lᵢ to first order
+(Koh and Liang 2017, "Understanding Black-box Predictions via Influence Functions"). ``losses(params, *data)`` gives
+one number a row, (b,); ``params`` are the leaves that train, others are closed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+import funcdelta as fd
+
+Params = dict[str, Tensor]
+
+
+def without_each(
+    losses: Callable[..., Tensor],
+    params: Params,
+    train: Sequence[Tensor],
+    test: Sequence[Tensor],
+    *,
+    damping: float,
+    steps: int = 20,
+) -> Tensor:
+    """(1/n) ⟨∇Lᵢ, (H + damping)⁻¹ ∇L_test⟩, (n,): the change of the mean test loss without training row i.
+
+    One solve by ``steps`` of conjugate gradients, and one forward derivative for all rows: no gradient of a row is
+    ever held. H + damping has to be positive definite, as it is at a minimum.
+
+    >>> def losses(params, x):
+    ...     return (params["w"] - x).square().sum(1) / 2
+    >>> x, goal = torch.tensor([[-1.0], [0.0], [4.0]]), torch.tensor([[0.0]])
+    >>> without_each(losses, {"w": torch.ones(1)}, [x], [goal], damping=0.0, steps=1)  # w is the mean of x
+    tensor([ 0.6667,  0.3333, -1.0000])
+    """
+    n = len(train[0])
+    wanted = torch.func.grad(lambda p: losses(p, *test).mean())(params)
+
+    def product(v: Params) -> Params:
+        return fd.hvp(lambda p: losses(p, *train).mean(), params, v)
+
+    direction = fd.conjugate_gradient(product, wanted, steps=steps, damping=damping)
+    return fd.jvp(losses, params, direction, *train) / n
+
+
+def self_influence(losses: Callable[..., Tensor], params: Params, data: Sequence[Tensor]) -> Tensor:
+    """‖∇Lᵢ‖², (b,): how much a row's own loss feeds on the row; large for rows that nothing else explains.
+
+    TracIn with one checkpoint (Pruthi et al. 2020), by ghost norms: of matrices that act on tokens.
+
+    >>> def losses(params, x):
+    ...     return F.linear(x, params["w"]).square().sum(1) / 2
+    >>> self_influence(losses, {"w": torch.ones(1, 2)}, [torch.tensor([[1.0, 0.0], [1.0, 1.0]])])
+    tensor([1., 8.])
+    """
+    return fd.ghost_norms(fd.taps(losses, params, *data)).square()

@@ -1,0 +1,36 @@
+"""Routing: which delta answers a row, one for each domain, by where the row lies among them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def centroids(embeddings: Tensor, domains: Tensor, n: int) -> Tensor:
+    """The mean embedding (n, d) of every domain, of unit length.
+
+    >>> centroids(torch.tensor([[3.0, 0.0], [1.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0, 1]), n=2)
+    tensor([[1., 0.],
+            [0., 1.]])
+    """
+    means = torch.stack([embeddings[domains == domain].mean(0) for domain in range(n)])
+    return means / means.norm(dim=-1, keepdim=True)
+
+
+def nearest(embeddings: Tensor, centres: Tensor) -> Tensor:
+    """The domain of each row, (b,), by the largest cosine: an index for ``delta.apply_rows``.
+
+    >>> nearest(torch.tensor([[0.1, 2.0], [1.0, 0.0]]), torch.eye(2))
+    tensor([1, 0])
+    """
+    return (embeddings @ centres.mT).argmax(-1)
+
+
+def mixture(outputs: Tensor, weights: Tensor) -> Tensor:
+    """Σₖ πᵢₖ yₖᵢ: outputs (n, b, …) of ``delta.apply_many`` by weights (b, n) of a gate, to (b, …).
+
+    >>> mixture(torch.tensor([[[1.0], [2.0]], [[10.0], [20.0]]]), torch.tensor([[0.5, 0.5], [0.0, 1.0]]))
+    tensor([[ 5.5000],
+            [20.0000]])
+    """
+    return torch.einsum("nb...,bn->b...", outputs, weights)
