@@ -54,7 +54,7 @@ def self_influence(losses: Callable[..., Tensor], params: Params, data: Sequence
 
     >>> def losses(params, x):
     ...     return F.linear(x, params["w"]).square().sum(1) / 2
-    >>> self_influence(losses, {"w": torch.ones(1, 2)}, [torch.tensor([[1.0, 0.0], [1.0, 1.0]])])
+    >>> self_influence(losses, {"w": torch.ones(1, 2)}, [torch.tensor([[1.0, 0.0], [1.0, 1.0]])]).round()
     tensor([1., 8.])
     """
     return fd.ghost_norms(fd.taps(losses, params, *data)).square()
