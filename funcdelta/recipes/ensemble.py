@@ -56,7 +56,7 @@ def auroc(inside: Tensor, outside: Tensor) -> Tensor:
     >>> auroc(torch.tensor([0.1, 0.2, 0.4]), torch.tensor([0.3, 0.4]))
     tensor(0.7500)
     """
-    if not inside.shape[-1:].numel() or not outside.shape[-1:].numel() or inside.shape[:-1] != outside.shape[:-1]:
+    if 0 in (inside.ndim, outside.ndim, inside.numel(), outside.numel()) or inside.shape[:-1] != outside.shape[:-1]:
         raise fd.ParamsError(
             f"auroc compares scores (..., a) with (..., b), a and b at least 1; found {tuple(inside.shape)} and "
             f"{tuple(outside.shape)}. Write auroc(scores[..., known], scores[..., foreign])."
