@@ -155,7 +155,8 @@ def jacobians(
 def ggn(f: Model, params: Params, *data: Tensor, root: Root = categorical, chunk_size: int | None = None) -> Tensor:
     """H = Σᵢ Jᵢᵀ Λᵢ Jᵢ over the rows of ``data``, (d, d), in the order of ``fd.tree.ravel(params)``.
 
-    Sums of several calls are the H of all their rows. Λ = L Lᵀ with L = ``root(outputs)``.
+    Λ = L Lᵀ with L = ``root(outputs)``. A call holds C · d numbers a row; the sum of several calls is the H of all
+    their rows.
 
     >>> ggn(lambda p, x: x * p["w"], {"w": torch.ones(1)}, torch.tensor([[1.0], [3.0]]), root=gaussian)
     tensor([[10.]])
