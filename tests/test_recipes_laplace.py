@@ -317,7 +317,9 @@ def test_probit_and_draws_of_two_classes_are_the_integral() -> None:
     assert draws.shape == (40_000, 2)
     torch.testing.assert_close(draws.mean(0)[0], exact, rtol=0, atol=0.005)
     # The approximation scales every logit by its own variance, s where the difference has 2 s: it is a little too sure.
-    assert exact < laplace.probit(logits, covariance)[0] < logits.softmax(-1)[0]
+    found = laplace.probit(logits, covariance)
+    assert exact < found[0] < logits.softmax(-1)[0]
+    assert found[0].item() == pytest.approx(1 / (1 + math.exp(-1.5 / math.sqrt(1 + math.pi * s / 8))))
 
 
 def test_draws_follow_a_singular_covariance() -> None:

@@ -281,6 +281,8 @@ def linearised(
 def probit(logits: Tensor, covariance: Tensor) -> Tensor:
     """softmax(f / √(1 + π/8 diag Σ)), (..., C): MacKay's approximation of E[softmax(N(f, Σ))], without draws.
 
+    It ignores what logits have in common and takes each one's variance by itself; :func:`softmax_draws` does not.
+
     >>> probit(torch.tensor([2.0, 0.0]), torch.zeros(2, 2)), probit(torch.tensor([2.0, 0.0]), 1e6 * torch.eye(2))
     (tensor([0.8808, 0.1192]), tensor([0.5008, 0.4992]))
     """
