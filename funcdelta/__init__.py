@@ -6,7 +6,6 @@ from . import algebra as algebra
 from . import distributed as distributed
 from . import optim as optim
 from . import tree as tree
-from .attention import higher_order as higher_order
 from .auto import AdapterModel as AdapterModel
 from .auto import AutoDeltaModel as AutoDeltaModel
 from .auto import BitFitModel as BitFitModel
@@ -27,9 +26,11 @@ from .deltas import LowRankAdapterConfig as LowRankAdapterConfig
 from .deltas import ParallelAdapterConfig as ParallelAdapterConfig
 from .deltas import PrefixConfig as PrefixConfig
 from .deltas import SoftPromptConfig as SoftPromptConfig
-from .derivatives import conjugate_gradient as conjugate_gradient
-from .derivatives import hvp as hvp
-from .derivatives import per_sample_grads as per_sample_grads
+from .derivatives.directions import conjugate_gradient as conjugate_gradient
+from .derivatives.directions import hvp as hvp
+from .derivatives.directions import per_sample_grads as per_sample_grads
+from .derivatives.gradients import value_and_grad as value_and_grad
+from .derivatives.unrolling import unroll as unroll
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import EngineError as EngineError
@@ -43,7 +44,8 @@ from .errors import RecomputeError as RecomputeError
 from .errors import StackError as StackError
 from .errors import StaleBackboneError as StaleBackboneError
 from .from_module import register_module as register_module
-from .gradients import value_and_grad as value_and_grad
+from .functional.attention import higher_order as higher_order
+from .functional.tokenwise import linear as linear
 from .inspect import DeltaStatistics as DeltaStatistics
 from .inspect import OptimizerGroup as OptimizerGroup
 from .inspect import frozen_parameters_names as frozen_parameters_names
@@ -57,24 +59,22 @@ from .interop.opendelta import save_opendelta as save_opendelta
 from .match import find_key as find_key
 from .match import find_module as find_module
 from .model import DeltaModel as DeltaModel
-from .packing import pack as pack
-from .packing import unpack as unpack
-from .params import broadcast as broadcast
-from .params import cat as cat
-from .params import combine as combine
-from .params import members as members
-from .params import partition as partition
-from .params import seeds as seeds
-from .params import stack as stack
-from .params import take as take
-from .params import unstack as unstack
+from .packing.unlike import pack as pack
+from .packing.unlike import unpack as unpack
 from .picker import pick as pick
-from .resident import Resident as Resident
-from .site import Site as Site
+from .sites.site import Site as Site
+from .stacks.params import broadcast as broadcast
+from .stacks.params import cat as cat
+from .stacks.params import combine as combine
+from .stacks.params import members as members
+from .stacks.params import partition as partition
+from .stacks.params import seeds as seeds
+from .stacks.params import stack as stack
+from .stacks.params import take as take
+from .stacks.params import unstack as unstack
+from .stacks.resident import Resident as Resident
 from .structures import common_names as common_names
-from .tokenwise import linear as linear
-from .unrolling import unroll as unroll
-from .view import unbind as unbind
+from .views.bound import unbind as unbind
 
 DeltaBase = DeltaModel
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .calls.skeleton import Prepare
 from .config import AutoDeltaConfig, BaseDeltaConfig
 from .deltas import (
     AdapterConfig,
@@ -23,7 +24,6 @@ from .deltas import (
 from .errors import ConfigError
 from .model import DeltaModel
 from .picker.interactive import picked
-from .skeleton import Prepare
 
 
 class MethodModel(DeltaModel):
@@ -210,7 +210,7 @@ class AutoDeltaModel:
             made = AutoDeltaConfig.from_dict(config, **fields)
         delta = DeltaModel(backbone_model, made, example=example, prepare=prepare)
         if check_hash:
-            from .checkpoint import check_origin
+            from .files.checkpoint import check_origin
 
             check_origin(made, delta)
         return delta
@@ -249,7 +249,7 @@ class AutoDeltaModel:
         >>> loaded.configs[0].lora_r, list(params) == list(delta.names)
         (8, True)
         """
-        from .checkpoint import load
+        from .files.checkpoint import load
 
         return load(
             path,

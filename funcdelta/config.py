@@ -24,13 +24,13 @@ from .errors import ConfigError
 from .match import near
 
 if TYPE_CHECKING:
-    from .site import Site
+    from .sites.site import Site
 
 METHODS: dict[str, type[BaseDeltaConfig]] = {}
 """Every registered method by its ``delta_type``."""
 
 PACKED = "packed."
-"""Before the delta type of the method that unlike members share in one stack (:mod:`funcdelta.packed`)."""
+"""Before the delta type of the method that unlike members share in one stack (:mod:`funcdelta.packing.packed`)."""
 
 Config = TypeVar("Config", bound="type[BaseDeltaConfig]")
 
@@ -222,8 +222,8 @@ class BaseDeltaConfig:
     def prompt(self, site: Site, p: dict[str, Tensor]) -> Tensor:
         """Rows ``(P, d)`` that are added before the embedded input of the module at ``site``; P never changes.
 
-        The library embeds, and extends masks, positions and labels (:mod:`funcdelta.prompt`). A method may have the
-        fields ``other_expand_ids``, pairs of an input's name and what is put before it, and ``strip``.
+        The library embeds, and extends masks, positions and labels (:mod:`funcdelta.calls.prompt`). A method may have
+        the fields ``other_expand_ids``, pairs of an input's name and what is put before it, and ``strip``.
         """
         raise ConfigError(f"{type(self).__name__} gives no prompt(self, site, p).")
 
@@ -390,7 +390,7 @@ class BaseDeltaConfig:
         >>> (folder / "config.json").exists()
         True
         """
-        from .configfile import save_config
+        from .files.configfile import save_config
 
         return save_config(self, path, push_to_hub, creating)
 
@@ -417,7 +417,7 @@ class BaseDeltaConfig:
         >>> config.lora_r, config.lora_alpha
         (4, 8)
         """
-        from .configfile import load_config
+        from .files.configfile import load_config
 
         fetching = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
         config = load_config(path, changes, revision=revision, token=token, **fetching)
@@ -469,7 +469,7 @@ class AutoDeltaConfig:
         'LoraConfig'
         """
         if delta_type.startswith(PACKED):
-            from .packed import packed_class
+            from .packing.packed import packed_class
 
             return packed_class(AutoDeltaConfig.for_type(delta_type.removeprefix(PACKED)))
         if delta_type not in METHODS:

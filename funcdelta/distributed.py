@@ -30,9 +30,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
 from .errors import ParamsError
-from .leaves import named
-from .params import members
-from .shards import load_shards, save_shard
+from .files.shards import load_shards, save_shard
+from .pytrees.leaves import named
+from .stacks.params import members
 
 __all__ = ["gather", "load_shards", "mean", "save_shard", "shard"]
 

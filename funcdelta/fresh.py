@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError
-from .plan import Attachment, Plan
-from .seeding import derive
-from .sharing import Shared
-from .site import Site
+from .planning.plan import Attachment, Plan
+from .planning.sharing import Shared
+from .pytrees.seeding import derive
+from .sites.site import Site
 
 
 def fresh_member(
@@ -96,7 +96,7 @@ def random_members(
     plan: Plan, backbone: nn.Module, order: tuple[str, ...], n: int, present: frozenset[str]
 ) -> dict[str, Tensor]:
     """A stack of n members with every leaf moved away from its start, for the probe: a fresh LoRA would hide a mix."""
-    from .params import stack
+    from .stacks.params import stack
 
     constants = set(plan.constants)
     kept = {key for name, keys in plan.keys().items() if name in present for key in keys}

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from .config import BaseDeltaConfig, register
 from .errors import ConfigError
 from .match import near
-from .site import Site
+from .sites.site import Site
 from .transforms import outside_transforms
 
 MakeModule = Callable[..., nn.Module]

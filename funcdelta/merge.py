@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .acting import rewritten
+from .calls.acting import rewritten
+from .calls.skeleton import Params
 from .errors import MergeError
-from .skeleton import Params
-from .structure import copy_module, is_quantised
+from .sites.structure import copy_module, is_quantised
 
 if TYPE_CHECKING:
     from .model import DeltaModel

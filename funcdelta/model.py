@@ -13,32 +13,32 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import executors
-from .check import check_member, check_stack
+from .calls.check import check_member, check_stack
+from .calls.layout import Layout
+from .calls.program import Skeletons
+from .calls.reach import verify_reached
+from .calls.skeleton import Params, Prepare
+from .calls.trunk import Trunk
+from .calls.widths import measure_attention, measure_shapes
 from .config import BaseDeltaConfig
-from .constants import declare_leaves
+from .derivatives.gradients import note_members
 from .errors import ConfigError, EngineError, ParamsError
+from .executors import engines as executors
+from .executors.inputs import InDims, Inputs, accepts
 from .fresh import fresh_member, random_members
-from .gradients import note_members
 from .habits import Habits, need_dict, without_dead_options
-from .inputs import InDims, Inputs, accepts
-from .layout import Layout
 from .match import as_names
 from .merge import merge, merged
-from .naming import named_leaves
-from .opaque import spare
-from .params import partition, seeds, slices, stack, take
-from .plan import Plan, build_plan
-from .program import Skeletons
-from .reach import verify_reached
-from .resident import Resident
-from .routing import Index
-from .sharing import expand_member, expand_stack
-from .skeleton import Params, Prepare
+from .planning.naming import named_leaves
+from .planning.plan import Plan, build_plan
+from .planning.sharing import expand_member, expand_stack
+from .pytrees.constants import declare_leaves
+from .pytrees.opaque import spare
+from .stacks.params import partition, seeds, slices, stack, take
+from .stacks.resident import Resident
+from .stacks.routing import Index
 from .transforms import concrete, inside_transform, outside_transforms
-from .trunk import Trunk
-from .view import bind
-from .widths import measure_attention, measure_shapes
+from .views.bound import bind
 
 if TYPE_CHECKING:
     from .inspect import DeltaStatistics
@@ -493,7 +493,7 @@ class DeltaModel(Habits):
         >>> type(view).__name__, torch.equal(view(x), delta.apply_rows(stack, [4, -1, 0], x))
         ('Sequential', True)
         """
-        from .routed import bind_rows
+        from .views.routed import bind_rows
 
         check_stack(stack, self._shapes, self._groups, self._backbone_shapes)
         self.skeletons.check()
@@ -559,7 +559,7 @@ class DeltaModel(Habits):
         >>> all(torch.equal(loaded[name], stack[name]) for name in delta.names)
         True
         """
-        from .checkpoint import save
+        from .files.checkpoint import save
 
         options = without_dead_options("save_finetuned", options)
         if path is None or not isinstance(params, Mapping):
@@ -605,7 +605,7 @@ class DeltaModel(Habits):
         ...
         funcdelta.errors.CheckpointError: 'not/a/name' is no name of a hub repository: write "user/name".
         """
-        from .checkpoint import push
+        from .files.checkpoint import push
 
         options = without_dead_options("push_to_hub", options)
         if repo_id is None or not isinstance(params, Mapping):

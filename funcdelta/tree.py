@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .errors import ParamsError
-from .leaves import align, compute_dtype, leading, named
-from .seeding import derive
+from .pytrees.leaves import align, compute_dtype, leading, named
+from .pytrees.seeding import derive
 
 __all__ = ["add", "lerp", "map", "mean", "norm", "randn_like", "ravel", "scale", "sub", "vdot"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from funcdelta import atomic
+from funcdelta.files import atomic
 
 OLD = {"config.json": "old config", "delta.bin": "old delta"}
 NEW = {"config.json": "new config", "delta.bin": "new delta"}

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from zoo import ZOO
 
 import funcdelta as fd
-from funcdelta.attention import MathematicalAttention, mathematical_attention
+from funcdelta.functional.attention import MathematicalAttention, mathematical_attention
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -164,7 +164,7 @@ def test_create_graph_has_to_be_announced() -> None:
 
 
 def test_the_block_ends_with_an_error_too() -> None:
-    from funcdelta.attention import needs_mathematical_attention
+    from funcdelta.functional.attention import needs_mathematical_attention
 
     with raises_saying(ZeroDivisionError), fd.higher_order():
         _ = 1 / 0

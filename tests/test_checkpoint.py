@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 import funcdelta as fd
-from funcdelta.checkpoint import load, save
-from funcdelta.configfile import load_configs
 from funcdelta.errors import CheckpointError, ConfigError, ParamsError
+from funcdelta.files.checkpoint import load, save
+from funcdelta.files.configfile import load_configs
 
 
 def backbone(seed: int = 0) -> nn.Sequential:
@@ -294,7 +294,7 @@ def test_saving_leaves_the_backbone_alone(tmp_path):
 KILLED = """
 import os, signal, sys
 import funcdelta as fd
-from funcdelta import atomic, checkpoint
+from funcdelta.files import atomic, checkpoint
 sys.path.insert(0, sys.argv[1])
 from test_checkpoint import backbone, lora
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from zoo import ZOO
 
 import funcdelta as fd
-from funcdelta.hypercomplex import times_kronecker_sum
+from funcdelta.functional.hypercomplex import times_kronecker_sum
 
 SMALL: dict[str, Any] = {"reduction_factor": 2, "hypercomplex_division": 2}
 

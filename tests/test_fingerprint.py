@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from funcdelta.errors import CheckpointError
-from funcdelta.fingerprint import describe, differences, digest, fingerprint, survey
+from funcdelta.files.fingerprint import describe, differences, digest, fingerprint, survey
 
 DTYPES = [
     torch.float64,

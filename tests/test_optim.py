@@ -10,7 +10,9 @@ import torch
 from optim_cases import CLOSE, OURS, STEPS, Tensors, by_torch, by_us, gradient, start
 from torch.utils import _pytree as pytree
 
-from funcdelta import constants, optim, params, tree
+from funcdelta import optim, tree
+from funcdelta.pytrees import constants
+from funcdelta.stacks import params
 
 GRID: list[tuple[str, dict[str, Any]]] = [
     *(

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import funcdelta as fd
-from funcdelta import optim, params, tree
+from funcdelta import optim, tree
 from funcdelta.errors import ConfigError, MatchError, ParamsError, RecomputeError, StackError
+from funcdelta.stacks import params
 
 ALL: dict[str, Any] = {**OURS, "lion": optim.lion}
 EXTRA: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.8}, "adam": {}, "adamw": {}, "lion": {}}

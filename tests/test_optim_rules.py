@@ -8,8 +8,10 @@ import pytest
 import torch
 from optim_cases import OURS, Tensors, gradient, start
 
-from funcdelta import constants, optim, params, tree
+from funcdelta import optim, tree
 from funcdelta.errors import ConfigError, MatchError, ParamsError, StackError
+from funcdelta.pytrees import constants
+from funcdelta.stacks import params
 
 
 def with_scale(scope: str) -> tuple[Tensors, Tensors]:

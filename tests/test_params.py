@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from funcdelta import constants, params, tree
+from funcdelta import tree
 from funcdelta.errors import MatchError, ParamsError, StackError
+from funcdelta.pytrees import constants
+from funcdelta.stacks import params
 
 
 class Moments(NamedTuple):

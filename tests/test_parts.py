@@ -13,7 +13,7 @@ from handmade import ENGINES, assert_close, raises_saying, random_params
 from torch import Tensor, nn
 
 import funcdelta as fd
-from funcdelta.parts import Part, place
+from funcdelta.sites.parts import Part, place
 
 # {family: (fused layer, {part: its rows})}, for width 8 with 2 heads of 4; Phi-3 has 4 heads of 2, and 2 of keys.
 SIDE_BY_SIDE = {"q": range(8), "k": range(8, 16), "v": range(16, 24)}

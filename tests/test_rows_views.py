@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 import funcdelta as fd
-from funcdelta import routed
+from funcdelta.views import routed
 
 INDEX = [2, -1, 0, 2]
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}

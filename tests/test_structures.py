@@ -17,7 +17,7 @@ from zoo_architecture import builder
 import funcdelta as fd
 from funcdelta import structures
 from funcdelta.config import METHODS
-from funcdelta.parts import equal_parts
+from funcdelta.sites.parts import equal_parts
 
 on_every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 BUILT_IN = [method for method, config in METHODS.items() if config.__module__.startswith("funcdelta.")]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import funcdelta as fd
-from funcdelta import lift
+from funcdelta.calls import lift
 from funcdelta.config import METHODS
-from funcdelta.tokenwise import all_tokens
+from funcdelta.functional.tokenwise import all_tokens
 
 
 @pytest.fixture

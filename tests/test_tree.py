@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from funcdelta import params, tree
+from funcdelta import tree
 from funcdelta.errors import ParamsError, StackError
+from funcdelta.stacks import params
 
 N = 3
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from ..errors import ParamsError
-from ..leaves import compute_dtype
 from ..match import near
 from ..merge import changes
 from ..model import DeltaModel
-from ..packed import Packed
-from ..params import unstack
-from ..plan import Attachment
-from ..sharing import expand_member
+from ..packing.packed import Packed
+from ..planning.plan import Attachment
+from ..planning.sharing import expand_member
+from ..pytrees.leaves import compute_dtype
+from ..stacks.params import unstack
 from ..transforms import outside_transforms
 from .factored import Factored, Factors, factors_of, is_stack, need_factors, write
 from .ranks import gauged

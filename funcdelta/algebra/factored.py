@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..check import check_member, check_stack
+from ..calls.check import check_member, check_stack
 from ..config import BaseDeltaConfig
 from ..errors import MergeError, ParamsError
 from ..model import DeltaModel
-from ..packed import Packed
-from ..plan import Attachment
-from ..sharing import expand_member, expand_stack
-from ..slots import exactly
+from ..packing.packed import Packed
+from ..packing.slots import exactly
+from ..planning.plan import Attachment
+from ..planning.sharing import expand_member, expand_stack
 from ..transforms import outside_transforms
 
 Factors = tuple[Tensor, Tensor]

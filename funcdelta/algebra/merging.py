@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ParamsError
-from ..leaves import compute_dtype
-from ..params import members, stack, take
-from ..seeding import derive
+from ..pytrees.leaves import compute_dtype
+from ..pytrees.seeding import derive
+from ..stacks.params import members, stack, take
 from ..tree import map as map_leaves
 from ..tree import ravel
 

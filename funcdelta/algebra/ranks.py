@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ParamsError
-from ..leaves import compute_dtype
 from ..model import DeltaModel
+from ..pytrees.leaves import compute_dtype
 from .factored import Factored, Factors, rank_of, read, write
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import BaseDeltaConfig, register
-from ..site import Site, site_of
+from ..sites.site import Site, site_of
 
 KINDS_WITH_BIAS = ("linear", "transposed_linear", "conv1d", "conv2d", "conv3d", "transposed_conv", "norm")
 

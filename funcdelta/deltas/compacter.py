@@ -17,13 +17,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..activations import activation
 from ..config import BaseDeltaConfig, Paddable, register
 from ..errors import ConfigError, MatchError
-from ..glorot import GLOROT, glorot
-from ..hypercomplex import kronecker_sum, times_kronecker_sum
+from ..functional.activations import activation
+from ..functional.glorot import GLOROT, glorot
+from ..functional.hypercomplex import kronecker_sum, times_kronecker_sum
 from ..match import near
-from ..site import Site
+from ..sites.site import Site
 
 LAYERS = ("down_sampler", "up_sampler")
 W_INITS = (*GLOROT, "normal")

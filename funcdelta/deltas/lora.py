@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import BaseDeltaConfig, Paddable, register
-from ..dropout import dropout
 from ..errors import ConfigError
-from ..parts import Part, equal_parts, place
-from ..site import Site
-from ..tokenwise import linear
+from ..functional.dropout import dropout
+from ..functional.tokenwise import linear
+from ..sites.parts import Part, equal_parts, place
+from ..sites.site import Site
 
 CONVOLVE: dict[str, Callable[..., Tensor]] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
 KINDS = ("linear", "transposed_linear", "embedding", *CONVOLVE)

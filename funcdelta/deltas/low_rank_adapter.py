@@ -14,12 +14,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..activations import activation
 from ..config import BaseDeltaConfig, Paddable, register
 from ..errors import ConfigError
-from ..glorot import GLOROT, glorot
+from ..functional.activations import activation
+from ..functional.glorot import GLOROT, glorot
 from ..match import near
-from ..site import Site
+from ..sites.site import Site
 
 LAYERS = ("down_sampler", "up_sampler")
 

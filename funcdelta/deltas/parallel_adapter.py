@@ -14,11 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..activations import activation
 from ..config import BaseDeltaConfig, Paddable, register
 from ..errors import ConfigError, MatchError
-from ..site import Site
-from ..tokenwise import linear
+from ..functional.activations import activation
+from ..functional.tokenwise import linear
+from ..sites.site import Site
 
 
 @register("parallel_adapter")

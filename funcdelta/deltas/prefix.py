@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attend import attention_below
+from ..calls.attend import attention_below
 from ..config import BaseDeltaConfig, register
 from ..errors import ConfigError, MatchError
-from ..site import Site
+from ..sites.site import Site
 
 POSITION_BIAS = ("kept", "first_layer_only")
 

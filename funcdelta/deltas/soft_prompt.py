@@ -17,11 +17,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..calls.entrance import embedded_tokens, entrances, input_embedding, why_not
+from ..calls.prompt import EXPAND
 from ..config import BaseDeltaConfig, register
-from ..entrance import embedded_tokens, entrances, input_embedding, why_not
 from ..errors import ConfigError
-from ..prompt import EXPAND
-from ..site import Site
+from ..sites.site import Site
 
 
 @register("soft_prompt")

@@ -17,8 +17,8 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import ConfigError
 from ..fresh import trained_dtype
-from ..plan import Attachment, Plan
-from ..sharing import Shared
+from ..planning.plan import Attachment, Plan
+from ..planning.sharing import Shared
 
 Kind = Literal["frozen", "trainable", "delta", "constant", "buffer"]
 

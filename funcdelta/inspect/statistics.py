@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..check import check_member, check_stack
+from ..calls.check import check_member, check_stack
 from .nodes import Node, tree
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ConfigError, MatchError
-from ..hyper import Hyper, Values
-from ..leaves import named
-from ..selecting import Selector, select
+from ..pytrees.leaves import named
+from ..pytrees.selecting import Selector, select
+from .hyper import Hyper, Values
 
 __all__ = ["Chosen", "Groups"]
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..hyper import Hyper, Values, checked, is_zero
-from ..moving import begin, updates_of, zeros
-from ..selecting import Selector
+from ..pytrees.selecting import Selector
 from .groups import Groups
+from .hyper import Hyper, Values, checked, is_zero
+from .moving import begin, updates_of, zeros
 from .rules import Optimizer
 
 __all__ = ["LionState", "lion"]

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from .. import tree
 from ..errors import ConfigError
-from ..hyper import Hyper, Values, checked, is_zero
-from ..moving import begin, updates_of, zeros
-from ..selecting import Selector
+from ..pytrees.selecting import Selector
 from .groups import Groups
+from .hyper import Hyper, Values, checked, is_zero
+from .moving import begin, updates_of, zeros
 
 __all__ = ["AdamState", "Optimizer", "SGDState", "adam", "adamw", "apply_updates", "clip_by_norm", "sgd"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, StackError
-from ..hyper import checked
+from .hyper import checked
 
 __all__ = ["Schedule", "cosine", "linear"]
 

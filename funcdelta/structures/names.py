@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import MatchError
 from ..match import matches, near
-from ..parts import Part
+from ..sites.parts import Part
 from .families import FAMILIES, rows_of
 from .rows import Translation, translate
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..atomic import replace_folder
 from ..config import funcdelta_version
-from ..fingerprint import fingerprint
+from ..files.atomic import replace_folder
+from ..files.fingerprint import fingerprint
 from . import backbones, loop, progress, resume
 from .data import load_news, read_file
 from .errors import PACKAGES, JobError, require

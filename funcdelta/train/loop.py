@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import optim, tree
-from ..gradients import value_and_grad
-from ..params import members
-from ..seeding import derive
+from ..derivatives.gradients import value_and_grad
+from ..pytrees.seeding import derive
+from ..stacks.params import members
 from .resume import State
 from .sweep import Member, hyper
 

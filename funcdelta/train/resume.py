@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..atomic import recover, replace_folder
-from ..leaves import named
+from ..files.atomic import recover, replace_folder
+from ..pytrees.leaves import named
 from .errors import JobError
 from .options import Settings, flag
 

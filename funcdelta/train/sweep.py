@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..match import near
-from ..seeding import derive
+from ..pytrees.seeding import derive
 from .errors import JobError
 
 DEFAULTS = {"lr": (3e-3, 5e-3, 7e-3), "weight_decay": (0.01,)}

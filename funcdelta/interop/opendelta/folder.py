@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...atomic import replace_folder
 from ...errors import CheckpointError
-from ...hub import CONFIG, fetch_folder
-from ...tensorfile import read_tensors
+from ...files.atomic import replace_folder
+from ...files.hub import CONFIG, fetch_folder
+from ...files.tensorfile import read_tensors
 
 WEIGHTS = "pytorch_model.bin"
 

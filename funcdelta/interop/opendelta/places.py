@@ -10,7 +10,7 @@ from torch import nn
 from ...config import BaseDeltaConfig
 from ...match import matches, within
 from ...model import DeltaModel
-from ...spans import pair
+from ...planning.spans import pair
 from .common_names import EXCLUDED, named_sites
 from .spelling import Spelling
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint import home
 from ...config import BaseDeltaConfig
 from ...errors import CheckpointError, MatchError
+from ...files.checkpoint import home
 from ...match import near
 from ...model import DeltaModel
 from .common_names import EXCLUDED

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...config import BaseDeltaConfig
-from ...site import Site
+from ...sites.site import Site
 
 Leaves = dict[str, dict[str, Tensor]]
 """``{site path: {leaf: tensor}}``."""

@@ -1,0 +1,91 @@
+"""How a method's pure functions are called: in the leaves' precision, with the module's own precision going out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, MergeError
+from ..functional.tokenwise import Tokenwise
+from ..planning.axes import in_order
+from ..planning.plan import Attachment
+from .attend import joined
+
+
+def rewritten(
+    attachment: Attachment, p: dict[str, Tensor], own: Mapping[str, Tensor], training: bool
+) -> dict[str, Tensor]:
+    """The site's tensors as ``weights`` rewrites them, by their full names and in their own dtype.
+
+    The arithmetic is done in the leaves' dtype: half-precision weights are raised to it and lowered again.
+    """
+    path, dtype = attachment.site.path, _leaf_dtype(p)
+    raised = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in own.items()}
+    try:
+        changed = attachment.config.weights(attachment.at(training), p, raised)
+    except KeyError as error:
+        if error.args[0] in raised:
+            raise
+        raise MergeError(
+            f"{path} ({attachment.site.module_type}) has no parameter {error} that {attachment.name} could "
+            f"rewrite; it has "
+            f"{', '.join(raised) or 'none'}."
+        ) from error
+    like = next(iter(own.values())).dtype if own else dtype
+    return {
+        f"{path}.{name}": tensor.to(own[name].dtype if name in own else like)
+        for name, tensor in changed.items()
+        if raised.get(name) is not tensor
+    }
+
+
+Bound = tuple[Attachment, tuple[Callable[..., Tensor], Callable[..., Tensor]]]
+"""An attachment, and one of its functions in evaluation and in training mode."""
+
+
+def bound_in_both_modes(attachment: Attachment, function: str) -> Bound:
+    """The method's function at its site, ready for both modes."""
+    return attachment, (_bound(attachment, function, False), _bound(attachment, function, True))
+
+
+def _bound(attachment: Attachment, function: str, training: bool) -> Callable[..., Tensor]:
+    """The method's function, computed in the leaves' dtype and returned in the hidden value's own."""
+    config, site = attachment.config, attachment.at(training)
+    method = in_order(getattr(config, function), config.axis_order)
+
+    def act(p: dict[str, Tensor], *values: Tensor) -> Tensor:
+        dtype, own = _leaf_dtype(p), values[0].dtype
+        raised = [v.to(dtype) if v.dtype != dtype and v.is_floating_point() else v for v in values]
+        result = method(site, p, *raised)
+        if not isinstance(result, Tensor):
+            raise ConfigError(
+                f"{type(config).__name__}.{function} returned {type(result).__name__}; expected a tensor."
+            )
+        return result if result.dtype == own or not own.is_floating_point else result.to(own)
+
+    # A config's order of axes counts those of the model's own value.
+    return Tokenwise(act) if config.tokenwise(site) and config.axis_order is None else act
+
+
+def added_in_both_modes(attachment: Attachment) -> Bound:
+    """What the method adds at an attention site, (P, key width + value width) for each row of the value given."""
+
+    def bound(training: bool) -> Callable[..., Tensor]:
+        site = attachment.at(training)
+
+        def act(p: dict[str, Tensor], slot: Tensor) -> Tensor:
+            added = joined(site.path, site.attention, *attachment.config.attend(site, p))
+            return added.to(slot.dtype).expand(slot.shape[0], *added.shape)
+
+        return act
+
+    return attachment, (bound(False), bound(True))
+
+
+def _leaf_dtype(p: dict[str, Tensor]) -> torch.dtype:
+    for tensor in p.values():
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.float32

@@ -1,0 +1,250 @@
+"""Where a prompt enters a model: the module that takes token ids, its embedding, and what around it counts positions.
+
+The entrance of an encoder-decoder is its encoder, of any other Transformers model the base transformer without heads,
+found inside wrappers too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MatchError, ParamsError
+from ..match import within
+
+POSITION_TABLES = ("wpe", "position_embeddings", "position_embedding", "embed_positions")
+
+LABELS = {"labels", "start_positions", "end_positions"}
+
+COUNTS_FROM_IDS = "create_position_ids_from_input_ids"
+"""Transformers' function of the models whose positions skip padding."""
+
+
+def entrances(backbone: nn.Module, method: str) -> list[str]:
+    """The path of the one module whose inputs a prompt extends (``""``: the backbone itself).
+
+    Raises ``MatchError`` where there is none, or more than one.
+
+    >>> from transformers import T5Config, T5ForConditionalGeneration
+    >>> t5 = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    >>> entrances(t5, "soft_prompt"), entrances(torch.nn.Sequential(t5), "soft_prompt")
+    (['encoder'], ['0.encoder'])
+    """
+    paths = {id(module): path for path, module in backbone.named_modules()}
+    settled: list[str] = []
+    found: list[str] = []
+    refusals: list[str] = []
+    for path, module in backbone.named_modules():
+        if not hasattr(module, "get_input_embeddings") or any(within(path, at) for at in settled):
+            continue
+        entered = _inside(module)
+        refusal = why_not(entered)
+        if refusal is None:
+            found.append(paths[id(entered)])
+        else:
+            refusals.append(refusal)
+        if refusal is None or _is_pair(module):
+            settled.append(path)
+    kind = type(backbone).__name__
+    if len(found) > 1:
+        raise MatchError(
+            f"{method}: {kind} has several models that take token ids ({', '.join(found)}): name one in "
+            f"modified_modules."
+        )
+    if not found:
+        reason = refusals[0] if refusals else "no module has get_input_embeddings(), so where are token ids embedded?"
+        raise MatchError(f"{method} cannot add rows to the input of {kind}: {reason}.")
+    return found
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why no prompt can enter at ``module``; ``None`` if one can.
+
+    >>> why_not(torch.nn.Linear(2, 2))
+    'Linear has no get_input_embeddings(), so it is not known how token ids are embedded there'
+    """
+    kind = type(module).__name__
+    if not callable(getattr(module, "get_input_embeddings", None)):
+        return f"{kind} has no get_input_embeddings(), so it is not known how token ids are embedded there"
+    embedding = input_embedding(module)
+    if embedding is None:
+        return f"the input of {kind} is not embedded by a table of tokens"
+    names = inspect.signature(type(module).forward).parameters
+    passes_on = {parameter.kind for parameter in list(names.values())[1:]} == {
+        inspect.Parameter.VAR_POSITIONAL,
+        inspect.Parameter.VAR_KEYWORD,
+    }
+    if "inputs_embeds" not in names and not passes_on:
+        return f"{kind}.forward takes no inputs_embeds"
+    return None
+
+
+def inputs_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of the positional inputs of the module's forward.
+
+    >>> inputs_of(torch.nn.Linear(2, 2))
+    ('input',)
+    """
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)[1:]
+
+
+def input_embedding(module: nn.Module) -> nn.Embedding | None:
+    """The table of token embeddings that ``module`` reads; ``None`` where there is none.
+
+    >>> from transformers import T5Config, T5EncoderModel
+    >>> t5 = T5EncoderModel(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    >>> input_embedding(t5)
+    Embedding(20, 8)
+    """
+    try:
+        found = getattr(module, "get_input_embeddings")()  # noqa: B009  (typed as a tensor or a module)
+    except (NotImplementedError, AttributeError):  # how Transformers says that there is none
+        return None
+    return found if isinstance(found, nn.Embedding) else None
+
+
+class Entrance:
+    """What stands around the entrance at ``path`` of ``model``.
+
+    Attributes:
+        module, embedding: the module there, and its table of tokens.
+        inputs: names of the module's positional inputs.
+        decoders: modules that attend to this encoder's states, if it is one.
+        labelled: the nearest module at or above the entrance that takes labels for its output.
+        head_counts_ids: whether the head above finds the last token of a row in ``input_ids``, and so needs hidden
+            states without the prompt.
+        first_position: the number of the first position (RoBERTa counts from behind its padding number).
+
+    >>> from transformers import RobertaConfig, RobertaModel
+    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    >>> entrance = Entrance(RobertaModel(RobertaConfig(vocab_size=20, **sizes)), "")
+    >>> entrance.positions({"input_ids": torch.tensor([[1, 5, 6]])})
+    {'position_ids': tensor([[1, 2, 3]])}
+    """
+
+    def __init__(self, model: nn.Module, path: str) -> None:
+        self.path = path
+        self.module = model.get_submodule(path)
+        embedding = input_embedding(self.module)
+        assert embedding is not None
+        self.embedding = embedding
+        self.inputs = inputs_of(self.module)
+        above = [model.get_submodule(part) for part in _prefixes(path)]
+        pair = [module for module in above if _is_pair(module)]
+        self.decoders = _decoders(model, path) if pair else []
+        takes_labels = [module for module in above if not LABELS.isdisjoint(inputs_of(module))]
+        self.labelled = None if pair or not takes_labels else takes_labels[0]
+        self.head_counts_ids = not pair and any(_counts_ids(module) for module in above)
+        self._padding = _padding_of_positions(self.module, embedding)
+        self.first_position = 0 if self._padding is None else self._padding + 1
+        self._limit = _position_limit(self.module, embedding, self.first_position)
+
+    def positions(self, given: dict[str, Any]) -> dict[str, Tensor]:
+        """Position numbers that the model would count from ids, which it will not see: padding takes none.
+
+        What the mask hides behind the text goes on counting, as positions of embeddings do.
+        """
+        if self._padding is None or given.get("position_ids") is not None or "position_ids" not in self.inputs:
+            return {}
+        tokens, mask = given["input_ids"].ne(self._padding).int(), given.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape == tokens.shape:
+            tokens = tokens | mask.ne(0).flip(1).cumsum(1).flip(1).eq(0).int()
+        return {"position_ids": (tokens.cumsum(1) * tokens).long() + self._padding}
+
+    def check_length(self, total: int, without: int) -> None:
+        """Raise where the model has no position for the last of ``total`` tokens."""
+        if self._limit is not None and total > self._limit:
+            raise ParamsError(
+                f"{self.path or type(self.module).__name__} has {self._limit} positions, but the prompt "
+                f"({total - without}) and the text ({without}) need {total}: shorten the text to "
+                f"{self._limit - total + without}, or the prompt."
+            )
+
+
+def _inside(module: nn.Module) -> nn.Module:
+    """The encoder of an encoder-decoder, else the transformer below the head."""
+    if _is_pair(module):
+        encoder = getattr(module, "get_encoder")()  # noqa: B009
+        return encoder if isinstance(encoder, nn.Module) else module
+    base = getattr(module, "base_model", module)
+    base = base if hasattr(base, "get_input_embeddings") else module
+    # A base around one stack (OPT's) is passed by: its causal head calls the stack.
+    stack = getattr(base, "get_decoder")() if hasattr(base, "get_decoder") else base  # noqa: B009
+    same = hasattr(stack, "get_input_embeddings") and input_embedding(stack) is input_embedding(base)
+    return stack if same else base
+
+
+def _is_pair(module: nn.Module) -> bool:
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False)) and hasattr(
+        module, "get_encoder"
+    )
+
+
+def _prefixes(path: str) -> list[str]:
+    """The path and those above it, nearest first."""
+    tokens = path.split(".") if path else []
+    return [".".join(tokens[:end]) for end in range(len(tokens), -1, -1)]
+
+
+def _decoders(model: nn.Module, path: str) -> list[nn.Module]:
+    """The outermost modules beside ``path`` that attend to an encoder."""
+    found: dict[str, nn.Module] = {}
+    for at, module in model.named_modules():
+        if within(at, path) or within(path, at) or any(within(at, other) for other in found):
+            continue
+        names = inspect.signature(type(module).forward).parameters
+        if "encoder_attention_mask" in names and "encoder_hidden_states" in names:
+            found[at] = module
+    return list(found.values())
+
+
+def _counts_ids(module: nn.Module) -> bool:
+    """Whether the module's forward picks a position by where the padding begins in its ids."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and {"pad_token_id", "argmax"} <= set(code.co_names)
+
+
+def _beside(module: nn.Module, embedding: nn.Module) -> list[tuple[nn.Module, nn.Embedding]]:
+    """Tables of absolute positions with the module that holds them: it holds the table of tokens too."""
+    holders = [m for m in module.modules() if any(child is embedding for child in m.children())]
+    return [
+        (holder, table)
+        for holder in holders
+        for name, table in holder.named_children()
+        if name in POSITION_TABLES and isinstance(table, nn.Embedding)
+    ]
+
+
+def _padding_of_positions(module: nn.Module, embedding: nn.Module) -> int | None:
+    """The position number of padding, where positions are counted from ids."""
+    for holder, table in _beside(module, embedding):
+        source = sys.modules.get(type(holder).__module__)
+        if table.padding_idx is not None and (hasattr(holder, COUNTS_FROM_IDS) or hasattr(source, COUNTS_FROM_IDS)):
+            return table.padding_idx
+    return None
+
+
+def _position_limit(module: nn.Module, embedding: nn.Module, first: int) -> int | None:
+    """How many positions a table of absolute positions has; ``None`` where positions are relative or computed."""
+    tables = [table for _, table in _beside(module, embedding)]
+    return min((table.num_embeddings - int(getattr(table, "offset", first)) for table in tables), default=None)
+
+
+def embedded_tokens(embedding: nn.Embedding, count: int) -> Tensor:
+    """What tokens 0 … count-1 enter the model as, with the embedding's own scale; the table is only read.
+
+    >>> table = torch.nn.Embedding(5, 2)
+    >>> torch.equal(embedded_tokens(table, 3), table.weight[:3])
+    True
+    """
+    from ..sites.structure import copy_structure
+
+    with torch.no_grad():
+        private = copy_structure(embedding, trains=False)
+        return private(torch.arange(count, device=embedding.weight.device)).detach().clone()

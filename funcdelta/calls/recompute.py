@@ -1,0 +1,267 @@
+"""Gradient checkpointing in the backbone: modules that run again in the backward pass run in the call they ran in.
+
+A checkpointed module keeps no activations and is run again when its gradients are needed, long after the call has
+ended. So a call on a backbone that checkpoints is made on a skeleton of its own, which keeps its state (params,
+swapped tensors, layout) for as long as the graph of its outputs lives: whatever runs again there, by whichever way of
+checkpointing, finds all that it found before. When the graph is gone the skeleton serves the next call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import RecomputeError
+from ..functional.attention import needs_mathematical_attention
+from ..match import within
+from ..transforms import inside_transform
+
+if TYPE_CHECKING:
+    from .skeleton import Call, Skeleton
+
+MODULE = "torch.utils.checkpoint"
+
+SPELLINGS = ({"torch", "utils", "checkpoint"}, {MODULE}, {"checkpoint_fn"})
+"""Names in code that calls it: in full, after an import inside a function, and in torch's wrapper of modules."""
+
+FLAG, FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
+"""Attributes of Transformers' modules: whether they, in training, checkpoint what they call, and by what."""
+
+
+def recomputing(model: nn.Module) -> frozenset[str]:
+    """Paths of the modules whose forward checkpoints something, in the mode that ``model`` is in.
+
+    Transformers' modules say it by a flag; of others the code is read.
+
+    >>> class Checkpointed(torch.nn.Linear):
+    ...     def forward(self, x):
+    ...         return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+    >>> sorted(recomputing(torch.nn.Sequential(torch.nn.Linear(2, 2), Checkpointed(2, 2))))
+    ['1']
+    """
+    return frozenset(path for path, module in model.named_modules() if _checkpoints(module))
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    flag = getattr(module, FLAG, None)
+    return _code_checkpoints(type(module)) if flag is None else bool(flag) and module.training
+
+
+@functools.lru_cache(maxsize=4096)
+def _code_checkpoints(kind: type[nn.Module]) -> bool:
+    """Whether a method of the class, or a function of its file that one calls, calls a function for checkpointing."""
+    for owner in kind.__mro__:
+        # Libraries' base classes hold the code that would turn checkpointing on; their layers have the flag.
+        if owner.__module__.startswith(("torch.nn.", "transformers.")) or owner is object:
+            continue
+        seen: set[Any] = set()
+        for value in vars(owner).values():
+            function = inspect.unwrap(value) if callable(value) else None
+            if isinstance(function, types.FunctionType) and _calls_checkpoint(function, seen):
+                return True
+    return False
+
+
+def _calls_checkpoint(function: types.FunctionType, seen: set[Any]) -> bool:
+    seen.add(function)
+    names = set(_names(function.__code__))
+    if any(spelling <= names for spelling in SPELLINGS):
+        return True
+    for name in names:
+        found = function.__globals__.get(name)
+        if MODULE in (getattr(found, "__module__", None), found.__name__ if inspect.ismodule(found) else None):
+            return True
+        if not isinstance(found, types.FunctionType) or found.__module__ != function.__module__:
+            continue
+        if found not in seen and _calls_checkpoint(found, seen):
+            return True
+    return False
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """Every global and attribute that the code reads, that of functions written inside it too."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+Flags = list[tuple[dict[str, Any], Any, Any]]
+
+
+def flags_of(backbone: nn.Module) -> Flags:
+    """What the first and the last module whose checkpointing can be turned on say now; see :func:`changed`."""
+    holders = [vars(module) for module in backbone.modules() if hasattr(module, FLAG)]
+    return [(own, own.get(FLAG), own.get(FUNCTION)) for own in holders[:1] + holders[-1:]]
+
+
+def changed(flags: Flags) -> bool:
+    """Whether checkpointing was turned on or off, or another function given to it, since ``flags`` were read.
+
+    >>> module = torch.nn.Linear(2, 2)
+    >>> module.gradient_checkpointing = False
+    >>> before, module.gradient_checkpointing = flags_of(module), True
+    >>> changed(before), changed(flags_of(module))
+    (True, False)
+    """
+    return any(own.get(FLAG) is not flag or own.get(FUNCTION) is not function for own, flag, function in flags)
+
+
+def needs_keeping(skeleton: Skeleton) -> bool:
+    """Whether a call on ``skeleton`` has to stay for recomputation; raises where torch could not recompute it."""
+    if not skeleton.recomputing or not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling():
+        raise RecomputeError(f"{_first(skeleton)} checkpoints its activations, which cannot be compiled. {TURN_OFF}")
+    if inside_transform():
+        certain = [path for path in skeleton.recomputing if hasattr(skeleton.module.get_submodule(path), FLAG)]
+        if certain:
+            raise RecomputeError(_no_transform(min(certain)))
+        return False
+    if needs_mathematical_attention():
+        raise RecomputeError(
+            f"{_first(skeleton)} checkpoints its activations, and inside fd.higher_order() they would be recomputed by "
+            f"another attention than they were computed by. {TURN_OFF}"
+        )
+    return True
+
+
+@contextlib.contextmanager
+def named_refusal(skeleton: Skeleton) -> Iterator[None]:
+    """Say what torch's refusal to checkpoint inside a transform means."""
+    try:
+        yield
+    except RuntimeError as error:
+        refused = "saved tensor hooks" in str(error) or "setup_context" in str(error)
+        if not (refused and skeleton.recomputing and inside_transform()):
+            raise
+        raise RecomputeError(_no_transform(_first(skeleton))) from error
+
+
+_seen = threading.local()
+
+
+def note_reentrant(yes: bool) -> None:
+    """Remember that sites ran without a graph inside a call that has one: checkpointed with ``use_reentrant=True``."""
+    _seen.reentrant = yes
+
+
+def gradients_of(loss: Tensor, leaves: list[Tensor]) -> Sequence[Tensor]:
+    """∂loss/∂leaf for each of ``leaves``, zero where it depends on none; ``leaves`` belong to the caller alone.
+
+    The old kind of checkpointing hides leaves from ``torch.autograd.grad``, which would then give zeros.
+    """
+    if not getattr(_seen, "reentrant", False):
+        return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    loss.backward()
+    return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+
+
+TURN_OFF = "Turn checkpointing off for it: backbone.activation_checkpointing_disable(), or as your model has it."
+
+
+def _first(skeleton: Skeleton) -> str:
+    return min(skeleton.recomputing) or "The backbone"
+
+
+def _no_transform(path: str) -> str:
+    return (
+        f"{path or 'The backbone'} checkpoints its activations, which torch.func and torch.vmap cannot differentiate: "
+        f"torch recomputes them in autograd's own backward pass alone. Write fd.value_and_grad(loss)(params, ...) or "
+        f'loss.backward(), for several members with delta.apply_many(..., engine="fold") or "loop"; without gradients, '
+        f"put the call under torch.no_grad(). {TURN_OFF}"
+    )
+
+
+def kept_run(
+    skeleton: Skeleton, call: Call, overrides: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The skeleton's module in ``call``, with ``overrides`` in the place of its tensors until the graph is gone.
+
+    The outputs' graph holds the call; the skeleton knows it by a weak reference. So activations, params and rewritten
+    weights are freed with the graph.
+    """
+    _check_reentrant(skeleton, call)
+    restore = _swap(skeleton.module, overrides)
+    weakref.finalize(call, restore).atexit = False
+    skeleton.kept = weakref.ref(call)
+    skeleton.call = call
+    try:
+        output = skeleton.module(*args, **kwargs)
+    finally:
+        skeleton.call = None
+        call.ended, call.reached = True, None
+    for leaf in _tensors(output):
+        if leaf.grad_fn is not None:
+            notes: dict[Any, Any] = leaf.grad_fn.metadata  # pyright: ignore[reportAssignmentType]
+            notes.setdefault("funcdelta", []).append(call)
+    return output
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Every tensor of an output, those that an object of the model's own holds too."""
+    for leaf in pytree.tree_leaves(output):
+        held = [leaf] if isinstance(leaf, Tensor) else pytree.tree_leaves(dict(getattr(leaf, "__dict__", {})))
+        yield from (tensor for tensor in held if isinstance(tensor, Tensor))
+
+
+def _check_reentrant(skeleton: Skeleton, call: Call) -> None:
+    """Raise where several modules would each go back through what one computation made for all of them."""
+    expanded = [s for s in skeleton.plan.shared if s.expanded and s.among(call.params)] if skeleton.plan else []
+    for path in sorted(skeleton.recomputing) if expanded else []:
+        function = getattr(skeleton.module.get_submodule(path), FUNCTION, None)
+        if getattr(function, "keywords", {}).get("use_reentrant"):
+            raise RecomputeError(
+                f"{path} is checkpointed with use_reentrant=True, where each module goes back by itself through what "
+                f"{expanded[0].name} computes once for all sites. Write "
+                f'backbone.activation_checkpointing_enable({{"use_reentrant": False}}), or train delta.bake(params).'
+            )
+
+
+def _swap(module: nn.Module, overrides: dict[str, Tensor]) -> Callable[[], None]:
+    """Put ``overrides`` in the place of the module's tensors; the function that puts the module's own back."""
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    for name, tensor in overrides.items():
+        path, _, own = name.rpartition(".")
+        owner = module.get_submodule(path)
+        table: dict[str, Any] = owner._parameters if own in owner._parameters else owner._buffers
+        before.append((table, own, table[own]))
+        table[own] = tensor
+
+    def restore() -> None:
+        for table, own, tensor in before:
+            table[own] = tensor
+
+    return restore
+
+
+def check_runner(skeleton: Skeleton, path: str) -> None:
+    """Raise if the module at ``path`` checkpoints inside of itself, for it is to run mapped over members."""
+    inner = [other for other in skeleton.recomputing if within(other, path)]
+    if inner and needs_keeping(skeleton):
+        raise RecomputeError(
+            f"{path} has tensors that differ by member and runs once per member, and {min(inner)} in it checkpoints "
+            f'its activations, which torch cannot recompute under torch.vmap. Use engine="loop".'
+        )
+
+
+def require_grad_outside_transforms(module: nn.Module) -> None:
+    """Let Transformers' hooks that make embeddings require grad stand aside in transforms, which refuse them."""
+    for child in module.modules():
+        for key, hook in child._forward_hooks.items():
+            if getattr(hook, "__name__", "") == "make_inputs_require_grads":
+                child._forward_hooks[key] = functools.partial(_outside_transforms, hook)
+
+
+def _outside_transforms(hook: Callable[..., Any], module: nn.Module, args: Any, output: Any) -> Any:
+    return None if inside_transform() else hook(module, args, output)

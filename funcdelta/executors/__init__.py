@@ -1,0 +1,1 @@
+"""How many members run: in turn, mapped, or folded into the batch."""

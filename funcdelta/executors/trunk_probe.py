@@ -1,0 +1,177 @@
+"""Finds the trunk: one call on a watched skeleton tells which modules run on what no delta has touched yet.
+
+Modules that end before the first delta acts belong to it, and later ones whose every tensor is one of those that such
+modules took or gave (the encoder's states, which every layer of a decoder projects anew). The same rows once and twice
+over tell where each tensor has them. Then two members on the shared trunk have to give what each gives alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..calls.layout import Layout, close
+from ..calls.lift import Folded
+from ..calls.skeleton import Call, Params, Skeleton
+from ..calls.trunk import Ends, Trunk, install, members_of
+from ..errors import FoldError, FuncdeltaError
+from ..planning.sharing import expand_stack
+from ..stacks.params import take
+from ..transforms import concrete, eager, outside_transforms
+from .probe import probing, rows_of, runners, structure
+from .watch import CountedDropout, Visit, Watch, seeded
+
+if TYPE_CHECKING:
+    from ..model import DeltaModel
+
+OTHER_ENGINES = 'Use engine="fold".'
+
+Pick = Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def trunk_for(
+    delta: DeltaModel,
+    stack: Params,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    row_axis: Mapping[int, int],
+    rows: int,
+    layout: Layout,
+    least: float,
+) -> Trunk:
+    """The trunk of this input structure, folded inputs given: remembered, or found from two of their rows.
+
+    Where nothing can be shared, or less than ``least`` of the arithmetic, ``refused`` says why.
+    """
+    if torch.compiler.is_compiling():
+        return Trunk({}, 0.0, f"compiled code does not share a trunk. {OTHER_ENGINES}")
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    key = structure(delta, stack, leaves, kwargs)
+    trunk = delta.trunks.get(key)
+    if trunk is None or (trunk.refused and trunk.share > least):
+        with probing:
+            values = [concrete(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            try:
+                trunk = find(delta, delta.plan.present(stack), rows_of(values, spec, row_axis, rows), layout, least)
+            except FoldError as error:
+                trunk = Trunk({}, 0.0, str(error))
+            delta.trunks[key] = trunk
+    return trunk
+
+
+@eager
+def find(delta: DeltaModel, names: frozenset[str], pick: Pick, layout: Layout, least: float) -> Trunk:
+    """The trunk of a delta with the leaves ``names``; ``pick(0, 1)`` gives inputs of these rows.
+
+    Raises :class:`FoldError` where members on it would not give what they give alone.
+    """
+    dropout = CountedDropout()
+    with torch.inference_mode(False), outside_transforms(), torch.no_grad(), torch.random.fork_rng(), dropout:
+        members = expand_stack(delta.plan.shared, delta.random_members(2, names))
+        skeleton = delta.skeletons.build(delta.mode_flag)
+        acting = _where_deltas_act(delta, members, layout, skeleton)
+
+        def once(i: int) -> Any:
+            params = take(members, i)
+            own = delta.plan.runners(params) if skeleton.units else {}
+            return skeleton.run("", params, *pick(0, 1), Call(params, runners=own))
+
+        def folded(trunk: Trunk | None) -> Any:
+            call = Call(members, Folded(2, 2), layout, runners(delta, members, layout), trunk=trunk)
+            args, kwargs = pick(0, 1, 0, 1)
+            return skeleton.run("", {}, args, kwargs, call)
+
+        single = Watch(skeleton, acting, dropout)
+        first = single.run(lambda: once(0))
+        # Most deltas act in every layer: for them the search ends here.
+        at_most = compare(single, None)
+        if at_most.refused or at_most.share < least:
+            few = f"only {at_most.share:.0%} of the arithmetic comes before a delta. {OTHER_ENGINES}"
+            return Trunk({}, at_most.share, at_most.refused or few)
+        double = Watch(skeleton, acting, dropout)
+        double.run(lambda: folded(None))
+        trunk = compare(single, double)
+        if trunk.refused:
+            return trunk
+        install(skeleton, trunk)
+        alone = [first, seeded(skeleton, lambda: once(1))]
+        try:
+            together = seeded(skeleton, lambda: folded(trunk))
+        except FuncdeltaError:
+            raise
+        except Exception as error:
+            raise FoldError(f"Two members on a shared trunk fail: {error}. {OTHER_ENGINES}") from error
+        _check(together, alone, layout)
+    return trunk
+
+
+def _where_deltas_act(delta: DeltaModel, members: Params, layout: Layout, skeleton: Skeleton) -> set[int]:
+    """Modules at whose entrance members begin to differ."""
+    paths = {end for a in delta.plan.all() if a.among(members) for end in a.ends}
+    paths |= set(runners(delta, members, layout))
+    return {id(skeleton.module.get_submodule(path)) for path in paths}
+
+
+def _check(together: Any, alone: list[Any], layout: Layout) -> None:
+    found = pytree.tree_leaves(together)
+    for i, output in enumerate(alone):
+        for place, (leaf, expected, dim) in enumerate(
+            zip(found, pytree.tree_leaves(output), layout.outputs, strict=True)
+        ):
+            if isinstance(leaf, Tensor) and not close(members_of(leaf, dim, 2, 2)[i], expected):
+                raise FoldError(
+                    f"Two members on a shared trunk do not give what each gives alone (output {place}). {OTHER_ENGINES}"
+                )
+
+
+def compare(single: Watch, double: Watch | None) -> Trunk:
+    """The outermost calls that can be shared, with the axes that double when the same rows come twice.
+
+    Without ``double`` the most that they can be: where their rows are is not known.
+    """
+    if double is not None and [v.path for v in single.visits] != [v.path for v in double.visits]:
+        return Trunk({}, 0.0, f"which modules run depends on the number of members. {OTHER_ENGINES}")
+    modules: dict[str, list[Ends | None]] = {}
+    inside: set[int] = set()
+    flops = 0
+    for index, (one, two) in enumerate(zip(single.visits, (double or single).visits, strict=True)):
+        nested = one.parent in inside
+        ends = None if nested or not one.path or not (one.sharable and two.sharable) else _ends(one, two)
+        if nested or ends is not None:
+            inside.add(index)
+        if ends is not None:
+            flops += one.flops
+        modules.setdefault(one.path, []).append(ends)
+    shared = {path: tuple(visits) for path, visits in modules.items() if any(visits)}
+    if not shared:
+        return Trunk({}, 0.0, f"no module runs on what all members have in common. {OTHER_ENGINES}")
+    return Trunk(shared, flops / single.flops.total if single.flops.total else 1.0)
+
+
+def _ends(one: Visit, two: Visit) -> Ends | None:
+    """Where the rows are; ``None`` where there are none on one side, or they cannot be told."""
+    if one is two:
+        return Ends({}, {})
+    if one.other != two.other:
+        return None
+    inputs, outputs = _grown(one.inputs, two.inputs), _grown(one.outputs, two.outputs)
+    if inputs is None or outputs is None or not any(axis is not None for axis in inputs.values()):
+        return None
+    return Ends(inputs, outputs) if any(axis is not None for axis in outputs.values()) else None
+
+
+def _grown(one: dict[str, tuple[int, ...]], two: dict[str, tuple[int, ...]]) -> dict[str, int | None] | None:
+    if one.keys() != two.keys():
+        return None
+    found: dict[str, int | None] = {}
+    for place, shape in one.items():
+        other = two[place]
+        grown = [axis for axis in range(len(shape)) if len(other) == len(shape) and shape[axis] != other[axis]]
+        if len(other) != len(shape) or len(grown) > 1 or any(other[axis] != 2 * shape[axis] for axis in grown):
+            return None
+        found[place] = grown[0] if grown else None
+    return found

@@ -1,0 +1,191 @@
+"""What happens in one call of a model: which modules run, on which tensors, and where members begin to differ."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ..calls.layout import WithoutDropout
+from ..calls.skeleton import Skeleton
+from ..calls.trunk import places
+from ..pytrees.opaque import PLAIN
+
+STATELESS = (*PLAIN, torch.dtype, torch.device, torch.Size)
+"""What a module may take or give besides tensors without hiding a state in it."""
+
+
+@dataclass
+class Visit:
+    """One call of a module.
+
+    Attributes:
+        parent: the index of the call that it stands in.
+        alike: whether members do not differ in it.
+        sharable: ``alike``, and it changes nothing and takes and gives nothing but tensors and plain values.
+        inputs, outputs: shapes by place; ``flops`` of its arithmetic.
+    """
+
+    path: str
+    parent: int | None
+    alike: bool
+    sharable: bool
+    inputs: dict[str, tuple[int, ...]]
+    other: tuple[Any, ...]
+    outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    flops: int = 0
+
+
+class Watch:
+    """Notes every module call of one run of a skeleton."""
+
+    def __init__(self, skeleton: Skeleton, acting: set[int], dropout: CountedDropout) -> None:
+        self.skeleton, self.acting, self.dropout = skeleton, acting, dropout
+        self.visits: list[Visit] = []
+        self.flops = Flops()
+        self._open: list[tuple[int, int, int, list[Tensor], list[int]]] = []
+        self._events = 0
+        self._drawn: tuple[Any, ...] = ()
+        self._alike: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        """The output of ``call``, watched."""
+        handles = []
+        for path, module in self.skeleton.module.named_modules():
+            handles.append(module.register_forward_pre_hook(self._entering(path), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leaving, with_kwargs=True))
+        try:
+            with self.flops:
+                return seeded(self.skeleton, call, self._begin)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _begin(self) -> None:
+        self._note_randomness([])
+        self._events = 0
+
+    def _note_randomness(self, tensors: list[Tensor]) -> None:
+        """Random numbers are drawn for each member's rows, so members differ from there on."""
+        devices = {t.device for t in tensors if t.device.type == "cuda"}
+        states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
+        drawn = self.dropout.count, *(state.numpy().tobytes() for state in states)
+        if self._drawn[: len(drawn)] != drawn[: len(self._drawn)]:
+            self._events += 1
+        self._drawn = drawn
+
+    def _entering(self, path: str) -> Callable[..., None]:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            leaves, _ = places((args, kwargs))
+            tensors = [leaf for _, leaf in leaves if isinstance(leaf, Tensor)]
+            self._note_randomness(tensors)
+            if id(module) in self.acting:
+                self._events += 1
+            alike = not self._events or (bool(tensors) and all(map(self._is_alike, tensors)))
+            if alike:
+                self._remember(tensors)
+            others = tuple((place, leaf) for place, leaf in leaves if not isinstance(leaf, Tensor))
+            plain = all(isinstance(leaf, STATELESS) for _, leaf in others)
+            shapes = {place: tuple(leaf.shape) for place, leaf in leaves if isinstance(leaf, Tensor)}
+            visit = Visit(
+                path, self._open[-1][0] if self._open else None, alike, plain, shapes, others if plain else ()
+            )
+            versions = [_version(tensor) for tensor in tensors]
+            self._open.append((len(self.visits), self._events, self.flops.total, tensors, versions))
+            self.visits.append(visit)
+
+        return enter
+
+    def _leaving(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        index, events, flops, tensors, versions = self._open.pop()
+        visit = self.visits[index]
+        self._note_randomness(tensors)
+        visit.alike &= self._events == events and id(module) not in self.acting
+        visit.flops = self.flops.total - flops
+        leaves, _ = places(output)
+        visit.outputs = {place: tuple(leaf.shape) for place, leaf in leaves if isinstance(leaf, Tensor)}
+        # A module that writes its inputs would write the first member's rows alone.
+        visit.sharable &= visit.alike and [_version(tensor) for tensor in tensors] == versions
+        # What hands on its input (dropout that is off) has nothing to save.
+        handed_on = any(leaf is tensor for _, leaf in leaves for tensor in tensors)
+        visit.sharable &= not handed_on and all(isinstance(leaf, STATELESS) for _, leaf in leaves)
+        if visit.alike:
+            self._remember([leaf for _, leaf in leaves if isinstance(leaf, Tensor)])
+
+    def _remember(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            self._alike[id(tensor)] = weakref.ref(tensor), _version(tensor)
+
+    def _is_alike(self, tensor: Tensor) -> bool:
+        """Whether no delta has touched it: the very tensor, not written since."""
+        known = self._alike.get(id(tensor))
+        return known is not None and known[0]() is tensor and known[1] == _version(tensor)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class Flops(TorchDispatchMode):
+    """Counts the floating-point operations of the matrix products inside the block.
+
+    >>> with Flops() as flops:
+    ...     product = torch.ones(2, 3) @ torch.ones(3, 4)
+    >>> flops.total
+    48
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+class CountedDropout(WithoutDropout):
+    """Turns dropout off and counts where it would have acted: masks are drawn for each member's rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func in self.OFF:
+            share, training = (*args[1:3], *(None, None))[:2]
+            share = given.get("p", 0.5) if share is None else share
+            training = given.get("training", given.get("train", True)) if training is None else training
+            if training and share > 0:
+                self.count += 1
+                # Another tensor, as it would be, and not one that no random number has touched.
+                return super().__torch_function__(func, types, args, kwargs).clone()
+        elif func is torch.nn.functional.scaled_dot_product_attention:
+            self.count += float(args[4] if len(args) > 4 else given.get("dropout_p", 0.0)) > 0
+        elif func is torch.nn.functional.multi_head_attention_forward:
+            # Its chance stands eleventh.
+            share = args[10] if len(args) > 10 else given.get("dropout_p", 0.0)
+            self.count += bool(given.get("training", True)) and share > 0
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def seeded(skeleton: Skeleton, run: Callable[[], Any], begin: Callable[[], None] = lambda: None) -> Any:
+    """``run()`` from the same buffers and random numbers each time; ``begin()`` is called just before."""
+    skeleton.follow_buffers()
+    torch.manual_seed(0)
+    begin()
+    return run()

@@ -1,0 +1,1 @@
+"""What is saved and loaded: atomically, with checksums, checked against the backbone."""

@@ -1,0 +1,223 @@
+"""The ``config.json`` of a saved delta: written, read, compared with its tensors, changed on loading."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import VERSION_FIELDS, AutoDeltaConfig, BaseDeltaConfig
+from ..errors import CheckpointError, ConfigError
+from .atomic import write_file
+from .hub import CONFIG, TENSORS, config_text_at, upload
+
+__all__ = [
+    "changed",
+    "check_same_save",
+    "config_text",
+    "configs_of",
+    "load_config",
+    "load_configs",
+    "parse_config",
+    "read_config",
+    "save_config",
+    "storable",
+    "write_config",
+]
+
+PROVENANCE = ("backbone_class", "backbone_checkpoint_name", "backbone_hash")
+"""Fields of a config that say where it was made, not what it does."""
+
+_ABOUT_THE_FILE = ("members", *VERSION_FIELDS, *PROVENANCE)
+
+
+def load_configs(path: str | os.PathLike[str], **fetching: Any) -> tuple[BaseDeltaConfig, ...]:
+    """The configs at ``path``, with the class, name and fingerprint of the backbone they were made for.
+
+    ``path`` is a folder, a JSON file, a url to one, or a hub id; ``fetching`` as in :func:`funcdelta.files.hub.locate`.
+
+    >>> import tempfile
+    >>> import funcdelta as fd
+    >>> from torch import nn
+    >>> from funcdelta.files.checkpoint import save
+    >>> delta = fd.DeltaModel(nn.Sequential(nn.Linear(4, 4)), fd.LoraConfig(lora_r=2, modified_modules=["0"]))
+    >>> folder = save(delta, delta.init(0), tempfile.mkdtemp() + "/run")
+    >>> [config.backbone_class for config in load_configs(folder)]
+    ['Sequential']
+    """
+    where, text = config_text_at(path, **fetching)
+    return configs_of(where, parse_config(where, text), provenance=True)
+
+
+def load_config(path: str | os.PathLike[str], changes: Mapping[str, Any], **fetching: Any) -> BaseDeltaConfig:
+    """The one config at ``path`` with the fields of ``changes``; raises `ConfigError` where there are several.
+
+    >>> import tempfile
+    >>> load_config(BaseDeltaConfig.save_finetuned(fd.BitFitConfig(), tempfile.mkdtemp()), {"batch_dim": 1}).batch_dim
+    1
+    """
+    configs = load_configs(path, **fetching)
+    if len(configs) != 1:
+        kinds = ", ".join(config.delta_type for config in configs)
+        raise ConfigError(f"{path} holds {len(configs)} configs ({kinds}): load them with their delta.")
+    return configs[0].replace(**changes)
+
+
+def save_config(
+    config: BaseDeltaConfig, path: str | os.PathLike[str], push_to_hub: bool | str, creating: Mapping[str, Any]
+) -> Path:
+    """The folder ``path`` with ``config.json`` in it, written whole; uploaded as :meth:`BaseDeltaConfig.save_finetuned`
+    says.
+
+    >>> import tempfile
+    >>> save_config(fd.BitFitConfig(), tempfile.mkdtemp() + "/run", False, {}).name
+    'run'
+    """
+    if unknown := sorted(creating.keys() - {"private", "token", "commit_message"}):
+        raise ConfigError(
+            f"save_finetuned takes no {unknown[0]}: a config is written whole, as {CONFIG} in the folder."
+        )
+    text = config_text([{**storable(config), **{key: getattr(config, key) for key in PROVENANCE}}], {})
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / CONFIG, text)
+    if push_to_hub:
+        repository = folder.resolve().name if push_to_hub is True else push_to_hub
+        upload(folder, repository, so_far=f"{folder} is saved, but ", **creating)
+    return folder
+
+
+def storable(config: BaseDeltaConfig) -> dict[str, Any]:
+    """The config's fields as JSON gives them back, without those that the file has once (`PROVENANCE`).
+
+    >>> storable(fd.LoraConfig(modified_modules=["query"]))["modified_modules"]
+    ['query']
+    """
+    if not config.delta_type:
+        name = type(config).__name__
+        raise ConfigError(f'{name} could never be loaded again: register it, @fd.register("a_name") above the class.')
+    fields = {key: value for key, value in config.to_dict().items() if key not in PROVENANCE}
+    for key, value in fields.items():
+        try:
+            fields[key] = json.loads(json.dumps(value))
+        except TypeError as error:
+            name = f"{type(config).__name__}.{key}"
+            raise ConfigError(f"{name}={value!r} cannot be saved: JSON has no such value ({error}).") from error
+    return fields
+
+
+def write_config(file: Path, configs: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
+    """The JSON file of one config, or of several as a union, with the facts ``about`` the save; keys sorted.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "config.json"
+    >>> write_config(file, [{"delta_type": "bitfit"}, {"delta_type": "lora"}], {"members": 3})
+    >>> read_config(file)
+    {'delta_type': 'union', 'deltas': [{'delta_type': 'bitfit'}, {'delta_type': 'lora'}], 'members': 3}
+    """
+    file.write_text(config_text(configs, about), encoding="utf-8")
+
+
+def config_text(configs: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
+    """The text of that file.
+
+    >>> config_text([{"delta_type": "lora"}], {"members": 3})
+    '{\\n  "delta_type": "lora",\\n  "members": 3\\n}\\n'
+    """
+    described = configs[0] if len(configs) == 1 else {"delta_type": "union", "deltas": list(configs)}
+    return json.dumps({**described, **about}, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The data of ``config.json``; raises `CheckpointError` unless it is an object with a ``delta_type``.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp()) / "config.json"
+    >>> write_config(file, [{"delta_type": "lora"}], {"members": None})
+    >>> read_config(file)
+    {'delta_type': 'lora', 'members': None}
+    """
+    return parse_config(str(file), file.read_text(encoding="utf-8"))
+
+
+def parse_config(where: str, text: str) -> dict[str, Any]:
+    """The same of the ``text`` that was found ``where``.
+
+    >>> parse_config("config.json", '{"delta_type": "lora"}')
+    {'delta_type': 'lora'}
+    """
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"'{where}' is no JSON: {error}.") from error
+    if not isinstance(data, dict) or "delta_type" not in data:
+        raise CheckpointError(f"'{where}' describes no delta: expected an object with a \"delta_type\".")
+    return data
+
+
+def configs_of(where: str, data: Mapping[str, Any], *, provenance: bool) -> tuple[BaseDeltaConfig, ...]:
+    """The configs that the data of a ``config.json`` describes; ``provenance``: with the fields `PROVENANCE`.
+
+    >>> configs_of("config.json", {"delta_type": "lora", "lora_r": 4, "members": 3}, provenance=False)[0].lora_r
+    4
+    """
+    origin = {key: data.get(key) for key in PROVENANCE} if provenance else {}
+    origin |= {key: data[key] for key in ("opendelta_version",) if key in data}
+    try:
+        return tuple(AutoDeltaConfig.from_dict(part | origin) for part in _described(data))
+    except ConfigError as error:
+        hint = "A method of your own has to be registered (@fd.register) before its files are loaded."
+        raise CheckpointError(f"'{where}': {error} {hint}") from error
+
+
+def check_same_save(folder: Path, data: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Raises `CheckpointError` naming the fields in which ``config.json`` and ``delta.safetensors`` disagree.
+
+    >>> check_same_save(Path("run"), {"delta_type": "lora"}, {"configs": '[{"delta_type": "lora"}]'})
+    """
+    if "configs" not in metadata:  # not written by save: there is nothing to compare with
+        return
+    here, there = _described(data), json.loads(metadata["configs"])
+    lines = [f"{len(here)} configs against {len(there)}"] if len(here) != len(there) else []
+    for one, other in zip(here, there, strict=False):
+        fields = [key for key in one | other if one.get(key) != other.get(key)]
+        lines += [f"{key}: {one.get(key)!r} against {other.get(key)!r}" for key in sorted(fields)]
+    members = json.loads(metadata.get("members", "null"))
+    if data.get("members") != members:
+        lines.append(f"members: {data.get('members')} against {members}")
+    if lines:
+        raise CheckpointError(
+            f"'{folder}': {CONFIG} and {TENSORS} are not of the same save:\n" + "\n".join(lines) + "\nTo change a "
+            "field of a saved config, leave the file as it is and pass the field when loading: "
+            "from_finetuned(path, backbone_model=backbone, field=value)."
+        )
+
+
+def changed(
+    folder: Path,
+    saved: tuple[BaseDeltaConfig, ...],
+    config: BaseDeltaConfig | Sequence[BaseDeltaConfig] | None,
+    overrides: Mapping[str, Any],
+) -> tuple[BaseDeltaConfig, ...]:
+    """The configs to load with: the saved ones or ``config`` instead, with the fields of ``overrides``.
+
+    >>> changed(Path("run"), (BaseDeltaConfig(),), None, {"batch_dim": 1})[0].batch_dim
+    1
+    """
+    configs = saved if config is None else (config,) if isinstance(config, BaseDeltaConfig) else tuple(config)
+    if not overrides:
+        return configs
+    if len(configs) != 1:
+        raise CheckpointError(
+            f"'{folder}' has {len(configs)} configs, so it is not clear in which of them to change "
+            f"{', '.join(overrides)}: pass delta_config=[...] with all of them."
+        )
+    return (configs[0].replace(**overrides),)
+
+
+def _described(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each config's own fields in the data of a ``config.json``."""
+    parts = data.get("deltas", []) if data["delta_type"] == "union" else [data]
+    return [{key: value for key, value in part.items() if key not in _ABOUT_THE_FILE} for part in parts]

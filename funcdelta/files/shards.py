@@ -1,0 +1,153 @@
+"""Members saved in parts: one folder ``members-<first>-<last>`` a process, and the stack joined from them.
+
+Each folder is an ordinary checkpoint (``fd.AutoDeltaModel.from_finetuned`` reads it), replaced as a whole, with the
+optimiser's state beside it where one was given: what a process that died has to be started again from.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..errors import CheckpointError, ParamsError
+from ..pytrees.leaves import named
+from ..stacks.params import cat, members, take
+from .atomic import recover, replace_folder
+from .checkpoint import load, save
+from .tensorfile import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from ..model import DeltaModel
+
+STATE = "state.safetensors"
+FOLDER = re.compile(r"members-(\d+)-(\d+)")
+MOVED = re.compile(r"\.(members-\d+-\d+)\.old")
+
+
+def save_shard(
+    delta: DeltaModel,
+    stack: dict[str, Tensor],
+    path: str | os.PathLike[str],
+    mine: slice,
+    state: Any = None,
+    *,
+    hash_backbone: bool = True,
+) -> Path:
+    """Write the members ``mine`` (a slice of all, as ``shard`` gives it) to ``path/members-<first>-<last>``.
+
+    ``state`` is any pytree of tensors with the member axis first, the optimiser's for example. A kill leaves what was
+    there before. Returns the folder. Raises ``CheckpointError`` where the folder of another part overlaps.
+
+    >>> import tempfile
+    >>> delta = fd.LoraModel(nn.Sequential(nn.Linear(4, 3)), lora_r=2, modified_modules=["0"])
+    >>> folder = save_shard(delta, delta.init(0, n=4), tempfile.mkdtemp(), slice(4, 8))
+    >>> folder.name
+    'members-4-7'
+    """
+    first, count = int(mine.start or 0), members(stack)
+    if mine.stop is None or mine.stop - first != count or mine.step not in (None, 1):
+        raise ParamsError(f"save_shard: {mine} are not {count} members, as the stack has; write slice(first, stop).")
+    if state is not None and members(state) != count:
+        raise ParamsError(f"save_shard: the stack has {count} members, the state {members(state)}.")
+    plain = [name for name, leaf in named(state) if not isinstance(leaf, Tensor)] if state is not None else []
+    if plain:
+        raise ParamsError(f"save_shard: the leaf {plain[0]} of the state is no tensor, so it would be lost.")
+    for other_first, other_last in _folders(Path(path)):
+        if (other_first, other_last) != (first, mine.stop - 1) and other_first < mine.stop and first <= other_last:
+            raise CheckpointError(
+                f"'{path}' has members-{other_first}-{other_last}, which overlaps members-{first}-{mine.stop - 1}: a "
+                f"run over another number of processes goes to a folder of its own."
+            )
+
+    def write(folder: Path) -> None:
+        save(delta, stack, folder, hash_backbone=hash_backbone)
+        if state is not None:
+            write_tensors(folder / STATE, dict(named(state)), {})
+
+    return replace_folder(Path(path) / f"members-{first}-{mine.stop - 1}", write)
+
+
+def load_shards(
+    delta: DeltaModel, path: str | os.PathLike[str], wanted: int | slice, like: Any = None, *, check_hash: bool = True
+) -> Any:
+    """The members ``wanted`` as one stack, joined from the folders in ``path``: all n (a number), or a slice of them.
+
+    With ``like``, a state of the structure that was saved, gives ``(stack, state)``. The parts may be other ones than
+    were saved, as on another number of processes.
+
+    Raises ``CheckpointError`` naming the members that are missing, and folders that do not fit.
+
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp()
+    >>> delta = fd.LoraModel(nn.Sequential(nn.Linear(4, 3)), lora_r=2, modified_modules=["0"])
+    >>> stack = delta.init(0, n=8)
+    >>> for mine in (slice(0, 4), slice(4, 8)):
+    ...     folder = save_shard(delta, fd.take(stack, mine), path, mine)
+    >>> all(torch.equal(leaf, stack[name]) for name, leaf in load_shards(delta, path, 8).items())
+    True
+    >>> load_shards(delta, path, 12)
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.CheckpointError: ... lacks the members 8 to 11 of 0 to 11 ...
+    """
+    first, stop = (0, wanted) if isinstance(wanted, int) else (wanted.start or 0, wanted.stop)
+    parts, here = [], first
+    folders = [pair for pair in _folders(Path(path)) if pair[0] < stop and first <= pair[1]]
+    missing: list[tuple[int, int]] = []
+    for begin, last in folders:
+        if begin < here and parts:
+            raise CheckpointError(f"'{path}': members-{begin}-{last} overlaps the folder before it; remove the older.")
+        if begin > here:
+            missing.append((here, begin - 1))
+        parts.append((begin, last))
+        here = last + 1
+    if here < stop:
+        missing.append((here, stop - 1))
+    if missing:
+        gaps = ", ".join(f"{a} to {b}" if a != b else str(a) for a, b in missing)
+        known = ", ".join(f"members-{begin}-{last}" for begin, last in folders) or "no folder of these"
+        raise CheckpointError(
+            f"'{path}' lacks the members {gaps} of {first} to {stop - 1} (it has {known}): train them, on a process "
+            f"that takes fd.seeds(seed, n)[{missing[0][0]}:{missing[0][1] + 1}]."
+        )
+    stacks, states = [], []
+    for begin, last in parts:
+        folder = Path(path) / f"members-{begin}-{last}"
+        found, stack = load(folder, delta.backbone, check_hash=check_hash, example=delta.example)
+        if found.names != delta.names or found.shapes != delta.shapes or members(stack) != last - begin + 1:
+            raise CheckpointError(f"'{folder}' is of another delta: expected {delta!r}, found {found!r}.")
+        cut = slice(max(first - begin, 0), min(stop, last + 1) - begin)
+        stacks.append(take(stack, cut))
+        if like is not None:
+            states.append(take(_state(folder, like), cut))
+    return cat(stacks) if like is None else (cat(stacks), cat(states))
+
+
+def _folders(path: Path) -> list[tuple[int, int]]:
+    """``(first, last)`` of every part in ``path``, in order; what a killed save left behind is put right before."""
+    if not path.is_dir():
+        return []
+    for entry in list(path.iterdir()):
+        if moved := MOVED.fullmatch(entry.name):
+            recover(path / moved[1])
+    found = (FOLDER.fullmatch(entry.name) for entry in path.iterdir() if entry.is_dir())
+    return sorted((int(match[1]), int(match[2])) for match in found if match)
+
+
+def _state(folder: Path, like: Any) -> Any:
+    """The state saved in ``folder``, with the structure of ``like``."""
+    if not (folder / STATE).is_file():
+        raise CheckpointError(f"'{folder}' holds no state: it was saved without state=; leave like= out.")
+    tensors, _ = read_tensors(folder / STATE)
+    wanted = {name: leaf for name, leaf in named(like) if isinstance(leaf, Tensor)}
+    wrong = sorted(wanted.keys() ^ tensors.keys())
+    wrong += [n for n in wanted.keys() & tensors.keys() if wanted[n].shape[1:] != tensors[n].shape[1:]]
+    if wrong:
+        raise CheckpointError(f"'{folder / STATE}' does not fit like= (first: {wrong[0]}).")
+    leaves = [tensors[name].to(leaf.device) for name, leaf in wanted.items()]
+    return pytree.tree_unflatten(leaves, pytree.tree_structure(like))

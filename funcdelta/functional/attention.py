@@ -1,0 +1,103 @@
+"""Second order through fused attention: swap in the attention that has a double backward, in this thread only.
+
+Fused scaled-dot-product kernels have neither a double backward nor forward-mode derivatives. torch's own switch,
+``sdpa_kernel``, is global to the process and would change what other threads compute, so a thread-local function
+mode replaces the call by its mathematical form instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..transforms import wants_mathematical_attention
+
+_wanted = threading.local()
+
+
+def mathematical_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``softmax(q kᵀ scale + mask) v`` by operations that can be differentiated any number of times.
+
+    >>> q = torch.randn(1, 2, 3, 4)
+    >>> torch.allclose(mathematical_attention(q, q, q), F.scaled_dot_product_attention(q, q, q), atol=1e-6)
+    True
+    """
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        # The operator adds its mask; a boolean one would be added as 0 and 1.
+        zeros = torch.zeros_like(attn_mask, dtype=query.dtype)
+        attn_mask = zeros.masked_fill(attn_mask.logical_not(), -torch.inf)
+    out, _ = torch.ops.aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+    )
+    return out
+
+
+class MathematicalAttention(TorchFunctionMode):
+    """Replaces every call of ``scaled_dot_product_attention`` inside the block, in this thread only."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return mathematical_attention(*args, **kwargs)
+        if func is F.multi_head_attention_forward and not kwargs.get("need_weights", True):
+            # What it calls is out of a mode's sight; with its weights wanted it uses plain matrix products itself.
+            out, _ = func(*args, **{**kwargs, "need_weights": True})
+            return out, None
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def higher_order() -> Iterator[None]:
+    """Make calls inside the block twice differentiable by ``torch.autograd.grad(..., create_graph=True)``.
+
+    ``torch.func`` transforms need no such block: nested ones are seen. Autograd's ``create_graph`` cannot be seen
+    while the forward runs, so it has to be announced.
+
+    >>> with higher_order():
+    ...     needs_mathematical_attention()
+    True
+    """
+    before = getattr(_wanted, "yes", False)
+    _wanted.yes = True
+    try:
+        yield
+    finally:
+        _wanted.yes = before
+
+
+def needs_mathematical_attention() -> bool:
+    """Whether this call runs inside ``higher_order()`` or transforms that fused attention cannot serve.
+
+    >>> needs_mathematical_attention()
+    False
+    """
+    return getattr(_wanted, "yes", False) or wants_mathematical_attention()
+
+
+@torch._dynamo.assume_constant_result
+def _needed_while_tracing() -> bool:
+    return needs_mathematical_attention()
+
+
+def attention_for_this_call() -> contextlib.AbstractContextManager[Any]:
+    """The context in which the backbone has to run."""
+    needed = _needed_while_tracing() if torch.compiler.is_compiling() else needs_mathematical_attention()
+    return MathematicalAttention() if needed else contextlib.nullcontext()

@@ -1,0 +1,1 @@
+"""Unlike members in one stack."""

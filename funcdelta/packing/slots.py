@@ -1,0 +1,181 @@
+"""Slots: which configs of unlike members share one packed config of a stack.
+
+Two configs share a slot where they are of one method, agree in every field that a call reads, and have leaves of one
+shape, or of sizes that the method lets zeros make longer. The order in which a member's own configs act is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import BaseDeltaConfig
+from ..errors import ParamsError
+from ..model import DeltaModel
+from ..planning.plan import Attachment
+from ..planning.sharing import Shared
+from ..stacks.params import members
+from .packed import Origin, Packed, packed_class
+
+NOT_DONE_BY_A_CALL = (
+    *("modified_modules", "exclude_modules", "unfrozen_modules", "unfrozen_init", "common_structure", "name"),
+    *("backbone_class", "backbone_checkpoint_name", "backbone_hash"),
+)
+"""Fields that have done their work when a delta has been built."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Members side by side that came from one delta; ``number`` tells stacks apart, ``None``: single members."""
+
+    delta: DeltaModel
+    stack: Mapping[str, Tensor]
+    number: int | None
+
+    @property
+    def kind(self) -> Any:
+        """What decides where its leaves stand."""
+        return self.delta.configs, self.number
+
+    @property
+    def n(self) -> int:
+        """The number of members."""
+        return members(self.stack)
+
+
+@dataclass
+class Slot:
+    """A packed config in the making: the origins that share it, and where each of them acts."""
+
+    name: str
+    origins: list[Origin] = field(default_factory=list)
+    sites: dict[str, Attachment] = field(default_factory=dict)
+    whole: bool = True
+    shared: Shared | None = None
+    index: dict[Any, int] = field(default_factory=dict)
+
+    def why_not(self, config: BaseDeltaConfig, own: Mapping[str, Attachment], group: Shared | None) -> str | None:
+        """Why ``config`` cannot share this slot, ``"size"`` for leaves whose sizes differ and cannot be padded."""
+        known = self.origins[0].config
+        if type(known) is not type(config) or _fixed(known) != _fixed(config):
+            return "method"
+        same_sites = own.keys() == self.sites.keys()
+        parts = any(a.site.parts for a in (*own.values(), *self.sites.values()))
+        if not same_sites and (
+            "" in own or "" in self.sites or parts or (config.gives("expand") and group is not None)
+        ):
+            return "sites"
+        for path in own.keys() & self.sites.keys():
+            a, b = own[path], self.sites[path]
+            if a.site.exit != b.site.exit or a.site.parts != b.site.parts:
+                return "sites"
+            if _beside_padding(a) != _beside_padding(b):
+                return "size"
+        return None if _shared_shapes(group) == _shared_shapes(self.shared) else "size"
+
+    def config(self, taken: set[str], everyone: bool, delta: DeltaModel) -> Packed:
+        """The packed config, named as no other and nothing in the backbone is."""
+        first = self.origins[0].config
+        if first.gives("prompt") and not everyone:
+            raise ParamsError(
+                f"{self.name} makes inputs longer, so members with it and without it, or of unlike length, cannot "
+                f"share a batch: pack those of one length by themselves."
+            )
+        fields: dict[str, Any] = {f.name: getattr(first, f.name) for f in dataclasses.fields(first)}
+        if not self.whole:
+            ends = [(path, a.site.exit or path) for path, a in self.sites.items()]
+            names = [end for pair in ends for end in pair] if first.gives("spans") else [path for path, _ in ends]
+            fields |= {
+                "modified_modules": tuple(map(exactly, names)),
+                "exclude_modules": None,
+                "common_structure": None,
+            }
+        fields |= {"name": _free_name(self.name, taken, self.sites, delta.backbone), "unfrozen_modules": ("deltas",)}
+        every = self.sites.keys()
+        origins = (o if set(o.sites or ()) != every else dataclasses.replace(o, sites=None) for o in self.origins)
+        return packed_class(type(first))(**fields, origins=tuple(origins), optional=not everyone)
+
+
+def place(chunk: Chunk, slots: list[Slot], padding: str) -> tuple[int, ...]:
+    """The slot of every config of the chunk's delta, in the order in which they act; new ones where none fits."""
+    delta, start = chunk.delta, 0
+    places: list[int] = []
+    for config, name in zip(delta.configs, delta.plan.names, strict=True):
+        own = sites_of(delta, name)
+        group = next((group for group in delta.plan.shared if group.name == name), None)
+        reasons = [slot.why_not(config, own, group) for slot in slots[start:]]
+        for i, reason in enumerate(reasons):
+            sites = slots[start + i].sites
+            both = own.keys() & sites.keys()
+            if padding == "group" and any(_shapes(own[path]) != _shapes(sites[path]) for path in both):
+                reasons[i] = reason or "size"
+        if padding == "pad" and "size" in reasons and None not in reasons:
+            raise ParamsError(
+                f"{config.delta_type}: the leaves of {name} differ in sizes that no zeros can make equal. Write "
+                f'padding="auto", which gives each size leaves of its own, or pack them apart.'
+            )
+        place = start + reasons.index(None) if None in reasons else len(slots)
+        if place == len(slots):
+            slots.append(Slot(name, shared=group))
+        slot = slots[place]
+        if slot.origins and own.keys() != slot.sites.keys():
+            slot.whole = False
+        slot.index[chunk.kind] = len(slot.origins)
+        slot.origins.append(Origin(config, tuple(own), chunk.number))
+        slot.sites = {**own, **slot.sites}
+        places.append(place)
+        start = place + 1
+    return tuple(places)
+
+
+def sites_of(delta: DeltaModel, name: str) -> dict[str, Attachment]:
+    """The sites of the delta called ``name``, by path.
+
+    >>> list(sites_of(fd.LoraModel(nn.Sequential(nn.Linear(4, 8)), modified_modules=["0"]), "lora"))
+    ['0']
+    """
+    return {a.site.path: a for a in delta.plan.all() if a.name == name}
+
+
+def _shared_shapes(group: Shared | None) -> dict[str, tuple[int, ...]]:
+    return {} if group is None else {leaf: group.shapes[key] for leaf, key in group.leaves.items()}
+
+
+def _fixed(config: BaseDeltaConfig) -> dict[str, Any]:
+    """The fields of which a call depends by other ways than through leaves."""
+    free = (*NOT_DONE_BY_A_CALL, *config.in_leaves, *config.as_leaves)
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in free}
+
+
+def _shapes(a: Attachment) -> dict[str, list[int]]:
+    """The shapes of the leaves that a site has for itself."""
+    return {leaf: list(a.shapes[key]) for leaf, key in a.leaves.items() if key in a.shapes}
+
+
+def _beside_padding(a: Attachment) -> dict[str, list[int]]:
+    """The same, with 0 for the sizes that may be made longer."""
+    shapes = _shapes(a)
+    for paddable in a.config.padding(a.site).values():
+        for leaf, axis in paddable.axes.items():
+            shapes[leaf][axis] = 0
+    return shapes
+
+
+def exactly(name: str) -> str:
+    """What names this module or parameter alone."""
+    return f"[r]^{re.escape(name)}$"
+
+
+def _free_name(base: str, taken: set[str], sites: Iterable[str], backbone: nn.Module) -> str:
+    places = [backbone, *(backbone.get_submodule(path) for path in sites)]
+    name, number = base, 0
+    while name in taken or any(isinstance(getattr(place, name, None), (nn.Module, Tensor)) for place in places):
+        number += 1
+        name = f"{base}_{number}"
+    taken.add(name)
+    return name

@@ -1,0 +1,110 @@
+"""Leaves of a pytree, their dotted names, and the check that two pytrees have one structure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..errors import ParamsError, StackError
+
+__all__ = ["align", "compute_dtype", "leading", "named"]
+
+
+def named(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of ``tree`` with dotted names, in torch's order (dicts keep insertion order).
+
+    A flat dict's names are its keys; below that, keys, positions and field names are joined with dots.
+
+    >>> [name for name, _ in named({"a.lora_A": torch.ones(1), "moments": ({"b": torch.ones(1)}, 3)})]
+    ['a.lora_A', 'moments.0.b', 'moments.1']
+    """
+    if type(tree) is dict and all(isinstance(leaf, Tensor) for leaf in tree.values()):
+        return [(str(key), leaf) for key, leaf in tree.items()]
+    pairs, _ = pytree.tree_flatten_with_path(tree)
+    return [(".".join(_token(entry) for entry in path), leaf) for path, leaf in pairs]
+
+
+def _token(entry: Any) -> str:
+    """One step of a path: the key of a dict, the field of a named tuple, the position in a list."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+def align(first: Any, other: Any, *, first_is: str, other_is: str) -> list[Any]:
+    """The leaves of ``other`` in the order of ``first``; dicts are matched by key, whatever their order.
+
+    ``first_is`` and ``other_is`` say in the error what the trees are.
+
+    >>> align({"a": 1, "b": 2}, {"b": 20, "a": 10}, first_is="params", other_is="updates")
+    [10, 20]
+    >>> align({"a": 1, "b": 2}, {"a": 10}, first_is="params", other_is="updates")
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.ParamsError: Leaf 'b' stands in params but not in updates. Both need the same keys.
+    """
+    spec = pytree.tree_structure(first)
+    leaves, found = pytree.tree_flatten(other)
+    if spec == found:
+        return leaves
+    expected_names, found_names = ([name for name, _ in named(tree)] for tree in (first, other))
+    for names, others, here, there in (
+        (expected_names, found_names, first_is, other_is),
+        (found_names, expected_names, other_is, first_is),
+    ):
+        missing = set(names) - set(others)
+        if missing:
+            name = next(name for name in names if name in missing)
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise ParamsError(f"Leaf {name!r}{more} stands in {here} but not in {there}. Both need the same keys.")
+    try:
+        return spec.flatten_up_to(other)
+    except ValueError as error:
+        raise ParamsError(f"{first_is} and {other_is} are built of different containers: {error}") from error
+
+
+def leading(tree: Any, names_of_interest: Sequence[str] | None = None) -> int:
+    """The length of the member axis, which all tensor leaves of ``tree`` must share.
+
+    ``names_of_interest`` limits the check to those leaves. Raises ``StackError`` naming the leaf that has no
+    member axis, or two leaves that disagree.
+
+    >>> leading({"a": torch.ones(3, 2), "b": torch.ones(3)})
+    3
+    """
+    pairs = [(name, leaf) for name, leaf in named(tree) if isinstance(leaf, Tensor)]
+    if names_of_interest is not None:
+        wanted = set(names_of_interest)
+        pairs = [pair for pair in pairs if pair[0] in wanted]
+    if not pairs:
+        raise StackError("A stack without tensor leaves has no number of members.")
+    first_name, first = pairs[0]
+    # Leaves without any axis come first: "this is one member" explains more than two shapes that disagree.
+    for name, leaf in sorted(pairs, key=lambda pair: pair[1].ndim > 0):
+        if leaf.ndim == 0:
+            raise StackError(
+                f"Leaf {name!r} has shape () and so no member axis; this is one member, not a stack. "
+                "Make a stack with fd.stack([params, ...]), delta.init(seed, n=...), or, for an optimiser's "
+                "state, opt.init(stack, n=...)."
+            )
+        if leaf.shape[0] != first.shape[0]:
+            raise StackError(
+                f"Leaves disagree about the number of members: {first_name!r} has shape "
+                f"{tuple(first.shape)}, {name!r} has {tuple(leaf.shape)}. The first axis of every leaf of a "
+                "stack is the member axis."
+            )
+    return first.shape[0]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: float32 for half precision, else ``dtype`` itself.
+
+    >>> compute_dtype(torch.bfloat16), compute_dtype(torch.float64)
+    (torch.float32, torch.float64)
+    """
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

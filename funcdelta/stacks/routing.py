@@ -1,0 +1,57 @@
+"""Which member runs each row of a batch: an index checked against a stack, and the members that it picks.
+
+Rows are numbered as they stand in the batch. Where a model's ``generate`` makes k rows of each (beams, several
+sequences), they stand side by side and change places only among themselves, so row i belongs to entry i // k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import ParamsError
+from ..transforms import is_wrapped
+
+Index = Sequence[int] | Tensor
+
+
+def read_index(index: Index, n: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """``index`` (b,) as a tensor, and which of its rows have a member; ``None``: all of them.
+
+    Raises ``ParamsError`` where an entry names none of the n members and is not -1. In compiled code and under
+    transforms values cannot be read, so every row counts as one that may be bare.
+
+    >>> read_index([2, -1], 3, torch.device("cpu"))
+    (tensor([ 2, -1]), tensor([ True, False]))
+    >>> read_index([2, 0], 3, torch.device("cpu"))[1] is None
+    True
+    """
+    try:
+        index = torch.as_tensor(index, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ParamsError(f"index is {index!r}; expected one integer a row, such as [0, 2, -1].") from error
+    index = index if index.numel() else index.long()  # an empty list says nothing of its type
+    if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+        raise ParamsError(f"index has the shape {tuple(index.shape)} and dtype {index.dtype}; expected (b,) integers.")
+    index = index.long()  # torch reads uint8 as a mask
+    if torch.compiler.is_compiling() or is_wrapped(index):
+        return index, index >= 0
+    if index.shape[0] and (int(index.max()) >= n or int(index.min()) < -1):
+        raise ParamsError(
+            f"index names the members {int(index.min())} to {int(index.max())}; there are 0 to {n - 1}, and -1."
+        )
+    bare = index < 0
+    return index, ~bare if bool(bare.any()) else None
+
+
+def pick_rows(stack: Mapping[str, Tensor], index: Tensor, times: int = 1) -> dict[str, Tensor]:
+    """One member a row: leaf[index[i // times]] for row i; a bare row (-1) gets the first member, to be masked.
+
+    >>> pick_rows({"a": torch.tensor([5.0, 6.0])}, torch.tensor([1, 0]), times=2)
+    {'a': tensor([6., 6., 5., 5.])}
+    """
+    rows = index.clamp(min=0)
+    rows = rows if times == 1 else rows.repeat_interleave(times)
+    return {name: leaf[rows.to(leaf.device)] for name, leaf in stack.items()}

@@ -1,0 +1,1 @@
+"""Bound deltas as modules of the backbone's class."""
