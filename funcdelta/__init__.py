@@ -4,6 +4,7 @@ import typing as _typing
 
 from . import algebra as algebra
 from . import distributed as distributed
+from . import metrics as metrics
 from . import optim as optim
 from . import tree as tree
 from .auto import AdapterModel as AdapterModel

@@ -109,7 +109,7 @@ def vdot(a: Any, b: Any, per_member: bool = False) -> Tensor:
     sums = []
     for name, x in pairs:
         product = x.to(compute_dtype(x.dtype)) * others[name]
-        sums.append(product.reshape((*_members_of(x, per_member), -1)).sum(-1))
+        sums.append(_flat(product, per_member).sum(-1))
     return torch.stack(sums).sum(0) if sums else torch.zeros(())
 
 
@@ -127,7 +127,7 @@ def norm(a: Any, per_member: bool = False) -> Tensor:
     norms = []
     for _, x in pairs:
         wide = x.to(compute_dtype(x.dtype))
-        norms.append(torch.linalg.vector_norm(wide.reshape((*_members_of(x, per_member), -1)), dim=-1))
+        norms.append(torch.linalg.vector_norm(_flat(wide, per_member), dim=-1))
     return torch.linalg.vector_norm(torch.stack(norms), dim=0) if norms else torch.zeros(())
 
 
@@ -155,7 +155,7 @@ def ravel(tree: Tree, per_member: bool = False) -> tuple[Tensor, Callable[[Tenso
     width = sum(sizes)
     # Only the leaves that are not tensors are kept, so that a long-lived unravel holds no one's memory.
     kept = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    flat = [leaf.reshape((*_members_of(leaf, per_member), -1)) for leaf in tensors]
+    flat = [_flat(leaf, per_member) for leaf in tensors]
     vector = torch.cat(flat, dim=axes) if flat else torch.zeros(0)
 
     def unravel(vector: Tensor) -> Tree:
@@ -208,9 +208,9 @@ def _map_named(function: Callable[..., Tensor], tree: Tree, *others: Any) -> Tre
     return map(lambda *leaves: function(next(names), *leaves), tree, *others)
 
 
-def _members_of(leaf: Tensor, per_member: bool) -> tuple[int, ...]:
-    """The axes that a sum over one member keeps."""
-    return (leaf.shape[0],) if per_member else ()
+def _flat(leaf: Tensor, per_member: bool) -> Tensor:
+    """All entries in one axis, or those of each member; there may be no members."""
+    return leaf.reshape(leaf.shape[0], leaf.shape[1:].numel()) if per_member else leaf.reshape(-1)
 
 
 def _tensors(tree: Any, function: str) -> list[tuple[str, Tensor]]:

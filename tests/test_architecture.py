@@ -12,7 +12,7 @@ import funcdelta
 
 ROOT = Path(funcdelta.__file__).parent
 FROM_BELOW = (
-    *("errors", "match", "transforms", "pytrees", "tree", "functional"),
+    *("errors", "match", "metrics", "transforms", "pytrees", "tree", "functional"),
     *("sites", "structures", "config", "planning", "calls", "deltas"),
     *("stacks", "executors", "views", "files", "derivatives", "habits", "fresh", "merge", "model"),
     *("from_module", "packing", "optim", "algebra", "distributed", "inspect", "picker", "auto", "interop"),

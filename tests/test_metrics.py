@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from funcdelta import metrics
 from funcdelta.errors import FuncdeltaError
-from funcdelta.train import metrics
 
 SHAPES = [(), (1,), (5,), (2, 3)]
 

@@ -17,7 +17,8 @@ import tiny_text
 import torch
 
 import funcdelta as fd
-from funcdelta.train import InterruptedRunError, Options, Settings, backbones, job, loop, metrics, resume, run
+from funcdelta import metrics
+from funcdelta.train import InterruptedRunError, Options, Settings, backbones, job, loop, resume, run
 from funcdelta.train.errors import JobError
 from funcdelta.train.options import parse_fields
 from funcdelta.train.plot import plot

@@ -203,3 +203,10 @@ def test_one_member_is_no_stack() -> None:
     ):
         with pytest.raises(StackError, match=r"'scale' has shape \(\)"):
             action(one)
+
+
+def test_a_stack_of_no_members_has_no_norms() -> None:
+    empty = {"w": torch.zeros(0, 2, 3), "v": torch.zeros(0)}
+    assert tree.norm(empty, per_member=True).shape == (0,)
+    assert tree.vdot(empty, empty, per_member=True).shape == (0,)
+    assert tree.ravel(empty, per_member=True)[0].shape == (0, 7)

@@ -56,5 +56,5 @@ def naive(stack: Params, weights: Sequence[float] | None = None) -> Params:
     {'w': tensor([2.5000])}
     """
     n = fd.members(stack)
-    shares = torch.tensor(weights if weights is not None else [1 / n] * n)
+    shares = torch.tensor(weights if weights is not None else [1 / n] * n, dtype=torch.float64)
     return fd.tree.map(lambda leaf: leaf.sum(0), fd.tree.scale(stack, shares, per_member=True))

@@ -7,6 +7,8 @@ The accountant is that of the package dp-accounting (extra ``privacy``).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,9 +61,8 @@ def epsilon(steps: int, rate: float, noise: float, delta: float) -> float:
     >>> round(epsilon(steps=100, rate=0.05, noise=1.0, delta=1e-4), 1)
     2.9
     """
-    import dp_accounting
-
-    accountant = dp_accounting.pld.PLDAccountant()
+    dp_accounting = _accountants()
+    accountant = dp_accounting.pld.PLDAccountant(value_discretization_interval=1e-3)
     event = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
     return accountant.compose(event, steps).get_epsilon(delta)
 
@@ -72,11 +73,22 @@ def noise_for(epsilon: float, steps: int, rate: float, delta: float) -> float:
     >>> round(noise_for(epsilon=2.0, steps=100, rate=0.05, delta=1e-4), 2)
     1.2
     """
-    import dp_accounting
+    dp_accounting = _accountants()
 
-    def event(noise: float) -> dp_accounting.DpEvent:
+    def event(noise: float) -> Any:
         step = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
         return dp_accounting.SelfComposedDpEvent(step, steps)
 
-    bracket = dp_accounting.LowerEndpointAndGuess(0.1, 2.0)
-    return dp_accounting.calibrate_dp_mechanism(dp_accounting.pld.PLDAccountant, event, epsilon, delta, bracket)
+    def accountant() -> Any:
+        return dp_accounting.pld.PLDAccountant(value_discretization_interval=1e-3)
+
+    bracket = dp_accounting.LowerEndpointAndGuess(0.5, 2.0)
+    return dp_accounting.calibrate_dp_mechanism(accountant, event, epsilon, delta, bracket, tol=1e-3)
+
+
+def _accountants() -> ModuleType:
+    try:
+        import dp_accounting
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('The accountant is another package: pip install "funcdelta[privacy]"') from error
+    return dp_accounting

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import metrics
+from .. import metrics
 from .sweep import Member
 
 PARTS = ("validation", "test")

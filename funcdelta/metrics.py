@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import FuncdeltaError
+from .errors import FuncdeltaError
 
 BINS = 15
 """How many equal confidence bins the calibration error uses (Guo et al. 2017 use 15)."""

@@ -1,0 +1,200 @@
+"""Recipes about rows against retraining, loops and closed forms: influence, privacy, implicit meta-gradients."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import funcdelta as fd
+from funcdelta.recipes import implicit, influence, privacy
+
+DAMPING = 0.1
+
+
+class Head:
+    """Softmax regression on the outputs of a frozen layer, as a delta that trains the head alone; 40 rows, float64."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        backbone = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+        self.delta = fd.BitFitModel(backbone, modified_modules=["0"], unfrozen_modules=["deltas", "2"])
+        params = self.delta.init(0, dtype=torch.float64)
+        self.start, self.rest = fd.partition(params, "2")
+        self.x, self.y = torch.randn(40, 5, dtype=torch.float64), torch.randint(3, (40,))
+        self.test = (torch.randn(8, 5, dtype=torch.float64), torch.randint(3, (8,)))
+
+    def losses(self, params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.delta.apply(fd.combine(params, self.rest), x), y, reduction="none")
+
+    def fitted(self, weights: Tensor) -> dict[str, Tensor]:
+        """argmin Σ wᵢ Lᵢ / 40 + (damping/2) ‖θ‖², by Newton's method on the raveled head."""
+        vector, unravel = fd.tree.ravel(self.start)
+
+        def objective(vector: Tensor) -> Tensor:
+            fit = (weights * self.losses(unravel(vector), self.x, self.y)).sum() / 40
+            return fit + DAMPING / 2 * vector.square().sum()
+
+        for _ in range(12):
+            slope, curvature = torch.func.grad(objective)(vector), torch.func.hessian(objective)(vector)
+            vector = vector - torch.linalg.solve(curvature, slope)
+        return unravel(vector)
+
+
+@pytest.fixture(scope="module")
+def head() -> Head:
+    return Head()
+
+
+def test_influence_is_what_retraining_without_the_row_changes(head: Head) -> None:
+    whole = head.fitted(torch.ones(40, dtype=torch.float64))
+    before = head.losses(whole, *head.test).mean()
+    # All retrainings are one mapped run.
+    apart = torch.vmap(head.fitted)(1 - torch.eye(40, dtype=torch.float64))
+    after = torch.vmap(lambda p: head.losses(p, *head.test).mean())(apart)
+    found = influence.without_each(head.losses, whole, (head.x, head.y), head.test, damping=DAMPING, steps=30)
+    assert torch.corrcoef(torch.stack([found, after - before]))[0, 1] > 0.99
+    torch.testing.assert_close(found, after - before, rtol=0.3, atol=1e-3)
+
+
+def test_influence_is_the_dense_solve(head: Head) -> None:
+    vector, unravel = fd.tree.ravel(head.start)
+    hessian = torch.func.hessian(lambda v: head.losses(unravel(v), head.x, head.y).mean())(vector)
+    wanted = torch.func.grad(lambda v: head.losses(unravel(v), *head.test).mean())(vector)
+    rows = torch.func.jacrev(lambda v: head.losses(unravel(v), head.x, head.y))(vector)
+    eye = torch.eye(len(vector), dtype=torch.float64)
+    expected = rows @ torch.linalg.solve(hessian + DAMPING * eye, wanted) / 40
+    found = influence.without_each(head.losses, head.start, (head.x, head.y), head.test, damping=DAMPING, steps=40)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-10)
+
+
+def test_self_influence_is_the_squared_norm_of_a_gradient(head: Head) -> None:
+    weight, rest = fd.partition(head.start, "2.weight")
+    rows = torch.func.jacrev(lambda w: head.losses(fd.combine({"2.weight": w}, rest), head.x, head.y))
+    expected = rows(weight["2.weight"]).flatten(1).square().sum(1)
+    found = influence.self_influence(lambda p, x, y: head.losses(fd.combine(p, rest), x, y), weight, (head.x, head.y))
+    torch.testing.assert_close(found, expected)
+
+
+def loss_of_row(head: Head):
+    return lambda params, x, y: head.losses(params, x, y).sum()
+
+
+def test_gradients_are_clipped_row_by_row(head: Head) -> None:
+    found = privacy.gradient(
+        loss_of_row(head), head.start, (head.x, head.y), 0, clip=0.3, noise=0.0, expected=4, chunk_size=5
+    )
+    total = fd.tree.scale(head.start, 0.0)
+    cut = 0
+    for i in range(40):
+        row = torch.func.grad(loss_of_row(head))(head.start, head.x[i : i + 1], head.y[i : i + 1])
+        norm = math.sqrt(sum(float(leaf.square().sum()) for leaf in row.values()))
+        cut += norm > 0.3
+        total = fd.tree.add(total, fd.tree.scale(row, min(1.0, 0.3 / norm)))
+    assert cut > 0
+    for name, leaf in total.items():
+        torch.testing.assert_close(found[name], leaf / 4)
+
+
+def test_one_row_more_moves_the_sum_by_at_most_the_clip(head: Head) -> None:
+    def summed(rows: int) -> dict[str, Tensor]:
+        data = (head.x[:rows], head.y[:rows])
+        return privacy.gradient(loss_of_row(head), head.start, data, 0, clip=0.3, noise=0.0, expected=1)
+
+    assert not any(leaf.any() for leaf in summed(0).values())
+    for rows in range(0, 40, 3):
+        assert fd.tree.norm(fd.tree.sub(summed(rows + 1), summed(rows))) <= 0.3 + 1e-12
+
+
+def test_the_noise_has_its_deviation_and_its_seed(head: Head) -> None:
+    def noise(seed: int) -> Tensor:
+        empty = (head.x[:0], head.y[:0])
+        found = privacy.gradient(loss_of_row(head), head.start, empty, seed, clip=2.0, noise=1.5, expected=6)
+        return fd.tree.ravel(found)[0]
+
+    draws = torch.stack([noise(seed) for seed in range(400)])
+    torch.testing.assert_close(draws.std(), torch.tensor(1.5 * 2.0 / 6, dtype=torch.float64), rtol=0.05, atol=0)
+    assert torch.equal(noise(3), noise(3))
+    assert not torch.equal(noise(3), noise(4))
+    assert abs(float(torch.corrcoef(draws.mT)[0, 1])) < 0.2
+
+
+def test_batches_have_their_rate() -> None:
+    sizes = torch.tensor([float(len(privacy.batch(100, 0.2, seed))) for seed in range(200)])
+    assert abs(float(sizes.mean()) - 20) < 1
+    torch.testing.assert_close(sizes.std(), torch.tensor(4.0), rtol=0.2, atol=0)
+
+
+def gaussian_delta(epsilon: float, sigma: float) -> float:
+    """δ(ε) of one Gaussian mechanism of sensitivity 1, in closed form (Balle and Wang 2018, theorem 8)."""
+
+    def normal(z: float) -> float:
+        return 0.5 * math.erfc(-z / math.sqrt(2))
+
+    first = normal(1 / (2 * sigma) - epsilon * sigma)
+    return first - math.exp(epsilon) * normal(-1 / (2 * sigma) - epsilon * sigma)
+
+
+@pytest.mark.parametrize(("steps", "noise"), [(1, 1.0), (16, 8.0)])
+def test_the_accountant_agrees_with_the_closed_form(steps: int, noise: float) -> None:
+    # Without sampling k steps are one step with the noise divided by √k.
+    found = privacy.epsilon(steps, 1.0, noise, 1e-5)
+    assert gaussian_delta(found, noise / math.sqrt(steps)) == pytest.approx(1e-5, rel=0.02)
+
+
+def test_noise_is_found_for_a_budget() -> None:
+    noise = privacy.noise_for(epsilon=3.0, steps=50, rate=0.1, delta=1e-4)
+    assert privacy.epsilon(50, 0.1, noise, 1e-4) == pytest.approx(3.0, abs=0.02)
+    assert privacy.epsilon(50, 0.1, 2 * noise, 1e-4) < 1.5
+
+
+def quadratic(params: dict[str, Tensor], curvature: Tensor, goal: Tensor) -> Tensor:
+    away = params["w"] - goal
+    return away @ curvature @ away / 2
+
+
+def test_the_implicit_gradient_of_quadratic_tasks_is_exact() -> None:
+    torch.manual_seed(0)
+    root = torch.randn(3, 4, 4, dtype=torch.float64)
+    curvature = root @ root.mT / 4
+    support = (curvature, torch.randn(3, 4, dtype=torch.float64))
+    query = (curvature.flip(0), torch.randn(3, 4, dtype=torch.float64))
+    theta, strength = torch.randn(4, dtype=torch.float64), 2.0
+    found = implicit.meta_gradient(
+        quadratic, {"w": theta}, support, query, strength=strength, steps=400, lr=0.1, solve=8
+    )["w"]
+    eye, expected = torch.eye(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    for i in range(3):
+        system = curvature[i] + strength * eye
+        solution = torch.linalg.solve(system, curvature[i] @ support[1][i] + strength * theta)
+        slope = query[0][i] @ (solution - query[1][i])
+        expected += torch.linalg.solve(system / strength, slope) / 3
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_the_implicit_gradient_is_that_of_many_inner_steps(head: Head) -> None:
+    def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return head.losses(params, x, y).mean()
+
+    support = (head.x.view(2, 20, 5), head.y.view(2, 20))
+    query = (head.test[0].view(2, 4, 5), head.test[1].view(2, 4))
+    options = {"strength": 0.5, "steps": 120, "lr": 0.5}
+
+    def unrolled(params: dict[str, Tensor]) -> Tensor:
+        one = torch.vmap(lambda s, q: loss(implicit.adapt(loss, params, s, **options), *q))
+        return one(support, query).mean()
+
+    expected = torch.func.grad(unrolled)(head.start)
+    found = implicit.meta_gradient(loss, head.start, support, query, **options, solve=15)
+    for name, leaf in expected.items():
+        torch.testing.assert_close(found[name], leaf, rtol=1e-5, atol=1e-8)
+
+
+def test_a_missing_accountant_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "funcdelta\[privacy\]"'):
+        privacy.epsilon(1, 1.0, 1.0, 1e-5)
