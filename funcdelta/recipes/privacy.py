@@ -68,7 +68,7 @@ def epsilon(steps: int, rate: float, noise: float, delta: float) -> float:
 
 
 def noise_for(epsilon: float, steps: int, rate: float, delta: float) -> float:
-    """The least σ that keeps ``steps`` steps within (ε, δ).
+    """The least σ, from 0.2, that keeps ``steps`` steps within (ε, δ).
 
     >>> round(noise_for(epsilon=2.0, steps=100, rate=0.05, delta=1e-4), 2)
     1.2
@@ -82,7 +82,7 @@ def noise_for(epsilon: float, steps: int, rate: float, delta: float) -> float:
     def accountant() -> Any:
         return dp_accounting.pld.PLDAccountant(value_discretization_interval=1e-3)
 
-    bracket = dp_accounting.LowerEndpointAndGuess(0.5, 2.0)
+    bracket = dp_accounting.LowerEndpointAndGuess(0.2, 1.0)
     return dp_accounting.calibrate_dp_mechanism(accountant, event, epsilon, delta, bracket, tol=1e-3)
 
 
