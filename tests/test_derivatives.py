@@ -245,3 +245,12 @@ def test_more_messages(case: Case) -> None:
         fd.hvp(case.loss, case.stack, case.stack, case.tokens, case.labels)
     with pytest.raises(fd.StackError, match=r"per_sample_grads\(loss\) takes one member's params"):
         fd.per_sample_grads(case.loss)(case.stack, case.tokens, case.labels)
+
+
+def test_conjugate_gradients_stay_where_they_have_arrived() -> None:
+    # Long after the residual is rounding: its squares would underflow.
+    for scale in (1.0, 1e-2, 1e-3):
+        values = scale * torch.linspace(1, 2, 20)
+        b = torch.randn(20, generator=torch.Generator().manual_seed(0))
+        found = fd.conjugate_gradient(lambda x, a=values: {"w": a * x["w"]}, {"w": b}, steps=100)
+        torch.testing.assert_close(found["w"], b / values, rtol=1e-4, atol=1e-4)

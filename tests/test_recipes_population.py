@@ -141,3 +141,47 @@ def test_a_strategy_is_its_own_sum(problem) -> None:
         up, down = (score({"w": params["w"] + s * noise}) for s in (0.2, -0.2))
         total += (up - down) / 0.4 * noise / 5
     torch.testing.assert_close(found["w"], total)
+
+
+def test_scores_of_rank_one_perturbations_are_summed_exactly() -> None:
+    torch.manual_seed(0)
+    backbone = torch.nn.Sequential(torch.nn.Linear(3, 4)).double()
+    low, thin = (fd.LoraModel(backbone, lora_r=r, lora_alpha=r, modified_modules=["0"]) for r in (2, 1))
+    start = fd.tree.map(torch.clone, low.init(0, dtype=torch.float64))
+    goal = torch.randn(4, 3, dtype=torch.float64)
+
+    def score(delta, stack):
+        return -(fd.algebra.materialise(delta, stack)["0.weight"] - goal).square().sum((1, 2))
+
+    n, sigma = 5, 0.1
+    found = fd.algebra.materialise(*evolution.rank_one(score, (low, start), thin, 3, n=n, sigma=sigma))["0.weight"]
+    change = fd.algebra.materialise(low, start)["0.weight"]
+    expected = torch.zeros_like(goal)
+    for seed in fd.seeds(3, n):  # a member's perturbation is drawn from its seed alone
+        one = fd.tree.randn_like({k: v for k, v in thin.init(0).items() if k not in thin.constants}, seed)
+        e = (one["0.lora.lora_B"] @ one["0.lora.lora_A"]).double()
+        up, down = (-(change + s * e - goal).square().sum() for s in (sigma, -sigma))
+        expected += (up - down) / (2 * n * sigma) * e
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rank_one_perturbations_estimate_the_gradient() -> None:
+    torch.manual_seed(0)
+    backbone = torch.nn.Sequential(torch.nn.Linear(3, 4))
+    thin = fd.LoraModel(backbone, lora_r=1, lora_alpha=1, modified_modules=["0"])
+    slope = torch.randn(4, 3)
+
+    def score(delta, stack):
+        return (fd.algebra.materialise(delta, stack)["0.weight"] * slope).sum((1, 2))
+
+    found = evolution.rank_one(score, (thin, thin.init(0)), thin, 0, n=3000, sigma=0.1)
+    estimate = fd.algebra.materialise(*found)["0.weight"]
+    assert torch.nn.functional.cosine_similarity(estimate.flatten(), slope.flatten(), dim=0) > 0.98
+    assert abs(float(estimate.norm() / slope.norm()) - 1) < 0.1
+
+
+def test_a_member_that_diverged_is_the_worst() -> None:
+    scores = torch.tensor([0.1, float("nan"), 0.3, 0.2])
+    assert 1 not in halve({"w": torch.arange(4.0)}, scores, keep=0.75)[1]
+    _, _, parents = exploit_and_explore({"w": torch.arange(4.0)}, torch.ones(4), scores, seed=0)
+    assert parents.tolist() == [0, 2, 2, 3]

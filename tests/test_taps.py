@@ -143,8 +143,15 @@ def test_messages(case: Case) -> None:
         logits = case.delta.apply(params, x)
         return (logits - logits.mean(0)).square().sum(1)
 
-    with pytest.raises(fd.ParamsError, match=r"row 0 depends on what .* makes of other rows"):
+    with pytest.raises(fd.ParamsError, match=r"even rows depend on what .* makes of odd ones"):
         fd.taps(mixed, case.params, case.x)
     assert fd.taps(mixed, case.params, case.x, check=False)
+
+    def before(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        logits = case.delta.apply(params, x)
+        return (logits - logits.roll(1, 0)).square().sum(1)
+
+    with pytest.raises(fd.ParamsError, match=r"even rows depend on"):
+        fd.taps(before, case.params, case.x)
     with pytest.raises(fd.ParamsError, match="at least one tap"):
         fd.ghost_norms({})

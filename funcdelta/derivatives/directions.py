@@ -128,9 +128,9 @@ def conjugate_gradient(matvec: Callable[[Tree], Tree], b: Tree, steps: int, damp
     """x with (A + damping · I) x ≈ b, after ``steps`` steps of conjugate gradients from 0; A positive semi-definite.
 
     Exact after as many steps as A + damping · I has distinct eigenvalues (Hestenes and Stiefel 1952). The number of
-    steps is fixed, so that it maps under ``torch.vmap``; a residual that has reached 0 stays there. A direction without
-    curvature (A is not positive definite, and ``damping`` too small) makes the result infinite or nan. Implicit
-    gradients (iMAML) and influence functions take ``matvec`` from :func:`hvp`.
+    steps is fixed, so that it maps under ``torch.vmap``; a residual that has reached the rounding of b stays there. A
+    direction without curvature (A is not positive definite, and ``damping`` too small) makes the result infinite or
+    nan. Implicit gradients (iMAML) and influence functions take ``matvec`` from :func:`hvp`.
 
     >>> conjugate_gradient(lambda x: {"w": x["w"] * torch.tensor([1.0, 4.0])}, {"w": torch.tensor([1.0, 2.0])}, steps=2)
     {'w': tensor([1.0000, 0.5000])}
@@ -139,21 +139,22 @@ def conjugate_gradient(matvec: Callable[[Tree], Tree], b: Tree, steps: int, damp
         raise ParamsError(f"conjugate_gradient(steps={steps!r}): write a whole number, 1 or more.")
     x, residual, direction = tree.scale(b, 0.0), b, b
     rest = tree.vdot(residual, residual)
+    # What is left below the precision of b is rounding: dividing by its curvature would blow it up.
+    floor = rest * torch.finfo(rest.dtype).eps ** 2
     for _ in range(steps):
         product = matvec(direction)
         align(direction, product, first_is="b", other_is="what matvec of conjugate_gradient gives")
         image = tree.add(product, tree.scale(direction, damping))
-        length = _ratio(rest, tree.vdot(direction, image), rest)
+        length = _ratio(rest, tree.vdot(direction, image), rest <= floor)
         x = tree.add(x, tree.scale(direction, length))
         residual = tree.sub(residual, tree.scale(image, length))
         before, rest = rest, tree.vdot(residual, residual)
-        direction = tree.add(residual, tree.scale(direction, _ratio(rest, before, before)))
+        direction = tree.add(residual, tree.scale(direction, _ratio(rest, before, before <= floor)))
     return x
 
 
-def _ratio(a: Tensor, b: Tensor, left: Tensor) -> Tensor:
-    """a / b, and 0 where nothing is ``left`` to solve."""
-    done = left == 0
+def _ratio(a: Tensor, b: Tensor, done: Tensor) -> Tensor:
+    """a / b, and 0 where the solve is ``done``."""
     return torch.where(done, torch.zeros_like(a), a / torch.where(done, torch.ones_like(b), b))
 
 

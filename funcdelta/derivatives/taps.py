@@ -32,11 +32,12 @@ def taps(loss: Callable[..., Tensor], params: Mapping[str, Tensor], *data: Any, 
 
     ``loss(params, *data)`` gives one number a row, (b,): one forward and one backward pass serve all rows. ``params``
     are one member's. A position t is a token, or one more use of the same leaf; a matrix behind a pooled value has one.
-    Leaves that are not matrices (biases, scales), are constant, act otherwise (embeddings, convolutions, Kronecker
-    sums) or on inputs without the rows in front have no tap: for those, and as the slow form of all, there is
+    Leaves that are not matrices (biases, scales), are constant, act otherwise (embeddings, convolutions, x @ W) or on
+    inputs without the rows in front have no tap: for those, and as the slow form of all, there is
     :func:`funcdelta.per_sample_grads`.
 
-    With ``check`` a second backward pass makes sure that no row's loss depends on another row.
+    With ``check`` a second backward pass makes sure that losses of even rows do not depend on odd rows, as they do in
+    any usual mixture of rows.
 
     Raises ``ParamsError`` where the loss is not one number a row, or rows depend on each other.
 
@@ -66,7 +67,7 @@ def taps(loss: Callable[..., Tensor], params: Mapping[str, Tensor], *data: Any, 
         outputs = [y for found in uses.values() for _, y in found]
         grads = _gradients(losses.sum(), outputs, keep=check)
         if check and rows > 1:
-            _refuse_mixed(uses, _gradients(losses[0], outputs, keep=False))
+            _refuse_mixed(uses, _gradients(losses[::2].sum(), outputs, keep=False))
     following = iter(grads)
     result = {}
     for name, found in uses.items():
@@ -87,13 +88,13 @@ def _gradients(value: Tensor, outputs: list[Tensor], keep: bool) -> list[Tensor]
 
 
 def _refuse_mixed(uses: Mapping[str, list[tuple[Tensor, Tensor]]], grads: list[Tensor]) -> None:
-    """Raise where the first row's loss has gradients in other rows."""
+    """Raise where the losses of even rows have gradients in odd ones."""
     names = [name for name, found in uses.items() for _ in found]
     for name, g in zip(names, grads, strict=True):
-        if bool(g[1:].any()):
+        if bool(g[1::2].any()):
             raise ParamsError(
-                f"fd.taps: the loss of row 0 depends on what {name} makes of other rows, so its gradients cannot be "
-                f"told apart by row. Is one number a row lost in an average, the batch not the first axis, or a batch "
+                f"fd.taps: losses of even rows depend on what {name} makes of odd ones, so gradients cannot be told "
+                f"apart by row. Is one number a row lost in an average, the batch not the first axis, or a batch "
                 f"norm in training?"
             )
 

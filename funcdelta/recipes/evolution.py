@@ -1,6 +1,7 @@
 """Evolution strategies: a gradient from scores alone, without a backward pass.
 
-The perturbations are those of the leaves (factor space), and are drawn anew from their seeds: none is stored.
+Perturbations are drawn from their seeds. Those of ``gradient`` are of the leaves (factor space), those of ``rank_one``
+of the weights.
 """
 
 from __future__ import annotations
@@ -32,3 +33,34 @@ def gradient(score: Callable[[Params], Tensor], params: Params, seed: int, *, n:
     with torch.no_grad():
         plus, minus = score(fd.cat([fd.tree.add(centre, step), fd.tree.sub(centre, step)])).chunk(2)
     return fd.tree.mean(fd.tree.scale(noise, (plus - minus) / (2 * sigma), per_member=True))
+
+
+def rank_one(
+    score: Callable[[fd.DeltaModel, Params], Tensor],
+    current: tuple[fd.DeltaModel, Params],
+    thin: fd.DeltaModel,
+    seed: int,
+    *,
+    n: int,
+    sigma: float,
+) -> tuple[fd.DeltaModel, Params]:
+    """(1/(2 n σ)) Σᵢ (f(W + σ Eᵢ) - f(W - σ Eᵢ)) Eᵢ with Eᵢ = bᵢ aᵢᵀ: an estimate of ∂f/∂W, exact as a sum, of rank n.
+
+    ``current`` is the delta so far, ``thin`` one of rank 1 at the same sites (``lora_r=1, lora_alpha=1``) that draws
+    the perturbations. ``score(delta, stack)`` gives one number a member, (n,). The step is
+    ``fd.algebra.sum_exact([current, estimate], weights=[1, rate])``; ``fd.algebra.truncate`` keeps its rank in bounds.
+    Sarkar et al. 2025, "Evolution Strategies at the Hyperscale" (EGGROLL).
+
+    >>> thin = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), lora_r=1, lora_alpha=1, modified_modules=["0"])
+    >>> def score(delta, stack):
+    ...     return fd.algebra.materialise(delta, stack)["0.weight"][:, 0, 0]
+    >>> slope = rank_one(score, (thin, thin.init(0)), thin, seed=0, n=2000, sigma=0.1)
+    >>> fd.algebra.materialise(*slope)["0.weight"][0, :2].round().abs()
+    tensor([1., 0.])
+    """
+    drawn, constants = fd.partition(thin.init(0, n=n), thin.trainable)
+    noise = fd.combine(fd.tree.randn_like(drawn, fd.seeds(seed, n)), constants)
+    centre = (current[0], fd.broadcast(current[1], n))
+    with torch.no_grad():
+        plus, minus = (score(*fd.algebra.sum_exact([centre, (thin, noise)], weights=[1.0, s])) for s in (sigma, -sigma))
+    return fd.algebra.sum_exact((thin, noise), weights=(plus - minus) / (2 * n * sigma))

@@ -1,7 +1,7 @@
 """Populations: members that compete while they train, in one stack.
 
 A population is any pytree whose leaves have the member axis first: a stack, or a pair of a stack and its optimiser's
-state. ``scores`` is one number a member, (n,), higher is better. The learning rates stand beside it, (n,):
+state. ``scores`` is one number a member, (n,), higher is better, nan the worst. The learning rates stand beside it, (n,):
 ``fd.optim.adamw(lr=rates)`` has no state of its own, so a new one goes on with the old state.
 """
 
@@ -33,7 +33,7 @@ def exploit_and_explore(
     (tensor([1., 1., 1.]), True)
     """
     n = fd.members(population)
-    order = scores.argsort(descending=True)
+    order = scores.nan_to_num(nan=-torch.inf).argsort(descending=True)  # torch ranks nan highest
     replaced = max(1, int(share * n))
     parents = torch.arange(n, device=scores.device)
     parents[order[-replaced:]] = order[:replaced]
@@ -53,5 +53,6 @@ def halve(population: Population, scores: Tensor, *, keep: float = 0.5) -> tuple
     >>> halve({"w": torch.tensor([1.0, 2.0, 3.0, 4.0])}, torch.tensor([0.1, 0.9, 0.5, 0.4]))
     ({'w': tensor([2., 3.])}, tensor([1, 2]))
     """
-    survivors = scores.topk(max(1, int(keep * fd.members(population)))).indices.sort().values
+    finite = scores.nan_to_num(nan=-torch.inf)  # torch ranks nan highest
+    survivors = finite.topk(max(1, int(keep * fd.members(population)))).indices.sort().values
     return fd.take(population, survivors), survivors

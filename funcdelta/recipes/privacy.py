@@ -41,7 +41,10 @@ def gradient(
     """(Σᵢ ∇Lᵢ min(1, C/‖∇Lᵢ‖) + σ C ε) / ``expected``: C is ``clip``, σ is ``noise``, ε standard normal by ``seed``.
 
     ``loss(params, *rows)`` is that of a batch of one row, (); ``params`` are the leaves that train. ``expected`` is the
-    expected number of rows, rate × rows: the true number of a step is private. Give every step a seed of its own.
+    expected number of rows, rate × rows: the true number of a step is private. A row whose gradient is not finite
+    counts as 0. Give every step of every member a seed of its own, and keep seeds secret: whoever knows the noise can
+    take it away, and the noise of two members that share it is told from their difference. torch's generator is no
+    cryptographic one.
 
     >>> def loss(params, x):
     ...     return (params["w"] * x).sum()
@@ -49,7 +52,9 @@ def gradient(
     {'w': tensor([0.3000, 0.6500])}
     """
     rows = fd.per_sample_grads(loss, chunk_size)(params, *data)
-    factors = (clip / fd.tree.norm(rows, per_member=True).clamp(min=1e-12)).clamp(max=1.0)
+    norms = fd.tree.norm(rows, per_member=True)
+    rows = fd.tree.map(lambda leaf: leaf[norms.isfinite()], rows)
+    factors = (clip / norms[norms.isfinite()].clamp(min=1e-12)).clamp(max=1.0)
     total = fd.tree.map(lambda leaf: leaf.sum(0), fd.tree.scale(rows, factors, per_member=True))
     noisy = fd.tree.add(total, fd.tree.scale(fd.tree.randn_like(total, seed), noise * clip))
     return fd.tree.scale(noisy, 1 / expected)
