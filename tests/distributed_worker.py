@@ -51,8 +51,11 @@ class Tiny(nn.Module):
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3)
         self.register_buffer("shift", torch.randn(WIDTH))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids) + self.shift
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
+        x = (self.embed(input_ids) if inputs_embeds is None else inputs_embeds) + self.shift
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x).mean(1))
@@ -66,6 +69,7 @@ CONFIGS: dict[str, fd.BaseDeltaConfig] = {
     # out_proj is read by the attention above it: the weights form. Norms end in a view.
     "bitfit": fd.BitFitConfig(modified_modules=["attention", "norm", "down"]),
     "adapter": fd.AdapterConfig(bottleneck_dim=3, modified_modules=["blocks.0", "blocks.1"]),
+    "soft_prompt": fd.SoftPromptConfig(soft_token_num=2),
 }
 
 
@@ -163,7 +167,8 @@ def backbone(rank: int, world: int, folder: Path) -> dict[str, Any]:
             results = {
                 "apply": delta.apply(one, ids[0]),
                 "bare": delta.apply({}, ids[0]),
-                "rows": delta.apply_rows(stack, [2, -1], ids[0]),
+                # A bare row would be shorter than the others.
+                "rows": delta.apply_rows(stack, [2, 0 if name == "soft_prompt" else -1], ids[0]),
                 **{
                     engine: delta.apply_many(stack, ids, in_dims=0, engine=engine)
                     for engine in ("fold", "vmap", "loop")

@@ -1,8 +1,8 @@
 """Populations: members that compete while they train, in one stack.
 
 A population is any pytree whose leaves have the member axis first: a stack, or a pair of a stack and its optimiser's
-state. ``scores`` is one number a member, (n,), higher is better, nan the worst. The learning rates stand beside it, (n,):
-``fd.optim.adamw(lr=rates)`` has no state of its own, so a new one goes on with the old state.
+state. ``scores`` is one number a member, (n,), higher is better, nan the worst. The learning rates stand beside it,
+(n,): ``fd.optim.adamw(lr=rates)`` has no state of its own, so a new one goes on with the old state.
 """
 
 from __future__ import annotations
