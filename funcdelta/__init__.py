@@ -42,6 +42,7 @@ from .derivatives.unrolling import unroll as unroll
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import EngineError as EngineError
+from .errors import FactorMeanWarning as FactorMeanWarning
 from .errors import FoldError as FoldError
 from .errors import FuncdeltaError as FuncdeltaError
 from .errors import MatchError as MatchError

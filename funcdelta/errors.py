@@ -160,3 +160,11 @@ class StaleBackboneError(FuncdeltaError, RuntimeError):
     ...     print("refresh" in str(error))
     True
     """
+
+
+class FactorMeanWarning(UserWarning):
+    """Leaves were averaged that have no meaning on average: what members do is not what the mean of their leaves does.
+
+    >>> issubclass(FactorMeanWarning, UserWarning)
+    True
+    """

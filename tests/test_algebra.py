@@ -481,3 +481,77 @@ def test_what_is_no_change_of_the_delta_is_refused(mlp: nn.Module) -> None:
     for one, given, pieces in cases:
         with raises_saying(fd.ParamsError, *pieces):
             fd.algebra.from_dense(one, given)
+
+
+# -- pruning, alignment, soups ---------------------------------------------------------------------------------------
+
+
+def test_pruning_keeps_the_largest_entries_of_all_weights_together() -> None:
+    torch.manual_seed(0)
+    change = {"v": torch.randn(5, 4), "w": 3 * torch.randn(6, 3)}
+    found = fd.algebra.prune(change, density=0.25)
+    every = torch.cat([leaf.flatten() for leaf in change.values()])
+    least = every.abs().sort(descending=True).values[round(0.25 * len(every)) - 1]
+    for name, leaf in change.items():
+        assert torch.equal(found[name], torch.where(leaf.abs() >= least, leaf, torch.zeros_like(leaf)))
+    both = torch.vmap(lambda change: fd.algebra.prune(change, 0.25))(fd.stack([change, found]))
+    assert torch.equal(both["w"][0], found["w"])
+    with pytest.raises(fd.ParamsError, match=r"density=0; write the share"):
+        fd.algebra.prune(change, density=0)
+
+
+def three(mlp: nn.Module, *names: str) -> tuple[fd.DeltaModel, Params]:
+    delta = lora(mlp, 2, *names)
+    return delta, random_params(delta, n=N)
+
+
+def test_aligned_changes_are_those_of_a_dense_decomposition(mlp: nn.Module) -> None:
+    delta, stack = three(mlp, "a", "b")
+    seen: dict[str, Tensor] = {}
+
+    def merge(aligned: Params) -> Params:
+        seen.update(aligned)
+        return fd.algebra.ties(aligned, density=0.5)
+
+    found = fd.algebra.materialise(*fd.algebra.knots((delta, stack), merge))
+    dense = fd.algebra.materialise(delta, stack)
+    assert dense.keys() == found.keys()
+    for name, changes in dense.items():
+        u, s, vh = torch.linalg.svd(torch.cat(list(changes), 1), full_matrices=False)
+        rank = int((s > 1e-9 * s[0]).sum())
+        assert seen[name].shape == (N, rank, changes.shape[2])
+        # Bases are the same up to signs, and what is elected and trimmed does not depend on those.
+        own = torch.stack((vh[:rank]).split(changes.shape[2], 1))
+        assert_close(seen[name].abs(), own.abs())
+        signs = (seen[name] * own).sum((0, 2)).sign()
+        elected = fd.algebra.ties(seen, density=0.5)[name] * signs[:, None]
+        assert_close(found[name], u[:, :rank] * s[:rank] @ elected)
+
+
+def test_the_aligned_mean_is_the_exact_mean_also_of_unlike_sites_and_ranks(mlp: nn.Module) -> None:
+    pairs = [(lora(mlp, 1, "a"), 0), (lora(mlp, 3, "a", "b"), 1)]
+    pairs = [(delta, random_params(delta, seed=seed)) for delta, seed in pairs]
+    merged = fd.algebra.knots(pairs, lambda aligned: {name: leaf.mean(0) for name, leaf in aligned.items()})
+    expected = fd.algebra.materialise(*fd.algebra.sum_exact(pairs, weights=[0.5, 0.5]))
+    assert_same(fd.algebra.materialise(*merged), expected)
+    stacks = [(delta, fd.stack([params, params])) for delta, params in pairs]
+    with pytest.raises(fd.ParamsError, match="knots merges single members"):
+        fd.algebra.knots(stacks)
+
+
+def test_a_soup_of_like_members_is_their_mean_and_of_unlike_ones_a_warning(mlp: nn.Module) -> None:
+    delta, stack = three(mlp, "a")
+    start = fd.take(stack, 0)
+    near = fd.stack([fd.tree.lerp(start, fd.take(stack, i), 0.02) for i in range(N)])
+    found = fd.algebra.soup(delta, near, weights=[0.5, 0.25, 0.25])
+    for name, leaf in near.items():
+        assert_close(found[name], 0.5 * leaf[0] + 0.25 * leaf[1] + 0.25 * leaf[2])
+    with pytest.warns(fd.FactorMeanWarning, match=r"by \d+%.*fd.algebra.sum_exact") as caught:
+        mean = fd.algebra.soup(delta, stack)
+    dense = fd.algebra.materialise(delta, stack)["a.weight"].mean(0)
+    off = (fd.algebra.materialise(delta, mean)["a.weight"] - dense).norm() / dense.norm()
+    assert f"{float(off):.0%}" in str(caught[0].message)
+    with pytest.raises(fd.ParamsError, match="these params are one member"):
+        fd.algebra.soup(delta, start)
+    with pytest.raises(fd.ParamsError, match=r"one weight a member, \(3,\)"):
+        fd.algebra.soup(delta, stack, weights=[1.0])

@@ -63,6 +63,22 @@ def ties(changes: Sequence[Change] | Change, density: float = 0.2, weight: float
     return take(unravel(weight * mean.unsqueeze(0)), 0)
 
 
+def prune(change: Change, density: float) -> dict[str, Tensor]:
+    """The share ``density`` of the entries that is largest in magnitude, over all weights together; the rest is 0.
+
+    One change; for those of a stack ``torch.vmap(lambda change: fd.algebra.prune(change, 0.2))(changes)``. Magnitude
+    pruning, in the space of ΔW: a factor's entries say nothing by themselves.
+
+    >>> fd.algebra.prune({"v": torch.tensor([0.1, -3.0]), "w": torch.tensor([2.0, 0.5])}, density=0.5)
+    {'v': tensor([ 0., -3.]), 'w': tensor([2., 0.])}
+    """
+    if not 0 < density <= 1:
+        raise ParamsError(f"prune: density={density}; write the share of entries that is kept, in (0, 1].")
+    vector, unravel = ravel(dict(change))
+    top = vector.detach().abs().topk(max(1, round(density * len(vector)))).indices
+    return unravel(torch.zeros_like(vector).scatter(0, top, 1.0) * vector)
+
+
 def dare(change: Change, drop: float, seed: int) -> dict[str, Tensor]:
     """``m ⊙ ΔW / (1 - p)`` with m = 0 with probability p = ``drop``: sparse, and ΔW in expectation.
 

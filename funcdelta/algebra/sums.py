@@ -41,7 +41,7 @@ def sum_exact(
     >>> torch.allclose(fd.algebra.materialise(mean, params)["0.weight"], expected, atol=1e-5)
     True
     """
-    summands = _summands(pairs)
+    summands = summands_of(pairs)
     factors = list(weights) if weights is not None else [1.0] * len(summands)
     if len(factors) != len(summands):
         raise ParamsError(f"sum_exact got {len(factors)} weights for {len(summands)} summands: write one for each.")
@@ -87,7 +87,7 @@ def scale(delta: DeltaModel, params: Mapping[str, Tensor], s: float | Tensor) ->
     return write(part, rank_of(part))
 
 
-def _summands(pairs: Any) -> list[Factored]:
+def summands_of(pairs: Any) -> list[Factored]:
     """The factors of every summand, checked to be addable."""
     if isinstance(pairs, Sequence) and len(pairs) == 2 and isinstance(pairs[0], DeltaModel):
         delta, stack = pairs
