@@ -152,6 +152,9 @@ def test_the_command_prints_a_table_and_json(tmp_path: Path, capsys: pytest.Capt
     printed = capsys.readouterr().out
     for word in ("one device", "members sharded", "both", "backbone sharded", "2 x 2", "fits", "optimiser"):
         assert word in printed
+    assert "lower bound" not in printed
+    assert cli.main([*words, "--decode"]) == 0
+    assert "A step of generation is a lower bound" in capsys.readouterr().out
     assert cli.main([*words, "--json", "--decode"]) == 0
     data = json.loads(capsys.readouterr().out)
     delta = fd.LoraModel(LlamaForCausalLM(CONFIG), lora_r=4, modified_modules=["q_proj", "v_proj", "down_proj"])
