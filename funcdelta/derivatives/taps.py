@@ -21,7 +21,12 @@ __all__ = ["Tap", "ghost_norms", "kronecker_factors", "taps"]
 
 
 class Tap(NamedTuple):
-    """``inputs`` x (b, t, in) of a matrix (out, in), and ``grads`` g (b, t, out) of each row's own loss."""
+    """``inputs`` x (b, t, in) of a matrix (out, in), and ``grads`` g (b, t, out) of each row's own loss.
+
+    >>> tap = fd.Tap(inputs=torch.tensor([[[1.0, 2.0]]]), grads=torch.tensor([[[3.0]]]))
+    >>> tap.grads.mT @ tap.inputs  # the gradient of each row's loss, (b, out, in)
+    tensor([[[3., 6.]]])
+    """
 
     inputs: Tensor
     grads: Tensor
