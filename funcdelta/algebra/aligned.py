@@ -14,9 +14,8 @@ from ..errors import FactorMeanWarning, ParamsError
 from ..model import DeltaModel
 from ..pytrees.leaves import compute_dtype
 from ..stacks.params import members
-from ..tree import map as map_leaves
 from .factored import Factored, Factors, is_stack, rank_of, read, write
-from .merging import ties
+from .merging import ties, weighted_sum
 from .sums import Pair, summands_of
 
 Merge = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -52,7 +51,7 @@ def knots(pairs: Iterable[Pair] | Pair, merge: Merge = ties) -> tuple[DeltaModel
             basis, turned = _aligned([part.sites.get(path, {}).get(name) for part in parts])
             bases[path, name] = basis
             aligned[f"{path}.{name}"] = turned
-    trained = {name for part in parts for name in part.trained}
+    trained = dict.fromkeys(name for part in parts for name in part.trained)
     changes = {name: _stacked([part.trained.get(name) for part in parts]) for name in trained}
     merged = merge(aligned | changes)
     sites: dict[str, dict[str, Factors]] = {}
@@ -83,8 +82,8 @@ def soup(
     shares = torch.as_tensor(weights if weights is not None else [1 / n] * n, dtype=torch.float64)
     if tuple(shares.shape) != (n,):
         raise ParamsError(f"soup needs one weight a member, ({n},); found shape {tuple(shares.shape)}.")
-    mean = map_leaves(lambda leaf: torch.tensordot(shares.to(leaf), leaf, dims=1), dict(stack))
-    off = _far_off(delta, stack, mean, shares.tolist())
+    mean = weighted_sum(stack, shares)
+    off = _far_off(delta, stack, mean, shares)
     if off > FAR:
         warnings.warn(
             f"The mean of these members' leaves does something else than they do on average (by {off:.0%}): their "
@@ -96,15 +95,14 @@ def soup(
     return mean
 
 
-def _far_off(delta: DeltaModel, stack: Mapping[str, Tensor], mean: dict[str, Tensor], shares: list[float]) -> float:
+def _far_off(delta: DeltaModel, stack: Mapping[str, Tensor], mean: dict[str, Tensor], shares: Tensor) -> float:
     """‖mean(B) mean(A) - mean(B A)‖ over ‖mean(B A)‖, over all sites."""
-    parts = summands_of((delta, stack))
-    leafwise, difference, size = read(delta, mean), 0.0, 0.0
+    each, leafwise, difference, size = read(delta, stack), read(delta, mean), 0.0, 0.0
     for path, own in leafwise.sites.items():
         for name, (b, a) in own.items():
-            pairs = [part.sites[path][name] for part in parts]
-            left = torch.cat([w * pair[0] for w, pair in zip(shares, pairs, strict=True)], -1)
-            right = torch.cat([pair[1] for pair in pairs], -2)
+            outer, inner = each.sites[path][name]
+            left = torch.cat((shares.to(outer)[:, None, None] * outer).unbind(), -1)
+            right = torch.cat(inner.unbind(), -2)
             size += _square(left, right)
             difference += _square(torch.cat([left, -b], -1), torch.cat([right, a], -2))
     return (difference / size) ** 0.5 if size > 0 else 0.0

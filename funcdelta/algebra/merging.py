@@ -37,7 +37,7 @@ def task_arithmetic(changes: Sequence[Change] | Change, weights: Sequence[float]
         raise ParamsError(
             f"task_arithmetic needs one weight a change: ({members(found)},); found shape {tuple(factors.shape)}."
         )
-    return map_leaves(lambda leaf: torch.tensordot(factors.to(leaf), leaf, dims=1), found)
+    return weighted_sum(found, factors)
 
 
 def ties(changes: Sequence[Change] | Change, density: float = 0.2, weight: float = 1.0) -> dict[str, Tensor]:
@@ -55,8 +55,7 @@ def ties(changes: Sequence[Change] | Change, density: float = 0.2, weight: float
         raise ParamsError(f"ties: density={density}; write the share of entries that each change keeps, in (0, 1].")
     vectors, unravel = ravel(_stack(changes), per_member=True)
     values = vectors.to(compute_dtype(vectors.dtype))
-    top = values.detach().abs().topk(max(1, round(density * values.shape[1])), dim=1).indices
-    kept = torch.zeros_like(values).scatter(1, top, 1.0) * values
+    kept = _largest(values, density)
     elected = kept.detach().sum(0).sign()
     agreeing = (kept.detach().sign() == elected) & (elected != 0)
     mean = (kept * agreeing).sum(0) / agreeing.sum(0).clamp(min=1)
@@ -75,8 +74,7 @@ def prune(change: Change, density: float) -> dict[str, Tensor]:
     if not 0 < density <= 1:
         raise ParamsError(f"prune: density={density}; write the share of entries that is kept, in (0, 1].")
     vector, unravel = ravel(dict(change))
-    top = vector.detach().abs().topk(max(1, round(density * len(vector)))).indices
-    return unravel(torch.zeros_like(vector).scatter(0, top, 1.0) * vector)
+    return unravel(_largest(vector, density))
 
 
 def dare(change: Change, drop: float, seed: int) -> dict[str, Tensor]:
@@ -97,6 +95,21 @@ def dare(change: Change, drop: float, seed: int) -> dict[str, Tensor]:
         return leaf * (drawn >= drop).to(leaf) / (1 - drop)
 
     return {name: masked(name, leaf) for name, leaf in change.items()}
+
+
+def weighted_sum(stack: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
+    """Σ wᵢ leafᵢ over the first axis of every leaf; weights are (n,).
+
+    >>> weighted_sum({"w": torch.tensor([[1.0], [3.0]])}, torch.tensor([0.5, 0.5]))
+    {'w': tensor([2.])}
+    """
+    return map_leaves(lambda leaf: torch.tensordot(weights.to(leaf), leaf, dims=1), dict(stack))
+
+
+def _largest(values: Tensor, density: float) -> Tensor:
+    """``values`` (..., d) with all but the share ``density`` of largest magnitude in the last axis set to 0."""
+    top = values.detach().abs().topk(max(1, round(density * values.shape[-1]))).indices
+    return torch.zeros_like(values).scatter(-1, top, 1.0) * values
 
 
 def _stack(changes: Sequence[Change] | Change) -> dict[str, Tensor]:
