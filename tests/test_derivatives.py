@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from handmade import random_params
 from transformers import BertConfig, BertForSequenceClassification
 from zoo import DoublePrecision
 
@@ -133,7 +134,7 @@ class Plain:
         torch.manual_seed(1)
         backbone = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
         self.delta = fd.LoraModel(backbone, lora_r=2, modified_modules=["0", "2"])
-        self.stack = away(self.delta, fd.tree.map(torch.clone, self.delta.init(0, n=2, dtype=torch.float64)))
+        self.stack = random_params(self.delta, n=2)
         self.data = (torch.randn(5, 4, dtype=torch.float64),)
 
     def outputs(self, params, x):
@@ -150,17 +151,11 @@ class Attentive(Plain):
         sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
         backbone = LlamaModel(LlamaConfig(vocab_size=20, initializer_range=0.5, **sizes)).double().eval()
         self.delta = fd.LoraModel(backbone, lora_r=1)
-        self.stack = away(self.delta, fd.tree.map(torch.clone, self.delta.init(0, n=2, dtype=torch.float64)))
+        self.stack = random_params(self.delta, n=2)
         self.data = (torch.randint(20, (3, 4)),)
 
     def outputs(self, params, tokens):
         return self.delta.apply(params, input_ids=tokens).last_hidden_state.mean(1)
-
-
-def away(delta, stack):
-    """Members away from their start, constants as they are."""
-    noise = fd.tree.randn_like(stack, [1, 2])
-    return {name: leaf if name in delta.constants else leaf + noise[name] for name, leaf in stack.items()}
 
 
 @pytest.fixture(params=[Plain, Attentive])

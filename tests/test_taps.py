@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from handmade import random_params
 from subjects import ROWS, Subject, subject, thinned
 from torch import Tensor, nn
 from zoo import take_rows
@@ -70,9 +71,7 @@ class Case:
         self.delta = fd.LoraModel(
             Model().double(), lora_r=2, modified_modules=["body"], unfrozen_modules=["deltas", "head"]
         )
-        start = self.delta.init(0, dtype=torch.float64)
-        noise = fd.tree.randn_like(start, 1)
-        self.params = {k: v if k in self.delta.constants else v + noise[k] for k, v in start.items()}
+        self.params = random_params(self.delta)
         self.x, self.y = torch.randn(6, 4, 5, dtype=torch.float64), torch.randint(3, (6,))
 
     def losses(self, params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:

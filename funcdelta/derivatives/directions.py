@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -11,10 +10,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .. import tree
-from ..errors import ParamsError, StackError
+from ..errors import ParamsError
 from ..functional.attention import higher_order
 from ..pytrees.leaves import align
-from ..stacks.params import slices
+from ..stacks.params import checked_chunk
+from .one_member import one_member
 
 __all__ = ["conjugate_gradient", "hvp", "jacobian", "jvp", "per_sample_grads", "vjp"]
 
@@ -38,7 +38,7 @@ def per_sample_grads(loss: Callable[..., Tensor], chunk_size: int | None = None)
     """
 
     def alone(params: Any, data: Any) -> Tensor:
-        with _one_member("per_sample_grads(loss)"):
+        with one_member("per_sample_grads(loss)"):
             value = loss(params, *pytree.tree_map_only(Tensor, lambda row: row.unsqueeze(0), data))
         return _one_number(value, "per_sample_grads needs one loss, (), for a batch of one row")
 
@@ -53,7 +53,7 @@ def per_sample_grads(loss: Callable[..., Tensor], chunk_size: int | None = None)
         if not rows:
             return tree.map(lambda leaf: leaf.new_zeros((0, *leaf.shape)), params)
         if chunk_size is not None:
-            slices(rows, chunk_size)  # refuses what is no number of rows
+            checked_chunk(chunk_size, "rows")
         mapped = torch.vmap(torch.func.grad(alone), in_dims=(None, 0), chunk_size=chunk_size, randomness="different")
         return mapped(params, data)
 
@@ -74,7 +74,7 @@ def hvp(loss: Callable[..., Tensor], params: Tree, vector: Tree, *data: Any) -> 
     align(params, vector, first_is="params", other_is="the vector of hvp")
 
     def one(params: Tree) -> Tensor:
-        with _one_member("hvp(loss, ...)"):
+        with one_member("hvp(loss, ...)"):
             return _one_number(loss(params, *data), "hvp needs a loss that is one number, ()")
 
     return torch.func.grad(lambda p: tree.vdot(torch.func.grad(one)(p), vector))(params)
@@ -90,7 +90,7 @@ def jvp(f: Callable[..., Any], params: Tree, tangent: Tree, *data: Any) -> Any:
     tensor([ 2., 40.])
     """
     align(params, tangent, first_is="params", other_is="the tangent of jvp")
-    with _one_member("jvp(f, ...)"):
+    with one_member("jvp(f, ...)"):
         return torch.func.jvp(lambda p: f(p, *data), (params,), (tangent,))[1]
 
 
@@ -101,7 +101,7 @@ def vjp(f: Callable[..., Any], params: Tree, cotangent: Any, *data: Any) -> Tree
     {'w': tensor([ 2., 40.])}
     """
     # Whoever maps over cotangents meets a forward pass that is outside of the map.
-    with _one_member("vjp(f, ...)"), higher_order():
+    with one_member("vjp(f, ...)"), higher_order():
         value, pull = torch.func.vjp(lambda p: f(p, *data), params)[:2]
         align(value, cotangent, first_is="what f gives", other_is="the cotangent of vjp")
         return pull(cotangent)[0]
@@ -119,8 +119,8 @@ def jacobian(f: Callable[..., Any], params: Any, *data: Any, chunk_size: int | N
             [0., 4.]])}
     """
     if chunk_size is not None:
-        slices(1, chunk_size)
-    with _one_member("jacobian(f, ...)"), higher_order():
+        checked_chunk(chunk_size, "outputs")
+    with one_member("jacobian(f, ...)"), higher_order():
         return torch.func.jacrev(lambda p: f(p, *data), chunk_size=chunk_size)(params)
 
 
@@ -164,14 +164,3 @@ def _one_number(value: Any, expected: str) -> Tensor:
         found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ParamsError(f"{expected}; found {found}.")
     return value
-
-
-@contextlib.contextmanager
-def _one_member(call: str) -> Iterator[None]:
-    """A block in which ``apply`` is given one member; for a stack the error says how to map."""
-    try:
-        yield
-    except StackError as error:
-        raise StackError(
-            f"fd.{call} takes one member's params; map it over a stack with torch.vmap. {error}"
-        ) from error

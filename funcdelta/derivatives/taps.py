@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..errors import ParamsError, StackError
+from ..errors import ParamsError
+from .one_member import one_member
 
 __all__ = ["Tap", "ghost_norms", "kronecker_factors", "taps"]
 
@@ -59,13 +60,8 @@ def taps(loss: Callable[..., Tensor], params: Mapping[str, Tensor], *data: Any, 
     }
     record = _Record(leaves)
     with torch.enable_grad():
-        try:
-            with record:
-                losses = loss(leaves, *data)
-        except StackError as error:
-            raise StackError(
-                f"fd.taps takes one member's params; for a stack, one of fd.unstack(stack). {error}"
-            ) from error
+        with one_member("taps", "for a stack, one of fd.unstack(stack)"), record:
+            losses = loss(leaves, *data)
         rows = _rows(losses, data)
         uses = {name: found for name, found in record.uses.items() if name not in record.otherwise}
         uses = {name: found for name, found in uses.items() if all(_has_rows(x, rows) for x, _ in found)}
@@ -162,11 +158,9 @@ class _Record(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
-            return result  # its shape, its dtype
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if id(leaf) in self.names]
-        if not given:
-            return result
+        if not given or not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+            return result  # of no leaf, or its shape, its dtype
         if func is F.linear:
             x, weight = _bound_linear(*args, **kwargs)
             if id(weight) in self.names and len(given) == 1:

@@ -143,6 +143,21 @@ def members(stack: Any) -> int:
     return leading(stack)
 
 
+def checked_chunk(chunk_size: int, of: str = "members") -> int:
+    """``chunk_size`` as an int; ``ParamsError`` where it is not a whole number of at least 1.
+
+    >>> checked_chunk(2)
+    2
+    """
+    try:
+        step = operator.index(chunk_size)
+    except TypeError:
+        step = 0
+    if step < 1:
+        raise ParamsError(f"chunk_size={chunk_size!r}: write how many {of} run at a time, a whole number, at least 1.")
+    return step
+
+
 def slices(n: int, chunk_size: int) -> list[slice]:
     """The members 0 to n, ``chunk_size`` at a time; the last slice may be shorter.
 
@@ -151,14 +166,7 @@ def slices(n: int, chunk_size: int) -> list[slice]:
     >>> slices(5, 2)
     [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
     """
-    try:
-        step = operator.index(chunk_size)
-    except TypeError:
-        step = 0
-    if step < 1:
-        raise ParamsError(
-            f"chunk_size={chunk_size!r}: write how many members run at a time, a whole number, at least 1."
-        )
+    step = checked_chunk(chunk_size)
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 

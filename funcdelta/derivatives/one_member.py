@@ -1,0 +1,24 @@
+"""Functions of one member's params: what they say when they are given a stack."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from ..errors import StackError
+
+
+@contextlib.contextmanager
+def one_member(call: str, instead: str = "map it over a stack with torch.vmap") -> Iterator[None]:
+    """A block in which ``apply`` is given one member; for a stack the error says what ``fd.<call>`` wants instead.
+
+    >>> with one_member("hvp(loss, ...)"):
+    ...     raise fd.StackError("This is a stack.")
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.StackError: fd.hvp(loss, ...) takes one member's params; map it over a stack ... This is a stack.
+    """
+    try:
+        yield
+    except StackError as error:
+        raise StackError(f"fd.{call} takes one member's params; {instead}. {error}") from error
