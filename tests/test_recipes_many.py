@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from handmade import random_params
 from torch import Tensor, nn
 
 import funcdelta as fd
@@ -29,9 +30,7 @@ class Case:
         self.delta = fd.LoraModel(
             Model().double(), lora_r=2, modified_modules=["body"], unfrozen_modules=["deltas", "head"]
         )
-        start = fd.tree.map(torch.clone, self.delta.init(0, n=CLIENTS, dtype=torch.float64))
-        noise = fd.tree.randn_like(start, [1, 2, 3])
-        self.stack = {k: v if k in self.delta.constants else v + 0.3 * noise[k] for k, v in start.items()}
+        self.stack = random_params(self.delta, n=CLIENTS)
         self.params = fd.take(self.stack, 0)
         self.x = torch.randn(5, 4, dtype=torch.float64)
 
@@ -106,9 +105,10 @@ def test_a_dialled_delta_is_its_multiple(case: Case) -> None:
     torch.testing.assert_close(outputs[0], opposite)
 
 
-def test_a_blend_is_the_sum_of_multiples(case: Case) -> None:
+def test_deltas_add_up_with_signs(case: Case) -> None:
     one, two = (fd.take(case.stack, i) for i in (0, 1))
-    mixed = case.dense(*steering.blend([(case.delta, one), (case.delta, two)], [1.0, -0.5]))
+    pairs = [(case.delta, one), (case.delta, two)]
+    mixed = case.dense(*fd.algebra.sum_exact(pairs, weights=[1.0, -0.5]))
     for name, change in mixed.items():
         torch.testing.assert_close(change, case.dense(case.delta, one)[name] - 0.5 * case.dense(case.delta, two)[name])
 

@@ -7,6 +7,7 @@ The accountant is that of the package dp-accounting (extra ``privacy``).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -66,10 +67,7 @@ def epsilon(steps: int, rate: float, noise: float, delta: float) -> float:
     >>> round(epsilon(steps=100, rate=0.05, noise=1.0, delta=1e-4), 1)
     2.9
     """
-    dp_accounting = _accountants()
-    accountant = dp_accounting.pld.PLDAccountant(value_discretization_interval=1e-3)
-    event = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
-    return accountant.compose(event, steps).get_epsilon(delta)
+    return _accountant().compose(_event(steps, rate, noise)).get_epsilon(delta)
 
 
 def noise_for(epsilon: float, steps: int, rate: float, delta: float) -> float:
@@ -78,20 +76,23 @@ def noise_for(epsilon: float, steps: int, rate: float, delta: float) -> float:
     >>> round(noise_for(epsilon=2.0, steps=100, rate=0.05, delta=1e-4), 2)
     1.2
     """
-    dp_accounting = _accountants()
-
-    def event(noise: float) -> Any:
-        step = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
-        return dp_accounting.SelfComposedDpEvent(step, steps)
-
-    def accountant() -> Any:
-        return dp_accounting.pld.PLDAccountant(value_discretization_interval=1e-3)
-
-    bracket = dp_accounting.LowerEndpointAndGuess(0.2, 1.0)
-    return dp_accounting.calibrate_dp_mechanism(accountant, event, epsilon, delta, bracket, tol=1e-3)
+    accounting, event = _accounting(), partial(_event, steps, rate)
+    bracket = accounting.LowerEndpointAndGuess(0.2, 1.0)
+    return accounting.calibrate_dp_mechanism(_accountant, event, epsilon, delta, bracket, tol=1e-3)
 
 
-def _accountants() -> ModuleType:
+def _event(steps: int, rate: float, noise: float) -> Any:
+    """What the accountant calls all steps of a training together."""
+    step = _accounting().PoissonSampledDpEvent(rate, _accounting().GaussianDpEvent(noise))
+    return _accounting().SelfComposedDpEvent(step, steps)
+
+
+def _accountant() -> Any:
+    # The default interval of 1e-4 takes a minute for a small noise.
+    return _accounting().pld.PLDAccountant(value_discretization_interval=1e-3)
+
+
+def _accounting() -> ModuleType:
     try:
         import dp_accounting
     except ModuleNotFoundError as error:

@@ -1,5 +1,7 @@
 """Steering: what a delta does, turned up, down, off and around (Ilharco et al. 2023, "Editing Models with Task
 Arithmetic").
+
+To learn one thing and forget another, add deltas up: ``fd.algebra.sum_exact([a, b], weights=[1.0, -0.5])``.
 """
 
 from __future__ import annotations
@@ -28,14 +30,3 @@ def dial(delta: fd.DeltaModel, params: Params, strengths: Sequence[float] | Tens
     """
     doses = torch.as_tensor(strengths, dtype=torch.float32)
     return fd.algebra.scale(delta, fd.broadcast(params, len(doses)), doses)
-
-
-def blend(pairs: Sequence[tuple[fd.DeltaModel, Params]], strengths: Sequence[float]) -> tuple[fd.DeltaModel, Params]:
-    """Σ sᵢ ΔWᵢ of several deltas at once: learn one, forget another.
-
-    >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), lora_r=2, modified_modules=["0"])
-    >>> params = fd.tree.randn_like(delta.init(0), seed=0)
-    >>> fd.algebra.materialise(*blend([(delta, params), (delta, params)], [1.0, -1.0]))["0.weight"].abs().max() < 1e-6
-    tensor(True)
-    """
-    return fd.algebra.sum_exact(list(pairs), weights=list(strengths))
