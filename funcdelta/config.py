@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import torch
@@ -46,7 +47,14 @@ ELSEWHERE = {
 # Arguments of OpenDelta's from_dict and from_finetuned that have nothing to do here.
 GONE = {"return_unused_kwargs": "unknown fields are errors, so none is left over: leave it out"}
 
-NUMBERS: dict[str, tuple[type, str]] = {"int": (int, "a whole number"), "float": (numbers.Real, "a number")}
+KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((numbers.Real,), "a number"),
+    "bool": ((bool,), "True or False"),
+    "int | None": ((int, NoneType), "a whole number or None (null in JSON)"),
+    "str | None": ((str, NoneType), "a text or None (null in JSON)"),
+    "bool | None": ((bool, NoneType), "True, False or None (null in JSON)"),
+}
 """What a field of an annotated type may hold; other types check themselves."""
 
 # Versions describe the file, not the delta; readers of every age have to pass over them.
@@ -169,9 +177,7 @@ class BaseDeltaConfig:
             if isinstance(value, list):
                 object.__setattr__(self, field.name, tuple(value))
             kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
-            allowed, words = NUMBERS.get(kind, (object, ""))
-            if not isinstance(value, allowed) or (words and isinstance(value, bool)):
-                raise ConfigError(f"{field.name}={value!r}: write {words}.")
+            check_kind(field.name, value, kind)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{field.name}={value!r}: write a finite number.")
         if self.batch_dim < 0:
@@ -441,9 +447,23 @@ class BaseDeltaConfig:
         for key in given:
             if key not in names:
                 here = ELSEWHERE.get(key)
-                hint = f" PEFT's {key} is {here} here." if here in names else near(key, names)
+                hint = f" PEFT's {key} is {here} here." if here in names else near(str(key), names)
                 hint = f" Of OpenDelta's {key}: {GONE[key]}." if key in GONE else hint
                 raise ConfigError(f"{cls.__name__} has no field {key!r}.{hint}")
+
+
+def check_kind(name: str, value: Any, kind: str) -> None:
+    """Raises `ConfigError` unless ``value``, of the field ``name``, is of the annotated type ``kind`` (`KINDS`).
+
+    >>> check_kind("backbone_class", 5, "str | None")
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.ConfigError: backbone_class=5: write a text or None (null in JSON).
+    """
+    if kind in KINDS:
+        allowed, words = KINDS[kind]
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            raise ConfigError(f"{name}={value!r}: write {words}.")
 
 
 def _tuple_of_names(field: str, given: Any) -> tuple[str, ...]:
@@ -468,12 +488,12 @@ class AutoDeltaConfig:
         >>> AutoDeltaConfig.for_type("lora").__name__
         'LoraConfig'
         """
-        if delta_type.startswith(PACKED):
+        if isinstance(delta_type, str) and delta_type.startswith(PACKED):
             from .packing.packed import packed_class
 
             return packed_class(AutoDeltaConfig.for_type(delta_type.removeprefix(PACKED)))
-        if delta_type not in METHODS:
-            raise ConfigError(f"There is no delta type {delta_type!r}.{near(delta_type, list(METHODS))}")
+        if not isinstance(delta_type, str) or delta_type not in METHODS:
+            raise ConfigError(f"There is no delta type {delta_type!r}.{near(str(delta_type), list(METHODS))}")
         return METHODS[delta_type]
 
     @staticmethod

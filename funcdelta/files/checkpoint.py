@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,9 +29,11 @@ from .configfile import (
     changed,
     check_same_save,
     configs_of,
+    newer,
     parse_config,
     read_config,
     storable,
+    warn_if_newer,
     write_config,
 )
 from .fingerprint import differences, survey
@@ -44,6 +47,7 @@ __all__ = ["backbone_facts", "check_origin", "home", "load", "push", "save"]
 
 _SHOWN = 5
 KIND_OF_HASH = "fd1:"
+_HASH_OF_OPENDELTA = re.compile(r"[0-9a-f]{32}")
 
 
 def save(
@@ -148,7 +152,8 @@ def load(
     where the backbone's tensors at their site are. ``example`` and ``prepare`` go to `DeltaModel`.
 
     Raises `CheckpointError` when anything is missing, left over, damaged or of another shape, or, unless
-    ``check_hash=False``, when the backbone's fingerprint is not the saved one; it names what differs.
+    ``check_hash=False``, when the backbone's fingerprint is not the saved one or cannot be compared with it; it names
+    what differs. Warns where a newer funcdelta than the installed one wrote the files.
 
     >>> import tempfile
     >>> import funcdelta as fd
@@ -181,11 +186,13 @@ def load(
     if not problems and members != data.get("members", members):
         problems = [f"members: {CONFIG} says {data['members']}, the leaves have {members}"]
     if problems:
-        raise CheckpointError(f"'{folder}' does not fit the delta that its config describes:\n" + "\n".join(problems))
+        what = f"'{folder}' does not fit the delta that its config describes:\n"
+        raise CheckpointError(what + "\n".join(problems) + newer(data))
     params = {name: tensors[name].to(device or home(backbone, name)) for name in delta.names}
     if configs != saved:
         before = DeltaModel(backbone, *saved, example=example, prepare=prepare)
         _renew_constants(before, delta, params)
+    warn_if_newer(str(path), data)
     return delta, params
 
 
@@ -295,7 +302,7 @@ def _transformers_version() -> str | None:
 def check_origin(config: BaseDeltaConfig, delta: DeltaModel) -> None:
     """Raises `CheckpointError` if ``config`` was saved with another backbone than that of ``delta``.
 
-    Hashes of other libraries are of other things and are passed over.
+    OpenDelta's hashes are of other things and are passed over; a hash of any other kind cannot be checked, and raises.
 
     >>> delta = fd.LoraModel(nn.Sequential(nn.Linear(4, 4)), modified_modules=["0"])
     >>> check_origin(delta.configs[0], delta)
@@ -312,8 +319,14 @@ def _check_backbone(
     replaced: Iterable[str],
 ) -> None:
     saved = data.get("backbone_hash")
-    if saved is None or not saved.startswith(KIND_OF_HASH):  # saved with hash_backbone=False, or by OpenDelta
+    if saved is None or _HASH_OF_OPENDELTA.fullmatch(saved):  # saved with hash_backbone=False, or by OpenDelta
         return
+    if not saved.startswith(KIND_OF_HASH):
+        raise CheckpointError(
+            f"{what} has backbone_hash={saved!r}, which cannot be compared: expected a hash that begins with "
+            f"{KIND_OF_HASH!r}. Save or fetch it again, or pass check_hash=False if you know that this is its backbone."
+            f"{newer(data)}"
+        )
     found, description = survey(backbone, replaced)
     if found == saved:
         return

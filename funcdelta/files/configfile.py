@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import VERSION_FIELDS, AutoDeltaConfig, BaseDeltaConfig
+from ..config import VERSION_FIELDS, AutoDeltaConfig, BaseDeltaConfig, check_kind, funcdelta_version
 from ..errors import CheckpointError, ConfigError
 from .atomic import write_file
 from .hub import CONFIG, TENSORS, config_text_at, upload
@@ -20,17 +22,21 @@ __all__ = [
     "configs_of",
     "load_config",
     "load_configs",
+    "newer",
     "parse_config",
     "read_config",
     "save_config",
     "storable",
+    "warn_if_newer",
     "write_config",
 ]
 
 PROVENANCE = ("backbone_class", "backbone_checkpoint_name", "backbone_hash")
 """Fields of a config that say where it was made, not what it does."""
 
-_ABOUT_THE_FILE = ("members", *VERSION_FIELDS, *PROVENANCE)
+_ABOUT_THE_FILE = {"members": "int | None", **dict.fromkeys((*VERSION_FIELDS, *PROVENANCE), "str | None")}
+# Digits without the zeros that end them; what follows (rc1, .dev2, +local) is passed over.
+_VERSION = re.compile(r"(\d+(?:\.\d+)*?)(?:\.0+)*(?:[-_.+]?[a-z].*)?")
 
 
 def load_configs(path: str | os.PathLike[str], **fetching: Any) -> tuple[BaseDeltaConfig, ...]:
@@ -48,7 +54,10 @@ def load_configs(path: str | os.PathLike[str], **fetching: Any) -> tuple[BaseDel
     ['Sequential']
     """
     where, text = config_text_at(path, **fetching)
-    return configs_of(where, parse_config(where, text), provenance=True)
+    data = parse_config(where, text)
+    configs = configs_of(where, data, provenance=True)
+    warn_if_newer(where, data)
+    return configs
 
 
 def load_config(path: str | os.PathLike[str], changes: Mapping[str, Any], **fetching: Any) -> BaseDeltaConfig:
@@ -131,7 +140,10 @@ def config_text(configs: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) 
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The data of ``config.json``; raises `CheckpointError` unless it is an object with a ``delta_type``.
+    """The data of ``config.json``, an object with a ``delta_type``.
+
+    Raises `CheckpointError` for anything else, for facts about the file that are of a wrong type and for a
+    ``funcdelta_version`` that is none. The fields of configs are checked by `configs_of`.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "config.json"
@@ -154,7 +166,46 @@ def parse_config(where: str, text: str) -> dict[str, Any]:
         raise CheckpointError(f"'{where}' is no JSON: {error}.") from error
     if not isinstance(data, dict) or "delta_type" not in data:
         raise CheckpointError(f"'{where}' describes no delta: expected an object with a \"delta_type\".")
+    if data["delta_type"] == "union":
+        parts = data.get("deltas")
+        if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
+            raise CheckpointError(f"'{where}': deltas={parts!r}: write a list of configs, an object each.")
+    try:
+        for key, kind in _ABOUT_THE_FILE.items():
+            check_kind(key, data.get(key), kind)
+        newer(data)
+    except ConfigError as error:
+        raise CheckpointError(f"'{where}': {error}") from error
     return data
+
+
+def newer(data: Mapping[str, Any]) -> str:
+    """A sentence to end a message with, if a newer funcdelta than the installed one wrote ``data``; ``""`` if not.
+
+    Raises `ConfigError` for a ``funcdelta_version`` that is no version.
+
+    >>> newer({"funcdelta_version": "999.0"})
+    ' It was written by funcdelta 999.0, and ... is installed: pip install --upgrade funcdelta.'
+    >>> newer({"funcdelta_version": "0.0.1"}), newer({"delta_type": "lora"})
+    ('', '')
+    """
+    wrote, installed = data.get("funcdelta_version"), funcdelta_version()
+    if wrote is None or _release(wrote) <= _release(installed):
+        return ""
+    return f" It was written by funcdelta {wrote}, and {installed} is installed: pip install --upgrade funcdelta."
+
+
+def warn_if_newer(where: str, data: Mapping[str, Any]) -> None:
+    """Warns, after ``data`` was read ``where`` it stands, if a newer funcdelta than the installed one wrote it.
+
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     warn_if_newer("run", {"funcdelta_version": "999.0"})
+    >>> print(caught[0].message)
+    'run' was read as this funcdelta understands it. It was written by funcdelta 999.0, and ... is installed: ...
+    """
+    if sentence := newer(data):
+        warnings.warn(f"'{where}' was read as this funcdelta understands it.{sentence}", stacklevel=4)
 
 
 def configs_of(where: str, data: Mapping[str, Any], *, provenance: bool) -> tuple[BaseDeltaConfig, ...]:
@@ -169,7 +220,7 @@ def configs_of(where: str, data: Mapping[str, Any], *, provenance: bool) -> tupl
         return tuple(AutoDeltaConfig.from_dict(part | origin) for part in _described(data))
     except ConfigError as error:
         hint = "A method of your own has to be registered (@fd.register) before its files are loaded."
-        raise CheckpointError(f"'{where}': {error} {hint}") from error
+        raise CheckpointError(f"'{where}': {error} {hint}{newer(data)}") from error
 
 
 def check_same_save(folder: Path, data: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
@@ -191,7 +242,7 @@ def check_same_save(folder: Path, data: Mapping[str, Any], metadata: Mapping[str
         raise CheckpointError(
             f"'{folder}': {CONFIG} and {TENSORS} are not of the same save:\n" + "\n".join(lines) + "\nTo change a "
             "field of a saved config, leave the file as it is and pass the field when loading: "
-            "from_finetuned(path, backbone_model=backbone, field=value)."
+            f"from_finetuned(path, backbone_model=backbone, field=value).{newer(data)}"
         )
 
 
@@ -221,3 +272,12 @@ def _described(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each config's own fields in the data of a ``config.json``."""
     parts = data.get("deltas", []) if data["delta_type"] == "union" else [data]
     return [{key: value for key, value in part.items() if key not in _ABOUT_THE_FILE} for part in parts]
+
+
+def _release(version: str) -> list[int]:
+    """The numbers of a version, to compare: ``[0, 1]`` of ``"0.1.0rc1"``."""
+    found = _VERSION.fullmatch(version)
+    if found is None:
+        known = funcdelta_version()
+        raise ConfigError(f'funcdelta_version={version!r}: write a version, such as "{known}", or None (null in JSON).')
+    return [int(number) for number in found[1].split(".")]
