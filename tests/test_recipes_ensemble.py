@@ -96,3 +96,25 @@ def test_members_of_a_stack_say_what_they_say_alone() -> None:
         slow_entropy(mean[row].tolist()) - sum(slow_entropy(p[row].tolist()) for p in alone) / 3 for row in range(5)
     ]
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-6)
+
+
+def test_disagreement_of_late_members_on_a_shared_trunk_and_its_gradients() -> None:
+    """A score that couples members, whose deltas are in the last of three layers, beside a trained head."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh()) for _ in range(3)]
+    backbone = torch.nn.Sequential(*layers, torch.nn.Linear(4, 3)).double()
+    delta = fd.LoraModel(backbone, lora_r=2, modified_modules=["2.0"], unfrozen_modules=["deltas", "3"])
+    stack = fd.tree.randn_like(delta.init(0, n=3), [1, 2, 3])
+    x = torch.randn(5, 4, dtype=torch.float64)
+
+    def together(stack: dict[str, Tensor]) -> Tensor:
+        return ensemble.disagreement(delta.apply_many(stack, x, engine="trunk").softmax(-1)).sum()
+
+    def alone(stack: dict[str, Tensor]) -> Tensor:
+        logits = torch.stack([delta.apply(params, x) for params in fd.unstack(stack)])
+        return ensemble.disagreement(logits.softmax(-1)).sum()
+
+    torch.testing.assert_close(together(stack), alone(stack))
+    slow = torch.func.grad(alone)(stack)
+    assert all(slow[name].abs().sum() > 0 for name in ("2.0.lora.lora_A", "2.0.lora.lora_B", "3.weight"))
+    torch.testing.assert_close(torch.func.grad(together)(stack), slow)
