@@ -70,7 +70,7 @@ def members_of(pairs: tuple[Pair, ...] | list[Pair]) -> list[Pair]:
     return singles
 
 
-def assert_same(found: list[Pair], expected: tuple[Pair, ...] | list[Pair]) -> None:
+def assert_same(found: list[Pair], expected: tuple[Pair, ...] | list[Pair], tolerance: float = 0.0) -> None:
     assert len(found) == len(expected)
     for (delta, params), (other, given) in zip(found, expected, strict=True):
         assert delta.configs == other.configs
@@ -78,7 +78,9 @@ def assert_same(found: list[Pair], expected: tuple[Pair, ...] | list[Pair]) -> N
         assert list(params) == list(delta.names) == list(other.names)
         for name, leaf in params.items():
             assert leaf.dtype == given[name].dtype
-            assert torch.equal(leaf, given[name]), name
+            torch.testing.assert_close(
+                leaf, given[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def random_where_nothing_is(delta: fd.DeltaModel, stack: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -450,7 +452,8 @@ def test_written_prefixes_are_baked_packed_as_they_are() -> None:
     pairs = [(one, away_from_start(one)) for one in deltas]
     delta, stack = fd.pack(pairs)
     baked, plain = delta.bake(stack)
-    assert_same(fd.unpack(baked, plain), [deltas[0].bake(pairs[0][1]), pairs[1]])
+    # Computed in a stack and alone: the kernels of some processors round these differently.
+    assert_same(fd.unpack(baked, plain), [deltas[0].bake(pairs[0][1]), pairs[1]], tolerance=2e-6)
     with torch.no_grad():
         for a, b in zip(
             *(

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..optim import AdamState, LionState, SGDState
+from ..optim import AdamState, LionState, MuonState, SGDState
+
+State = SGDState | AdamState | LionState | MuonState
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class OptimizerGroup:
 
 
 def inspect_optimizer(
-    optimizer: torch.optim.Optimizer | SGDState | AdamState | LionState,
+    optimizer: torch.optim.Optimizer | State,
     params: Mapping[str, Tensor] | None = None,
     verbose: bool = True,
 ) -> tuple[OptimizerGroup, ...]:
@@ -59,7 +61,7 @@ def inspect_optimizer(
         if params is not None:
             raise ConfigError("params go with the state of a fd.optim optimiser; torch's optimisers hold their own.")
         groups = tuple(_group(group) for group in optimizer.param_groups)
-    elif isinstance(optimizer, (SGDState, AdamState, LionState)):
+    elif isinstance(optimizer, State):
         groups = (_from_state(optimizer, params),)
     else:
         raise ConfigError(
@@ -81,8 +83,10 @@ def _group(group: Mapping[str, Any]) -> OptimizerGroup:
     return OptimizerGroup(total, trainable, trainable / total if total else 0.0, options)
 
 
-def _from_state(state: SGDState | AdamState | LionState, params: Mapping[str, Tensor] | None) -> OptimizerGroup:
+def _from_state(state: State, params: Mapping[str, Tensor] | None) -> OptimizerGroup:
     moments = state.momentum if isinstance(state, SGDState) else state.mu
+    if isinstance(state, MuonState):
+        moments = {**state.mu, **state.adam.mu}
     if params is not None:
         unknown = [name for name in moments if name not in params]
         if unknown:

@@ -5,12 +5,14 @@ step, and :mod:`~funcdelta.optim.groups` multipliers that depend on the leaf.
 """
 
 from .lion import LionState, lion
+from .muon import MuonState, muon
 from .rules import AdamState, Optimizer, SGDState, adam, adamw, apply_updates, clip_by_norm, sgd
 from .schedules import cosine, linear
 
 __all__ = [
     "AdamState",
     "LionState",
+    "MuonState",
     "Optimizer",
     "SGDState",
     "adam",
@@ -20,5 +22,6 @@ __all__ = [
     "cosine",
     "linear",
     "lion",
+    "muon",
     "sgd",
 ]

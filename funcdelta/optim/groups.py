@@ -34,9 +34,9 @@ class Groups:
         self._selectors = {_label(key): key for key in groups or {}}
         self.hypers: dict[str, Hyper] = {_label(key): factor for key, factor in (groups or {}).items()}
         if decay_mask is None or isinstance(decay_mask, str) or callable(decay_mask):
-            self._mask = decay_mask
+            self.decay_mask = decay_mask
         elif isinstance(decay_mask, Iterable):
-            self._mask = tuple(decay_mask)  # an iterator would be empty at the second update
+            self.decay_mask = tuple(decay_mask)  # an iterator would be empty at the second update
         else:
             raise ConfigError(
                 f"decay_mask says which leaves decay: names or a predicate, keep(name) or keep(name, leaf); found "
@@ -45,14 +45,14 @@ class Groups:
 
     def of(self, params: Any) -> Chosen:
         """Which leaves of ``params`` the selectors mean; raises ``MatchError`` for a name that means none."""
-        if not self._selectors and self._mask is None:
+        if not self._selectors and self.decay_mask is None:
             return Chosen({}, None)
         leaves = {name: leaf for name, leaf in named(params) if isinstance(leaf, Tensor)}
         factors: dict[str, tuple[str, ...]] = {}
         for label, selector in self._selectors.items():
             for name in _select(leaves, selector, label):
                 factors[name] = (*factors.get(name, ()), label)
-        return Chosen(factors, None if self._mask is None else _select(leaves, self._mask, "decay_mask"))
+        return Chosen(factors, None if self.decay_mask is None else _select(leaves, self.decay_mask, "decay_mask"))
 
 
 class Chosen:

@@ -1,0 +1,154 @@
+"""Muon: the momentum of a matrix, made orthogonal (Jordan et al. 2024; Liu et al. 2025, arXiv:2502.16982)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, StackError
+from ..pytrees.leaves import named
+from ..pytrees.selecting import Selector, select
+from .groups import Groups
+from .hyper import Hyper, Values, checked, is_zero
+from .moving import begin, updates_of, zeros
+from .rules import AdamState, Optimizer, adamw
+
+__all__ = ["MuonState", "muon", "orthogonalise"]
+
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+"""Jordan's coefficients: steep at 0, and within about [0.7, 1.2] after five steps."""
+
+
+class MuonState(NamedTuple):
+    """``step`` steps taken; ``mu`` the momentum of the matrices by leaf name; ``adam`` the state of the other leaves.
+
+    >>> state = muon(1e-3).init({"w": torch.ones(2, 2), "b": torch.ones(2)})
+    >>> list(state.mu), list(state.adam.mu)
+    (['w'], ['b'])
+    """
+
+    step: Tensor
+    mu: dict[str, Tensor]
+    adam: AdamState
+
+
+def muon(
+    lr: Hyper,
+    momentum: Hyper = 0.95,
+    weight_decay: Hyper = 1e-2,
+    *,
+    nesterov: bool = True,
+    iterations: int = 5,
+    matrices: Selector | None = None,
+    betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+    eps: Hyper = 1e-8,
+    trainable: Selector | None = None,
+    groups: Mapping[Any, Hyper] | None = None,
+    decay_mask: Selector | None = None,
+) -> Optimizer:
+    """m ← μm + (1-μ)g; p ← p - lr·(0.2·√max(rows, columns)·orthogonalise(m) + wd·p); AdamW where p is no matrix.
+
+    nesterov: μm + (1-μ)g in place of m. The factor 0.2·√max(rows, columns) gives the step of a matrix the size of
+    AdamW's, so that one lr, found for AdamW, serves all leaves; :func:`orthogonalise` takes ``iterations``.
+
+    ``matrices`` says which leaves are moved so; the others are moved by AdamW with ``betas`` and ``eps``. Default:
+    every leaf that has two axes in one member. Give ``opt.init(stack, n=...)`` for a stack: its first axis is then
+    no axis of the matrix. ``trainable``, ``groups`` and ``decay_mask`` are as in :func:`~funcdelta.optim.sgd`.
+
+    Raises `StackError` where a leaf has three axes and nothing says whether the first is that of members.
+
+    Source: Jordan et al. 2024, Muon; the factor: Liu et al. 2025, Muon is Scalable for LLM Training.
+
+    >>> opt = muon(lr=0.1, weight_decay=0.0)
+    >>> params = {"w": torch.zeros(2, 2), "b": torch.zeros(2)}
+    >>> gradient = {"w": torch.tensor([[3.0, 0.0], [0.0, 0.001]]), "b": torch.tensor([5.0, -0.1])}
+    >>> updates, state = opt.update(gradient, opt.init(params), params)
+    >>> updates["b"]
+    tensor([-0.1000,  0.1000])
+    >>> updates["w"].diagonal() / (0.2 * 2**0.5)
+    tensor([-0.0696, -0.0161])
+    """
+    if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1:
+        raise ConfigError(f"iterations is a whole number of 1 or more; found {iterations!r}.")
+    grouped = Groups(groups, decay_mask)
+    others = adamw(lr, betas, eps, weight_decay, groups=groups, decay_mask=grouped.decay_mask)
+    hypers = checked(lr=lr, momentum=momentum, weight_decay=weight_decay, **grouped.hypers)
+    decays = not is_zero(weight_decay)
+
+    def init(params: Any, n: int | None = None) -> MuonState:
+        first, moving = begin(params, hypers, trainable, n)
+        grouped.of(params)
+        chosen = _matrices(moving, matrices, first.ndim)
+        mu = {name: zeros(leaf) for name, leaf in moving.items() if name in chosen}
+        adam = ({name: zeros(leaf) for name, leaf in moving.items() if name not in chosen} for _ in range(2))
+        return MuonState(first, mu, AdamState(first, *adam))
+
+    def update(grads: Any, state: MuonState, params: Any) -> tuple[Any, MuonState]:
+        values, chosen, mu = Values(hypers, state.step), grouped.of(params), dict(state.mu)
+        values.of["fresh"] = 1 - values.of["momentum"]
+        theirs, adam = others.update({k: g for k, g in named(grads) if k in state.adam.mu}, state.adam, params)
+        by_adam = dict(named(theirs))
+
+        def move(name: str, p: Tensor, g: Tensor) -> Tensor:
+            if name not in mu:
+                return by_adam[name]
+            fresh = values("fresh", p, name)
+            mu[name] = torch.lerp(mu[name], g, fresh)
+            ahead = torch.lerp(mu[name], g, fresh) if nesterov else mu[name]
+            direction = orthogonalise(ahead, iterations) * (0.2 * max(p.shape[-2:]) ** 0.5)
+            if decays and chosen.decays(name):
+                direction = torch.addcmul(direction, p, values("weight_decay", p, name))
+            return direction * -chosen.scaled(values, "lr", p, name)
+
+        updates = updates_of(move, grads, {**state.mu, **state.adam.mu}, params, trainable)
+        return updates, MuonState(state.step + 1, mu, adam)
+
+    return Optimizer(init, update)
+
+
+def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """About UVᵀ of matrix = USVᵀ, by Newton-Schulz: X ← (a + b·XXᵀ + c·(XXᵀ)²)X from X = matrix / ‖matrix‖.
+
+    Args:
+        matrix: (..., rows, columns); each by itself. A zero matrix stays zero.
+        iterations: after five, singular values of at least 1 % of the norm lie within about [0.7, 1.2].
+
+    Of a (rows, columns) matrix with r the smaller, one iteration takes 4·r²·max(rows, columns) + 2·r³ operations:
+    little for the factors of LoRA.
+
+    >>> found = orthogonalise(torch.tensor([[2.0, 0.0, 0.0], [0.0, -0.5, 0.0]]))
+    >>> torch.linalg.svdvals(found)
+    tensor([0.7429, 0.7374])
+    """
+    wide = matrix.shape[-2] <= matrix.shape[-1]
+    x = matrix if wide else matrix.mT
+    a, b, c = _QUINTIC
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide else x.mT
+
+
+def _matrices(moving: dict[str, Tensor], chosen: Selector | None, members: int) -> set[str]:
+    """The leaves that have two axes in one member; raises `StackError` where it cannot be told."""
+    if chosen is not None:
+        names = select(moving, chosen)
+    else:
+        names = {name for name, leaf in moving.items() if leaf.ndim - members == 2}
+    for name, leaf in moving.items():
+        if chosen is None and not members and leaf.ndim > 2:
+            raise StackError(
+                f"Leaf {name!r} has shape {tuple(leaf.shape)}: of a stack write opt.init(stack, n={leaf.shape[0]}); if "
+                "these are the axes of one member, write muon(..., matrices=lambda name, leaf: leaf.ndim == 2)."
+            )
+        if name in names and leaf.ndim - members != 2:
+            raise StackError(
+                f"matrices: leaf {name!r} has shape {tuple(leaf.shape)}"
+                + (f" of {leaf.shape[0]} members" if members else "")
+                + ", which is no matrix (rows, columns) in one member. Of a stack write opt.init(stack, n=...)."
+            )
+    return names
