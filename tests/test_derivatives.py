@@ -191,6 +191,18 @@ def test_the_jacobian_is_that_of_finite_differences(smooth: Plain, chunk_size: i
     torch.testing.assert_close(moved, expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_gradients_of_rows_are_finite_differences(smooth: Plain, chunk_size: int | None) -> None:
+    params, direction = trained_direction(smooth)
+
+    def each(p):
+        return smooth.outputs(p, *smooth.data).flatten(1).sin().sum(1)
+
+    found = fd.per_sample_grads(lambda p, x: smooth.outputs(p, x).sin().sum(), chunk_size)(params, *smooth.data)
+    moved = sum((leaf * direction[name]).reshape(len(leaf), -1).sum(1) for name, leaf in found.items())
+    torch.testing.assert_close(moved, finite_difference(each, params, direction), rtol=1e-6, atol=1e-8)
+
+
 def test_derivatives_map_over_members(smooth: Plain) -> None:
     every = torch.vmap(lambda p: fd.jacobian(smooth.outputs, p, *smooth.data))(smooth.stack)
     second = fd.jacobian(smooth.outputs, fd.take(smooth.stack, 1), *smooth.data)

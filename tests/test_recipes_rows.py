@@ -61,6 +61,38 @@ def test_influence_is_what_retraining_without_the_row_changes(head: Head) -> Non
     torch.testing.assert_close(found, after - before, rtol=0.3, atol=1e-3)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 7])
+def test_one_newton_step_is_closer_to_retraining_than_the_influence(head: Head, chunk_size: int | None) -> None:
+    whole = head.fitted(torch.ones(40, dtype=torch.float64))
+    apart = torch.vmap(head.fitted)(1 - torch.eye(40, dtype=torch.float64))
+    after = torch.vmap(lambda p: head.losses(p, *head.test).mean())(apart)
+    change = after - head.losses(whole, *head.test).mean()
+    data = (head.x, head.y), head.test
+    influences = influence.without_each(head.losses, whole, *data, damping=DAMPING, steps=30)
+    found = influence.newton_without_each(head.losses, whole, *data, damping=DAMPING, steps=30, chunk_size=chunk_size)
+    assert (found - change).abs().mean() < 0.25 * (influences - change).abs().mean()
+    assert abs(found.std() / change.std() - 1) < 0.02
+
+
+def test_one_newton_step_is_retraining_where_losses_are_quadratic() -> None:
+    torch.manual_seed(1)
+    x, y = torch.randn(12, 3, dtype=torch.float64), torch.randn(12, dtype=torch.float64)
+    judged = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+
+    def losses(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return (x @ p["w"] - y).square() / 2
+
+    def ridge(kept: Tensor) -> dict[str, Tensor]:
+        curvature = x.T @ (kept[:, None] * x) / 12 + DAMPING * torch.eye(3, dtype=torch.float64)
+        return {"w": torch.linalg.solve(curvature, x.T @ (kept * y) / 12)}
+
+    whole = ridge(torch.ones(12, dtype=torch.float64))
+    apart = torch.vmap(ridge)(1 - torch.eye(12, dtype=torch.float64))
+    expected = torch.vmap(lambda p: losses(p, *judged).mean())(apart) - losses(whole, *judged).mean()
+    found = influence.newton_without_each(losses, whole, (x, y), judged, damping=DAMPING, steps=3)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_influence_is_the_dense_solve(head: Head) -> None:
     vector, unravel = fd.tree.ravel(head.start)
     hessian = torch.func.hessian(lambda v: head.losses(unravel(v), head.x, head.y).mean())(vector)
