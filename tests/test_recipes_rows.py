@@ -168,6 +168,34 @@ def test_the_noise_has_its_deviation_and_its_seed(head: Head) -> None:
     assert (torch.corrcoef(draws.mT) - torch.eye(draws.shape[1])).abs().max() < 0.25
 
 
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_private_gradients_of_members_are_those_of_each(head: Head, chunk_size: int | None) -> None:
+    stack = fd.tree.add(fd.broadcast(head.start, 3), fd.tree.randn_like(fd.broadcast(head.start, 3), [1, 2, 3]))
+    rows, taken = privacy.batches(40, 0.2, seeds=[4, 5, 6])
+    sizes = taken.sum(1).tolist()
+    assert len(set(sizes)) > 1
+    noise, clip = torch.tensor([0.5, 0.0, 2.0]), torch.tensor([0.1, 0.3, 0.9], dtype=torch.float64)
+    x = torch.where(taken[..., None], head.x[rows], torch.nan)  # what is not taken may be anything
+    x[2, 0] = torch.inf  # a row whose gradient is not finite
+    found = privacy.gradients(
+        loss_of_row(head),
+        stack,
+        (x, head.y[rows]),
+        taken,
+        [7, 8, 9],
+        clip=clip,
+        noise=noise,
+        expected=8,
+        chunk_size=chunk_size,
+    )
+    for i, params in enumerate(fd.unstack(stack)):
+        alone = rows[i, : sizes[i]]
+        assert torch.equal(alone, privacy.batch(40, 0.2, 4 + i))
+        options = {"clip": float(clip[i]), "noise": float(noise[i]), "expected": 8}
+        expected = privacy.gradient(loss_of_row(head), params, (x[i, : sizes[i]], head.y[alone]), 7 + i, **options)
+        torch.testing.assert_close(fd.take(found, i), expected)
+
+
 def test_batches_have_their_rate() -> None:
     sizes = torch.tensor([float(len(privacy.batch(100, 0.2, seed))) for seed in range(200)])
     assert abs(float(sizes.mean()) - 20) < 1

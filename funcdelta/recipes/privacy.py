@@ -52,13 +52,85 @@ def gradient(
     >>> gradient(loss, {"w": torch.zeros(2)}, [torch.tensor([[3.0, 4.0], [0.0, 0.5]])], 0, clip=1, noise=0, expected=2)
     {'w': tensor([0.3000, 0.6500])}
     """
-    rows = fd.per_sample_grads(loss, chunk_size)(params, *data)
-    norms = fd.tree.norm(rows, per_member=True)
-    rows = fd.tree.map(lambda leaf: leaf[norms.isfinite()], rows)
-    factors = (clip / norms[norms.isfinite()].clamp(min=1e-12)).clamp(max=1.0)
-    total = fd.tree.map(lambda leaf: leaf.sum(0), fd.tree.scale(rows, factors, per_member=True))
+    total = _clipped(loss, params, data, None, clip, chunk_size)
     noisy = fd.tree.add(total, fd.tree.scale(fd.tree.randn_like(total, seed), noise * clip))
     return fd.tree.scale(noisy, 1 / expected)
+
+
+def batches(rows: int, rate: float, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """`batch` of every member, padded to the longest: rows (n, b), and which of them are taken, (n, b) bool.
+
+    >>> batches(10, 0.3, seeds=[2, 4])
+    (tensor([[7, 9, 0, 0],
+            [2, 3, 4, 5]]), tensor([[ True,  True, False, False],
+            [ True,  True,  True,  True]]))
+    """
+    each = [batch(rows, rate, seed) for seed in seeds]
+    taken = torch.nn.utils.rnn.pad_sequence([torch.ones_like(one, dtype=torch.bool) for one in each], True)
+    return torch.nn.utils.rnn.pad_sequence(each, True), taken
+
+
+def gradients(
+    loss: Callable[..., Tensor],
+    stack: Params,
+    data: Sequence[Tensor],
+    taken: Tensor,
+    seeds: Sequence[int],
+    *,
+    clip: float | Tensor,
+    noise: float | Tensor,
+    expected: float,
+    chunk_size: int | None = None,
+) -> Params:
+    """`gradient` of every member of a stack, in one mapped run: the same numbers as member by member.
+
+    Args:
+        loss, expected: as in `gradient`; ``loss`` is that of one member.
+        stack, seeds: n members, and a seed for each one's noise.
+        data: tensors (n, b, ...), every member's rows, padded to one b.
+        taken: (n, b) bool, the rows that count, as `batches` makes them.
+        clip, noise: one for all, or (n,).
+        chunk_size: members that are computed at once; default: all.
+
+    >>> def loss(params, x):
+    ...     return (params["w"] * x).sum()
+    >>> stack, rows = {"w": torch.zeros(2, 2)}, torch.tensor([[[3.0, 4.0], [0.0, 0.5]]]).expand(2, 2, 2)
+    >>> taken = torch.tensor([[True, True], [True, False]])
+    >>> gradients(loss, stack, [rows], taken, [0, 1], clip=torch.tensor([1.0, 5.0]), noise=0, expected=2)
+    {'w': tensor([[0.3000, 0.6500],
+            [1.5000, 2.0000]])}
+    """
+    clips, noises = (torch.as_tensor(value, device=taken.device).expand(len(taken)) for value in (clip, noise))
+
+    def member(params: Params, clip: Tensor, taken: Tensor, *data: Tensor) -> Params:
+        return _clipped(loss, params, data, taken, clip, None)
+
+    total = torch.vmap(member, chunk_size=chunk_size)(stack, clips, taken, *data)
+    drawn = fd.tree.randn_like(total, seeds)
+    noisy = fd.tree.add(total, fd.tree.scale(drawn, noises * clips, per_member=True))
+    return fd.tree.scale(noisy, 1 / expected)
+
+
+def _clipped(
+    loss: Callable[..., Tensor],
+    params: Params,
+    data: Sequence[Tensor],
+    taken: Tensor | None,
+    clip: float | Tensor,
+    chunk_size: int | None,
+) -> Params:
+    """Σᵢ ∇Lᵢ min(1, C/‖∇Lᵢ‖) over the rows that are taken and whose gradients are finite."""
+    rows = fd.per_sample_grads(loss, chunk_size)(params, *data)
+    norms = fd.tree.norm(rows, per_member=True)
+    counts = norms.isfinite() if taken is None else norms.isfinite() & taken
+    factors = (clip / norms.clamp(min=1e-12)).clamp(max=1.0)
+
+    def total(leaf: Tensor) -> Tensor:
+        shape = (-1, *[1] * (leaf.ndim - 1))
+        # Chosen, not multiplied by 0: 0 · nan is nan.
+        return torch.where(counts.view(shape), leaf * factors.view(shape).to(leaf.dtype), 0.0).sum(0)
+
+    return fd.tree.map(total, rows)
 
 
 def epsilon(steps: int, rate: float, noise: float, delta: float) -> float:
