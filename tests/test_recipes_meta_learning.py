@@ -77,6 +77,41 @@ def test_the_meta_gradient_is_that_of_a_loop_over_tasks(few: Few, first_order: b
         torch.testing.assert_close(grads[name], gradient, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("first_order", [False, True], ids=["MAML", "FOMAML"])
+def test_checkpointed_steps_have_the_same_meta_gradient(few: Few, first_order: bool) -> None:
+    roots = {name: leaf.clone().requires_grad_(few.delta.trainable(name)) for name, leaf in few.params.items()}
+    rate = torch.tensor(RATE, dtype=torch.float64, requires_grad=True)
+    options = {"steps": STEPS, "lr": rate, "first_order": first_order, "checkpoint": True}
+    loss = maml_loss(few.loss, roots, few.support, few.query, **options)
+    expected, by_name = few.by_loop(first_order)
+    torch.testing.assert_close(loss.detach(), expected)
+    *found, slope = torch.autograd.grad(loss, [*(roots[name] for name in by_name), rate])
+    torch.testing.assert_close(found, list(by_name.values()), rtol=1e-9, atol=1e-11)
+
+    def outer(rate: Tensor) -> Tensor:
+        return maml_loss(few.loss, few.params, few.support, few.query, steps=STEPS, lr=rate, first_order=first_order)
+
+    torch.testing.assert_close(slope, torch.func.grad(outer)(rate.detach()))
+
+
+def test_checkpointed_steps_keep_no_activations(few: Few) -> None:
+    """Nodes of the graph, each of which may save tensors: fd.unroll's own tests count what a step saves."""
+
+    def nodes(steps: int, checkpoint: bool) -> int:
+        roots = {name: leaf.clone().requires_grad_(few.delta.trainable(name)) for name, leaf in few.params.items()}
+        loss = maml_loss(few.loss, roots, few.support, few.query, steps=steps, lr=RATE, checkpoint=checkpoint)
+        seen, waiting = set(), [loss.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting += [after for after, _ in node.next_functions]
+        return len(seen)
+
+    assert nodes(5, True) - nodes(2, True) == 3 * 1
+    assert nodes(5, False) - nodes(2, False) > 3 * 100
+
+
 def test_the_meta_gradient_is_the_slope_of_the_loss(few: Few) -> None:
     def outer(params):
         return maml_loss(few.loss, params, few.support, few.query, steps=STEPS, lr=RATE)

@@ -59,10 +59,13 @@ def maml_loss(
     lr: float | Tensor,
     first_order: bool = False,
     trainable: Selector | None = None,
+    checkpoint: bool = False,
 ) -> Tensor:
     """(1/t) Σᵢ L(adapt(θ, supportᵢ), queryᵢ): what MAML minimises in θ; ``torch.func.grad`` of it is the meta-gradient.
 
-    Finn et al. 2017, "Model-Agnostic Meta-Learning"; ``first_order=True`` is their FOMAML.
+    Finn et al. 2017, "Model-Agnostic Meta-Learning"; ``first_order=True`` is their FOMAML. ``checkpoint=True`` keeps
+    the params of a step in place of its activations, for many inner steps; each is then computed twice, and the
+    meta-gradient is taken by ``torch.autograd.grad``, as ``fd.unroll`` has it.
 
     >>> def loss(params, x):
     ...     return ((params["w"] - x) ** 2).sum()
@@ -71,11 +74,15 @@ def maml_loss(
     {'w': tensor([-1.])}
     """
 
-    def one(support: Sequence[Tensor], query: Sequence[Tensor]) -> Tensor:
-        adapted = adapt(loss, params, support, steps=steps, lr=lr, first_order=first_order, trainable=trainable)
-        return loss(adapted, *query)
+    def step(each: Params, _: int, support: Sequence[Tensor], lr: float | Tensor) -> Params:
+        def one(params: Params, support: Sequence[Tensor]) -> Params:
+            return adapt(loss, params, support, steps=1, lr=lr, first_order=first_order, trainable=trainable)
 
-    return torch.vmap(one, randomness="different")(tuple(support), tuple(query)).mean()
+        return torch.vmap(one, randomness="different")(each, support)
+
+    tasks = fd.broadcast(params, len(support[0]))
+    adapted = fd.unroll(step, tasks, steps, tuple(support), lr, checkpoint=checkpoint)
+    return torch.vmap(loss, randomness="different")(adapted, *query).mean()
 
 
 def reptile(
