@@ -61,8 +61,9 @@ def newton_without_each(
 
     H₋ᵢ is that of Σⱼ Lⱼ / n without row i, so that the change is one Newton step of retraining, and exact where the
     losses are quadratic and the training's ridge is ``damping``. It matters where a row carries much of the curvature
-    along its own gradient. One solve a row, ``chunk_size`` of them at once, each over all rows. Source: Pregibon 1981,
-    "Logistic Regression Diagnostics".
+    along its own gradient; where the losses are far from quadratic, as in the factors of LoRA, the step overshoots for
+    some such rows, and the derivative is the safer order of all. One solve a row, ``chunk_size`` of them at once, each
+    over all rows. Source: Pregibon 1981, "Logistic Regression Diagnostics".
 
     >>> def losses(params, x):
     ...     return (params["w"] - x).square().sum(1) / 2
