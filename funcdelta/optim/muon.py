@@ -135,16 +135,17 @@ def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
 
 def _matrices(moving: dict[str, Tensor], chosen: Selector | None, members: int) -> set[str]:
     """The leaves that have two axes in one member; raises `StackError` where it cannot be told."""
-    if chosen is not None:
-        names = select(moving, chosen)
-    else:
-        names = {name for name, leaf in moving.items() if leaf.ndim - members == 2}
-    for name, leaf in moving.items():
-        if chosen is None and not members and leaf.ndim > 2:
+    if chosen is None:
+        unclear = next((name for name, leaf in moving.items() if not members and leaf.ndim > 2), None)
+        if unclear is not None:
+            shape = tuple(moving[unclear].shape)
             raise StackError(
-                f"Leaf {name!r} has shape {tuple(leaf.shape)}: of a stack write opt.init(stack, n={leaf.shape[0]}); if "
+                f"Leaf {unclear!r} has shape {shape}: of a stack write opt.init(stack, n={shape[0]}); if "
                 "these are the axes of one member, write muon(..., matrices=lambda name, leaf: leaf.ndim == 2)."
             )
+        return {name for name, leaf in moving.items() if leaf.ndim - members == 2}
+    names = select(moving, chosen)
+    for name, leaf in moving.items():
         if name in names and leaf.ndim - members != 2:
             raise StackError(
                 f"matrices: leaf {name!r} has shape {tuple(leaf.shape)}"

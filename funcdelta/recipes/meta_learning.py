@@ -74,14 +74,7 @@ def maml_loss(
     {'w': tensor([-1.])}
     """
 
-    def step(each: Params, _: int, support: Sequence[Tensor], lr: float | Tensor) -> Params:
-        def one(params: Params, support: Sequence[Tensor]) -> Params:
-            return adapt(loss, params, support, steps=1, lr=lr, first_order=first_order, trainable=trainable)
-
-        return torch.vmap(one, randomness="different")(each, support)
-
-    tasks = fd.broadcast(params, len(support[0]))
-    adapted = fd.unroll(step, tasks, steps, tuple(support), lr, checkpoint=checkpoint)
+    adapted = _adapt_each(loss, params, support, steps, lr, first_order, trainable, checkpoint)
     return torch.vmap(loss, randomness="different")(adapted, *query).mean()
 
 
@@ -98,7 +91,26 @@ def reptile(
     {'w': tensor([1.])}
     """
 
-    def one(support: Sequence[Tensor]) -> Params:
-        return adapt(loss, params, support, steps=steps, lr=lr)
+    return fd.tree.lerp(params, fd.tree.mean(_adapt_each(loss, params, support, steps, lr)), rate)
 
-    return fd.tree.lerp(params, fd.tree.mean(torch.vmap(one, randomness="different")(tuple(support))), rate)
+
+def _adapt_each(
+    loss: Loss,
+    params: Params,
+    support: Sequence[Tensor],
+    steps: int,
+    lr: float | Tensor,
+    first_order: bool = False,
+    trainable: Selector | None = None,
+    checkpoint: bool = False,
+) -> Params:
+    """`adapt` of every task, a stack of t members: all tasks take a step together, which is what is recomputed."""
+
+    def step(each: Params, _: int, support: Sequence[Tensor], lr: float | Tensor) -> Params:
+        def one(params: Params, support: Sequence[Tensor]) -> Params:
+            return adapt(loss, params, support, steps=1, lr=lr, first_order=first_order, trainable=trainable)
+
+        return torch.vmap(one, randomness="different")(each, support)
+
+    tasks = fd.broadcast(params, len(support[0]))
+    return fd.unroll(step, tasks, steps, tuple(support), lr, checkpoint=checkpoint)

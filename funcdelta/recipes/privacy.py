@@ -52,7 +52,8 @@ def gradient(
     >>> gradient(loss, {"w": torch.zeros(2)}, [torch.tensor([[3.0, 4.0], [0.0, 0.5]])], 0, clip=1, noise=0, expected=2)
     {'w': tensor([0.3000, 0.6500])}
     """
-    total = _clipped(loss, params, data, None, clip, chunk_size)
+    every = torch.ones(len(data[0]), dtype=torch.bool, device=data[0].device)
+    total = _clipped(loss, params, data, every, clip, chunk_size)
     noisy = fd.tree.add(total, fd.tree.scale(fd.tree.randn_like(total, seed), noise * clip))
     return fd.tree.scale(noisy, 1 / expected)
 
@@ -115,14 +116,14 @@ def _clipped(
     loss: Callable[..., Tensor],
     params: Params,
     data: Sequence[Tensor],
-    taken: Tensor | None,
+    taken: Tensor,
     clip: float | Tensor,
     chunk_size: int | None,
 ) -> Params:
     """Σᵢ ∇Lᵢ min(1, C/‖∇Lᵢ‖) over the rows that are taken and whose gradients are finite."""
     rows = fd.per_sample_grads(loss, chunk_size)(params, *data)
     norms = fd.tree.norm(rows, per_member=True)
-    counts = norms.isfinite() if taken is None else norms.isfinite() & taken
+    counts = norms.isfinite() & taken
     factors = (clip / norms.clamp(min=1e-12)).clamp(max=1.0)
 
     def total(leaf: Tensor) -> Tensor:
