@@ -16,6 +16,7 @@ CLOSE: dict[torch.dtype, dict[str, Any]] = {
     torch.float64: {"rtol": 1e-11, "atol": 1e-12},
     torch.float32: {"rtol": 1e-4, "atol": 1e-5},
 }
+EXACT = CLOSE[torch.float64]
 Tensors = dict[str, torch.Tensor]
 OURS: dict[str, Callable[..., optim.Optimizer]] = {"sgd": optim.sgd, "adam": optim.adam, "adamw": optim.adamw}
 THEIRS: dict[str, Any] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
