@@ -34,6 +34,7 @@ from .derivatives.directions import jvp as jvp
 from .derivatives.directions import per_sample_grads as per_sample_grads
 from .derivatives.directions import vjp as vjp
 from .derivatives.gradients import value_and_grad as value_and_grad
+from .derivatives.reach import reached as reached
 from .derivatives.taps import Tap as Tap
 from .derivatives.taps import ghost_norms as ghost_norms
 from .derivatives.taps import kronecker_factors as kronecker_factors

@@ -325,8 +325,18 @@ class BaseDeltaConfig:
         return None
 
     def unmergeable(self, site: Site) -> str | None:
-        """Why the delta at ``site`` is no function of its weights; ``None`` if ``weights`` is exact."""
-        return None if self.gives("weights") else f"{self.delta_type or type(self).__name__} has no weights form"
+        """Why the delta at ``site`` is not a function of its weights; ``None`` if ``weights`` is exact."""
+        if not self.gives("weights"):
+            return f"{self.delta_type or type(self).__name__} has no weights form"
+        return packed_weight(site) if site.packed else None
+
+    def holds_on_values(self, site: Site) -> bool:
+        """Whether ``before`` and ``after`` compute at ``site`` what ``weights`` does; asked of methods that give both.
+
+        Where they do not, because the layer has a forward of its own or options that the formula does not know, the
+        delta acts by its weights.
+        """
+        return not site.own_forward
 
     @classmethod
     def gives(cls, function: str) -> bool:
@@ -450,6 +460,19 @@ class BaseDeltaConfig:
                 hint = f" PEFT's {key} is {here} here." if here in names else near(str(key), names)
                 hint = f" Of OpenDelta's {key}: {GONE[key]}." if key in GONE else hint
                 raise ConfigError(f"{cls.__name__} has no field {key!r}.{hint}")
+
+
+def packed_weight(site: Site) -> str:
+    """Why nothing can be added to the weight of a ``packed`` site.
+
+    >>> from funcdelta.sites.site import site_of
+    >>> packed_weight(site_of("proj", nn.Linear(2, 3)))
+    'the weight of Linear is packed or computed, so it does not hold the numbers of the (3, 2) matrix'
+    """
+    return (
+        f"the weight of {site.module_type} is packed or computed, so it does not hold the numbers of the "
+        f"({site.out_features}, {site.in_features}) matrix"
+    )
 
 
 def check_kind(name: str, value: Any, kind: str) -> None:

@@ -1,6 +1,7 @@
 """Fresh params: every leaf drawn from (seed, site, delta name) alone, so member i never depends on n.
 
-Random numbers come from a CPU generator a leaf group, whatever the device: a member is the same everywhere.
+Random numbers come from a CPU generator a leaf group, whatever the device, and torch's default dtype and device are set
+aside while methods draw: a member is the same everywhere.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from .errors import ConfigError
 from .planning.plan import Attachment, Plan
 from .planning.sharing import Shared
+from .pytrees.constants import still
+from .pytrees.drawing import own_defaults
 from .pytrees.seeding import derive
 from .sites.site import Site
 
@@ -27,6 +30,14 @@ def fresh_member(
     device: torch.device | str | None,
 ) -> dict[str, Tensor]:
     """One member's params in the order of ``order``."""
+    with own_defaults():
+        params = _drawn(plan, backbone, seed, dtype, device)
+    return {name: params[name] for name in order}
+
+
+def _drawn(
+    plan: Plan, backbone: nn.Module, seed: int, dtype: torch.dtype | None, device: torch.device | str | None
+) -> dict[str, Tensor]:
     params: dict[str, Tensor] = {}
     for group in plan.shared:
         drawn = group.config.shared(group.sites, torch.Generator().manual_seed(derive(seed, group.name)))
@@ -42,7 +53,7 @@ def fresh_member(
         tensor = parameters[name]
         value = _redrawn(backbone, name, tensor, seed) if name in plan.fresh else tensor.detach().clone()
         params[name] = value.to(dtype=dtype or trained_dtype(tensor), device=device or tensor.device)
-    return {name: params[name] for name in order}
+    return params
 
 
 def trained_dtype(tensor: Tensor) -> torch.dtype:
@@ -73,7 +84,7 @@ def _placed(
             )
         like = dtype if dtype and drawn[leaf].is_floating_point() else part.dtypes[key]
         found[key] = drawn[leaf].to(dtype=like, device=device or site.device)
-    return found
+    return still(found, part.constants)
 
 
 def _redrawn(backbone: nn.Module, name: str, tensor: Tensor, seed: int) -> Tensor:
@@ -108,7 +119,7 @@ def random_members(
         for name, leaf in fresh.items():
             if name in kept:
                 rng = torch.Generator().manual_seed(derive(seed, name, "probe"))
-                noise = torch.randn(leaf.shape, generator=rng).to(leaf) * 0.05
+                noise = torch.randn(leaf.shape, generator=rng, dtype=torch.float32, device="cpu").to(leaf) * 0.05
                 moved[name] = leaf if name in constants or not leaf.is_floating_point() else leaf + noise
         members.append(moved)
     return stack(members)

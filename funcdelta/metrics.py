@@ -34,7 +34,7 @@ def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> Tensor:
     tensor(0.6931)
     """
     _check(probabilities, labels)
-    index = labels.expand(probabilities.shape[:-1]).unsqueeze(-1)
+    index = labels.long().expand(probabilities.shape[:-1]).unsqueeze(-1)
     return -probabilities.gather(-1, index).squeeze(-1).log().mean(-1)
 
 
@@ -88,3 +88,25 @@ def _check(probabilities: Tensor, labels: Tensor) -> None:
             f"Metrics compare probabilities (..., b, C) with labels (b,), b > 0; found {tuple(probabilities.shape)} "
             f"and {tuple(labels.shape)}. Rows are the last axis but one."
         )
+    if labels.device != probabilities.device:
+        raise FuncdeltaError(
+            f"Labels are on {labels.device}, probabilities on {probabilities.device}. Write "
+            f"labels.to({str(probabilities.device)!r})."
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise FuncdeltaError(f"Labels count classes, from 0; found {labels.dtype}. Write labels.long().")
+    classes = probabilities.shape[-1]
+    strange = (labels < 0) | (labels >= classes)
+    if _known_true(strange.any()):
+        raise FuncdeltaError(
+            f"Labels of {classes} classes lie in 0 to {classes - 1}; found {int(labels[strange][0])}. Leave such rows "
+            f"out: known = labels >= 0, then probabilities[..., known, :] and labels[known]."
+        )
+
+
+def _known_true(value: Tensor) -> bool:
+    """Whether a boolean is true, as far as it can be read."""
+    try:
+        return not torch.compiler.is_compiling() and bool(value)
+    except RuntimeError:  # a transform or the meta device hides it
+        return False

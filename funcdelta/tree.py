@@ -1,13 +1,14 @@
 """Arithmetic on pytrees of tensors, leaf by leaf: gradients, updates, and params as points of factor space.
 
-Trees that meet need one structure and leaves of one shape; ``ParamsError`` names the leaf that differs.
-Results are new trees, every function is differentiable and maps under ``torch.vmap``. A leaf that is not a
-tensor (a Python number, ``None``) is passed through from the first tree. With ``per_member=True`` the first
-axis of every leaf is the member axis n, and scalars are one value a member.
+Trees that meet need one structure and leaves of one shape and device; ``ParamsError`` names the leaf that differs. A
+leaf keeps its dtype: what would change it is an error, too. Results are new trees, and every function is differentiable
+and maps under ``torch.vmap``. A leaf that is not a tensor (a Python number, ``None``) is passed through from the first
+tree. With ``per_member=True`` the first axis of every leaf is the member axis n, and scalars are one value a member.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .errors import ParamsError
-from .pytrees.leaves import align, compute_dtype, leading, named
+from .errors import ParamsError, StackError
+from .pytrees.constants import marked
+from .pytrees.leaves import align, check_tree, compute_dtype, dense, leading, named
 from .pytrees.seeding import derive
 
 __all__ = ["add", "lerp", "map", "mean", "norm", "randn_like", "ravel", "scale", "sub", "vdot"]
@@ -31,6 +33,7 @@ def map(function: Callable[..., Any], tree: Tree, *others: Any) -> Tree:
     >>> map(lambda x, y: x * y, {"a": torch.tensor(2.0)}, {"a": torch.tensor(5.0)})
     {'a': tensor(10.)}
     """
+    check_tree(tree)
     leaves, spec = pytree.tree_flatten(tree)
     rows = [align(tree, one, first_is="the first tree", other_is=f"tree {i}") for i, one in enumerate(others, 1)]
     results = [
@@ -46,8 +49,8 @@ def add(a: Tree, b: Any) -> Tree:
     >>> add({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([0.5, 0.5])})
     {'w': tensor([1.5000, 2.5000])}
     """
-    _same_shapes(a, b)
-    return map(torch.add, a, b)
+    _alike(a, b, "add")
+    return _map_named(lambda name, x, y: torch.add(x, y), a, b)
 
 
 def sub(a: Tree, b: Any) -> Tree:
@@ -56,8 +59,8 @@ def sub(a: Tree, b: Any) -> Tree:
     >>> sub({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([0.5, 0.5])})
     {'w': tensor([0.5000, 1.5000])}
     """
-    _same_shapes(a, b)
-    return map(torch.sub, a, b)
+    _alike(a, b, "sub")
+    return _map_named(lambda name, x, y: torch.sub(x, y), a, b)
 
 
 def scale(tree: Tree, s: float | Tensor, per_member: bool = False) -> Tree:
@@ -66,7 +69,7 @@ def scale(tree: Tree, s: float | Tensor, per_member: bool = False) -> Tree:
     >>> scale({"w": torch.ones(2, 3)}, torch.tensor([1.0, 10.0]), per_member=True)["w"][:, 0]
     tensor([ 1., 10.])
     """
-    return _map_named(lambda name, leaf: leaf * _factor(s, name, leaf, per_member), tree)
+    return _map_named(lambda name, leaf: _dense(name, leaf) * _factor(s, name, leaf, per_member), tree)
 
 
 def lerp(a: Tree, b: Any, t: float | Tensor, per_member: bool = False) -> Tree:
@@ -75,8 +78,14 @@ def lerp(a: Tree, b: Any, t: float | Tensor, per_member: bool = False) -> Tree:
     >>> lerp({"w": torch.tensor([0.0, 4.0])}, {"w": torch.tensor([4.0, 8.0])}, 0.25)
     {'w': tensor([1., 5.])}
     """
-    _same_shapes(a, b)
-    return _map_named(lambda name, x, y: torch.lerp(x, y, _factor(t, name, x, per_member)), a, b)
+    _alike(a, b, "lerp")
+
+    def one(name: str, x: Tensor, y: Tensor) -> Tensor:
+        if not x.is_complex():
+            _real(name, x, "lerp")
+        return torch.lerp(x, y, _factor(t, name, x, per_member))
+
+    return _map_named(one, a, b)
 
 
 def mean(stack: Tree) -> Tree:
@@ -85,7 +94,8 @@ def mean(stack: Tree) -> Tree:
     >>> mean({"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]])})
     {'w': tensor([2., 3.])}
     """
-    leading(stack)
+    if not leading(stack):
+        raise StackError("mean is over the members of a stack, and this one has none.")
 
     def one(name: str, leaf: Tensor) -> Tensor:
         _real(name, leaf, "mean")
@@ -101,7 +111,7 @@ def vdot(a: Any, b: Any, per_member: bool = False) -> Tensor:
     >>> vdot(a, {"w": torch.ones(2), "v": torch.tensor(2.0)})
     tensor(9.)
     """
-    _same_shapes(a, b)
+    _alike(a, b, "vdot")
     pairs = _tensors(a, "vdot")
     others = dict(zip((name for name, _ in named(a)), align(a, b, first_is="a", other_is="b"), strict=True))
     if per_member:
@@ -110,7 +120,7 @@ def vdot(a: Any, b: Any, per_member: bool = False) -> Tensor:
     for name, x in pairs:
         product = x.to(compute_dtype(x.dtype)) * others[name]
         sums.append(_flat(product, per_member).sum(-1))
-    return torch.stack(sums).sum(0) if sums else torch.zeros(())
+    return _stacked(sums).sum(0) if sums else torch.zeros((), dtype=torch.float32)
 
 
 def norm(a: Any, per_member: bool = False) -> Tensor:
@@ -128,7 +138,7 @@ def norm(a: Any, per_member: bool = False) -> Tensor:
     for _, x in pairs:
         wide = x.to(compute_dtype(x.dtype))
         norms.append(torch.linalg.vector_norm(_flat(wide, per_member), dim=-1))
-    return torch.linalg.vector_norm(torch.stack(norms), dim=0) if norms else torch.zeros(())
+    return torch.linalg.vector_norm(_stacked(norms), dim=0) if norms else torch.zeros((), dtype=torch.float32)
 
 
 def ravel(tree: Tree, per_member: bool = False) -> tuple[Tensor, Callable[[Tensor], Tree]]:
@@ -148,7 +158,7 @@ def ravel(tree: Tree, per_member: bool = False) -> tuple[Tensor, Callable[[Tenso
     if per_member:
         leading(tree)
     axes = int(per_member)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    tensors = [leaf for _, leaf in _together(tree)]
     shapes = [leaf.shape[axes:] for leaf in tensors]
     dtypes = [leaf.dtype for leaf in tensors]
     sizes = [shape.numel() for shape in shapes]
@@ -156,7 +166,7 @@ def ravel(tree: Tree, per_member: bool = False) -> tuple[Tensor, Callable[[Tenso
     # Only the leaves that are not tensors are kept, so that a long-lived unravel holds no one's memory.
     kept = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     flat = [_flat(leaf, per_member) for leaf in tensors]
-    vector = torch.cat(flat, dim=axes) if flat else torch.zeros(0)
+    vector = torch.cat(flat, dim=axes) if flat else torch.zeros(0, dtype=torch.float32)
 
     def unravel(vector: Tensor) -> Tree:
         wanted = f"(m, {width})" if per_member else f"({width},)"
@@ -185,8 +195,10 @@ def randn_like(tree: Tree, seed: int | Sequence[int]) -> Tree:
         raise ParamsError(f"randn_like needs one seed a member: {len(seed)} seeds for {leading(tree)} members.")
 
     def draw(name: str, leaf: Tensor) -> Tensor:
-        _real(name, leaf, "randn_like")
+        _real(name, _dense(name, leaf), "randn_like")
         dtype = compute_dtype(leaf.dtype)
+        if isinstance(seed, Sequence) and not seed:
+            return torch.zeros_like(leaf)
         if isinstance(seed, Sequence):
             value = torch.stack([_normal(leaf.shape[1:], one, name, dtype) for one in seed])
         else:
@@ -199,13 +211,13 @@ def randn_like(tree: Tree, seed: int | Sequence[int]) -> Tree:
 def _normal(shape: torch.Size, seed: int, name: str, dtype: torch.dtype) -> Tensor:
     """One leaf of one member. The word keeps the draw apart from an init with the same seed and name."""
     generator = torch.Generator().manual_seed(derive(seed, "randn_like", name))
-    return torch.randn(shape, generator=generator, dtype=dtype)
+    return torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
 
 
 def _map_named(function: Callable[..., Tensor], tree: Tree, *others: Any) -> Tree:
-    """As :func:`map`, with the leaf's name as first argument."""
+    """As :func:`map`, with the leaf's name as first argument, of a function that makes new tensors."""
     names = iter([name for name, leaf in named(tree) if isinstance(leaf, Tensor)])
-    return map(lambda *leaves: function(next(names), *leaves), tree, *others)
+    return map(lambda leaf, *more: marked(function(next(names), leaf, *more), leaf), tree, *others)
 
 
 def _flat(leaf: Tensor, per_member: bool) -> Tensor:
@@ -213,12 +225,31 @@ def _flat(leaf: Tensor, per_member: bool) -> Tensor:
     return leaf.reshape(leaf.shape[0], leaf.shape[1:].numel()) if per_member else leaf.reshape(-1)
 
 
+def _together(tree: Any) -> list[tuple[str, Tensor]]:
+    """The tensor leaves with their names, which become one tensor: all dense and on one device."""
+    check_tree(tree)
+    pairs = [(name, _dense(name, leaf)) for name, leaf in named(tree) if isinstance(leaf, Tensor)]
+    for name, leaf in pairs:
+        if leaf.device != pairs[0][1].device:
+            raise ParamsError(
+                f"Leaf {pairs[0][0]!r} is on {pairs[0][1].device}, {name!r} on {leaf.device}. Move one: "
+                f"leaf.to({str(leaf.device)!r})."
+            )
+    return pairs
+
+
 def _tensors(tree: Any, function: str) -> list[tuple[str, Tensor]]:
     """The tensor leaves with their names; each must hold real numbers."""
-    pairs = [(name, leaf) for name, leaf in named(tree) if isinstance(leaf, Tensor)]
+    pairs = _together(tree)
     for name, leaf in pairs:
         _real(name, leaf, function)
     return pairs
+
+
+def _stacked(numbers: list[Tensor]) -> Tensor:
+    """One number a leaf, in their common dtype."""
+    dtype = functools.reduce(torch.promote_types, [number.dtype for number in numbers])
+    return torch.stack([number.to(dtype) for number in numbers])
 
 
 def _real(name: str, leaf: Tensor, function: str) -> None:
@@ -230,21 +261,57 @@ def _real(name: str, leaf: Tensor, function: str) -> None:
         )
 
 
-def _same_shapes(a: Any, b: Any) -> None:
-    """Raise unless ``b`` has the structure and shapes of ``a``; torch would broadcast without a word."""
+def _dense(name: str, leaf: Tensor) -> Tensor:
+    return leaf if leaf.layout == torch.strided and not leaf.is_nested else dense(name, leaf)
+
+
+def _alike(a: Any, b: Any, function: str) -> None:
+    """Raise unless ``b`` has the structure, shapes and devices of ``a``; torch would broadcast without a word."""
+    check_tree(a)
+    check_tree(b)
     others = align(a, b, first_is="the first tree", other_is="the second")
     for position, (x, y) in enumerate(zip(pytree.tree_leaves(a), others, strict=True)):
-        if isinstance(x, Tensor) and getattr(y, "shape", None) != x.shape:
-            name = named(a)[position][0]
-            found = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else repr(y)
-            raise ParamsError(
-                f"Leaf {name!r} has shape {tuple(x.shape)} in the first tree and {found} in the second. "
-                "For one member beside a stack write fd.broadcast(params, n)."
-            )
+        if isinstance(x, Tensor):
+            problem = _unlike(x, y, function)
+            if problem:
+                raise ParamsError(f"Leaf {named(a)[position][0]!r} {problem}")
+
+
+def _unlike(x: Tensor, y: Any, function: str) -> str:
+    """What keeps ``function`` from ``x`` of the first tree and ``y`` of the second, or an empty string."""
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        found = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else repr(y)
+        return (
+            f"has shape {tuple(x.shape)} in the first tree and {found} in the second. "
+            "For one member beside a stack write fd.broadcast(params, n)."
+        )
+    if torch.strided not in (x.layout, y.layout) or x.layout != y.layout or x.is_nested or y.is_nested:
+        return f"is {x.layout} in the first tree and {y.layout} in the second. Write leaf.to_dense()."
+    if x.device != y.device:
+        place = str(x.device)
+        return f"is on {place} in the first tree and on {y.device} in the second. Move one: leaf.to({place!r})."
+    if function == "vdot":
+        return ""
+    common = torch.promote_types(x.dtype, y.dtype)
+    if common != x.dtype or (function == "lerp" and y.dtype != x.dtype):
+        return (
+            f"is {x.dtype} in the first tree and {y.dtype} in the second, and {function} would make it {common}. "
+            f"Convert one: fd.tree.map(lambda leaf: leaf.to({x.dtype}), tree)."
+        )
+    if x.dtype == torch.bool and function == "sub":
+        return "is torch.bool, of which there is no difference. Leave it out with fd.partition."
+    return ""
 
 
 def _factor(s: float | Tensor, name: str, leaf: Tensor, per_member: bool) -> float | Tensor:
-    """``s`` in the shape and dtype in which it multiplies ``leaf``."""
+    """``s`` in the shape, dtype and place in which it multiplies ``leaf``."""
+    kept = leaf.is_floating_point() or leaf.is_complex() or (leaf.dtype != torch.bool and _is_whole(s))
+    if not kept or (_is_complex(s) and not leaf.is_complex()):
+        factor = s.dtype if isinstance(s, Tensor) else repr(s)
+        raise ParamsError(
+            f"Leaf {name!r} is {leaf.dtype}, and its product with {factor} is not. Leave it out: "
+            f"some, rest = fd.partition(params, lambda name, leaf: leaf.is_floating_point())."
+        )
     if not per_member:
         if isinstance(s, Tensor) and s.ndim:
             raise ParamsError(
@@ -259,4 +326,13 @@ def _factor(s: float | Tensor, name: str, leaf: Tensor, per_member: bool) -> flo
         raise ParamsError(
             f"The factor has {s.shape[0]} values, one a member; leaf {name!r} has shape {tuple(leaf.shape)}."
         )
-    return s.to(leaf.dtype).reshape((-1, *[1] * (leaf.ndim - 1)))
+    return s.to(dtype=leaf.dtype, device=leaf.device).reshape((-1, *[1] * (leaf.ndim - 1)))
+
+
+def _is_whole(s: float | Tensor) -> bool:
+    """Whether a factor is of an integer kind."""
+    return not (s.is_floating_point() or s.is_complex()) if isinstance(s, Tensor) else isinstance(s, int)
+
+
+def _is_complex(s: float | Tensor) -> bool:
+    return s.is_complex() if isinstance(s, Tensor) else isinstance(s, complex)

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import random
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ with warnings.catch_warnings():
     importlib.import_module("torch.utils.mkldnn")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# Data of others that is no part of the repository: a worktree elsewhere says where it is.
+SHARED = Path(os.environ.get("FUNCDELTA_SHARED", REPOSITORY.parent / "shared"))
+
+
+BY_ARCHITECTURE = ("test_laws.py", "test_hard_laws.py", "test_sequences.py")
 
 
 class ByFileAndArchitecture(LoadScopeScheduling):
@@ -32,7 +38,7 @@ class ByFileAndArchitecture(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         path, _, test = nodeid.partition("::")
-        return test.rpartition("-")[2].rpartition("[")[2] if path.endswith("test_laws.py") else path
+        return test.rpartition("-")[2].rpartition("[")[2] if path.endswith(BY_ARCHITECTURE) else path
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFileAndArchitecture:
@@ -81,9 +87,19 @@ def bbc_path() -> Path:
 
 
 @pytest.fixture(scope="session")
-def opendelta_fixtures() -> Path:
-    """Folder of deltas that OpenDelta saved, with its own outputs, one folder a backbone."""
-    folder = REPOSITORY.parent / "shared" / "fixtures" / "opendelta"
-    if not folder.is_dir():
-        pytest.skip("needs the deltas saved by OpenDelta, which stand beside the repository in shared/fixtures")
+def shared_folder() -> Callable[[str], Path]:
+    """``shared_folder("fixtures")``: a folder of data that is kept beside the repository, or a skipped test."""
+
+    def folder(name: str) -> Path:
+        found = SHARED / name
+        if not found.is_dir():
+            pytest.skip(f"needs the folder shared/{name} beside the repository, or in the folder FUNCDELTA_SHARED")
+        return found
+
     return folder
+
+
+@pytest.fixture(scope="session")
+def opendelta_fixtures(shared_folder: Callable[[str], Path]) -> Path:
+    """Folder of deltas that OpenDelta saved, with its own outputs, one folder a backbone."""
+    return shared_folder("fixtures/opendelta")

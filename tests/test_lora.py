@@ -168,10 +168,26 @@ def test_depthwise_convolution() -> None:
     assert_engines_agree(delta, random_params(delta, 3), x)
 
 
-def test_a_padding_mode_that_lora_cannot_do_is_refused() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"))
-    with raises_saying(fd.MatchError, "0", "padding_mode", "reflect"):
-        fd.LoraModel(model, modified_modules=["0"])
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_every_padding_mode_is_its_dense_form(mode: str) -> None:
+    layer = nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode)
+    delta = fd.LoraModel(nn.Sequential(layer).eval(), lora_r=2, lora_alpha=3, modified_modules=["0"])
+    params, x = random_params(delta), torch.randn(2, 3, 7, 7)
+    dense = copy.deepcopy(layer)
+    with torch.no_grad():
+        dense.weight += 1.5 * torch.einsum("or,r...->o...", params["0.lora.lora_B"], params["0.lora.lora_A"])
+    assert_close(delta.apply(params, x), dense(x))
+    assert_engines_agree(delta, random_params(delta, 3), x)
+
+
+def test_a_padding_token_has_a_value_and_no_gradient() -> None:
+    table, tokens = nn.Embedding(11, 4, padding_idx=1), torch.tensor([[1, 1, 1]])
+    delta = fd.LoraModel(nn.Sequential(table).eval(), lora_r=2, modified_modules=["0"])
+    params = random_params(delta)
+    assert_acts(delta.apply(params, tokens), table(tokens))
+    found = torch.func.grad(lambda p: delta.apply(p, tokens).square().sum())(params)
+    assert not found["0.lora.lora_A"].any()
+    assert not found["0.lora.lora_B"].any()
 
 
 @pytest.mark.parametrize("enabled", [(True, False, True), (False, True, False), (True, True, True), (True, False)])

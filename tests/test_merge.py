@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 import funcdelta as fd
+from funcdelta.merge import merged_module, merged_state
 
 
 @pytest.fixture
@@ -155,6 +156,96 @@ def test_a_module_under_two_names_is_no_tied_pair(x: Tensor) -> None:
     fresh = Twice().eval()
     fresh.load_state_dict(state)
     assert_close(fresh(x), delta.apply(params, x))
+
+
+class Repeated(nn.Module):
+    """One block three times, and then a head: (b, 4) to (b, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Tanh())
+        self.blocks = nn.ModuleList([block] * 3)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.0", "blocks.0"])
+def test_a_trained_leaf_of_a_repeated_block_is_written_under_every_name(name: str, x: Tensor) -> None:
+    model = Repeated().eval()
+    delta = fd.LoraModel(model, lora_r=2, modified_modules=["head"], unfrozen_modules=["deltas", name])
+    params = random_params(delta)
+    assert_merges(delta, params, x)
+    state = delta.merge(params)
+    assert [torch.equal(state[f"blocks.{i}.0.weight"], params["blocks.0.0.weight"]) for i in range(3)] == [True] * 3
+    fresh = Repeated().eval()
+    fresh.load_state_dict(state)
+    assert_close(fresh(x), delta.apply(params, x))
+    by_hand = x
+    for _ in range(3):
+        by_hand = torch.tanh(by_hand @ params["blocks.0.0.weight"].T)
+    assert_close(delta.merged(params)(x), by_hand @ state["head.weight"].T + state["head.bias"])
+
+
+def test_a_bias_that_was_not_there_is_written_under_every_name(x: Tensor) -> None:
+    delta = fd.BitFitModel(Repeated().eval(), modified_modules=["[r]blocks.0.0$"])
+    params = random_params(delta)
+    state = delta.merge(params)
+    assert [torch.equal(state[f"blocks.{i}.0.bias"], params["blocks.0.0.bitfit.bias"]) for i in range(3)] == [True] * 3
+    assert_close(delta.merged(params)(x), delta.apply(params, x))
+
+
+class ReadInAList(nn.Module):
+    """Reads its layer's weight once more from a list: (b, 4) to (b, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.kept = [self.layer.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x)) @ self.kept[0]
+
+
+@pytest.mark.parametrize("untie", [False, True])
+def test_a_tensor_in_a_list_is_merged_with_its_parameter(untie: bool, x: Tensor) -> None:
+    model = ReadInAList().eval()
+    delta = fd.LoraModel(nn.Sequential(model, nn.Linear(4, 3)).eval(), lora_r=2, modified_modules=["0.layer"])
+    params = random_params(delta)
+    merged = delta.merged(params, untie=untie)
+    weight = delta.merge(params)["0.layer.weight"]
+    assert_acts(weight, model.layer.weight)
+    assert_close(merged[0](x), torch.tanh(x @ weight.T + model.layer.bias) @ weight)
+
+
+def test_running_statistics_among_params_are_written(x: Tensor) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).eval()
+    model.register_buffer("scratch", torch.zeros(2), persistent=False)
+    delta = fd.LoraModel(model, lora_r=2, modified_modules=["0"])
+    params = random_params(delta)
+    seen = {"1.running_mean": torch.randn(6), "1.running_var": torch.rand(6) + 1, "scratch": torch.ones(2)}
+    state = merged_state(model, delta.plan, params | seen)
+    assert all(torch.equal(state[name], seen[name]) for name in ("1.running_mean", "1.running_var"))
+    assert state.keys() == model.state_dict().keys()
+    hand = copy.deepcopy(model)
+    hand.load_state_dict(state)
+    merged = merged_module(model, delta.plan, params | seen)
+    assert_close(merged(x), hand(x))
+    assert_acts(merged(x), delta.merged(params)(x))
+    assert torch.equal(merged.scratch, seen["scratch"])
+    assert not model.scratch.any()
+
+
+def test_a_changed_backbone_leaf_among_params_is_written(x: Tensor) -> None:
+    delta = fd.LoraModel(MLP().eval(), lora_r=2, modified_modules=["a"])
+    full = delta.attach(random_params(delta))
+    assert delta.merge(full).keys() == delta.merge(random_params(delta)).keys()
+    full["b.weight"] = full["b.weight"] + 1.0
+    expected = delta.apply(full, x)
+    assert_close(merged_module(delta.backbone, delta.plan, full)(x), expected)
 
 
 def test_merging_is_differentiable(x: Tensor) -> None:

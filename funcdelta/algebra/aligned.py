@@ -15,7 +15,7 @@ from ..model import DeltaModel
 from ..pytrees.leaves import compute_dtype
 from ..stacks.params import members
 from .factored import Factored, Factors, is_stack, rank_of, read, write
-from .merging import ties, weighted_sum
+from .merging import shares_of, ties, weighted_sum
 from .sums import Pair, summands_of
 
 Merge = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -54,6 +54,9 @@ def knots(pairs: Iterable[Pair] | Pair, merge: Merge = ties) -> tuple[DeltaModel
     trained = dict.fromkeys(name for part in parts for name in part.trained)
     changes = {name: _stacked([part.trained.get(name) for part in parts]) for name in trained}
     merged = merge(aligned | changes)
+    if not isinstance(merged, Mapping) or (lacking := sorted((aligned | changes).keys() - merged.keys())):
+        found = f"no {lacking[0]!r}" if isinstance(merged, Mapping) else type(merged).__name__
+        raise ParamsError(f"merge of knots gives a dict with the names that it was given; found {found}.")
     sites: dict[str, dict[str, Factors]] = {}
     for (path, name), basis in bases.items():
         sites.setdefault(path, {})[name] = (basis, merged[f"{path}.{name}"])
@@ -65,6 +68,8 @@ def soup(
     delta: DeltaModel, stack: Mapping[str, Tensor], weights: Sequence[float] | Tensor | None = None
 ) -> dict[str, Tensor]:
     """Σ wᵢ leafᵢ, equal weights without any: the mean of members in factor space, which keeps their rank.
+
+    Constants that all members have alike stay as they are.
 
     It means something for members that started from the same leaves and stayed near each other (Wortsman et al. 2022,
     "Model Soups"): (Σ wᵢ Bᵢ)(Σ wᵢ Aᵢ) is not Σ wᵢ Bᵢ Aᵢ. Where the two differ by more than a tenth, a
@@ -79,10 +84,11 @@ def soup(
     if not is_stack(delta, stack):
         raise ParamsError("soup averages the members of a stack, and these params are one member: fd.stack([...]).")
     n = members(stack)
-    shares = torch.as_tensor(weights if weights is not None else [1 / n] * n, dtype=torch.float64)
-    if tuple(shares.shape) != (n,):
-        raise ParamsError(f"soup needs one weight a member, ({n},); found shape {tuple(shares.shape)}.")
-    mean = weighted_sum(stack, shares)
+    shares = shares_of(weights if weights is not None else [1 / n] * n, n, "soup needs one weight a member")
+    # Constants by their differences, so that what all members have alike stays what it is, to the last digit.
+    apart = {name: leaf - leaf[:1] if name in delta.constants else leaf for name, leaf in stack.items()}
+    mean = weighted_sum(apart, shares)
+    mean |= {name: stack[name][0] + mean[name] for name in delta.constants if name in mean}
     off = _far_off(delta, stack, mean, shares)
     if off > FAR:
         warnings.warn(

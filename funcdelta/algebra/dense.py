@@ -14,6 +14,7 @@ from ..model import DeltaModel
 from ..packing.packed import Packed
 from ..planning.plan import Attachment
 from ..planning.sharing import expand_member
+from ..pytrees.drawing import own_defaults
 from ..pytrees.leaves import compute_dtype
 from ..stacks.params import unstack
 from ..transforms import outside_transforms
@@ -125,7 +126,7 @@ def from_dense(delta: DeltaModel, dense: Mapping[str, Tensor]) -> tuple[DeltaMod
 
 def _fresh(a: Attachment) -> dict[str, Factors]:
     """The factors of the attachment as it starts, for their shapes."""
-    with outside_transforms():
+    with outside_transforms(), own_defaults():
         return a.config.factors(a.site, a.config.init(a.site, torch.Generator().manual_seed(0)))
 
 

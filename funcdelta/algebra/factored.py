@@ -19,6 +19,7 @@ from ..packing.packed import Packed
 from ..packing.slots import exactly
 from ..planning.plan import Attachment
 from ..planning.sharing import expand_member, expand_stack
+from ..pytrees.constants import still
 from ..transforms import outside_transforms
 
 Factors = tuple[Tensor, Tensor]
@@ -137,7 +138,7 @@ def write(factored: Factored, rank: int) -> tuple[DeltaModel, dict[str, Tensor]]
 
         leaves = one(padded) if factored.n is None else torch.vmap(one)(padded)
         found |= {a.leaves[leaf]: tensor.contiguous() for leaf, tensor in leaves.items()}
-    params = {name: found[name] for name in delta.names}
+    params = still({name: found[name] for name in delta.names}, delta.constants)
     is_stack(delta, params)
     return delta, params
 

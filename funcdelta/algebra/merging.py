@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ParamsError
-from ..pytrees.leaves import compute_dtype
+from ..pytrees.leaves import check_tree, compute_dtype, dense
 from ..pytrees.seeding import derive
 from ..stacks.params import members, stack, take
 from ..tree import map as map_leaves
@@ -32,12 +32,7 @@ def task_arithmetic(changes: Sequence[Change] | Change, weights: Sequence[float]
     {'w': tensor([-2., -3.])}
     """
     found = _stack(changes)
-    factors = torch.as_tensor(weights)
-    if tuple(factors.shape) != (members(found),):
-        raise ParamsError(
-            f"task_arithmetic needs one weight a change: ({members(found)},); found shape {tuple(factors.shape)}."
-        )
-    return weighted_sum(found, factors)
+    return weighted_sum(found, shares_of(weights, members(found), "task_arithmetic needs one weight a change"))
 
 
 def ties(changes: Sequence[Change] | Change, density: float = 0.2, weight: float = 1.0) -> dict[str, Tensor]:
@@ -73,7 +68,7 @@ def prune(change: Change, density: float) -> dict[str, Tensor]:
     """
     if not 0 < density <= 1:
         raise ParamsError(f"prune: density={density}; write the share of entries that is kept, in (0, 1].")
-    vector, unravel = ravel(dict(change))
+    vector, unravel = ravel(_checked(change))
     return unravel(_largest(vector, density))
 
 
@@ -91,10 +86,26 @@ def dare(change: Change, drop: float, seed: int) -> dict[str, Tensor]:
         raise ParamsError(f"dare: drop={drop}; write a probability in [0, 1).")
 
     def masked(name: str, leaf: Tensor) -> Tensor:
-        drawn = torch.rand(leaf.shape, generator=torch.Generator().manual_seed(derive(seed, "dare", name)))
+        rng = torch.Generator().manual_seed(derive(seed, "dare", name))
+        drawn = torch.rand(leaf.shape, generator=rng, dtype=torch.float32, device="cpu")
         return leaf * (drawn >= drop).to(leaf) / (1 - drop)
 
-    return {name: masked(name, leaf) for name, leaf in change.items()}
+    return {name: masked(name, leaf) for name, leaf in _checked(change).items()}
+
+
+def shares_of(weights: Sequence[float] | Tensor, n: int, needs: str) -> Tensor:
+    """``weights`` as one tensor (n,), float64 where they are numbers; ``ParamsError`` begins with ``needs``.
+
+    >>> shares_of([0.5, 0.5], 2, "soup needs one weight a member")
+    tensor([0.5000, 0.5000], dtype=torch.float64)
+    """
+    try:
+        found = weights if isinstance(weights, Tensor) else torch.tensor(weights, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError) as error:
+        raise ParamsError(f"{needs}, {n} numbers; found {weights!r}.") from error
+    if tuple(found.shape) != (n,):
+        raise ParamsError(f"{needs}, ({n},); found shape {tuple(found.shape)}.")
+    return found
 
 
 def weighted_sum(stack: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
@@ -108,6 +119,8 @@ def weighted_sum(stack: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tens
 
 def _largest(values: Tensor, density: float) -> Tensor:
     """``values`` (..., d) with all but the share ``density`` of largest magnitude in the last axis set to 0."""
+    if not values.shape[-1]:
+        return values
     top = values.detach().abs().topk(max(1, round(density * values.shape[-1]))).indices
     return torch.zeros_like(values).scatter(-1, top, 1.0) * values
 
@@ -116,5 +129,22 @@ def _stack(changes: Sequence[Change] | Change) -> dict[str, Tensor]:
     """The changes side by side, each tensor (n, ...)."""
     if isinstance(changes, Mapping):
         members(changes)
-        return dict(changes)
-    return stack([dict(change) for change in changes])
+        return _checked(changes)
+    if not isinstance(changes, Sequence) or isinstance(changes, str):
+        raise ParamsError(
+            f"Changes are a list of dicts {{name of a weight: ΔW}}, or the one of a stack; found "
+            f"{type(changes).__name__}."
+        )
+    return stack([_checked(change) for change in changes])
+
+
+def _checked(change: Change) -> dict[str, Tensor]:
+    """One change as a dict, if it is one: real tensors by the names of weights."""
+    if not isinstance(change, Mapping):
+        raise ParamsError(f"A change is a dict {{name of a weight: ΔW}}; found {type(change).__name__}.")
+    check_tree(change)
+    for name, leaf in change.items():
+        if not isinstance(leaf, Tensor) or not dense(name, leaf).is_floating_point():
+            found = str(leaf.dtype) if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise ParamsError(f"The change of {name!r} is {found}; expected a tensor of real numbers.")
+    return dict(change)

@@ -42,6 +42,8 @@ def sum_exact(
     True
     """
     summands = summands_of(pairs)
+    if weights is not None and not isinstance(weights, Iterable):
+        raise ParamsError(f"sum_exact takes one weight a summand, a list of {len(summands)}; found {weights!r}.")
     factors = list(weights) if weights is not None else [1.0] * len(summands)
     if len(factors) != len(summands):
         raise ParamsError(f"sum_exact got {len(factors)} weights for {len(summands)} summands: write one for each.")
@@ -121,6 +123,8 @@ def summands_of(pairs: Any) -> list[Factored]:
 
 def _times(part: Factored, s: float | Tensor) -> Factored:
     """s·ΔW."""
+    if not isinstance(s, int | float | Tensor):
+        raise ParamsError(f"The factor of a change is a number or a tensor; found {s!r}.")
     if isinstance(s, Tensor) and s.ndim and (part.n is None or tuple(s.shape) != (part.n,)):
         expected = "a tensor ()" if part.n is None else f"a tensor () or ({part.n},), one value a member"
         raise ParamsError(f"The factor is a number or {expected}; found shape {tuple(s.shape)}.")

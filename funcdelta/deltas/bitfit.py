@@ -6,6 +6,7 @@ too, and a neutral member is all zeros. Source: Ben Zaken et al. 2021, "BitFit".
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import BaseDeltaConfig, register
+from ..sites.forwards import family, is_known, reads_bias
 from ..sites.site import Site, site_of
 
 KINDS_WITH_BIAS = ("linear", "transposed_linear", "conv1d", "conv2d", "conv3d", "transposed_conv", "norm")
@@ -22,7 +24,9 @@ KINDS_WITH_BIAS = ("linear", "transposed_linear", "conv1d", "conv2d", "conv3d", 
 @register("bitfit")
 @dataclass(frozen=True)
 class BitFitConfig(BaseDeltaConfig):
-    """Bias-only tuning, ``y + b``; a container stands for every linear, convolution and norm below it.
+    """Bias-only tuning, ``y + b``; a container means every linear, convolution and norm below it.
+
+    A layer that has a bias and a forward of its own gets the offset on that bias.
 
     >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 6, bias=False), torch.nn.LayerNorm(6))
     >>> delta = fd.DeltaModel(backbone, fd.BitFitConfig(modified_modules=["0", "1"]))
@@ -35,24 +39,28 @@ class BitFitConfig(BaseDeltaConfig):
     identity_at_start: ClassVar[bool] = True
 
     def spread(self, path: str, module: nn.Module) -> Iterator[str]:
-        # A parametrised layer has modules below it and is a layer all the same.
-        if all(name == "parametrizations" for name, _ in module.named_children()):
+        # A parametrised layer has modules below it and is a layer all the same, as is one that pads its input.
+        if _is_layer(module) or all(name == "parametrizations" for name, _ in module.named_children()):
             yield path
             return
         for below, child in module.named_modules():
-            inside = [name for name, _ in child.named_children() if name != "parametrizations"]
-            if (
-                not inside
-                and "parametrizations" not in below.split(".")
-                and site_of(below, child).kind in KINDS_WITH_BIAS
-            ):
+            if "parametrizations" in below.split(".") or not below:
+                continue
+            leaf = all(name == "parametrizations" for name, _ in child.named_children())
+            if (leaf or _is_layer(child)) and site_of(below, child).kind in KINDS_WITH_BIAS:
                 yield f"{path}.{below}"
 
+    def describe(self, site: Site, module: nn.Module) -> Site:
+        if site.bias is not None or site.kind not in KINDS_WITH_BIAS:
+            return site
+        reads = (site.kind != "norm" and is_known(module)) or reads_bias(module, _inputs(site))
+        return dataclasses.replace(site, options=(*site.options, ("reads_bias", reads)))
+
     def tokenwise(self, site: Site) -> bool:
-        return site.channel_axis == -1
+        return site.channel_axis == -1 and len(site.bias or (1,)) == 1
 
     def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
-        return {"bias": torch.zeros(site.width)}
+        return {"bias": torch.zeros(site.bias or (site.width,))}
 
     def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
         if site.channel_axis == -1:
@@ -64,6 +72,21 @@ class BitFitConfig(BaseDeltaConfig):
         return w | {"bias": w["bias"] + p["bias"] if "bias" in w else p["bias"]}
 
     def unmergeable(self, site: Site) -> str | None:
-        if site.bias is not None or site.kind in ("linear", "conv1d", "conv2d", "conv3d", "transposed_conv"):
+        if site.bias is not None or dict(site.options).get("reads_bias", False):
             return None
         return f"{site.module_type} adds no bias, so an offset on its output cannot be written into its weights"
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether the module is a linear, convolution or norm of torch's, or derived from one."""
+    return family(module) in KINDS_WITH_BIAS
+
+
+def _inputs(site: Site) -> list[Tensor]:
+    """What a layer of that kind may be called with."""
+    rng = torch.Generator().manual_seed(0)
+    width = site.in_features or 1
+    shapes: list[tuple[int, ...]] = [(2, width), (2, 3, width), (2, width, 6, 5), (2, width, 5), (2, width, 6, 5, 5)]
+    if "conv" in site.kind and site.weight is not None:
+        shapes = [(2, width, *[size + 32 for size in site.weight[2:]])]
+    return [torch.randn(shape, generator=rng) for shape in shapes]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import BaseDeltaConfig, Paddable, register
+from ..config import BaseDeltaConfig, Paddable, packed_weight, register
 from ..errors import ConfigError
 from ..functional.dropout import dropout
 from ..functional.tokenwise import linear
@@ -80,11 +80,16 @@ class LoraConfig(BaseDeltaConfig):
 
     def check(self, site: Site) -> str | None:
         if site.kind not in KINDS:
-            return f"LoRA acts on Linear, Conv1D, Embedding and Conv1d/2d/3d, not on {site.module_type}"
+            why = f": {site.why}" if site.why else ""
+            return f"LoRA acts on Linear, Conv1D, Embedding and Conv1d/2d/3d, not on {site.module_type}{why}"
         if site.weight is None and site.kind in CONVOLVE:
             return f"{site.module_type} has no weight tensor"
-        if site.kind in CONVOLVE and site.option("padding_mode") != "zeros":
-            return f"its padding_mode is {site.option('padding_mode')!r}; only 'zeros' is supported"
+        if self.lora_dropout and site.kind != "embedding" and not self.holds_on_values(site):
+            return (
+                f"lora_dropout={self.lora_dropout} drops what enters the low-rank branch, and here B A is added to the "
+                f"weight of {site.module_type} instead, because no formula on its activations holds. Write "
+                f"lora_dropout=0 for this site"
+            )
         if self.enable_lora is not None:
             if site.kind not in ("linear", "transposed_linear"):
                 return f"enable_lora splits fused linear projections, not {site.module_type}"
@@ -99,7 +104,17 @@ class LoraConfig(BaseDeltaConfig):
         return None
 
     def unmergeable(self, site: Site) -> str | None:
-        return None if site.weight is not None else f"{site.module_type} has no weight tensor"
+        if site.weight is None:
+            return f"{site.module_type} has no weight tensor"
+        return packed_weight(site) if site.packed else None
+
+    def holds_on_values(self, site: Site) -> bool:
+        if site.own_forward:
+            return False
+        if site.kind == "embedding":
+            # Rows that are shortened are not linear in the weight, and its gradient is divided by counts of tokens.
+            return site.option("max_norm") is None and not site.option("scale_grad_by_freq")
+        return site.kind not in CONVOLVE or site.option("padding_mode") == "zeros"
 
     def constants(self, site: Site) -> tuple[str, ...]:
         return ("scale",)
@@ -127,7 +142,11 @@ class LoraConfig(BaseDeltaConfig):
         """``y + s B (A x)``: two thin products, never the dense ``B A``."""
         a, b = p["lora_A"], p["lora_B"]
         if site.kind == "embedding":
-            return y + F.embedding(x, a.mT) @ (p["scale"] * b).mT
+            change, padding = F.embedding(x, a.mT) @ (p["scale"] * b).mT, site.option("padding_idx")
+            if padding is not None:
+                # The table gives that row a value and no gradient, so neither factor may get one through it.
+                change = torch.where((x == padding).unsqueeze(-1), change.detach(), change)
+            return y + change
         x = dropout(x, p.get("lora_dropout", self.lora_dropout), site.training)
         if site.kind in CONVOLVE:
             groups, ones = site.option("groups"), [1] * (a.ndim - 2)

@@ -1,4 +1,7 @@
-"""Derivatives with respect to params beyond one gradient: of every row, along directions, and through a solve."""
+"""Derivatives with respect to params beyond one gradient: of every row, along directions, and through a solve.
+
+Trees meet by name: the order of their keys means nothing. Leaves without derivatives (integers, booleans) get zeros.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from ..functional.attention import higher_order
 from ..pytrees.leaves import align
 from ..stacks.params import checked_chunk
 from .one_member import one_member
+from .real import Parted
 
 __all__ = ["conjugate_gradient", "hvp", "jacobian", "jvp", "per_sample_grads", "vjp"]
 
@@ -37,11 +41,6 @@ def per_sample_grads(loss: Callable[..., Tensor], chunk_size: int | None = None)
             [4., 4.]])}
     """
 
-    def alone(params: Any, data: Any) -> Tensor:
-        with one_member("per_sample_grads(loss)"):
-            value = loss(params, *pytree.tree_map_only(Tensor, lambda row: row.unsqueeze(0), data))
-        return _one_number(value, "per_sample_grads needs one loss, (), for a batch of one row")
-
     def grads(params: Any, *data: Any) -> Any:
         lengths = [leaf.shape[:1] for leaf in pytree.tree_leaves(data) if isinstance(leaf, Tensor)]
         if not lengths or len(set(lengths)) > 1 or not lengths[0]:
@@ -49,13 +48,19 @@ def per_sample_grads(loss: Callable[..., Tensor], chunk_size: int | None = None)
                 f"per_sample_grads maps over the rows of its data, the first axis of every tensor: expected one "
                 f"length, found {[tuple(length) for length in lengths]}."
             )
-        rows = lengths[0][0]
+        rows, parted = lengths[0][0], Parted(params)
         if not rows:
             return tree.map(lambda leaf: leaf.new_zeros((0, *leaf.shape)), params)
         if chunk_size is not None:
             checked_chunk(chunk_size, "rows")
+
+        def alone(reals: list[Tensor], data: Any) -> Tensor:
+            with one_member("per_sample_grads(loss)"):
+                value = loss(parted.whole(reals), *pytree.tree_map_only(Tensor, lambda row: row.unsqueeze(0), data))
+            return _one_number(value, "per_sample_grads needs one loss, (), for a batch of one row")
+
         mapped = torch.vmap(torch.func.grad(alone), in_dims=(None, 0), chunk_size=chunk_size, randomness="different")
-        return mapped(params, data)
+        return parted.filled(mapped(parted.reals, data), lambda leaf: leaf.new_zeros((rows, *leaf.shape)))
 
     return grads
 
@@ -71,13 +76,15 @@ def hvp(loss: Callable[..., Tensor], params: Tree, vector: Tree, *data: Any) -> 
     >>> hvp(lambda params: (params["w"] ** 3).sum(), {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.0, 0.0])})
     {'w': tensor([6., 0.])}
     """
-    align(params, vector, first_is="params", other_is="the vector of hvp")
+    parted = Parted(params)
+    along = parted.along(vector, "the vector of hvp")
 
-    def one(params: Tree) -> Tensor:
+    def one(reals: list[Tensor]) -> Tensor:
         with one_member("hvp(loss, ...)"):
-            return _one_number(loss(params, *data), "hvp needs a loss that is one number, ()")
+            return _one_number(loss(parted.whole(reals), *data), "hvp needs a loss that is one number, ()")
 
-    return torch.func.grad(lambda p: tree.vdot(torch.func.grad(one)(p), vector))(params)
+    product = torch.func.grad(lambda reals: tree.vdot(torch.func.grad(one)(reals), along))(parted.reals)
+    return parted.filled(product, torch.zeros_like)
 
 
 def jvp(f: Callable[..., Any], params: Tree, tangent: Tree, *data: Any) -> Any:
@@ -89,9 +96,10 @@ def jvp(f: Callable[..., Any], params: Tree, tangent: Tree, *data: Any) -> Any:
     >>> jvp(lambda params: params["w"] ** 2, {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.0, 10.0])})
     tensor([ 2., 40.])
     """
-    align(params, tangent, first_is="params", other_is="the tangent of jvp")
+    parted = Parted(params)
+    along = parted.along(tangent, "the tangent of jvp")
     with one_member("jvp(f, ...)"):
-        return torch.func.jvp(lambda p: f(p, *data), (params,), (tangent,))[1]
+        return torch.func.jvp(lambda reals: f(parted.whole(reals), *data), (parted.reals,), (along,))[1]
 
 
 def vjp(f: Callable[..., Any], params: Tree, cotangent: Any, *data: Any) -> Tree:
@@ -100,11 +108,13 @@ def vjp(f: Callable[..., Any], params: Tree, cotangent: Any, *data: Any) -> Tree
     >>> vjp(lambda params: params["w"] ** 2, {"w": torch.tensor([1.0, 2.0])}, torch.tensor([1.0, 10.0]))
     {'w': tensor([ 2., 40.])}
     """
+    parted = Parted(params)
     # Whoever maps over cotangents meets a forward pass that is outside of the map.
     with one_member("vjp(f, ...)"), higher_order():
-        value, pull = torch.func.vjp(lambda p: f(p, *data), params)[:2]
-        align(value, cotangent, first_is="what f gives", other_is="the cotangent of vjp")
-        return pull(cotangent)[0]
+        value, pull = torch.func.vjp(lambda reals: f(parted.whole(reals), *data), parted.reals)[:2]
+        given = align(value, cotangent, first_is="what f gives", other_is="the cotangent of vjp")
+        pulled = pull(pytree.tree_unflatten(given, pytree.tree_structure(value)))[0]
+    return parted.filled(pulled, torch.zeros_like)
 
 
 def jacobian(f: Callable[..., Any], params: Any, *data: Any, chunk_size: int | None = None) -> Any:
@@ -120,8 +130,28 @@ def jacobian(f: Callable[..., Any], params: Any, *data: Any, chunk_size: int | N
     """
     if chunk_size is not None:
         checked_chunk(chunk_size, "outputs")
+    parted, shapes = Parted(params), None
+    for place in parted.places:
+        if parted.leaves[place].is_complex():
+            raise ParamsError(
+                f"jacobian is of real numbers, and leaf {parted.names[place]!r} is {parted.leaves[place].dtype}. Write "
+                f"fd.vjp for each output, or give it torch.view_as_real(leaf)."
+            )
+
+    def run(reals: list[Tensor]) -> Any:
+        nonlocal shapes
+        outputs = f(parted.whole(reals), *data)
+        shapes = pytree.tree_map(lambda out: out.shape, outputs)
+        return outputs
+
     with one_member("jacobian(f, ...)"), higher_order():
-        return torch.func.jacrev(lambda p: f(p, *data), chunk_size=chunk_size)(params)
+        found = torch.func.jacrev(run, chunk_size=chunk_size)(parted.reals)
+    leaves, spec = pytree.tree_flatten(shapes, is_leaf=lambda shape: isinstance(shape, torch.Size))
+    each = [
+        parted.filled(reals, lambda leaf, shape=shape: leaf.new_zeros((*shape, *leaf.shape)))
+        for shape, reals in zip(leaves, spec.flatten_up_to(found), strict=True)
+    ]
+    return pytree.tree_unflatten(each, spec)
 
 
 def conjugate_gradient(matvec: Callable[[Tree], Tree], b: Tree, steps: int, damping: float | Tensor = 0.0) -> Tree:

@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..pytrees.selecting import Selector
 from .groups import Groups
 from .hyper import Hyper, Values, checked, is_zero
-from .moving import begin, updates_of, zeros
+from .moving import alive, begin, decayed, told, updates_of, zeros
 from .rules import Optimizer
 
 __all__ = ["LionState", "lion"]
@@ -66,13 +66,15 @@ def lion(
 
     def update(grads: Any, state: LionState, params: Any) -> tuple[Any, LionState]:
         values, chosen, mu = Values(hypers, state.step), grouped.of(params), dict(state.mu)
+        known = told(trainable, params, state.mu)
         values.of["fresh1"], values.of["fresh2"] = 1 - values.of["beta1"], 1 - values.of["beta2"]
 
         def move(name: str, p: Tensor, g: Tensor) -> Tensor:
             direction = torch.lerp(mu[name], g, values("fresh1", p, name)).sign()
             mu[name] = torch.lerp(mu[name], g, values("fresh2", p, name))
             if decays and chosen.decays(name):
-                direction = torch.addcmul(direction, p, values("weight_decay", p, name))
+                live = alive(known, state.step, mu[name])
+                direction = decayed(direction, p, values("weight_decay", p, name), live)
             return direction * -chosen.scaled(values, "lr", p, name)
 
         updates = updates_of(move, grads, state.mu, params, trainable)

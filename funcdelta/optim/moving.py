@@ -1,8 +1,16 @@
-"""Which leaves an optimiser moves, and one pass of a rule over them."""
+"""Which leaves an optimiser moves, and one pass of a rule over them.
+
+Which leaves train is no state of the process: it is seen in what the optimiser is given. A delta's constants carry a mark
+(:mod:`funcdelta.pytrees.constants`) and get no moments. The mark is lost in transforms, in compiled code, in
+``leaf.to(...)``; but the gradient of a constant is zero, so that every rule leaves it where it is. Weight decay is the one
+term that would move it, so where nothing has said what trains, that acts on a leaf only from its first gradient on that
+is something other than zero (:func:`alive`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,19 +19,20 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ParamsError, StackError
 from ..match import near
-from ..pytrees.constants import is_constant, was_declared_constant
-from ..pytrees.leaves import compute_dtype, named
+from ..pytrees.constants import is_constant
+from ..pytrees.leaves import check_tree, compute_dtype, dense, named
 from ..pytrees.selecting import Selector, select
 from .hyper import Hyper, members_of
 
-__all__ = ["begin", "updates_of", "zeros"]
+__all__ = ["alive", "begin", "decayed", "told", "updates_of", "zeros"]
 
 
 def begin(
     params: Any, hypers: dict[str, Hyper], trainable: Selector | None, n: int | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Step 0, () or (n,), and the leaves that move."""
-    pairs = [(name, leaf) for name, leaf in named(params) if isinstance(leaf, Tensor)]
+    check_tree(params)
+    pairs = [(name, dense(name, leaf)) for name, leaf in named(params) if isinstance(leaf, Tensor)]
     leaves = dict(pairs)
     if len(leaves) < len(pairs):
         names = [name for name, _ in pairs]
@@ -46,17 +55,57 @@ def begin(
 
 
 def _moving(leaves: dict[str, Tensor], trainable: Selector | None) -> dict[str, Tensor]:
-    """The leaves that an optimiser moves: of floating point, and chosen by ``trainable`` or no constant."""
-    if trainable is None:
-        chosen = {name for name in leaves if not is_constant(name)}
-    elif callable(trainable):
-        chosen = select(leaves, trainable)
-    else:
-        chosen = {name for name in select(leaves, trainable) if not is_constant(name)}
+    """The leaves that an optimiser may move: of floating point, and chosen by a predicate, or by names if not marked."""
+    chosen = set(leaves) if trainable is None else select(leaves, trainable)
+    if not callable(trainable):
+        chosen = {name for name in chosen if not is_constant(leaves[name])}
     for name in chosen:
         if leaves[name].is_complex():
             raise ParamsError(f"Leaf {name!r} is {leaves[name].dtype}; the optimisers move real leaves only.")
     return {name: leaf for name, leaf in leaves.items() if name in chosen and leaf.is_floating_point()}
+
+
+def told(trainable: Selector | None, params: Any, *moments: Mapping[str, Tensor]) -> bool:
+    """Whether it is known that all leaves with moments train: a predicate chose them, or the others were marked.
+
+    >>> w, scale = torch.ones(2), torch.ones(())
+    >>> told(None, {"w": w, "scale": scale}, {"w": w}), told(None, {"w": w, "scale": scale}, {"w": w, "scale": scale})
+    (True, False)
+    """
+    if trainable is not None:
+        return callable(trainable)
+    known = set[str]().union(*moments)
+    return any(
+        isinstance(leaf, Tensor) and leaf.is_floating_point() and name not in known for name, leaf in named(params)
+    )
+
+
+def alive(known: bool, step: Tensor, *evidence: Tensor) -> Tensor | None:
+    """Whether a leaf has a gradient to go by: some entry of its gradient or moments (``evidence``) is not zero.
+
+    () or, where the state counts steps member by member, one value a member, (n, 1, ...). ``None`` where it is ``known``
+    that the leaf trains, so that nothing has to be concluded.
+
+    >>> alive(False, torch.tensor([3, 3]), torch.tensor([[0.0, 0.0], [0.0, 0.1]]))
+    tensor([[False],
+            [ True]])
+    """
+    if known:
+        return None
+    found = [one.any(dim=tuple(range(step.ndim, one.ndim)), keepdim=True) for one in evidence if one.ndim > step.ndim]
+    found += [one != 0 for one in evidence if one.ndim <= step.ndim]
+    return functools.reduce(torch.logical_or, found)
+
+
+def decayed(change: Tensor, leaf: Tensor, factor: Tensor, live: Tensor | None) -> Tensor:
+    """``change`` + ``factor`` · ``leaf`` where the leaf is ``live``, elsewhere ``change`` alone.
+
+    >>> decayed(torch.zeros(2), torch.ones(2), torch.tensor(-0.1), torch.tensor(False))
+    tensor([0., 0.])
+    """
+    both = torch.addcmul(change, leaf, factor)
+    # Chosen, not multiplied by 0: a constant may be a mask of infinities.
+    return both if live is None else torch.where(live, both, change)
 
 
 def zeros(leaf: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -72,6 +121,7 @@ def updates_of(
     trainable: Selector | None,
 ) -> Any:
     """``step(name, leaf, gradient)`` for every leaf that moves and has a gradient, zeros for the others."""
+    check_tree(params)
     leaves, spec = pytree.tree_flatten(params)
     names = [name for name, _ in named(params)]
     gradients = dict(named(grads))
@@ -85,18 +135,32 @@ def updates_of(
         if not isinstance(leaf, Tensor):
             results.append(leaf)
             continue
+        dense(name, leaf)
         if gradient is None or name not in moments:
             if gradient is not None:
-                _meant_to_stay(name, leaf, trainable)
+                _meant_to_stay(name, leaf, gradient, trainable)
             results.append(leaf.new_zeros(()).expand(leaf.shape))
             continue
-        if not isinstance(gradient, Tensor) or gradient.shape != leaf.shape:
-            found = f"shape {tuple(gradient.shape)}" if isinstance(gradient, Tensor) else repr(gradient)
-            raise ParamsError(f"The gradient of leaf {name!r} has {found}; the leaf has shape {tuple(leaf.shape)}.")
+        _fits(name, leaf, gradient)
         _same_members(name, leaf, moments[name])
         wide = compute_dtype(leaf.dtype)
         results.append(step(name, leaf.to(wide), gradient.to(wide)).to(leaf.dtype))
     return pytree.tree_unflatten(results, spec)
+
+
+def _fits(name: str, leaf: Tensor, gradient: Any) -> None:
+    """Raise unless the gradient is a dense real tensor of the leaf's shape, on its device."""
+    if not isinstance(gradient, Tensor) or gradient.shape != leaf.shape:
+        found = f"shape {tuple(gradient.shape)}" if isinstance(gradient, Tensor) else repr(gradient)
+        raise ParamsError(f"The gradient of leaf {name!r} has {found}; the leaf has shape {tuple(leaf.shape)}.")
+    if gradient.is_complex():
+        raise ParamsError(f"The gradient of leaf {name!r} is {gradient.dtype}; the leaf is {leaf.dtype}.")
+    if gradient.device != leaf.device:
+        raise ParamsError(
+            f"The gradient of leaf {name!r} is on {gradient.device}, the leaf on {leaf.device}. Move one: "
+            f"gradient.to({str(leaf.device)!r})."
+        )
+    dense(f"gradient of {name}", gradient)
 
 
 def _same_members(name: str, leaf: Tensor, moment: Tensor) -> None:
@@ -112,15 +176,21 @@ def _same_members(name: str, leaf: Tensor, moment: Tensor) -> None:
         )
 
 
-def _meant_to_stay(name: str, leaf: Tensor, trainable: Selector | None) -> None:
+def _meant_to_stay(name: str, leaf: Tensor, gradient: Any, trainable: Selector | None) -> None:
     """Raise where a leaf has a gradient and should move, but was not there when the state was made."""
-    # Ever declared: a delta built since may train the name, which is no reason to stop a running training.
-    if callable(trainable):
-        forgotten = name in _moving({name: leaf}, trainable)
-    else:
-        forgotten = trainable is None and leaf.is_floating_point() and not was_declared_constant(name)
-    if forgotten:
+    if trainable is not None and not callable(trainable):
+        return
+    # A constant that has lost its mark has a gradient of zeros.
+    if name in _moving({name: leaf}, trainable) and (callable(trainable) or _moves(gradient)):
         raise ParamsError(
             f"Leaf {name!r} has a gradient but no moments in the state, which was made for other params. "
             "Write state = opt.init(params)."
         )
+
+
+def _moves(gradient: Any) -> bool:
+    """Whether a gradient is known to be something other than zero."""
+    try:
+        return not torch.compiler.is_compiling() and bool(torch.as_tensor(gradient).any())
+    except RuntimeError:  # a transform or the meta device hides it
+        return False

@@ -13,7 +13,7 @@ from ..pytrees.leaves import named
 from ..pytrees.selecting import Selector, select
 from .groups import Groups
 from .hyper import Hyper, Values, checked, is_zero
-from .moving import begin, updates_of, zeros
+from .moving import alive, begin, decayed, told, updates_of, zeros
 from .rules import AdamState, Optimizer, adamw
 
 __all__ = ["MuonState", "muon", "orthogonalise"]
@@ -88,8 +88,10 @@ def muon(
 
     def update(grads: Any, state: MuonState, params: Any) -> tuple[Any, MuonState]:
         values, chosen, mu = Values(hypers, state.step), grouped.of(params), dict(state.mu)
+        known = told(trainable, params, state.mu, state.adam.mu)
         values.of["fresh"] = 1 - values.of["momentum"]
-        theirs, adam = others.update({k: g for k, g in named(grads) if k in state.adam.mu}, state.adam, params)
+        own = {name: gradient for name, gradient in named(grads) if name in state.adam.mu}
+        theirs, adam = others.update(own, state.adam, params, known)
         by_adam = dict(named(theirs))
 
         def move(name: str, p: Tensor, g: Tensor) -> Tensor:
@@ -100,7 +102,8 @@ def muon(
             ahead = torch.lerp(mu[name], g, fresh) if nesterov else mu[name]
             direction = orthogonalise(ahead, iterations) * (0.2 * max(p.shape[-2:]) ** 0.5)
             if decays and chosen.decays(name):
-                direction = torch.addcmul(direction, p, values("weight_decay", p, name))
+                live = alive(known, state.step, mu[name])
+                direction = decayed(direction, p, values("weight_decay", p, name), live)
             return direction * -chosen.scaled(values, "lr", p, name)
 
         updates = updates_of(move, grads, {**state.mu, **state.adam.mu}, params, trainable)

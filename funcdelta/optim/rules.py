@@ -1,8 +1,8 @@
 """Small functional optimisers: SGD, Adam and AdamW whose hyper-parameters may be one value a member.
 
 The protocol is optax's: ``state = opt.init(params)``, ``updates, state = opt.update(grads, state, params)``,
-new params are ``fd.tree.add(params, updates)``. Nothing is changed in place. Member by member the numbers
-are those of ``torch.optim``.
+new params are ``fd.tree.add(params, updates)``. Nothing is changed in place. Member by member, and for every
+leaf from its first gradient on, the numbers are those of ``torch.optim``.
 
 A hyper-parameter is a number, a tensor (), a tensor (n,) with one value a member of a stack, or a schedule: a
 function of the step (an integer tensor, 0 at the first update, shaped as ``state.step``) that returns one of
@@ -10,7 +10,7 @@ these. Write schedules with tensor functions (``torch.where``), not with ``if``.
 
 The state is a pytree of tensors: ``step`` is () for one member and (n,) for a stack, and moments are dicts
 by leaf name. ``fd.take``, ``fd.stack`` and ``fd.cat`` act on it as on params. A dict of moments names the
-leaves that move, chosen once, in ``init``; every other leaf gets a zero update. Moments of half-precision
+leaves that may move, chosen once, in ``init``; every other leaf gets a zero update. Moments of half-precision
 leaves are float32.
 """
 
@@ -27,7 +27,7 @@ from ..errors import ConfigError
 from ..pytrees.selecting import Selector
 from .groups import Groups
 from .hyper import Hyper, Values, checked, is_zero
-from .moving import begin, updates_of, zeros
+from .moving import alive, begin, decayed, told, updates_of, zeros
 
 __all__ = ["AdamState", "Optimizer", "SGDState", "adam", "adamw", "apply_updates", "clip_by_norm", "sgd"]
 
@@ -83,8 +83,10 @@ def sgd(
 ) -> Optimizer:
     """g ← grad + wd·p; v ← momentum·v + g; p ← p - lr·v (nesterov: p - lr·(g + momentum·v)).
 
-    ``trainable`` says which leaves move: a predicate (``delta.trainable``) decides alone; names as in
-    ``fd.partition`` choose among the leaves that no delta declared constant. Default: all but constants.
+    ``trainable`` says which leaves move: a predicate (``delta.trainable``) decides alone; names as in ``fd.partition``
+    choose among the leaves that are not marked as constants of a delta, as ``delta.init`` does. Default: all but these.
+    In params without any mark a leaf decays from its first gradient other than zero on, so that constants stay there,
+    too.
 
     ``groups`` = {selector: factor} multiplies lr at the leaves that a selector means, named as in ``fd.partition``
     (several names as a tuple), or a predicate; a factor is any hyper-parameter, and a leaf in several groups gets
@@ -117,10 +119,12 @@ def sgd(
     def update(grads: Any, state: SGDState, params: Any) -> tuple[Any, SGDState]:
         values = Values(hypers, state.step)
         velocities, chosen = dict(state.momentum), grouped.of(params)
+        known = told(trainable, params, state.momentum)
 
         def move(name: str, p: Tensor, g: Tensor) -> Tensor:
             if decays and chosen.decays(name):
-                g = torch.addcmul(g, p, values("weight_decay", p, name))
+                live = alive(known, state.step, g, *([velocities[name]] if has_momentum else []))
+                g = decayed(g, p, values("weight_decay", p, name), live)
             if has_momentum:
                 m = values("momentum", p, name)
                 velocities[name] = torch.addcmul(g, velocities[name], m)
@@ -207,9 +211,11 @@ def _adam(
         mu, nu = ({name: zeros(leaf) for name, leaf in moving.items()} for _ in range(2))
         return AdamState(first, mu, nu)
 
-    def update(grads: Any, state: AdamState, params: Any) -> tuple[Any, AdamState]:
+    def update(grads: Any, state: AdamState, params: Any, known: bool | None = None) -> tuple[Any, AdamState]:
         values = Values(hypers, state.step)
         mu, nu, chosen = dict(state.mu), dict(state.nu), grouped.of(params)
+        # Another rule that leaves it some of the leaves knows more than the moments of these say.
+        known = told(trainable, params, state.mu) if known is None else known
         # p - (lr/c₁)·m / (√v/√c₂ + eps) is rearranged to lr·√c₂/c₁ · m / (√v + eps·√c₂): the corrections then
         # fall on scalars, which are few and float64, instead of on leaves.
         taken = (state.step + 1).to(values.dtype)
@@ -222,14 +228,15 @@ def _adam(
         def move(name: str, p: Tensor, g: Tensor) -> Tensor:
             shrinks = decays and chosen.decays(name)
             if shrinks and not decoupled:
-                g = torch.addcmul(g, p, values("weight_decay", p, name))
+                g = decayed(g, p, values("weight_decay", p, name), alive(known, state.step, g, nu[name]))
             mu[name] = torch.lerp(mu[name], g, values("fresh1", p, name))
             nu[name] = torch.lerp(nu[name], g * g, values("fresh2", p, name))
             # The clamp is lost beside eps; it keeps the root's derivative finite where no gradient came yet.
             root_nu = nu[name].clamp_min(torch.finfo(p.dtype).tiny).sqrt()
             delta = mu[name] * chosen.scaled(values, "rate", p, name) / (root_nu + values("floor", p, name))
             if shrinks and decoupled:
-                return torch.addcmul(delta, p, chosen.scaled(values, "shrink", p, name))
+                live = alive(known, state.step, nu[name])
+                return decayed(delta, p, chosen.scaled(values, "shrink", p, name), live)
             return delta
 
         updates = updates_of(move, grads, state.mu, params, trainable)

@@ -4,7 +4,9 @@ A *packed* config is the method's own class with the configs that its members ca
 method's leaves a member has constants: ``source``, which origin it came from (-1: none); ``size.<name>`` at a site
 where members differ in a paddable size, and ``present`` where some member has no delta. What is longer than the
 member's own size is masked before the method's functions see it, and what a member without the delta would give is
-replaced by what the site gave, so that neither has a gradient and no optimiser can make either matter.
+replaced by what the site gave, so that neither has a gradient and no optimiser can make either matter. A gradient of
+zero is not enough for that: in a backward pass 0 times NaN is NaN. So what goes into the functions of a member that has
+no delta is chosen, too, and what they compute finds no way back.
 """
 
 from __future__ import annotations
@@ -121,8 +123,10 @@ class Packed(BaseDeltaConfig):
     # -- a member's functions --------------------------------------------------------------------------------------
 
     def own(self, site: Site, p: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The method's own leaves, masked beyond the member's sizes."""
+        """The method's own leaves, masked beyond the member's sizes, and all of them where it has no delta."""
         found = {leaf: t for leaf, t in p.items() if leaf not in OWN_LEAVES and not leaf.startswith(SIZE)}
+        if "present" in p:
+            found = {leaf: harmless(p, t) for leaf, t in found.items()}
         if any(leaf.startswith(SIZE) for leaf in p):
             for name, paddable in self.padding(site).items():
                 if SIZE + name in p:
@@ -193,14 +197,15 @@ def packed_class(method: type[BaseDeltaConfig]) -> type[Packed]:
 
     @give
     def before(self: Packed, site: Site, p: dict[str, Tensor], x: Tensor) -> Tensor:
-        return where_present(p, of_method.before(self, site, self.own(site, p), x), x)
+        return where_present(p, of_method.before(self, site, self.own(site, p), one_way(p, x)), x)
 
     @give
     def after(self: Packed, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
-        return where_present(p, of_method.after(self, site, self.own(site, p), y, x), y)
+        return where_present(p, of_method.after(self, site, self.own(site, p), one_way(p, y), one_way(p, x)), y)
 
     @give
     def weights(self: Packed, site: Site, p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
+        # Not one_way: that would be n copies of every tensor here, those too that the method leaves as they are.
         changed = of_method.weights(self, site, self.own(site, p), w)
         if "present" not in p:
             return changed
@@ -227,6 +232,9 @@ def packed_class(method: type[BaseDeltaConfig]) -> type[Packed]:
     def expand(self: Packed, sites: tuple[Site, ...], p: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         passed = {leaf: p[leaf] for leaf in ("source", *self.varying)}
         written = {leaf: tensor for leaf, tensor in p.items() if leaf not in passed}
+        # A member without the delta at any site: its source says so, for present is known site by site.
+        here = {"present": p["source"] + 1}
+        written = {leaf: harmless(here, tensor) for leaf, tensor in written.items()}
         found = of_method.expand(self, sites, written) if written else {site.path: {} for site in sites}
         return {path: leaves | passed for path, leaves in found.items()}
 
@@ -247,6 +255,24 @@ def where_present(p: Mapping[str, Tensor], new: Tensor, old: Tensor) -> Tensor:
     tensor([0.])
     """
     return torch.where(p["present"] > 0, new, old) if "present" in p else new
+
+
+def harmless(p: Mapping[str, Tensor], leaf: Tensor) -> Tensor:
+    """``leaf``; of a member without the delta its finite numbers, for NaN and infinities are no place to compute at.
+
+    >>> harmless({"present": torch.tensor(0.0)}, torch.tensor([2.0, torch.nan]))
+    tensor([2., 0.])
+    """
+    return torch.where((p["present"] > 0) | leaf.isfinite(), leaf, leaf.new_zeros(()))
+
+
+def one_way(p: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """``x``, to which no gradient comes back from the function of a member without the delta.
+
+    >>> one_way({"present": torch.tensor(0.0)}, torch.tensor(1.0))
+    tensor(1.)
+    """
+    return torch.where(p["present"] > 0, x, x.detach()) if "present" in p and x.is_floating_point() else x
 
 
 def masked(leaf: Tensor, axis: int, size: Tensor, pieces: int = 1) -> Tensor:

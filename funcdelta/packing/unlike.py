@@ -17,6 +17,7 @@ from torch import Tensor
 from ..calls.check import check_member, check_stack
 from ..errors import ParamsError
 from ..model import DeltaModel
+from ..pytrees.constants import still
 from ..stacks.params import stack, take
 from .packed import Packed
 from .shelves import stacked, taken_out
@@ -78,7 +79,7 @@ def pack(pairs: Iterable[Pair], padding: str = "auto") -> tuple[DeltaModel, dict
     examples = [chunk.delta.example for chunk in chunks if chunk.delta.example is not None]
     delta = DeltaModel(first.backbone, *configs, example=examples[0] if examples else None, prepare=first.prepare)
     delta = delta if first.mode_flag is None else delta.mode(train=first.mode_flag)
-    return delta, stacked(delta, chunks, slots, kinds)
+    return delta, still(stacked(delta, chunks, slots, kinds), delta.constants)
 
 
 def unpack(delta: DeltaModel, stack: Mapping[str, Tensor]) -> list[tuple[DeltaModel, dict[str, Tensor]]]:
@@ -122,7 +123,8 @@ def unpack(delta: DeltaModel, stack: Mapping[str, Tensor]) -> list[tuple[DeltaMo
             )
             built[kind] = own if delta.mode_flag is None else own.mode(train=delta.mode_flag)
         params = take(dict(stack), slice(start, stop) if as_stack else start)
-        pairs.append((built[kind], taken_out(delta, params, built[kind], list(origins))))
+        own = taken_out(delta, params, built[kind], list(origins))
+        pairs.append((built[kind], still(own, built[kind].constants)))
         start = stop
     return pairs
 

@@ -17,6 +17,7 @@ from ..match import within
 from ..sites.site import AttentionShape, Shapes, Site, site_of
 from ..structures import Names, Parts
 from .axes import check_axes, sized
+from .forms import compare_forms
 from .naming import names_of_tensors, select, trained
 from .sharing import Shared, share
 from .spans import select_spans, site_between
@@ -30,7 +31,8 @@ class Attachment:
         name: the delta's name, between the site's path and the leaf in every key of params.
         leaves: ``{leaf: key}`` of all that the method's functions get here, shared and expanded leaves too.
         shapes, dtypes: of one member's own leaves here, by key in params.
-        by_weights: whether the delta acts by rewriting the site's tensors instead of its hidden values.
+        by_weights: whether the delta acts by rewriting the site's tensors instead of its hidden values: methods that
+            give nothing else, and where a formula on hidden values would not hold (see ``acts_by_weights``).
         by_values: whether it acts on the hidden values that enter or leave the site.
         key: the key in params of the first leaf, own or shared, which stands for all.
         prompt_rows: how many positions it adds before the input.
@@ -65,6 +67,23 @@ class Attachment:
     def of(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This delta's leaves under their own names."""
         return {leaf: params[key] for leaf, key in self.leaves.items()}
+
+    def by_weights_alone(self) -> Attachment:
+        """The same delta acting by the site's tensors, where what a call shows of the site rules out its formula.
+
+        A table that is read for the logits too, or a convolution that is read while decoding. Raises `MatchError`
+        where the method has no weights form there.
+        """
+        if self.by_weights:
+            return self
+        site = dataclasses.replace(self.site, own_forward=True)
+        refusal = self.config.check(site) or self.config.unmergeable(site)
+        if refusal is not None:
+            raise MatchError(
+                f"{self.config.delta_type} cannot act at {site.path}, whose tensors are read elsewhere: {refusal}. "
+                f"Leave it out: exclude_modules=[{site.path!r}]."
+            )
+        return dataclasses.replace(self, site=site, by_weights=True, by_values=False)
 
     def at(self, training: bool) -> Site:
         """The site in training or evaluation mode."""
@@ -181,7 +200,7 @@ def build_plan(
     chosen = [_chosen(backbone, modules, canonical, config, known) for config in configs]
 
     ends = dict.fromkeys(end for spans, _ in chosen for span in spans.items() for end in span)
-    facts = {path: dataclasses.replace(site_of(path, modules[path]), fused=known.parts(path)) for path in ends}
+    facts = {path: _facts(path, modules, known) for path in ends}
     sites = _sites(configs, chosen, facts, modules)
     unknown = list(
         dict.fromkeys(end for config, own in zip(configs, sites, strict=True) for end in _unknown(config, own))
@@ -194,6 +213,7 @@ def build_plan(
 
     attachments: dict[str, list[Attachment]] = {}
     shared: list[Shared] = []
+    compared: set[tuple[BaseDeltaConfig, Site]] = set()
     for config, name, own in zip(configs, names, sites, strict=True):
         group = share(config, name, own)
         if group is not None:
@@ -209,7 +229,7 @@ def build_plan(
                 raise MatchError(
                     f"{path} already has a child {name!r}: give the config another name, name={name + '_delta'!r}."
                 )
-            attachments.setdefault(site.exit or path, []).append(_attach(config, name, site, modules, group))
+            attachments.setdefault(site.exit or path, []).append(_attach(config, name, site, modules, group, compared))
     trains, fresh = trained(backbone, modules, configs, known)
     uncalled = {path for path in attachments if _read_by_parent(path, modules)}
     return Plan(
@@ -289,6 +309,12 @@ def _with_attention(
     ]
 
 
+def _facts(path: str, modules: dict[str, nn.Module], known: Names) -> Site:
+    """What is known of the module at ``path``; where it is never called, no formula on activations holds."""
+    site = dataclasses.replace(site_of(path, modules[path]), fused=known.parts(path))
+    return dataclasses.replace(site, own_forward=True) if _read_by_parent(path, modules) else site
+
+
 def _read_by_parent(path: str, modules: dict[str, nn.Module]) -> bool:
     """torch's attention reads its output projection's tensors and never calls the module."""
     return isinstance(modules[path.rpartition(".")[0]], nn.MultiheadAttention)
@@ -322,8 +348,14 @@ def _meant(site: Site, parts: Parts) -> Site:
 
 
 def _attach(
-    config: BaseDeltaConfig, name: str, site: Site, modules: dict[str, nn.Module], group: Shared | None
+    config: BaseDeltaConfig,
+    name: str,
+    site: Site,
+    modules: dict[str, nn.Module],
+    group: Shared | None,
+    compared: set[tuple[BaseDeltaConfig, Site]],
 ) -> Attachment:
+    """The delta of ``config`` at ``site``; ``compared`` are the sites but for their paths whose forms agree."""
     before = torch.get_rng_state()
     leaves = config.init(site, torch.Generator().manual_seed(0))
     if not torch.equal(before, torch.get_rng_state()):
@@ -342,13 +374,24 @@ def _attach(
     twice = sorted(given.keys() & keys.keys())
     if twice:
         raise ConfigError(f"{type(config).__name__} gives {twice[0]!r} at {site.path} and as a shared leaf.")
+    if site.dtype.is_complex and not any(leaf.is_complex() for leaf in leaves.values()):
+        raise MatchError(
+            f"{config.delta_type} cannot act at {site.path}: {site.module_type} computes in {site.dtype}, and the "
+            f"leaves of {config.delta_type} are real. Leave it out: exclude_modules=[{site.path!r}]."
+        )
     uncalled = [path for path in (site.path, site.exit) if path is not None and _read_by_parent(path, modules)]
     if uncalled and not config.gives("weights"):
         raise MatchError(
             f"{uncalled[0]} is read by the module above and never called, and {config.delta_type} has no weights "
-            f"form: name "
-            f"{uncalled[0].rpartition('.')[0]} instead."
+            f"form: name {uncalled[0].rpartition('.')[0]} instead."
         )
+    by_weights = bool(uncalled) or acts_by_weights(config, site)
+    if not by_weights and config.gives("weights") and _by_values(config):
+        as_config = dataclasses.replace(site, path="")
+        if (config, as_config) not in compared:
+            compared.add((config, as_config))
+            p = _leaves_at(config, site, leaves, group)
+            compare_forms(config, site, modules[site.path], p, frozenset(constants))
     return Attachment(
         name=name,
         config=config,
@@ -358,10 +401,36 @@ def _attach(
         dtypes={keys[leaf]: site.leaf_dtype if t.is_floating_point() else t.dtype for leaf, t in leaves.items()},
         constants=tuple(keys[leaf] for leaf in constants if leaf in keys),
         key=next(iter((keys or common).values())),
-        by_weights=bool(uncalled) or not (_by_values(config) or config.gives("attend") or config.gives("prompt")),
-        by_values=not uncalled and _by_values(config),
+        by_weights=by_weights,
+        by_values=not by_weights and _by_values(config),
         prompt_rows=_prompt_rows(config, site, leaves, group) if config.gives("prompt") else 0,
     )
+
+
+def acts_by_weights(config: BaseDeltaConfig, site: Site) -> bool:
+    """Whether a method acts at ``site`` by rewriting tensors: it gives nothing else, or its formula does not hold.
+
+    Raises `MatchError` where the formula does not hold and the weights form is not exact either.
+
+    >>> from funcdelta.sites.site import site_of
+    >>> class Doubled(nn.Linear):
+    ...     def forward(self, x):
+    ...         return 2 * super().forward(x)
+    >>> [acts_by_weights(fd.LoraConfig(), site_of("0", layer(2, 2))) for layer in (nn.Linear, Doubled)]
+    [False, True]
+    """
+    if not _by_values(config):
+        return not (config.gives("attend") or config.gives("prompt"))
+    if not config.gives("weights") or config.holds_on_values(site):
+        return False
+    refusal = config.unmergeable(site)
+    if refusal is not None:
+        raise MatchError(
+            f"{config.delta_type} cannot act at {site.path}: what the forward of {site.module_type} makes of the "
+            f"layer's input is its own, so that only its weights can be changed, and {refusal}. Leave it out: "
+            f"exclude_modules=[{site.path!r}]."
+        )
+    return True
 
 
 def _by_values(config: BaseDeltaConfig) -> bool:
@@ -369,13 +438,19 @@ def _by_values(config: BaseDeltaConfig) -> bool:
     return config.gives("before") or config.gives("after")
 
 
+def _leaves_at(
+    config: BaseDeltaConfig, site: Site, leaves: Mapping[str, Tensor], group: Shared | None
+) -> dict[str, Tensor]:
+    """All leaves that the method's functions get at ``site``, at their start."""
+    if group is None:
+        return dict(leaves)
+    drawn = config.shared(group.sites, torch.Generator().manual_seed(0))
+    return dict(leaves) | (config.expand(group.sites, drawn)[site.path] if group.expanded else drawn)
+
+
 def _prompt_rows(config: BaseDeltaConfig, site: Site, leaves: dict[str, Tensor], group: Shared | None) -> int:
     """How many rows the method's prompt has, as its leaves at their start tell."""
-    p = dict(leaves)
-    if group is not None:
-        drawn = config.shared(group.sites, torch.Generator().manual_seed(0))
-        p |= config.expand(group.sites, drawn)[site.path] if group.expanded else drawn
-    rows = config.prompt(site, p)
+    rows = config.prompt(site, _leaves_at(config, site, leaves, group))
     if not isinstance(rows, Tensor) or rows.ndim != 2:
         found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
         raise ConfigError(f"{type(config).__name__}.prompt gave {found} at {site.path}; expected rows (P, d).")

@@ -1,51 +1,64 @@
-"""Which leaf names never train, remembered for the whole process.
+"""The mark of a constant, which the tensor itself carries: a leaf that stands in params and never trains.
 
-A constant (LoRA's ``scale``, a frozen base, a mask) stands in params so that it maps over members like any
-other leaf. An optimiser sees only a pytree of tensors, and a tensor cannot carry the mark itself: its
-gradient is zero, but weight decay alone would move a scale from 2.0 to 1.9. So every delta declares its
-names here when it is built, and ``funcdelta.optim`` asks here. Two deltas of one process may disagree about
-a name; then it counts as trainable and only an explicit mask (``trainable=delta.trainable``) decides.
+``delta.init`` marks them (LoRA's ``scale``, a frozen base, a mask), and what funcdelta makes of a marked leaf is marked
+as well: ``fd.stack``, ``fd.take``, ``fd.tree.add``; copies and pickles have the mark, too. torch's own operations,
+transforms and compiled code give tensors without it. So nothing may rest on the mark alone: an optimiser that sees it
+spares the leaf its moments and its weight decay, and one that does not sees by the gradients what trains
+(:mod:`funcdelta.optim.moving`). No name is remembered anywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
+from typing import Any
 
-__all__ = ["declare_leaves", "is_constant", "was_declared_constant"]
+import torch
+from torch import Tensor
 
-_trainable: set[str] = set()
-_constants: set[str] = set()
+__all__ = ["declare_leaves", "is_constant", "marked", "still"]
+
+MARK = "_funcdelta_constant"
+
+
+def still(params: Mapping[str, Tensor], constants: Container[str]) -> dict[str, Tensor]:
+    """``params`` with a mark on those of its leaves that are ``constants``; each is another tensor on the same storage.
+
+    >>> params = still({"q.lora_A": torch.ones(2), "q.scale": torch.ones(())}, ["q.scale"])
+    >>> [is_constant(leaf) for leaf in params.values()]
+    [False, True]
+    """
+    return {name: _alias(leaf) if name in constants else leaf for name, leaf in params.items()}
+
+
+def is_constant(leaf: Any) -> bool:
+    """Whether ``leaf`` carries the mark.
+
+    >>> is_constant(torch.ones(2))
+    False
+    """
+    return isinstance(leaf, Tensor) and getattr(leaf, MARK, False)
+
+
+def marked(made: Tensor, *of: Any) -> Tensor:
+    """``made``, a new tensor, with the mark if all tensors that it was made of carry it.
+
+    >>> params = still({"q.scale": torch.ones(3)}, ["q.scale"])
+    >>> is_constant(marked(params["q.scale"] + 1, params["q.scale"])), is_constant(params["q.scale"] + 1)
+    (True, False)
+    """
+    if not torch.compiler.is_compiling() and all(map(is_constant, of)):
+        setattr(made, MARK, True)
+    return made
+
+
+def _alias(leaf: Tensor) -> Tensor:
+    alias = leaf.detach()
+    setattr(alias, MARK, True)
+    return alias
 
 
 def declare_leaves(trainable: Iterable[str], constants: Iterable[str]) -> None:
-    """Remember the names of leaves that train and of leaves that never do.
+    """Do nothing: what ``DeltaModel`` still calls when it is built, to be removed together with that call.
 
-    >>> declare_leaves(trainable=["doc.q.lora.lora_A"], constants=["doc.q.lora.scale"])
-    >>> is_constant("doc.q.lora.scale"), is_constant("doc.q.lora.lora_A")
-    (True, False)
+    >>> declare_leaves(trainable=["q.lora.lora_A"], constants=["q.lora.scale"])
     """
-    _trainable.update(trainable)
-    _constants.update(constants)
-
-
-def is_constant(name: str) -> bool:
-    """Whether ``name`` was declared constant and never declared trainable.
-
-    >>> declare_leaves(trainable=[], constants=["doc.k.lora.scale"])
-    >>> is_constant("doc.k.lora.scale"), is_constant("a name nobody declared")
-    (True, False)
-    >>> declare_leaves(trainable=["doc.k.lora.scale"], constants=[])
-    >>> is_constant("doc.k.lora.scale")
-    False
-    """
-    return name in _constants and name not in _trainable
-
-
-def was_declared_constant(name: str) -> bool:
-    """Whether any delta declared ``name`` constant, also where another one trains it.
-
-    >>> declare_leaves(trainable=["doc.v.lora.scale"], constants=["doc.v.lora.scale"])
-    >>> was_declared_constant("doc.v.lora.scale"), is_constant("doc.v.lora.scale")
-    (True, False)
-    """
-    return name in _constants

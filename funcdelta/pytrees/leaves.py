@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ParamsError, StackError
 
-__all__ = ["align", "compute_dtype", "leading", "named"]
+__all__ = ["align", "check_tree", "compute_dtype", "dense", "leading", "named"]
 
 
 def named(tree: Any) -> list[tuple[str, Any]]:
@@ -34,6 +34,49 @@ def _token(entry: Any) -> str:
         if hasattr(entry, attribute):
             return str(getattr(entry, attribute))
     return str(entry)
+
+
+def check_tree(tree: Any) -> None:
+    """Raise ``ParamsError`` unless every key of every dict in ``tree`` is a string, for leaves go by their names.
+
+    Arrays of numpy are no leaves either: they would be passed on as if they were settings.
+
+    >>> check_tree({0: torch.ones(1)})
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.ParamsError: Names of leaves are strings; found the key 0 (int). Write {str(key): leaf ...}.
+    """
+    if isinstance(tree, Tensor):
+        return
+    if isinstance(tree, Mapping):
+        for key in tree:
+            if not isinstance(key, str):
+                raise ParamsError(
+                    f"Names of leaves are strings; found the key {key!r} ({type(key).__name__}). "
+                    "Write {str(key): leaf ...}."
+                )
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple):
+        if hasattr(tree, "__array__") and getattr(tree, "ndim", 0):
+            raise ParamsError(f"Leaves are tensors; found a {type(tree).__name__}. Write torch.as_tensor(leaf).")
+        return
+    for part in tree:
+        check_tree(part)
+
+
+def dense(name: str, leaf: Tensor) -> Tensor:
+    """``leaf``, if it is a plain strided tensor; ``ParamsError`` for sparse and nested ones, which have no such axes.
+
+    >>> dense("w", torch.eye(2).to_sparse())
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.ParamsError: Leaf 'w' is torch.sparse_coo, and params are dense tensors. Write leaf.to_dense().
+    """
+    if leaf.layout != torch.strided:
+        raise ParamsError(f"Leaf {name!r} is {leaf.layout}, and params are dense tensors. Write leaf.to_dense().")
+    if leaf.is_nested:
+        raise ParamsError(f"Leaf {name!r} is a nested tensor, and params are dense. Write leaf.to_padded_tensor(0.0).")
+    return leaf
 
 
 def align(first: Any, other: Any, *, first_is: str, other_is: str) -> list[Any]:
@@ -77,12 +120,15 @@ def leading(tree: Any, names_of_interest: Sequence[str] | None = None) -> int:
     >>> leading({"a": torch.ones(3, 2), "b": torch.ones(3)})
     3
     """
-    pairs = [(name, leaf) for name, leaf in named(tree) if isinstance(leaf, Tensor)]
+    check_tree(tree)
+    pairs = [(name, dense(name, leaf)) for name, leaf in named(tree) if isinstance(leaf, Tensor)]
     if names_of_interest is not None:
         wanted = set(names_of_interest)
         pairs = [pair for pair in pairs if pair[0] in wanted]
     if not pairs:
-        raise StackError("A stack without tensor leaves has no number of members.")
+        raise StackError(
+            "A stack without tensor leaves has no number of members. Give it leaves: delta.init(seed, n=...)."
+        )
     first_name, first = pairs[0]
     # Leaves without any axis come first: "this is one member" explains more than two shapes that disagree.
     for name, leaf in sorted(pairs, key=lambda pair: pair[1].ndim > 0):

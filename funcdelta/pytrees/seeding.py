@@ -40,6 +40,10 @@ def seeds(seed: int, n: int) -> list[int]:
     >>> len(set(seeds(0, 64) + seeds(1, 64)))
     128
     """
-    if n < 0:
+    try:
+        count = operator.index(n)
+    except TypeError:
+        raise ParamsError(f"The number of seeds is a whole number; found n={n!r} ({type(n).__name__}).") from None
+    if count < 0:
         raise ParamsError(f"The number of seeds cannot be negative; found n={n}.")
-    return [derive(seed, "member", index) for index in range(n)]
+    return [derive(seed, "member", index) for index in range(count)]

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import MatchError, ParamsError
 from ..match import as_names, matches, near
+from .leaves import check_tree
 
 __all__ = ["Selector", "combine", "partition", "select"]
 
@@ -44,9 +45,7 @@ def select(params: Mapping[str, Any], targets: Selector) -> set[str]:
     >>> sorted(select({"a.w": 1, "a.b": 2, "c.w": 3}, "a"))
     ['a.b', 'a.w']
     """
-    for name in params:
-        if not isinstance(name, str):
-            raise ParamsError(f"Names of leaves are strings; found the key {name!r} ({type(name).__name__}).")
+    check_tree(params)
     if callable(targets):
         wants_leaf = _takes_leaf(targets)
         return {name for name, leaf in params.items() if (targets(name, leaf) if wants_leaf else targets(name))}
@@ -79,6 +78,7 @@ def combine(*parts: Mapping[str, Any], order: Iterable[str] | None = None) -> di
             raise ParamsError(
                 f"combine takes dicts; argument {index} is a {type(part).__name__}. Write fd.combine(some, rest)."
             )
+        check_tree(part)
         for name, leaf in part.items():
             if name in whole:
                 raise ParamsError(f"Leaf {name!r} is given twice; the second time in argument {index}.")

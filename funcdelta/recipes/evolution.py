@@ -1,12 +1,12 @@
 """Evolution strategies: a gradient from scores alone, without a backward pass.
 
 Perturbations are drawn from their seeds. Those of ``gradient`` are of the leaves (factor space), those of ``rank_one``
-of the weights.
+of the weights. Constants of a delta are not perturbed: their estimate is 0, as their gradient is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,25 +14,43 @@ from torch import Tensor
 import funcdelta as fd
 
 Params = dict[str, Tensor]
+Selector = Callable[..., bool] | str | Sequence[str]
 
 
-def gradient(score: Callable[[Params], Tensor], params: Params, seed: int, *, n: int, sigma: float) -> Params:
+def gradient(
+    score: Callable[[Params], Tensor],
+    params: Params,
+    seed: int,
+    *,
+    n: int,
+    sigma: float,
+    trainable: Selector | None = None,
+) -> Params:
     """(1/(2 n σ)) Σᵢ (f(θ + σ εᵢ) - f(θ - σ εᵢ)) εᵢ: an estimate of ∇f from n mirrored pairs.
 
-    ``score(stack)`` gives one number a member, (2n,): all members run in one folded pass. Salimans et al. 2017,
-    "Evolution Strategies as a Scalable Alternative to Reinforcement Learning".
+    ``score(stack)`` gives one number a member, (2n,): all members run in one folded pass. ``trainable``, a predicate or
+    names as in ``fd.partition``, says which leaves are perturbed (``delta.trainable``). Left out, ``score`` is asked
+    about two members more, with gradients, to see which leaves it differentiates in (``fd.reached``). Salimans et al.
+    2017, "Evolution Strategies as a Scalable Alternative to Reinforcement Learning".
 
     >>> def score(stack):
     ...     return -(stack["w"] ** 2).sum(-1)
     >>> gradient(score, {"w": torch.tensor([1.0, 0.0])}, seed=0, n=1000, sigma=0.1)["w"].round()
     tensor([-2.,  0.])
     """
-    noise = fd.tree.randn_like(fd.broadcast(params, n), fd.seeds(seed, n))
+    if trainable is None:
+        names = fd.reached(score, fd.broadcast(params, 2))
+        moving, fixed = fd.partition(params, lambda name: name in names)
+    else:
+        moving, fixed = fd.partition(params, trainable)
+    noise = fd.tree.randn_like(fd.broadcast(moving, n), fd.seeds(seed, n))
     step = fd.tree.scale(noise, sigma)
-    centre = fd.broadcast(params, n)
+    centre = fd.broadcast(moving, n)
+    pairs = fd.cat([fd.tree.add(centre, step), fd.tree.sub(centre, step)])
     with torch.no_grad():
-        plus, minus = score(fd.cat([fd.tree.add(centre, step), fd.tree.sub(centre, step)])).chunk(2)
-    return fd.tree.mean(fd.tree.scale(noise, (plus - minus) / (2 * sigma), per_member=True))
+        plus, minus = score(fd.combine(pairs, fd.broadcast(fixed, 2 * n), order=params)).chunk(2)
+    slope = fd.tree.mean(fd.tree.scale(noise, (plus - minus) / (2 * sigma), per_member=True))
+    return fd.combine(slope, fd.tree.map(torch.zeros_like, fixed), order=params)
 
 
 def rank_one(

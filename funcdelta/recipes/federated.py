@@ -52,9 +52,13 @@ def exact(
 def naive(stack: Params, weights: Sequence[float] | None = None) -> Params:
     """Σ wᵢ leafᵢ, factor by factor (FedIT): exact only where one factor is the same for all clients (FFA-LoRA).
 
+    A leaf that all clients have alike, as a constant of a delta, stays what it is.
+
     >>> naive({"w": torch.tensor([[1.0], [3.0]])}, weights=[0.25, 0.75])
     {'w': tensor([2.5000])}
     """
     n = fd.members(stack)
-    shares = torch.tensor(weights if weights is not None else [1 / n] * n, dtype=torch.float64)
-    return fd.tree.map(lambda leaf: leaf.sum(0), fd.tree.scale(stack, shares, per_member=True))
+    shares = torch.tensor(weights if weights is not None else [1 / n] * n, dtype=torch.float64, device="cpu")
+    moved, mean = fd.partition(stack, lambda name, leaf: leaf.is_floating_point()), fd.take(stack, 0)
+    total = fd.tree.map(lambda leaf: leaf.sum(0), fd.tree.scale(moved[0], shares, per_member=True))
+    return {**mean, **{k: torch.where((stack[k] == mean[k]).all(), mean[k], total[k]) for k in total}}

@@ -10,7 +10,8 @@ It is a posterior over leaves, in factor space: (B G, G⁻¹ A) is the same LoRA
 pulls at A and B, not at their product.
 
 ``f(params, *data)`` gives outputs (b, C) of rows that do not depend on each other. Its params are the leaves that are
-to have a posterior; the others are fixed inside ``f``::
+to have a posterior; others are fixed inside ``f``, or are constants of the delta: what ``f`` does not differentiate in
+is *known*, with ∞ on the diagonal of H. It is never drawn, and no prior pulls at it. ::
 
     some, rest = fd.partition(params, "head")
     f = lambda some, *data: delta.apply(fd.combine(some, rest), *data)
@@ -23,7 +24,7 @@ Everything but the draws maps under ``torch.vmap`` over a stack of members.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,8 +48,8 @@ class Diagonal(NamedTuple):
     curvature: Params
 
     def into(self, direction: Params) -> Params:
-        """A direction of params in the eigenbasis of H, where ``curvature`` is diagonal; here nothing changes."""
-        return direction
+        """A direction of params in the eigenbasis of H, where ``curvature`` is diagonal; what is known has none."""
+        return fd.tree.map(lambda h, v: v.masked_fill(h.isinf(), 0.0), self.curvature, direction)
 
     def back(self, coordinates: Any) -> Params:
         """The inverse of ``into``."""
@@ -57,6 +58,8 @@ class Diagonal(NamedTuple):
 
 class Full(NamedTuple):
     """The posterior of all entries together: H = ``basis`` diag(``curvature``) ``basis``ᵀ, (d,) and (d, d).
+
+    The basis has rows of zeros where an entry is known.
 
     >>> posterior = full_posterior({"w": torch.zeros(2)}, torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
     >>> posterior.curvature
@@ -69,7 +72,7 @@ class Full(NamedTuple):
 
     def into(self, direction: Params) -> Tensor:
         """A direction of params in the eigenbasis of H, (d,)."""
-        return _vector(direction) @ self.basis
+        return _vector(fd.tree.map(lambda mean, v: v, self.mean, direction)) @ self.basis
 
     def back(self, coordinates: Any) -> Params:
         """The inverse of ``into``."""
@@ -78,6 +81,8 @@ class Full(NamedTuple):
 
 class Kronecker(NamedTuple):
     """The posterior of independent leaves, with H = N · G ⊗ A for each: the eigenbases of A (in) and G (out).
+
+    ``outer`` is zero for a leaf that is known.
 
     >>> posterior = kfac_posterior({"w": torch.zeros(1, 2)}, {"w": (torch.eye(2), torch.ones(1, 1))}, rows=5)
     >>> posterior.curvature
@@ -91,7 +96,7 @@ class Kronecker(NamedTuple):
 
     def into(self, direction: Params) -> Params:
         """A direction of params in the eigenbasis of H: U_Gᵀ V U_A, (out, in), for every leaf V."""
-        return fd.tree.map(lambda v, u, w: w.mT @ _matrix(v) @ u, direction, self.inner, self.outer)
+        return fd.tree.map(lambda u, w, v: w.mT @ _matrix(v) @ u, self.inner, self.outer, direction)
 
     def back(self, coordinates: Any) -> Params:
         """The inverse of ``into``."""
@@ -156,14 +161,14 @@ def ggn(f: Model, params: Params, *data: Tensor, root: Root = categorical, chunk
     """H = Σᵢ Jᵢᵀ Λᵢ Jᵢ over the rows of ``data``, (d, d), in the order of ``fd.tree.ravel(params)``.
 
     Λ = L Lᵀ with L = ``root(outputs)``. A call holds C · d numbers a row; the sum of several calls is the H of all
-    their rows.
+    their rows. The diagonal is ∞ where ``f`` does not differentiate (``fd.reached``).
 
     >>> ggn(lambda p, x: x * p["w"], {"w": torch.ones(1)}, torch.tensor([[1.0], [3.0]]), root=gaussian)
     tensor([[10.]])
     """
     _, weighted = jacobians(f, params, *data, root=root, chunk_size=chunk_size)
     rows = torch.vmap(torch.vmap(_vector))(weighted).flatten(0, 1)
-    return rows.mT @ rows
+    return rows.mT @ rows + _vector(_known(f, params, data)).diag()
 
 
 def ggn_diagonal(
@@ -175,7 +180,7 @@ def ggn_diagonal(
     {'w': tensor([10.])}
     """
     _, weighted = jacobians(f, params, *data, root=root, chunk_size=chunk_size)
-    return fd.tree.map(lambda leaf: leaf.square().sum((0, 1)), weighted)
+    return fd.tree.map(lambda known, leaf: known + leaf.square().sum((0, 1)), _known(f, params, data), weighted)
 
 
 def kronecker_factors(
@@ -185,21 +190,26 @@ def kronecker_factors(
 
     With R = each row of Lᵢᵀ Jᵢ as a matrix (out, in): A = Σ Rᵀ R / Σ ‖R‖² and G = Σ R Rᵀ / N. Exact wherever H of the
     leaf is a Kronecker product (one row of data through a linear layer; Gaussian noise on one layer's output), and of
-    the right trace everywhere. A leaf of one axis has in = 1, and is exact.
+    the right trace everywhere. A leaf of one axis has in = 1, and is exact. Where ``f`` does not differentiate, G has ∞
+    on its diagonal.
 
     >>> A, G = kronecker_factors(lambda p, x: x @ p["w"].mT, {"w": torch.ones(2, 3)}, torch.randn(5, 3))["w"]
     >>> A.shape, G.shape
     (torch.Size([3, 3]), torch.Size([2, 2]))
     """
     outputs, weighted = jacobians(f, params, *data, root=root, chunk_size=chunk_size)
-    factors = {}
+    factors, known = {}, _known(f, params, data)
     for name, leaf in weighted.items():
         rows = leaf.flatten(0, 1)
         rows = rows.reshape(len(rows), *_matrix(params[name]).shape)
         inner, outer = (rows.mT @ rows).sum(0), (rows @ rows.mT).sum(0)
         trace = inner.trace()
         # A leaf that moves nothing has H = 0: G is 0 then, and A whatever is not NaN.
-        factors[name] = (inner / torch.where(trace == 0, torch.ones_like(trace), trace), outer / len(outputs))
+        first = _matrix(known[name])[:, 0]
+        factors[name] = (
+            inner / torch.where(trace == 0, torch.ones_like(trace), trace),
+            outer / len(outputs) + first.diag(),
+        )
     return factors
 
 
@@ -221,8 +231,9 @@ def full_posterior(params: Params, matrix: Tensor) -> Full:
     size = len(_vector(params))
     if matrix.shape != (size, size):
         raise fd.ParamsError(f"H of params with {size} entries is ({size}, {size}); found {tuple(matrix.shape)}.")
+    matrix, live = _live(matrix)
     values, vectors = torch.linalg.eigh(matrix)
-    return Full(params, values.clamp(min=0), vectors)  # rounding leaves values a little below 0
+    return Full(params, values.clamp(min=0), live[:, None] * vectors)  # rounding leaves values a little below 0
 
 
 def kfac_posterior(params: Params, factors: Mapping[str, tuple[Tensor, Tensor]], rows: int) -> Kronecker:
@@ -240,7 +251,9 @@ def kfac_posterior(params: Params, factors: Mapping[str, tuple[Tensor, Tensor]],
         raise fd.ParamsError(f"Params and factors name the same leaves; only one of them has {missing}.")
     curvature, inner, outer = {}, {}, {}
     for name, leaf in params.items():
-        (a, inner[name]), (g, outer[name]) = (torch.linalg.eigh(factor) for factor in factors[name])
+        outward, live = _live(factors[name][1])
+        (a, inner[name]), (g, vectors) = (torch.linalg.eigh(factor) for factor in (factors[name][0], outward))
+        outer[name] = live[:, None] * vectors
         curvature[name] = rows * g.clamp(min=0)[:, None] * a.clamp(min=0)
         if curvature[name].shape != _matrix(leaf).shape:
             wanted, found = tuple(_matrix(leaf).shape), tuple(curvature[name].shape)
@@ -296,7 +309,8 @@ def softmax_draws(logits: Tensor, covariance: Tensor, seed: int, *, n: int) -> T
     tensor([0.8808, 0.1192])
     """
     values, vectors = torch.linalg.eigh(covariance)  # not Cholesky: Σ may be singular
-    noise = torch.randn((n, *logits.shape), generator=torch.Generator().manual_seed(seed), dtype=logits.dtype)
+    rng = torch.Generator().manual_seed(seed)
+    noise = torch.randn((n, *logits.shape), generator=rng, dtype=logits.dtype, device="cpu")
     drawn = vectors @ (values.clamp(min=0).sqrt() * noise.to(logits.device)).unsqueeze(-1)
     return (logits + drawn.squeeze(-1)).softmax(-1)
 
@@ -314,10 +328,9 @@ def log_evidence(
     >>> log_evidence(posterior, torch.tensor(1.0), 0.0)
     tensor(-0.6931)
     """
-    values = _vector(posterior.curvature)
+    values, away = _spectrum(posterior, centre)
     prior = torch.as_tensor(prior, dtype=values.dtype, device=values.device)
-    away = posterior.mean if centre is None else fd.tree.sub(posterior.mean, centre)
-    return log_likelihood - prior / 2 * fd.tree.vdot(away, away) - (values / prior).log1p().sum() / 2
+    return log_likelihood - prior / 2 * away @ away - (values / prior).log1p().sum() / 2
 
 
 def choose_prior(
@@ -330,12 +343,30 @@ def choose_prior(
     >>> choose_prior(posterior, 1.0, steps=100)  # h/(h + τ) = τ
     tensor(0.7913)
     """
-    values = _vector(posterior.curvature)
+    values, away = _spectrum(posterior, centre)
     prior = torch.as_tensor(prior, dtype=values.dtype, device=values.device)
-    away = posterior.mean if centre is None else fd.tree.sub(posterior.mean, centre)
     for _ in range(steps):  # ∞ where θ = c: nothing then speaks for a wider prior
-        prior = (values / (values + prior)).sum() / fd.tree.vdot(away, away)
+        prior = (values / (values + prior)).sum() / (away @ away)
     return prior
+
+
+def _known(f: Model, params: Params, data: Sequence[Tensor]) -> Params:
+    """∞ for the leaves that ``f`` does not differentiate in, 0 for the others."""
+    names = fd.reached(f, params, *(part[:1] for part in data))
+    return {name: torch.full_like(leaf, 0.0 if name in names else torch.inf) for name, leaf in params.items()}
+
+
+def _live(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``matrix`` with 0 in place of ∞ on its diagonal, and 1 where it had none, (d,)."""
+    known = matrix.diagonal().isinf()
+    return matrix.masked_fill(known | known[:, None], 0.0), (~known).to(matrix.dtype)
+
+
+def _spectrum(posterior: Posterior, centre: Params | None) -> tuple[Tensor, Tensor]:
+    """The curvatures, and θ - c in the eigenbasis of H, both (d,) and 0 where θ is known."""
+    away = posterior.mean if centre is None else fd.tree.sub(posterior.mean, centre)
+    values = _vector(posterior.curvature)
+    return values.masked_fill(values.isinf(), 0.0), _vector(posterior.into(away))
 
 
 def _vector(tree: Any) -> Tensor:

@@ -91,7 +91,10 @@ def reptile(
     {'w': tensor([1.])}
     """
 
-    return fd.tree.lerp(params, fd.tree.mean(_adapt_each(loss, params, support, steps, lr)), rate)
+    each = _adapt_each(loss, params, support, steps, lr)
+    # The mean of differences, not the difference of means: where nothing moved, nothing is rounded.
+    moved = fd.tree.mean(fd.tree.sub(each, fd.broadcast(params, fd.members(each))))
+    return fd.tree.add(params, fd.tree.scale(moved, rate))
 
 
 def _adapt_each(

@@ -37,7 +37,8 @@ def exploit_and_explore(
     replaced = max(1, int(share * n))
     parents = torch.arange(n, device=scores.device)
     parents[order[-replaced:]] = order[:replaced]
-    coin = torch.rand(n, generator=torch.Generator().manual_seed(seed)).to(rates.device) < 0.5
+    generator = torch.Generator().manual_seed(seed)
+    coin = torch.rand(n, generator=generator, dtype=torch.float32, device="cpu").to(rates.device) < 0.5
     changed = torch.where(coin, factor, 1 / factor).to(rates.dtype)
     copied = (parents != torch.arange(n, device=scores.device)).to(rates.device)
     rates = rates[parents.to(rates.device)] * torch.where(copied, changed, torch.ones_like(changed))

@@ -25,7 +25,8 @@ def batch(rows: int, rate: float, seed: int) -> Tensor:
     >>> batch(10, 0.3, seed=0)
     tensor([2, 3])
     """
-    return (torch.rand(rows, generator=torch.Generator().manual_seed(seed)) < rate).nonzero().flatten()
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(rows, generator=generator, dtype=torch.float32, device="cpu") < rate).nonzero().flatten()
 
 
 def gradient(
@@ -41,7 +42,8 @@ def gradient(
 ) -> Params:
     """(Σᵢ ∇Lᵢ min(1, C/‖∇Lᵢ‖) + σ C ε) / ``expected``: C is ``clip``, σ is ``noise``, ε standard normal by ``seed``.
 
-    ``loss(params, *rows)`` is that of a batch of one row, (); ``params`` are the leaves that train. ``expected`` is the
+    ``loss(params, *rows)`` is that of a batch of one row, (). Leaves that it does not differentiate in (constants of a
+    delta) get 0 and no noise; which these are is seen at a row of zeros, so that no data tell it. ``expected`` is the
     expected number of rows, rate × rows: the true number of a step is private. A row whose gradient is not finite
     counts as 0. Give every step of every member a seed of its own, and keep seeds secret: whoever knows the noise can
     take it away, and the noise of two members that share it is told from their difference. torch's generator is no
@@ -54,8 +56,9 @@ def gradient(
     """
     every = torch.ones(len(data[0]), dtype=torch.bool, device=data[0].device)
     total = _clipped(loss, params, data, every, clip, chunk_size)
-    noisy = fd.tree.add(total, fd.tree.scale(fd.tree.randn_like(total, seed), noise * clip))
-    return fd.tree.scale(noisy, 1 / expected)
+    moving, fixed = _moving(loss, params, total, data)
+    noisy = fd.tree.add(moving, fd.tree.scale(fd.tree.randn_like(moving, seed), noise * clip))
+    return fd.combine(fd.tree.scale(noisy, 1 / expected), fixed, order=total)
 
 
 def batches(rows: int, rate: float, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -101,15 +104,28 @@ def gradients(
     {'w': tensor([[0.3000, 0.6500],
             [1.5000, 2.0000]])}
     """
-    clips, noises = (torch.as_tensor(value, device=taken.device).expand(len(taken)) for value in (clip, noise))
+    numbers = [
+        value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32) for value in (clip, noise)
+    ]
+    clips, noises = (value.to(taken.device).expand(len(taken)) for value in numbers)
 
     def member(params: Params, clip: Tensor, taken: Tensor, *data: Tensor) -> Params:
         return _clipped(loss, params, data, taken, clip, None)
 
     total = torch.vmap(member, chunk_size=chunk_size)(stack, clips, taken, *data)
-    drawn = fd.tree.randn_like(total, seeds)
-    noisy = fd.tree.add(total, fd.tree.scale(drawn, noises * clips, per_member=True))
-    return fd.tree.scale(noisy, 1 / expected)
+    moving, fixed = _moving(loss, fd.take(stack, 0), total, [own[0] for own in data])
+    drawn = fd.tree.randn_like(moving, seeds)
+    noisy = fd.tree.add(moving, fd.tree.scale(drawn, noises * clips, per_member=True))
+    return fd.combine(fd.tree.scale(noisy, 1 / expected), fixed, order=total)
+
+
+def _moving(
+    loss: Callable[..., Tensor], params: Params, total: Params, data: Sequence[Tensor]
+) -> tuple[Params, Params]:
+    """``total`` parted into the leaves that ``loss`` differentiates in, and the others."""
+    zeros = [own.new_zeros((1, *own.shape[1:])) for own in data]
+    names = fd.reached(loss, params, *zeros)
+    return fd.partition(total, lambda name: name in names)
 
 
 def _clipped(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 import funcdelta as fd
@@ -20,7 +19,7 @@ def mean(delta: fd.DeltaModel, stack: Params, members: list[int]) -> Pair:
     >>> mean(delta, delta.init(0, n=4), [0, 3])[0].configs[0].lora_r
     4
     """
-    chosen = fd.take(stack, torch.tensor(members))
+    chosen = fd.take(stack, members)
     return fd.algebra.sum_exact((delta, chosen), weights=[1 / len(members)] * len(members))
 
 

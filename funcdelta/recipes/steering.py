@@ -28,5 +28,5 @@ def dial(delta: fd.DeltaModel, params: Params, strengths: Sequence[float] | Tens
     >>> torch.allclose(dense[2], 2 * fd.algebra.materialise(delta, params)["0.weight"])
     True
     """
-    doses = torch.as_tensor(strengths, dtype=torch.float32)
+    doses = torch.as_tensor(strengths, dtype=torch.float32, device="cpu")
     return fd.algebra.scale(delta, fd.broadcast(params, len(doses)), doses)

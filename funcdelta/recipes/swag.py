@@ -1,7 +1,7 @@
 """SWAG: a Gaussian around the mean of the params that training passes through (Maddox et al. 2019).
 
-In factor space: the Gaussian is of the leaves, not of what they do. Give it the leaves that train,
-``trained, constants = fd.partition(params, delta.trainable)``. A stack has one Gaussian a member.
+In factor space: the Gaussian is of the leaves, not of what they do. A leaf that training does not move (a constant of a
+delta) has no deviation: every draw has it as it is. A stack has one Gaussian a member.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def sample(moments: Moments, seed: int) -> Params:
     noise = fd.tree.map(torch.mul, fd.tree.randn_like(moments.mean, seed), deviation)
     drawn = fd.tree.add(moments.mean, fd.tree.scale(noise, 0.5**0.5))
     k = len(moments.deviations)
-    weights = torch.randn(k, generator=torch.Generator().manual_seed(seed)) / (2 * max(k - 1, 1)) ** 0.5
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(k, generator=generator, dtype=torch.float32, device="cpu") / (2 * max(k - 1, 1)) ** 0.5
     for weight, difference in zip(weights, moments.deviations, strict=True):
         drawn = fd.tree.add(drawn, fd.tree.scale(difference, weight))
     return drawn

@@ -10,11 +10,17 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import MatchError
+from .forwards import Shown, channel_axis, family, is_known, is_plain, shown
 from .parts import Part
 
-CONVOLUTIONS = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
-TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-NORMS_OVER_LAST_AXIS = ("LayerNorm", "RMSNorm")
+MADE_WITH: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("conv1d", "conv2d", "conv3d"), ("stride", "padding", "dilation", "groups", "padding_mode", "kernel_size")
+    ),
+    "embedding": ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+}
+"""The arguments of a layer that a formula on activations has to heed, by its kind."""
+
 NORMS_OVER_CHANNELS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
 
 
@@ -51,8 +57,8 @@ class Site:
 
     Attributes:
         path: dotted path in the backbone.
-        kind: ``linear``, ``transposed_linear`` (Transformers' Conv1D), ``embedding``, ``conv1d``, ``conv2d``,
-            ``conv3d``, ``transposed_conv``, ``norm``, ``other`` or ``span`` (see ``exit``).
+        kind: the layout of the weight: ``linear``, ``transposed_linear`` (Transformers' Conv1D), ``embedding``,
+            ``conv1d``, ``conv2d``, ``conv3d``, ``transposed_conv``, ``norm``, ``other`` or ``span`` (see ``exit``).
         module_type: the module's class name.
         weight, bias: shapes of the module's own ``weight`` and ``bias``, ``None`` where there is none.
         in_features, out_features: widths of the hidden input and output.
@@ -65,6 +71,12 @@ class Site:
         parts: those of them that are meant; empty: the whole output. Only a method that declares ``acts_on_parts``
             meets any.
         exit: where the hidden output of a span leaves, if not at ``path``, where its input enters.
+        own_forward: whether the module computes something else than the kind says, or something that is not known
+            (a subclass that scales or pads, a patched forward, a hook, a layer whose weight the module above reads
+            without calling it), so that formulas on activations do not hold and only its weights can be changed.
+        packed: whether the weight does not hold the numbers of the matrix (quantised layers), so that only
+            activations can be changed.
+        why: of a module that looks like a layer and is ``other``, what is in the way.
 
     >>> site_of("0", torch.nn.Linear(3, 5, bias=False)).out_features
     5
@@ -86,6 +98,9 @@ class Site:
     fused: tuple[Part, ...] = ()
     parts: tuple[Part, ...] = ()
     exit: str | None = None
+    own_forward: bool = False
+    packed: bool = False
+    why: str = ""
 
     @property
     def leaf_dtype(self) -> torch.dtype:
@@ -103,7 +118,7 @@ class Site:
     def attention(self) -> AttentionShape:
         """Heads and sizes of the site's keys and values."""
         if self.shape_of_attention is None:
-            raise MatchError(f"{self.path} ({self.module_type}) is no attention site, so its heads are not known.")
+            raise MatchError(f"{self.path} ({self.module_type}) is not an attention site, so its heads are not known.")
         return self.shape_of_attention
 
     @property
@@ -128,49 +143,86 @@ def site_of(path: str, module: nn.Module) -> Site:
     >>> site.kind, site.in_features, site.out_features, site.option("padding"), site.channel_axis
     ('conv2d', 3, 8, (1, 1), 1)
     """
-    weight, bias = _shape(module, "weight"), _shape(module, "bias")
-    like = next((t for t in [*module.parameters(), *module.buffers()] if t.is_floating_point()), None)
+    kind, tensors = family(module), [*module.parameters(), *module.buffers()]
+    own = module._parameters.values()
+    # Where its own parameters are complex, real leaves beside them are no use.
+    like = next((t for t in own if t is not None and t.is_complex()), None)
+    like = next((t for t in tensors if t.is_floating_point()), None) if like is None else like
     facts: dict[str, Any] = {
         "path": path,
         "module_type": type(module).__name__,
-        "weight": weight,
-        "bias": bias,
+        "weight": _shape(module, "weight"),
+        "bias": _shape(module, "bias"),
         "dtype": like.dtype if like is not None else torch.int8,
-        "device": like.device if like is not None else _device(module),
+        "device": like.device if like is not None else next((t.device for t in tensors), torch.device("cpu")),
         "training": module.training,
     }
-    for kind, name in CONVOLUTIONS.items():
-        if isinstance(module, kind):
-            made_with = ("stride", "padding", "dilation", "groups", "padding_mode", "kernel_size")
-            return Site(
-                kind=name,
-                in_features=int(getattr(module, "in_channels")),  # noqa: B009  (typed Any)
-                out_features=int(getattr(module, "out_channels")),  # noqa: B009
-                channel_axis=1,
-                options=tuple((key, getattr(module, key)) for key in made_with),
-                **facts,
-            )
-    if isinstance(module, TRANSPOSED_CONVOLUTIONS):
-        return Site(
-            kind="transposed_conv",
-            in_features=int(getattr(module, "in_channels")),  # noqa: B009  (typed Any)
-            out_features=int(getattr(module, "out_channels")),  # noqa: B009
-            channel_axis=1,
-            **facts,
-        )
-    if isinstance(module, nn.Embedding):
-        return Site(kind="embedding", in_features=module.num_embeddings, out_features=module.embedding_dim, **facts)
-    features = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(features[0], int) and isinstance(features[1], int):
-        return Site(kind="linear", in_features=features[0], out_features=features[1], **facts)
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight is not None:
-        return Site(kind="transposed_linear", in_features=weight[0], out_features=weight[1], **facts)
-    if isinstance(module, NORMS_OVER_CHANNELS):
-        width = int(getattr(module, "num_features", getattr(module, "num_channels", 0)))
-        return Site(kind="norm", in_features=width, out_features=width, channel_axis=1, **facts)
-    if type(module).__name__.endswith(NORMS_OVER_LAST_AXIS) and weight is not None:
-        return Site(kind="norm", in_features=weight[-1], out_features=weight[-1], **facts)
-    return Site(kind="other", in_features=None, out_features=None, **facts)
+    known = kind is not None and is_known(module)
+    if kind is None or (not known and not _is_laid_out(module, kind)):
+        return _by_evidence(module, kind, facts)
+    widths = _widths(module, kind, facts["weight"])
+    axis = 1 if "conv" in kind or isinstance(module, NORMS_OVER_CHANNELS) else -1
+    if kind == "norm" and not known and widths[1] is not None:
+        axis = channel_axis(module, widths[1]) or axis
+    options = tuple((key, getattr(module, key)) for key in MADE_WITH.get(kind, ()))
+    return Site(
+        kind=kind if widths[1] is not None else "other",
+        in_features=widths[0],
+        out_features=widths[1],
+        channel_axis=axis,
+        options=options,
+        own_forward=not known,
+        **facts,
+    )
+
+
+def _widths(module: Any, kind: str, weight: tuple[int, ...] | None) -> tuple[int, int] | tuple[None, None]:
+    """How many features enter and leave one of torch's layers."""
+    if kind == "linear":
+        return int(module.in_features), int(module.out_features)
+    if kind == "embedding":
+        return int(module.num_embeddings), int(module.embedding_dim)
+    if kind == "norm":
+        if weight is None and isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            return None, None
+        width = int(getattr(module, "num_features", getattr(module, "num_channels", weight[-1] if weight else 0)))
+        return width, width
+    if kind == "transposed_linear":
+        return (weight[0], weight[1]) if weight is not None else (None, None)
+    return int(module.in_channels), int(module.out_channels)
+
+
+def _is_laid_out(module: Any, kind: str) -> bool:
+    """Whether the weight of a layer with a forward of its own is the plain tensor that its class says."""
+    weight = module._parameters.get("weight")
+    if kind == "linear":
+        return is_plain(weight) and tuple(weight.shape) == (module.out_features, module.in_features)
+    if kind == "embedding":
+        return is_plain(weight) and tuple(weight.shape) == (module.num_embeddings, module.embedding_dim)
+    return True
+
+
+def _by_evidence(module: nn.Module, kind: str | None, facts: dict[str, Any]) -> Site:
+    """The site of a module that is no layer of torch's, or whose weight is packed."""
+    looks = Shown(why="its weight is packed") if kind == "embedding" else shown(module)
+    told = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if kind == "embedding":
+        told = getattr(module, "num_embeddings", None), getattr(module, "embedding_dim", None)
+    widths = looks.features if looks.kind is not None else told
+    if not all(isinstance(width, int) for width in widths):
+        widths = (None, None)
+    own = any(tensor is not None for tensor in module._parameters.values())
+    return Site(
+        kind=looks.kind or "other",
+        in_features=widths[0],
+        out_features=widths[1],
+        channel_axis=looks.channel_axis,
+        # Without tensors of its own there is no weights form that a formula could differ from.
+        own_forward=not looks.exact if looks.kind is not None else own,
+        packed=looks.packed,
+        why=looks.why,
+        **facts,
+    )
 
 
 def _shape(module: nn.Module, name: str) -> tuple[int, ...] | None:
@@ -185,7 +237,3 @@ def _shape(module: nn.Module, name: str) -> tuple[int, ...] | None:
             (tuple(tensor.shape) for tensor in originals._parameters.values()), key=lambda s: torch.Size(s).numel()
         )
     return None
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((t.device for t in [*module.parameters(), *module.buffers()]), torch.device("cpu"))

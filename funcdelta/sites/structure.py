@@ -3,32 +3,55 @@
 from __future__ import annotations
 
 import copy
+import types
 from typing import Any
 
 from torch import Tensor, nn
+
+from .references import every_module, held_tensors, rewire
+
+COMPILED_MODULE = "torch._dynamo.eval_frame.OptimizedModule"
+"""What ``torch.compile(module)`` returns: looked up by name, because importing it takes as long as torch itself."""
 
 
 def copy_structure(backbone: nn.Module, trains: bool = False) -> nn.Module:
     """A deep copy that shares every parameter's storage: tied ones stay tied, buffers are copied.
 
-    Nothing in it requires grad, unless ``trains``: then whatever does in the backbone.
+    Nothing in it requires grad, unless ``trains``: then whatever does in the backbone. It runs eagerly where the
+    backbone is compiled, and writes into no parameter where a forward of torch's does (``max_norm``).
+
+    >>> backbone = nn.Sequential(nn.Linear(2, 2))
+    >>> copied = copy_structure(backbone)
+    >>> copied[0].weight is backbone[0].weight, copied[0].weight.data_ptr() == backbone[0].weight.data_ptr()
+    (False, True)
     """
     memo: dict[int, Any] = {}
-    for module in backbone.modules():
+
+    def alias(parameter: nn.Parameter) -> None:
+        if id(parameter) not in memo:
+            # Subclasses (quantised tensors) carry state that an alias would lose.
+            plain = type(parameter) is nn.Parameter
+            needs = trains and parameter.requires_grad
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), needs) if plain else parameter
+
+    for module in every_module(backbone):
+        for value in (*module._parameters.values(), *held_tensors(module)):
+            if isinstance(value, nn.Parameter):
+                alias(value)
+    copied = copy_module(backbone, memo)
+    for module in every_module(copied):
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
-            # Its forward shortens rows of the weight in place, which must not reach the backbone.
-            memo[id(module.weight)] = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
-        for parameter in module._parameters.values():
-            if parameter is not None and id(parameter) not in memo:
-                # Subclasses (quantised tensors) carry state that an alias would lose.
-                plain = type(parameter) is nn.Parameter
-                needs = trains and parameter.requires_grad
-                memo[id(parameter)] = nn.Parameter(parameter.detach(), needs) if plain else parameter
-    return copy_module(backbone, memo)
+            _shorten_a_copy(module)
+        if COMPILED_MODULE in (f"{base.__module__}.{base.__name__}" for base in type(module).__mro__):
+            vars(module)["forward"] = module._modules["_orig_mod"].__call__  # pyright: ignore[reportOptionalMemberAccess]
+    return copied
 
 
 def copy_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy, also of one that keeps computed tensors (old ``weight_norm``); ``memo`` is ``copy.deepcopy``'s.
+    """A deep copy whose every reference is to itself, also of one that keeps computed tensors (old ``weight_norm``).
+
+    Forwards that are closures, hooks, partial functions and weak references then mean the copy's modules. ``memo`` is
+    ``copy.deepcopy``'s.
 
     >>> layer = nn.Linear(2, 2)
     >>> layer.last = layer(torch.zeros(1, 2))  # copy.deepcopy(layer) raises
@@ -36,16 +59,36 @@ def copy_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mod
     torch.Size([1, 2])
     """
     memo = {} if memo is None else memo
-    for child in module.modules():
-        for value in vars(child).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
+    for child in every_module(module):
+        for value in held_tensors(child):
+            if not value.is_leaf:
+                memo.setdefault(id(value), value.detach().clone())
     try:
-        return copy.deepcopy(module, memo)
+        copied = copy.deepcopy(module, memo)
     except Exception as error:
         path = _uncopyable(module)
         error.add_note(f"funcdelta: the backbone's structure cannot be copied; the attributes of {path} refuse it.")
         raise
+    rewire(copied, memo)
+    return copied
+
+
+def _shorten_a_copy(module: nn.Module) -> None:
+    """Let a table that shortens its rows in place do so in a copy of it, made in each call: a call has no memory."""
+    if "forward" in vars(module):
+        vars(module)["_forward_of_its_own"] = vars(module)["forward"]
+    # A method, which copies of the module take with them.
+    module.forward = types.MethodType(_forward_on_a_copy, module)
+
+
+def _forward_on_a_copy(module: Any, *args: Any, **kwargs: Any) -> Any:
+    own = module._parameters["weight"]
+    forward = vars(module).get("_forward_of_its_own")
+    module._parameters["weight"] = own.clone()
+    try:
+        return forward(*args, **kwargs) if forward is not None else type(module).forward(module, *args, **kwargs)
+    finally:
+        module._parameters["weight"] = own
 
 
 def is_quantised(tensor: Tensor) -> bool:

@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import ParamsError
-from ..pytrees.leaves import align, leading, named
+from ..pytrees.constants import marked
+from ..pytrees.leaves import align, check_tree, dense, leading, named
 from ..pytrees.seeding import derive, seeds
 from ..pytrees.selecting import Selector, combine, partition, select
+from ..transforms import is_wrapped
 
 __all__ = [
     "Selector",
@@ -58,7 +60,9 @@ def unstack(stack: Tree) -> list[Tree]:
     """
     n = members(stack)
     leaves, spec = pytree.tree_flatten(stack)
-    columns = [leaf.unbind(0) if isinstance(leaf, Tensor) else (leaf,) * n for leaf in leaves]
+    columns = [
+        [marked(row, leaf) for row in leaf.unbind(0)] if isinstance(leaf, Tensor) else [leaf] * n for leaf in leaves
+    ]
     return [pytree.tree_unflatten(list(row), spec) for row in zip(*columns, strict=True)]
 
 
@@ -77,36 +81,63 @@ def take(stack: Tree, index: int | slice | Sequence[int] | Tensor) -> Tree:
     >>> take(s, slice(1, 2))
     {'a': tensor([[3., 4.]])}
     """
-    n = members(stack)
-    if isinstance(index, Tensor):
-        if index.ndim > 1 or index.is_floating_point() or index.is_complex():
-            raise ParamsError(
-                "An index tensor has shape () or (k,) and integers or booleans; found shape "
-                f"{tuple(index.shape)}, {index.dtype}."
-            )
-        if index.dtype == torch.bool and tuple(index.shape) != (n,):
-            raise ParamsError(f"A mask over {n} members has shape ({n},); found {tuple(index.shape)}.")
-        where = index if index.dtype == torch.bool else index.long()  # torch reads uint8 as a mask
-    elif isinstance(index, slice):
-        where = index
-    elif isinstance(index, Iterable):
-        rows = list(index)
-        if rows and all(isinstance(row, bool) for row in rows):
-            return take(stack, torch.tensor(rows))
-        where = torch.tensor([_row(row, n) for row in rows], dtype=torch.long)
-    else:
-        where = _row(index, n)
+    where = _where(index, members(stack))
 
     def pick(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         if not isinstance(where, Tensor):
-            return leaf[where]
+            return marked(leaf[where], leaf)
         chosen = where.to(leaf.device)
         # A 0-d index goes through a list of one, for leaf[tensor] would read it as a number and break vmap.
-        return leaf[chosen] if chosen.ndim else leaf[chosen.reshape(1)].squeeze(0)
+        return marked(leaf[chosen] if chosen.ndim else leaf[chosen.reshape(1)].squeeze(0), leaf)
 
-    return pytree.tree_map(pick, stack)
+    try:
+        return pytree.tree_map(pick, stack)
+    except IndexError as error:  # an index whose values a transform hides
+        raise ParamsError(f"There is no such member: {error}. The stack has {members(stack)} members.") from error
+
+
+def _where(index: Any, n: int) -> int | slice | Tensor:
+    """``index`` as torch reads it, once every member that it means is known to be one of ``n``."""
+    if isinstance(index, Tensor):
+        return _rows(index, n)
+    if isinstance(index, slice):
+        try:
+            chosen = range(n)[index]
+        except (TypeError, ValueError) as error:
+            raise ParamsError(f"{index} cannot choose members: {error}.") from None
+        return index if chosen.step > 0 else torch.tensor(list(chosen), dtype=torch.long, device="cpu")
+    if hasattr(index, "tolist"):  # arrays and numbers of numpy
+        index = index.tolist()
+    if not isinstance(index, Iterable):
+        return _row(index, n)
+    rows = list(index)
+    if rows and all(isinstance(row, bool) for row in rows):
+        return _rows(torch.tensor(rows, device="cpu"), n)
+    return torch.tensor([_row(row, n) for row in rows], dtype=torch.long, device="cpu")
+
+
+def _rows(index: Tensor, n: int) -> Tensor:
+    """An index tensor, or a mask, of which every member is one of ``n``."""
+    if index.ndim > 1 or index.is_floating_point() or index.is_complex():
+        raise ParamsError(
+            f"An index tensor has shape () or (k,) and integers or booleans; found shape {tuple(index.shape)}, "
+            f"{index.dtype}."
+        )
+    if index.device.type == "meta":
+        raise ParamsError("An index tensor on the meta device has no values: nothing says which members are meant.")
+    if index.dtype == torch.bool:
+        if tuple(index.shape) != (n,):
+            raise ParamsError(f"A mask over {n} members has shape ({n},); found {tuple(index.shape)}.")
+        return index
+    index = index.long()  # torch reads uint8 as a mask
+    if not torch.compiler.is_compiling() and not is_wrapped(index):
+        flat = index.reshape(-1)
+        beyond = flat[(flat < -n) | (flat >= n)]
+        if beyond.numel():
+            raise ParamsError(_no_member(int(beyond[0]), n))
+    return index
 
 
 def cat(stacks: Iterable[Tree]) -> Tree:
@@ -127,9 +158,17 @@ def broadcast(params: Tree, n: int) -> Tree:
     >>> broadcast({"a": torch.ones(3)}, 4)["a"].shape
     torch.Size([4, 3])
     """
-    if n < 1:
+    try:
+        count = operator.index(n)
+    except TypeError:
+        raise ParamsError(f"n is how many members the stack has, a whole number; found {n!r}.") from None
+    if count < 1:
         raise ParamsError(f"A stack has at least one member; found n={n}.")
-    return pytree.tree_map(lambda leaf: leaf.expand(n, *leaf.shape) if isinstance(leaf, Tensor) else leaf, params)
+    check_tree(params)
+    for name, leaf in named(params):
+        if isinstance(leaf, Tensor):
+            dense(name, leaf)
+    return pytree.tree_map_only(Tensor, lambda leaf: marked(leaf.expand(count, *leaf.shape), leaf), params)
 
 
 def members(stack: Any) -> int:
@@ -174,9 +213,15 @@ def _join(trees: Iterable[Any], function: str, what: str, join: Callable[..., Te
     """Leafwise ``join([leaf_0, leaf_1, ...])``; shapes must agree after the first ``skip`` axes."""
     if isinstance(trees, Mapping):
         raise ParamsError(f"{function} takes a list of pytrees; found one dict. Write fd.{function}([params, ...]).")
+    if not isinstance(trees, Iterable) or isinstance(trees, str | Tensor):
+        raise ParamsError(
+            f"{function} takes a list of pytrees; found {type(trees).__name__}. Write fd.{function}([params, ...])."
+        )
     trees = list(trees)
     if not trees:
         raise ParamsError(f"{function} needs at least one {what}; found an empty list.")
+    for tree in trees:
+        check_tree(tree)
     rows = [align(trees[0], tree, first_is=f"{what} 0", other_is=f"{what} {i}") for i, tree in enumerate(trees)]
     joined = []
     for position, column in enumerate(zip(*rows, strict=True)):
@@ -186,7 +231,7 @@ def _join(trees: Iterable[Any], function: str, what: str, join: Callable[..., Te
             if problem:
                 name = named(trees[0])[position][0]
                 raise ParamsError(f"Leaf {name!r} of {what} {index} {problem}")
-        joined.append(join(column) if isinstance(first, Tensor) else first)
+        joined.append(marked(join(column), *column) if isinstance(first, Tensor) else first)
     return pytree.tree_unflatten(joined, pytree.tree_structure(trees[0]))
 
 
@@ -196,6 +241,8 @@ def _difference(first: Any, leaf: Any, first_is: str, skip: int) -> str:
         if type(first) is type(leaf) and first == leaf:
             return ""
         return f"is {_kind(leaf)}; {first_is} is {_kind(first)}. Only tensors may differ between members."
+    if leaf.layout != torch.strided or leaf.is_nested:
+        return f"is {leaf.layout}, and params are dense tensors. Write leaf.to_dense()."
     if leaf.shape[skip:] != first.shape[skip:]:
         after = " after the member axis" if skip else ""
         return (
@@ -225,5 +272,10 @@ def _row(row: Any, n: int) -> int:
             f"({type(row).__name__})."
         ) from None
     if isinstance(row, bool) or not -n <= index < n:
-        raise ParamsError(f"There is no member {row!r}: the stack has {n} members, 0 to {n - 1}.")
+        raise ParamsError(_no_member(row, n))
     return index
+
+
+def _no_member(row: Any, n: int) -> str:
+    has = f"{n} members, 0 to {n - 1}" if n else "no members"
+    return f"There is no member {row!r}: the stack has {has}."

@@ -1,0 +1,73 @@
+"""Leaves are drawn alike everywhere: torch's default dtype and default device have no say in them.
+
+A method's ``init`` writes ``torch.randn(shape, generator=rng)`` and ``torch.tensor(alpha / r)``, which torch fills in
+from the state of the process. :func:`own_defaults` fills it in from here, for one thread alone and without setting
+anything for others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+__all__ = ["own_defaults"]
+
+FLOATING = frozenset(
+    getattr(torch, name)
+    for name in (
+        *("empty", "empty_permuted", "empty_strided", "eye", "linspace", "logspace", "normal", "ones", "rand"),
+        *("randn", "zeros", "bartlett_window", "blackman_window", "hamming_window", "hann_window", "kaiser_window"),
+    )
+)
+"""What makes tensors of the default dtype whatever it is given."""
+INFERRING = frozenset({torch.arange, torch.as_tensor, torch.asarray, torch.full, torch.scalar_tensor, torch.tensor})
+"""What makes tensors of the default dtype from Python's floats."""
+
+
+@contextlib.contextmanager
+def own_defaults() -> Iterator[None]:
+    """A block in which new tensors are float32 and on the CPU where nobody says otherwise, whatever torch's defaults.
+
+    A single number is kept in float64, so that a leaf made of it can be of its own precision: 1/3 in a float64 model is
+    not 0.3333333433.
+
+    >>> with own_defaults():
+    ...     torch.ones(2).dtype, torch.tensor(1 / 3).dtype, (torch.ones(2) * torch.tensor(1 / 3)).dtype
+    (torch.float32, torch.float64, torch.float32)
+    """
+    with torch.device("cpu"), _OwnDtype():
+        yield
+
+
+class _OwnDtype(TorchFunctionMode):
+    """float32 in place of the default dtype."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("dtype") is not None or kwargs.get("out") is not None:
+            return func(*args, **kwargs)
+        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if hasattr(leaf, "dtype")]
+        if func in FLOATING and not given:
+            return func(*args, **{**kwargs, "dtype": torch.float32})
+        result = func(*args, **kwargs)
+        default = torch.get_default_dtype()
+        if not isinstance(result, Tensor) or result.dtype not in (default, default.to_complex()):
+            return result
+        if any(not _whole(leaf) for leaf in given):
+            return result  # the dtype is that of an operand
+        if func in INFERRING and not given:
+            wide = func is not torch.full and isinstance(args[0] if args else None, float)
+            real = torch.float64 if wide else torch.float32
+            return func(*args, **{**kwargs, "dtype": real if result.is_floating_point() else torch.complex64})
+        return result.to(torch.float32 if result.is_floating_point() else torch.complex64)
+
+
+def _whole(leaf: Any) -> bool:
+    """Whether an operand has integers or booleans, from which torch makes the default dtype."""
+    return isinstance(leaf, Tensor) and not (leaf.is_floating_point() or leaf.is_complex())

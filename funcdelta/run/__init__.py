@@ -1,0 +1,1 @@
+"""One call of a model: its inputs, the program that runs it, and its outputs."""

@@ -1,0 +1,242 @@
+"""Whether a backbone is still the one that was copied: its modules, parameters, storage, hooks and forwards.
+
+A copy shares the storage of parameters, so values that are written in place are seen by it. A replaced layer, another
+parameter object, tensors that moved, a hook or a patched forward are not. Every call asks, so the question is put by a
+few passes in C over all modules; only where one of them differs is it looked for in Python.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, repeat
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import StaleBackboneError
+
+HOOKS = {
+    "_forward_hooks": "forward hook",
+    "_forward_pre_hooks": "forward pre-hook",
+    "_backward_hooks": "backward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+}
+SLOTS = ("_parameters", "_buffers", "_modules")
+PARTS = (*SLOTS, *HOOKS)
+SHOWN = 3
+"""So many changes an error names."""
+
+_flat = chain.from_iterable
+_pointer, _strides, _numbers = Tensor.data_ptr, Tensor.stride, Tensor.numel
+
+
+@dataclass
+class _Facts:
+    """One module as it was."""
+
+    path: str
+    module: nn.Module
+    kind: type[nn.Module]
+    parts: dict[str, dict[Any, Any]]
+    forward: Any
+    class_forward: Any
+
+
+class Fingerprint:
+    """A backbone as it was when this was made; :meth:`check` compares it with what it is now.
+
+    ``aliases`` are tensors by the names of the backbone's parameters that share their storage, such as a skeleton's
+    parameters; without them the fingerprint keeps its own. They tell storage that was put elsewhere together with all
+    that uses it (shared memory, for another process) from a tensor that was given other storage.
+
+    >>> backbone = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> fingerprint = Fingerprint(backbone)
+    >>> with torch.no_grad():
+    ...     _ = backbone[0].weight.add_(1.0)
+    >>> fingerprint.check()
+    False
+    >>> backbone[1] = nn.Linear(2, 2)
+    >>> fingerprint.check()
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.StaleBackboneError: The backbone changed after this delta was built: 1 is another Linear...
+    """
+
+    def __init__(self, backbone: nn.Module, aliases: Mapping[str, Tensor] | None = None) -> None:
+        self.backbone = backbone
+        modules = {path: module for path, module in backbone.named_modules() if _is_plain(module)}
+        self._facts = [_facts_of(path, module) for path, module in modules.items()]
+        self._attributes = [vars(module) for module in modules.values()]
+        self._modules = list(modules.values())
+        self._kinds = list(dict.fromkeys(map(type, self._modules)))
+        named = dict(backbone.named_parameters())
+        self._parameters = list(named.values())
+        self._names = list(named)
+        given = aliases or {}
+        # While an alias lives, its storage does, so that no other tensor can come to lie at the same place.
+        self._aliases = [given.get(name, _alias(parameter)) for name, parameter in named.items()]
+        self._settle()
+
+    def check(self) -> bool:
+        """Raises `StaleBackboneError` where the backbone is another, with what changed.
+
+        ``True`` says that it is the same but for buffers that were replaced by others of their kind, as some models do
+        in their forward: whoever copies from buffers has to look them up again.
+        """
+        return (self._now() != self._then or any(map(self._has, self._unused))) and self._look()
+
+    def _now(self) -> tuple[list[Any], ...]:
+        """What is compared: lists, because those are made and compared in C."""
+        return (
+            *map(self._content, self._used),
+            list(map(id, map(dict.get, self._attributes, repeat("forward")))) if self._patched else [],
+            list(map(type, self._modules)),
+            list(map(_forward, self._kinds)),
+            list(map(_pointer, self._parameters)),
+            list(map(_strides, self._parameters)),
+            list(map(_numbers, self._parameters)),
+            list(map(_pointer, self._buffers)),
+            list(map(_kind, self._without_storage)),
+        )
+
+    def _content(self, part: str) -> list[int]:
+        """The ids of all that the modules hold in a part: of the dicts that they have now, which may be others."""
+        return list(map(id, _flat(map(dict.values, map(operator.itemgetter(part), self._attributes)))))
+
+    def _has(self, part: str) -> bool:
+        """Whether any module has something under a name under which none had anything: asked faster than for what."""
+        return any(map(dict.get, self._attributes, repeat(part)))
+
+    def _settle(self) -> None:
+        """Take what the backbone is now for what it has to be."""
+        self._buffers = list(self.backbone.buffers())
+        self._without_storage = [p for p in self._parameters if p.data_ptr() == 0]
+        self._patched = any(facts.forward is not None for facts in self._facts)
+        self._used = [part for part in PARTS if part in SLOTS or self._has(part)]
+        self._unused = [part for part in HOOKS if part not in self._used]
+        if not self._patched:
+            self._unused.append("forward")
+        self._then = self._now()
+
+    def _look(self) -> bool:
+        changes = list(self._changes())
+        if changes:
+            more = f", and {len(changes) - SHOWN} more changes" if len(changes) > SHOWN else ""
+            raise StaleBackboneError(
+                f"The backbone changed after this delta was built: {'; '.join(changes[:SHOWN])}{more}. Call "
+                f"delta.refresh(), which reads the backbone again."
+            )
+        for facts in self._facts:
+            facts.parts["_buffers"] = dict(facts.module._buffers)
+        self._settle()
+        return True
+
+    # -- what changed, in words ------------------------------------------------------------------------------------
+
+    def _changes(self) -> Iterator[str]:
+        # What is below a replaced module is gone with it.
+        gone: set[int] = set()
+        for facts in self._facts:
+            if id(facts.module) in gone:
+                continue
+            for name, was, found in _differences(facts.parts["_modules"], facts.module._modules):
+                gone |= {id(child) for child in was.modules()} if was is not None else set()
+                yield _of_module(_joined(facts.path, name), was, found)
+        for name, parameter, alias in zip(self._names, self._parameters, self._aliases, strict=True):
+            if not _is_one(parameter, alias):
+                yield f"{name} has other storage (it was {_words(alias)}, is {_words(parameter)})"
+        for facts in self._facts:
+            if id(facts.module) not in gone:
+                yield from _changes_of(facts)
+
+
+def _changes_of(facts: _Facts) -> Iterator[str]:
+    """What changed at one module itself."""
+    path, module = facts.path, facts.module
+    if type(module) is not facts.kind:
+        yield f"{path or 'it'} became a {type(module).__name__}"
+    elif _forward(facts.kind) is not facts.class_forward:
+        yield f"{facts.kind.__name__}.forward is another function"
+    if vars(module).get("forward") is not facts.forward:
+        yield f"{_joined(path, 'forward')} was patched on the instance"
+    for name, was, found in _differences(facts.parts["_parameters"], module._parameters):
+        yield _of_parameter(_joined(path, name), was, found)
+    for name, was, found in _differences(facts.parts["_buffers"], module._buffers):
+        if was is None or found is None or _kind(was) != _kind(found):
+            yield _of_parameter(_joined(path, name), was, found)
+    for attribute, word in HOOKS.items():
+        was, found = facts.parts[attribute], vars(module)[attribute]
+        if any(found.get(key) is not hook for key, hook in was.items()):
+            yield f"a {word} was removed from {path or 'it'}"
+        if any(key not in was for key in found):
+            yield f"a {word} was added to {path or 'it'}"
+
+
+def _of_module(path: str, was: nn.Module | None, found: nn.Module | None) -> str:
+    if found is None:
+        return f"{path} is gone"
+    if was is None:
+        return f"{path} is new"
+    sizes = [
+        len(one) if isinstance(one, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) else None for one in (was, found)
+    ]
+    if None not in sizes and sizes[0] != sizes[1]:
+        return f"{path} has {sizes[1]} modules, it had {sizes[0]}"
+    return f"{path} is another {type(found).__name__}"
+
+
+def _of_parameter(name: str, was: Tensor | None, found: Tensor | None) -> str:
+    if found is None or was is None:
+        return f"{name} is {'gone' if found is None else 'new'}"
+    told = "" if _kind(was) == _kind(found) else f" (it was {_words(was)}, is {_words(found)})"
+    return f"{name} is another tensor{told}"
+
+
+def _differences(was: Mapping[Any, Any], found: Mapping[Any, Any]) -> Iterator[tuple[Any, Any, Any]]:
+    """Every key whose value is another object, or is in one mapping alone."""
+    for key in dict.fromkeys((*was, *found)):
+        if was.get(key) is not found.get(key):
+            yield key, was.get(key), found.get(key)
+    if list(was) != list(found) and was.keys() == found.keys():
+        key = next(a for a, b in zip(was, found, strict=True) if a != b)
+        yield key, was[key], found[key]
+
+
+def _facts_of(path: str, module: nn.Module) -> _Facts:
+    own = vars(module)
+    parts = {name: dict(own[name]) for name in PARTS}
+    return _Facts(path, module, type(module), parts, own.get("forward"), _forward(type(module)))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the module keeps its parts as other modules do; compiled scripts do not."""
+    own = vars(module)
+    return all(isinstance(own.get(name), dict) for name in PARTS)
+
+
+def _alias(parameter: Tensor) -> Tensor:
+    return parameter.detach() if type(parameter) is nn.Parameter else parameter
+
+
+def _forward(kind: type[nn.Module]) -> Any:
+    return kind.forward
+
+
+def _is_one(tensor: Tensor, alias: Tensor) -> bool:
+    """Whether both are the same numbers at the same place."""
+    same = tensor.data_ptr() == alias.data_ptr() and tensor.stride() == alias.stride()
+    return same and _kind(tensor) == _kind(alias)
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.device, tuple(tensor.shape)
+
+
+def _words(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def _joined(path: str, name: Any) -> str:
+    return f"{path}.{name}" if path else str(name)
