@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .calls.acting import rewritten
-from .calls.skeleton import Params
+from .run.bound import rewritten
+from .run.call import Params
 from .errors import MergeError
 from .sites.structure import copy_module, is_quantised
 

@@ -17,11 +17,12 @@ from ..transforms import is_wrapped
 Index = Sequence[int] | Tensor
 
 
-def read_index(index: Index, n: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def read_index(index: Index, n: int | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """``index`` (b,) as a tensor, and which of its rows have a member; ``None``: all of them.
 
-    Raises ``ParamsError`` where an entry names none of the n members and is not -1. In compiled code and under
-    transforms values cannot be read, so every row counts as one that may be bare.
+    Raises ``ParamsError`` where an entry names none of the n members and is not -1; with ``n=None`` any number may
+    name one, as slots of a resident stack do, which knows its own. In compiled code and under transforms values cannot
+    be read, so every row counts as one that may be bare.
 
     >>> read_index([2, -1], 3, torch.device("cpu"))
     (tensor([ 2, -1]), tensor([ True, False]))
@@ -38,9 +39,10 @@ def read_index(index: Index, n: int, device: torch.device) -> tuple[Tensor, Tens
     index = index.long()  # torch reads uint8 as a mask
     if torch.compiler.is_compiling() or is_wrapped(index):
         return index, index >= 0
-    if index.shape[0] and (int(index.max()) >= n or int(index.min()) < -1):
+    if index.shape[0] and (int(index.min()) < -1 or (n is not None and int(index.max()) >= n)):
+        there = "slots are 0 or more" if n is None else f"there are 0 to {n - 1}"
         raise ParamsError(
-            f"index names the members {int(index.min())} to {int(index.max())}; there are 0 to {n - 1}, and -1."
+            f"index names the members {int(index.min())} to {int(index.max())}; {there}, and -1 for the bare backbone."
         )
     bare = index < 0
     return index, ~bare if bool(bare.any()) else None

@@ -1,0 +1,449 @@
+"""Random numbers of one's own: code runs with a private generator, and torch's global one is neither read nor moved.
+
+``fork_rng`` and ``set_rng_state`` lend the global generator and put it back. Another thread that draws meanwhile draws
+the lent numbers, and some of its own a second time. Here nothing is lent: below autograd and ``torch.func``, where
+every random operator of torch passes by, the call is given another generator.
+
+What passes by unseen: numpy's and Python's generators, ``torch.manual_seed`` itself, and kernels that draw by
+themselves without saying so (operators that others wrote in C++ or Triton; the functions given to ``torch.cond``).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Generator, Tensor
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _pop_mode,  # pyright: ignore[reportPrivateUsage]
+    _push_mode,  # pyright: ignore[reportPrivateUsage]
+)
+
+from .errors import ConfigError, ParamsError
+
+__all__ = ["Generators", "ThreadMode", "drawn", "private_random", "refuse_draws"]
+
+aten = torch.ops.aten
+
+
+class Generators:
+    """One generator for each device, all from one seed, made at the first draw there.
+
+    >>> rng = Generators(7)
+    >>> torch.equal(torch.rand(3, generator=rng.on("cpu")), torch.rand(3, generator=torch.Generator().manual_seed(7)))
+    True
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        try:
+            self.seed = operator.index(seed)
+            self._made = {torch.device("cpu"): Generator().manual_seed(self.seed)}
+        except (TypeError, ValueError, RuntimeError):
+            raise ParamsError(f"A seed is an integer of 64 bits; found {seed!r} ({type(seed).__name__}).") from None
+
+    def on(self, device: torch.device | str) -> Generator:
+        """The generator for ``device``, as the draws before have left it.
+
+        >>> Generators(0).on("cpu").device
+        device(type='cpu')
+        """
+        device = torch.device(device)
+        if device.index is None and device.type != "cpu":
+            device = torch.device(device.type, torch.get_device_module(device).current_device())
+        elif device.type == "cpu":
+            device = torch.device("cpu")
+        if device not in self._made:
+            self._made[device] = Generator(device).manual_seed(self.seed)
+        return self._made[device]
+
+    def copy(self) -> Generators:
+        """Generators in the same state, which then go their own way: what is run again draws the same numbers.
+
+        >>> rng = Generators(0)
+        >>> again = rng.copy()
+        >>> torch.equal(torch.rand(3, generator=rng.on("cpu")), torch.rand(3, generator=again.on("cpu")))
+        True
+        """
+        other = Generators(self.seed)
+        other._made = {device: generator.clone_state() for device, generator in self._made.items()}
+        return other
+
+
+class ThreadMode(TorchDispatchMode):
+    """A dispatch mode of this thread alone.
+
+    torch's own ``__enter__`` also sets flags of the process, and ``__exit__`` puts back what it found. Where a second
+    thread enters before the first leaves, it puts back what the first had set: the process then counts as inside a
+    mode for good, which changes what ``torch.compile`` does. The stack of modes itself belongs to the thread.
+    """
+
+    # Otherwise calls of such operators (flex_attention, cond) would raise in the block.
+    supports_higher_order_operators = True
+
+    def __enter__(self) -> Self:
+        _push_mode(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _pop_mode()
+
+    def inside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The kernel of ``func``, run so that this mode sees the operators that it calls."""
+        _push_mode(self)
+        try:
+            return _opened(func, args, kwargs)
+        finally:
+            _pop_mode()
+
+
+# -- which operators draw, and how ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawing:
+    """How one overload draws.
+
+    Attributes:
+        run: the call with numbers of other generators; gets this object, args, kwargs and the generators.
+        func: the overload to call.
+        places: where its arguments stand.
+        within: whether what it draws is drawn by operators that it calls, so that a mode sees them.
+    """
+
+    run: Callable[[_Drawing, tuple[Any, ...], dict[str, Any], Generators], Any]
+    func: Any
+    places: Mapping[str, tuple[int, Any]]
+    within: bool = False
+
+    def given(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The argument ``name`` of this call: what was passed, or its default; ``None`` where there is no such one."""
+        if name in kwargs:
+            return kwargs[name]
+        place, default = self.places.get(name, (len(args), None))
+        return args[place] if place < len(args) else default
+
+    def draws(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether this call reads the global generator."""
+        if _device(args, kwargs).type == "meta":
+            return False
+        generator = self.given("generator", args, kwargs)
+        if generator is not None:
+            return _is_global(generator)
+        if any(self.given(name, args, kwargs) is False for name in ("train", "training")):
+            return False
+        return all(self.given(name, args, kwargs) for name in ("dropout", "dropout_p") if name in self.places)
+
+
+def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    """Where a call draws: the device it names, else that of its first tensor, else the CPU."""
+    device = kwargs.get("device")
+    if device is not None:
+        return torch.device(device)
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value.device
+    return torch.device("cpu")
+
+
+def _is_global(generator: Any) -> bool:
+    """Whether it is torch's own, handed over explicitly (it comes as another Python object)."""
+    device = generator.device
+    # The CPU has one, other devices one each.
+    own: Any = [torch.default_generator]
+    if device.type != "cpu":
+        own = getattr(torch.get_device_module(device), "default_generators", ())
+    return any(generator._cdata == other._cdata for other in own)
+
+
+def _with_generator(drawing: _Drawing, args: tuple[Any, ...], kwargs: dict[str, Any], generators: Generators) -> Any:
+    """The same operator, or its overload that takes a generator."""
+    given = drawing.given("generator", args, kwargs)
+    if given is not None and not _is_global(given):
+        return drawing.func(*args, **kwargs)
+    generator = generators.on(_device(args, kwargs))
+    place = drawing.places["generator"][0]
+    if place < len(args):
+        return drawing.func(*args[:place], generator, *args[place + 1 :], **kwargs)
+    return drawing.func(*args, **{**kwargs, "generator": generator})
+
+
+def _dropout(drawing: _Drawing, args: tuple[Any, ...], kwargs: dict[str, Any], generators: Generators) -> Any:
+    """``native_dropout``, which takes no generator, as its kernel for the CPU computes it."""
+    x, p, train = (drawing.given(name, args, kwargs) for name in ("input", "p", "train"))
+    if train is False:
+        out, mask = x.clone(), torch.ones_like(x, dtype=torch.bool)
+    else:
+        mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p, generator=generators.on(x.device))
+        out = x.mul(mask).mul_(0.0 if p == 1 else 1 / (1 - p))
+    if "out0" not in kwargs:
+        return out, mask
+    for room, value in ((kwargs["out0"], out), (kwargs["out1"], mask)):
+        room.resize_(value.shape).copy_(value)
+    return kwargs["out0"], kwargs["out1"]
+
+
+def _attention(drawing: _Drawing, args: tuple[Any, ...], kwargs: dict[str, Any], generators: Generators) -> Any:
+    """Fused attention with dropout, whose kernels draw the mask themselves, by matrix products and a mask of ours.
+
+    Their backward passes draw the mask again from a state that is not there: where a graph is built it raises, and
+    what a transform may build unseen comes out as NaN, not as a gradient of other masks.
+    """
+    q, k, v = (drawing.given(name, args, kwargs) for name in ("query", "key", "value"))
+    bias, p = drawing.given("attn_bias", args, kwargs), drawing.given("dropout_p", args, kwargs)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in (q, k, v, bias)):
+        return _hidden(drawing, args, kwargs, generators)
+    scores = *q.shape[:-1], k.shape[-2]
+    keep = torch.empty(scores, dtype=torch.bool, device=q.device).bernoulli_(1 - p, generator=generators.on(q.device))
+    causal, scale = drawing.given("is_causal", args, kwargs), drawing.given("scale", args, kwargs)
+    # With grouped heads there are fewer of keys than of queries, on the third axis from the end.
+    grouped = q.shape[-3] != k.shape[-3]
+    out, _ = aten._scaled_dot_product_attention_math(q, k, v, bias, p, causal, keep, scale=scale, enable_gqa=grouped)
+    rest = [
+        (q.new_full(q.shape[:-1], torch.nan, dtype=torch.float32) if "sum" in value.name else q.new_empty(0))
+        if "Tensor" in str(value.type)
+        else 0
+        for value in drawing.func._schema.returns[1:]
+    ]
+    return out, *rest
+
+
+def _hidden(drawing: _Drawing, args: tuple[Any, ...], kwargs: dict[str, Any], generators: Generators) -> Any:
+    """A kernel that draws by itself and can be given no generator."""
+    raise ConfigError(
+        f"{drawing.func} draws from torch's global generator inside its kernel and takes no other, so it cannot run "
+        f"here: turn its dropout off (model.eval(), or dropout=0), or choose a form made of plain operators (for "
+        f"attention: attn_implementation='eager')."
+    )
+
+
+def _within(drawing: _Drawing, args: tuple[Any, ...], kwargs: dict[str, Any], generators: Generators) -> Any:
+    """A composition or a kernel in Python: what it calls draws."""
+    with PrivateRandom(generators):
+        return _opened(drawing.func, args, kwargs)
+
+
+def _opened(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The kernel of ``func`` itself, so that the modes that are on see the operators that it calls."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors):
+        return func(*args, **kwargs)  # its class decides what runs, and runs it where modes see it
+    if tensors:
+        keys = torch._C._dispatch_keys(tensors[0])
+        for tensor in tensors[1:]:
+            keys = keys | torch._C._dispatch_keys(tensor)
+        keys = keys & torch._C._after_ADInplaceOrView_keyset
+    else:
+        key: Any = torch._C._parse_dispatch_key(_device(args, kwargs).type.upper())
+        keys = torch._C.DispatchKeySet(key)
+    return func.redispatch(keys, *args, **kwargs)
+
+
+ATTENTION = {
+    f"aten::_scaled_dot_product_{kind}"
+    for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "fused_attention_overrideable")
+}
+"""Kernels that draw a mask of ``dropout_p`` themselves."""
+
+DRAWN_BEFORE = {
+    "aten::_cudnn_attention_backward",
+    "aten::_fill_mem_eff_dropout_mask_",
+    "aten::_flash_attention_forward_no_dropout_inplace",
+    "aten::_fused_sdp_choice",
+    "aten::_nested_tensor_softmax_with_shape",
+    "aten::_scaled_dot_product_cudnn_attention_backward",
+    "aten::_scaled_dot_product_efficient_attention_backward",
+    "rngprims::philox_rand",
+}
+"""Operators that torch marks as random and that read no generator: they are given the seed, or only ask about it."""
+
+_known: dict[Any, _Drawing | None] = {}
+
+
+def _drawing(func: Any) -> _Drawing | None:
+    """How ``func`` draws; ``None`` where it does not."""
+    if func not in _known:
+        _known[func] = _find(func) if isinstance(func, torch._ops.OpOverload) else None
+    return _known[func]
+
+
+def _find(func: Any) -> _Drawing | None:
+    name = func._schema.name
+    places = _places(func)
+    marked = torch.Tag.nondeterministic_seeded in func.tags
+    if name in DRAWN_BEFORE:
+        return None
+    if name == "aten::native_dropout":
+        return _Drawing(_dropout, func, places)
+    if "generator" in places:
+        return _Drawing(_with_generator, func, places)
+    if marked and (other := _taking_a_generator(func)) is not None:
+        return _Drawing(_with_generator, other, _places(other))
+    # In inference mode compositions come whole; elsewhere in parts.
+    composed = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    if _has_python_kernels(func) or (marked and composed):
+        return _Drawing(_within, func, places, within=True)
+    if name in ATTENTION and func._overloadname == "default":
+        return _Drawing(_attention, func, places)
+    if marked or ("backward" not in name and ("dropout" in name or places.keys() & {"dropout", "dropout_p"})):
+        return _Drawing(_hidden, func, places)
+    return None
+
+
+def _places(func: Any) -> dict[str, tuple[int, Any]]:
+    return {
+        argument.name: (len(func._schema.arguments) if argument.kwarg_only else place, argument.default_value)
+        for place, argument in enumerate(func._schema.arguments)
+    }
+
+
+def _taking_a_generator(func: Any) -> Any:
+    """The overload of the same operator with the same arguments and a generator."""
+
+    def signature(schema: Any) -> list[tuple[str, str]]:
+        return [(a.name, str(a.type)) for a in schema.arguments if a.name != "generator"]
+
+    packet = func._overloadpacket
+    for overload in map(packet.__getattr__, packet.overloads()):
+        if "generator" in _places(overload) and signature(overload._schema) == signature(func._schema):
+            return overload
+    return None
+
+
+def _has_python_kernels(func: Any) -> bool:
+    """Whether others wrote it in Python (``torch.library``): its body may draw."""
+    if func.namespace in ("aten", "prims", "rngprims"):
+        return False
+    own = func.name().replace("::", "/")
+    kernels = (kernel.rpartition("/") for kernel in getattr(torch.library, "_impls", ()))
+    return any(name == own and key != "Meta" and not key.startswith("Autograd") for name, _, key in kernels)
+
+
+# -- what is public ---------------------------------------------------------------------------------------------------
+
+
+def drawn(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None, generators: Generators) -> Any:
+    """``func(*args, **kwargs)`` with numbers from ``generators`` if it draws from torch's; else ``NotImplemented``.
+
+    For a dispatch mode with more to do. Where ``func`` is composed of others or written in Python (in inference mode
+    ``dropout`` or ``lstm``; operators of ``torch.library``), it runs here, and the parts go by unseen by that mode.
+
+    >>> rng = Generators(7)
+    >>> drawn(torch.ops.aten.rand.default, ([2],), {}, rng).tolist() == [
+    ...     number.item() for number in torch.rand(2, generator=torch.Generator().manual_seed(7))
+    ... ]
+    True
+    >>> drawn(torch.ops.aten.add.Tensor, (torch.ones(1), torch.ones(1)), {}, rng)
+    NotImplemented
+    """
+    drawing = _drawing(func)
+    if drawing is None:
+        return NotImplemented
+    kwargs = kwargs or {}
+    if not (drawing.within or drawing.draws(args, kwargs)):
+        return NotImplemented
+    return drawing.run(drawing, args, kwargs, generators)
+
+
+class PrivateRandom(ThreadMode):
+    """What :func:`private_random` gives."""
+
+    def __init__(self, generators: Generators) -> None:
+        super().__init__()
+        self.generators = generators
+        # The backward passes that the blocks began in; -1 outside of any.
+        self._graphs: list[int] = []
+
+    def __enter__(self) -> Self:
+        self._graphs.append(torch._C._current_graph_task_id())
+        return super().__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self._graphs.pop()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        drawing = _drawing(func)
+        if drawing is None:
+            return func(*args, **kwargs)
+        if drawing.within:
+            return self.inside(func, args, kwargs)
+        if not drawing.draws(args, kwargs):
+            return func(*args, **kwargs)
+        if torch._C._current_graph_task_id() != self._graphs[-1]:
+            raise ConfigError(
+                f"{func} drew in a backward pass, where gradient checkpointing runs modules again. A private generator "
+                f"would give other numbers there than in the forward pass: turn checkpointing or dropout off."
+            )
+        return drawing.run(drawing, args, kwargs, self.generators)
+
+
+def private_random(seed: int = 0) -> PrivateRandom:
+    """A block whose random numbers come from private generators: those that ``torch.manual_seed(seed)`` would give.
+
+    It holds for this thread. What is drawn depends on the seed alone; a ``generator=`` that is passed is used. torch's
+    global generators are neither read nor moved, also where other threads draw from them meanwhile. Fused attention
+    with dropout is computed by matrix products; where it needs gradients it raises ``ConfigError``, as does any other
+    kernel that draws unseen. So does a draw in a backward pass begun inside the block: gradient checkpointing runs a
+    module again there, and would draw other masks than the forward pass.
+
+    >>> before = torch.get_rng_state()
+    >>> with private_random(7):
+    ...     numbers = nn.Dropout(0.5)(torch.ones(4)), torch.rand(2)
+    >>> torch.equal(before, torch.get_rng_state())
+    True
+    >>> with private_random(7):
+    ...     again = nn.Dropout(0.5)(torch.ones(4)), torch.rand(2)
+    >>> all(map(torch.equal, numbers, again))
+    True
+    """
+    return PrivateRandom(Generators(seed))
+
+
+class RefusedDraws(ThreadMode):
+    """What :func:`refuse_draws` gives."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        drawing = _drawing(func)
+        if drawing is None:
+            return func(*args, **kwargs)
+        if drawing.within:
+            return self.inside(func, args, kwargs)
+        if drawing.draws(args, kwargs):
+            raise ConfigError(
+                f"{self.what} drew from torch's global generator ({func}), so its numbers could not be drawn again: "
+                f"pass generator=rng to every random call."
+            )
+        return func(*args, **kwargs)
+
+
+def refuse_draws(what: str) -> RefusedDraws:
+    """A block in which a draw from torch's global generator raises ``ConfigError``, in this thread.
+
+    Args:
+        what: who draws, for the message.
+
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> with refuse_draws("MyConfig.init"):
+    ...     torch.rand(2, generator=rng).shape
+    torch.Size([2])
+    >>> with refuse_draws("MyConfig.init"):
+    ...     nn.Linear(2, 2)
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.ConfigError: MyConfig.init drew from torch's global generator (aten.uniform_.default), ...
+    """
+    return RefusedDraws(what)

@@ -1,0 +1,164 @@
+"""A key for an input structure, and a bounded table for what was learned of it."""
+
+from __future__ import annotations
+
+import enum
+import operator
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..pytrees.opaque import PLAIN
+from .containers import is_cache
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+BY_VALUE = (
+    *(bool, str, float, complex, bytes, type(None), enum.Enum, range, slice),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, np.generic),
+)
+"""What says in a few characters all there is to it."""
+
+
+def input_key(
+    leaves: Sequence[Any],
+    names: Sequence[str],
+    row_axis: Mapping[int, int],
+    is_mapped: Sequence[bool] = (),
+    *more: Any,
+) -> tuple[str, ...]:
+    """What decides where the batch is: the names, kinds and plain values of the inputs, and whatever is in ``more``.
+
+    Of a tensor it tells the dtype, the layout, the axis of rows and which other sizes are 1, but not the sizes; of a
+    cache its class and whether it is filled; of other objects the class.
+
+    >>> x, y = torch.zeros(4, 1, 3), torch.zeros(9, 1, 8)
+    >>> input_key([x, True], ["x", "flag"], {0: 0})
+    ('x', 'torch.float32:torch.strided:r1n', 'flag', 'True')
+    >>> input_key([x], ["x"], {0: 0}) == input_key([y], ["x"], {0: 0})
+    True
+    """
+    pairs = [
+        (name, _fact(leaf, row_axis.get(i), bool(is_mapped) and is_mapped[i]))
+        for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
+    ]
+    return (*[word for pair in pairs for word in pair], *map(_plain, more))
+
+
+def _fact(leaf: Any, axis: int | None, mapped: bool) -> str:
+    if isinstance(leaf, Tensor):
+        if leaf.is_nested:
+            return f"{leaf.dtype}:nested"
+        return f"{leaf.dtype}:{leaf.layout}:{_sizes(leaf.shape[1:] if mapped else leaf.shape, axis)}"
+    if isinstance(leaf, PLAIN):
+        return _plain(leaf)
+    if isinstance(leaf, np.ndarray):
+        return f"{leaf.dtype}:numpy:{_sizes(leaf.shape[1:] if mapped else leaf.shape, axis)}"
+    if is_cache(leaf):
+        return f"{_kind(leaf)}:{_is_filled(leaf)}"
+    if isinstance(leaf, list):  # with an entry a row, whose values do not say where rows are
+        return f"list:{','.join(sorted({_kind(entry) for entry in leaf}))}"
+    return _plain(leaf)
+
+
+def _sizes(shape: Sequence[int], axis: int | None) -> str:
+    # Branches, for a symbolic size must become a plain word here.
+    return "".join(["r" if i == axis else "1" if size == 1 else "n" for i, size in enumerate(shape)])
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, (bool, enum.Enum)):
+        # A number that torch.compile would keep symbolic becomes one that its graph is for.
+        return repr(operator.index(value))
+    if isinstance(value, BY_VALUE):
+        return repr(value)
+    if isinstance(value, (tuple, list)):
+        return f"({','.join(map(_plain, value))})"
+    if isinstance(value, (set, frozenset)):
+        return f"{{{','.join(sorted(map(_plain, value)))}}}"
+    return _kind(value)
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _is_filled(cache: Any) -> str:
+    try:
+        return str(cache.get_seq_length() > 0)
+    except Exception:  # a cache of states alone, without positions, says so in ways of its own
+        return str(getattr(cache, "has_previous_state", None))
+
+
+class Bounded(MutableMapping[Key, Value]):
+    """A table of at most ``limit`` entries; the least recently used one goes. Threads may share it.
+
+    >>> table = Bounded(limit=2)
+    >>> table["a"], table["b"] = 1, 2
+    >>> table["a"]
+    1
+    >>> table["c"] = 3
+    >>> list(table)
+    ['a', 'c']
+    """
+
+    def __init__(self, limit: int = 256) -> None:
+        self.limit = limit
+        self._entries: OrderedDict[Key, Value] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getitem__(self, key: Key) -> Value:
+        if torch.compiler.is_compiling():
+            return self._entries[key]  # a graph reads; it neither locks nor reorders
+        with self._lock:
+            value = self._entries[key]
+            self._entries.move_to_end(key)
+            return value
+
+    def __setitem__(self, key: Key, value: Value) -> None:
+        with self._lock:
+            self._entries[key] = value
+            self._entries.move_to_end(key)
+            while len(self._entries) > self.limit:
+                self._entries.popitem(last=False)
+
+    def __delitem__(self, key: Key) -> None:
+        with self._lock:
+            del self._entries[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
+
+    def __iter__(self) -> Iterator[Key]:
+        with self._lock:
+            return iter(list(self._entries))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def setdefault(self, key: Key, default: Value) -> Value:  # type: ignore[override]
+        """The value of ``key``, or ``default``, which from now on it has: one of several threads decides.
+
+        >>> table = Bounded()
+        >>> table.setdefault("a", 1), table.setdefault("a", 2)
+        (1, 1)
+        """
+        with self._lock:
+            value = self._entries.setdefault(key, default)
+            self._entries.move_to_end(key)
+            while len(self._entries) > self.limit:
+                self._entries.popitem(last=False)
+            return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            return {"limit": self.limit, "_entries": OrderedDict(self._entries)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())

@@ -1,0 +1,322 @@
+"""Inputs of many members: which tensors carry a member axis, where their rows are, and how to fold them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import EngineError, FoldError, ParamsError
+from ..match import near
+from ..pytrees.opaque import PLAIN, holds_tensors
+from ..transforms import concrete
+from .containers import CARRIERS, LEAF, Tree, flatten, is_cache
+from .forward import positional_names
+from .input_key import input_key
+from .rows import Reading, join_members, read_rows, rows_of_cache, sizes, some_members, some_rows
+
+InDims = int | None | Mapping[str, int | None]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+OTHERS = 'Use engine="vmap" or "loop", which need not know the rows'
+
+
+class Inputs:
+    """The flattened inputs of one call of n members.
+
+    ``in_dims`` says of an input by name: 0, it has a member axis, (n, b, …); ``None``, all members share it whole,
+    whatever its shape. An input that it leaves out is one batch (b, …) seen by all members, whose rows are read off it
+    (:mod:`.rows`), or something without rows. In a list with one entry a row, entries are rows.
+
+    Args:
+        model: whose forward gives positional inputs their names.
+        entries: of an index that gives one member a row (``apply_rows``, views): what has other counts has no rows.
+
+    Attributes:
+        n: members.
+        leaves, names, places: every leaf, the input that it belongs to, and the keys that lead to it.
+        is_mapped: whether a leaf has a member axis.
+        row_axis: for every leaf with rows, by position: the axis that counts them once folded.
+
+    >>> inputs = Inputs(torch.nn.Linear(4, 8), 3, (torch.zeros(5, 4),), {}, None, 0)
+    >>> inputs.b, inputs.row_axis, inputs.folded()[0][0].shape
+    (5, {0: 0}, torch.Size([15, 4]))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        n: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        in_dims: InDims,
+        batch_dim: int,
+        entries: int | None = None,
+    ) -> None:
+        self.n, self.batch_dim, self.entries = n, batch_dim, entries
+        self._main = None if entries is None else getattr(model, "main_input_name", None)
+        positional = positional_names(model) if args else ()
+        names = [*positional[: len(args)], *map(str, range(len(positional), len(args))), *kwargs]
+        self._chosen = _in_dims_by_name(in_dims, names)
+        self._whole = {name for name in names if isinstance(in_dims, Mapping) and in_dims.get(name, 0) is None}
+        self._positional, self._keywords = len(args), tuple(kwargs)
+        self._values = list(zip(names, [*args, *kwargs.values()], strict=True))
+        self._flatten(_is_list)
+        if any(type(leaf) is list for leaf in self.leaves):
+            self._read_lists()
+        else:
+            self._read()
+        if 0 in self._chosen.values():
+            self._check_members()
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def _flatten(self, closed: Callable[[Any], bool] | None) -> None:
+        """Find the leaves; lists that are ``closed`` stay leaves themselves."""
+        self.leaves: list[Any] = []
+        self.names: list[str] = []
+        self.places: list[str] = []
+        self.is_mapped: list[bool] = []
+        self._trees: list[Tree] = []
+        for name, value in self._values:
+            mapped = self._chosen[name] == 0
+            if isinstance(value, Tensor):
+                leaves, tree, places = [value], LEAF, [name]
+            else:
+                leaves, tree = flatten(value, None if mapped or name in self._whole else closed)
+                places = tree.places(name)
+            self._trees.append(tree)
+            self.leaves += leaves
+            self.names += [name] * len(leaves)
+            self.places += places
+            self.is_mapped += [mapped and isinstance(leaf, CARRIERS) for leaf in leaves]
+
+    def _read(self) -> Reading:
+        whole = [i for i, name in enumerate(self.names) if name in self._whole] if self._whole else ()
+        found = read_rows(self.leaves, self.places, self.is_mapped, whole, self.batch_dim, self.entries, self._main)
+        self._rows, self.row_axis, self._unclear = found.count, found.axes, ""
+        nested = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor) and leaf.is_nested]
+        if nested and nested[0] not in whole:
+            self._unclear = (
+                f"The input {self.places[nested[0]]} is a nested tensor, whose rows cannot be joined with those of "
+                f"other members. Pad it, or share it whole: in_dims={{'{self.names[nested[0]]}': None}}."
+            )
+        elif found.count is None:
+            given = ", ".join(self.places) or "none"
+            then = OTHERS if self.entries is None else f"The index has {self.entries} entries, one for each row"
+            self._unclear = f"No input has an axis {self.batch_dim} that counts rows (inputs: {given}). {then}."
+        elif found.odd and self.entries is None:
+            self._unclear = self._why_odd(found)
+        return found
+
+    def _why_odd(self, found: Reading) -> str:
+        i, j = found.odd[0], found.first
+        rows = (sizes(self.leaves[i], self.is_mapped[i]) or ())[self.batch_dim]
+        name = self.names[i]
+        return (
+            f"The input {self.places[i]} has {rows} rows (its shape is {tuple(self.leaves[i].shape)}), and "
+            f"{self.places[j]} has {found.count}; rows are counted by axis {self.batch_dim}. Where all members share "
+            f"{name} as it is, write in_dims={{'{name}': None}}. {OTHERS}."
+        )
+
+    def _read_lists(self) -> None:
+        """A list with as many entries as there are rows has one a row, unless its tensors have the rows themselves."""
+        places = zip(self.leaves, self.places, strict=True)
+        lists = [(leaf, place) for leaf, place in places if type(leaf) is list]
+        count = self._read().count
+        self._flatten(None)
+        opened = self._read()
+        if count is None:  # nothing but lists: of tensors that agree on their rows, or of as many entries
+            if opened.count is not None and not self._unclear:
+                return
+            lengths = {len(part) for part, _ in lists}
+            count = lengths.pop() if len(lengths) == 1 else 0
+        fitting = [pair for pair in lists if len(pair[0]) == count and not self._has_rows(pair[0], count)]
+        numbers = [pair for pair in fitting if all(isinstance(entry, (int, float, complex)) for entry in pair[0])]
+        kept = {id(part) for part, _ in fitting} - {id(part) for part, _ in numbers}
+        if kept:
+            self._flatten(lambda part: id(part) in kept)
+            self._read()
+            self.row_axis |= {i: 0 for i, leaf in enumerate(self.leaves) if id(leaf) in kept}
+            if self._rows is None:
+                self._rows, self._unclear = count, ""
+        if numbers and count > 1:
+            self._unclear = (
+                f"The input {numbers[0][1]} is a list of {count} numbers, and there are {count} rows: write a tensor "
+                f"of shape ({count},) if it has one a row, or a tuple if it does not."
+            )
+
+    def _has_rows(self, part: list[Any], count: int) -> bool:
+        """Whether every tensor in a list has ``count`` rows."""
+        shapes = [sizes(leaf) for leaf in flatten(part)[0] if isinstance(leaf, CARRIERS)]
+        axis = self.batch_dim
+        return bool(shapes) and all(shape and len(shape) > axis and shape[axis] == count for shape in shapes)
+
+    def _check_members(self) -> None:
+        for name, place, leaf, mapped in zip(self.names, self.places, self.leaves, self.is_mapped, strict=True):
+            if self._chosen[name] != 0:
+                continue
+            nested = isinstance(leaf, Tensor) and leaf.is_nested
+            if nested or holds_tensors(leaf):
+                raise EngineError(
+                    f"The input {place} is a {'nested tensor' if nested else type(leaf).__name__}, which cannot be "
+                    f"split by member: give a tensor, or a tuple or a dict of tensors (n, b, …), or let all members "
+                    f"share it, in_dims={{'{name}': None}}."
+                )
+            if mapped and (leaf.ndim == 0 or leaf.shape[0] != self.n):
+                raise ParamsError(
+                    f"The input {place} has the shape {tuple(leaf.shape)}; with in_dims=0 its first axis counts the "
+                    f"{self.n} members: ({self.n}, b, …). To show all members the same input write "
+                    f"in_dims={{'{name}': None}}."
+                )
+
+    # -- what each leaf is -----------------------------------------------------------------------------------------
+
+    @property
+    def b(self) -> int:
+        """The rows of one member; a :class:`~funcdelta.FoldError` where they cannot be told."""
+        self.check_rows()
+        return self._rows or 0
+
+    def check_rows(self) -> None:
+        """Raise a :class:`~funcdelta.FoldError` that names the input by which rows cannot be told."""
+        if self._unclear:
+            raise FoldError(self._unclear)
+
+    def key(self, *more: Any) -> tuple[str, ...]:
+        """A key for this input structure, and for ``more`` that decides with it; see :func:`.input_key`."""
+        return input_key(self.leaves, self.places, self.row_axis, self.is_mapped, self._positional, *more)
+
+    @property
+    def has_single_rows(self) -> bool:
+        """Whether each member has one row, which no code of the model can take for several."""
+        return self._rows == 1
+
+    @property
+    def form(self) -> tuple[int, tuple[str, ...]]:
+        """How many inputs were given by position, and the names of the others."""
+        return self._positional, self._keywords
+
+    def concrete(self) -> Inputs:
+        """The inputs with plain tensors in the place of those that belong to a transform."""
+        return self._with([concrete(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves])
+
+    # -- the inputs of each engine ---------------------------------------------------------------------------------
+
+    def filled(self, leaves: list[Any]) -> Arguments:
+        """The inputs with other leaves."""
+        given = iter(leaves)
+        values = [next(given) if tree is LEAF else tree(given) for tree in self._trees]
+        return tuple(values[: self._positional]), dict(zip(self._keywords, values[self._positional :], strict=True))
+
+    def shared(self) -> Arguments:
+        """The inputs of all members."""
+        return self.filled(self.leaves)
+
+    def member(self, i: int) -> Arguments:
+        """The inputs of member ``i``."""
+        return self.filled(
+            [leaf[i] if mapped else leaf for leaf, mapped in zip(self.leaves, self.is_mapped, strict=True)]
+        )
+
+    def mapped(self) -> list[Tensor]:
+        """The tensors with a member axis, for ``torch.vmap``."""
+        for place, leaf, mapped in zip(self.places, self.leaves, self.is_mapped, strict=True):
+            if mapped and (isinstance(leaf, np.ndarray) or leaf.layout != torch.strided):
+                what = "numpy array" if isinstance(leaf, np.ndarray) else f"tensor of layout {leaf.layout}"
+                raise EngineError(
+                    f"The input {place} of many members is a {what}, which torch.vmap cannot map: give a dense tensor, "
+                    f'or use engine="loop".'
+                )
+        return [leaf for leaf, mapped in zip(self.leaves, self.is_mapped, strict=True) if mapped]
+
+    def fill_mapped(self, tensors: list[Tensor]) -> Arguments:
+        """The inputs with other tensors in the places of :meth:`mapped`."""
+        given = iter(tensors)
+        return self.filled(
+            [next(given) if mapped else leaf for leaf, mapped in zip(self.leaves, self.is_mapped, strict=True)]
+        )
+
+    def folded(self) -> Arguments:
+        """The inputs with all members' rows in one batch axis: (n·b, …), member by member."""
+        b, leaves = self.b, []
+        for i, leaf in enumerate(self.leaves):
+            axis = self.row_axis.get(i)
+            if axis is not None:
+                leaf = join_members(leaf, axis, self.n, b, self.is_mapped[i])
+            elif self.is_mapped[i]:
+                raise FoldError(
+                    f"The input {self.places[i]} is each member's own and has no rows, so it has no place in one "
+                    f"batch. {OTHERS}."
+                )
+            elif self.is_cache(i):
+                leaf = rows_of_cache(leaf, [*range(b)] * self.n)
+            leaves.append(leaf)
+        return self.filled(leaves)
+
+    def is_cache(self, i: int) -> bool:
+        """Whether a leaf is a cache, whose rows can be chosen."""
+        leaf = self.leaves[i]
+        return not isinstance(leaf, PLAIN) and self.names[i] not in self._whole and is_cache(leaf)
+
+    # -- some of them ----------------------------------------------------------------------------------------------
+
+    def chunk(self, start: int, stop: int) -> Inputs:
+        """The inputs of the members from ``start`` to ``stop``."""
+        leaves = [
+            some_members(leaf, start, stop, place) if mapped else leaf
+            for leaf, mapped, place in zip(self.leaves, self.is_mapped, self.places, strict=True)
+        ]
+        return self._with(leaves, n=stop - start)
+
+    def rows(self, which: Sequence[int]) -> Inputs:
+        """The inputs with these rows of each member, in this order and as often as they are named.
+
+        What has no rows stays as it is; of a cache among the inputs a copy with the same rows is taken.
+
+        >>> inputs = Inputs(torch.nn.Linear(1, 1), 2, (torch.arange(3.0)[:, None],), {}, None, 0)
+        >>> inputs.rows([2, 0]).shared()[0][0].flatten()
+        tensor([2., 0.])
+        """
+        b, leaves = self.b, []
+        if not b:
+            raise FoldError("The inputs have no rows, so none can be picked.")
+        which = [i % b for i in which]
+        for i, leaf in enumerate(self.leaves):
+            axis = self.row_axis.get(i)
+            if axis is not None:
+                leaf = some_rows(leaf, axis + self.is_mapped[i], b, which)
+            elif self.is_cache(i):
+                leaf = rows_of_cache(leaf, which)
+            leaves.append(leaf)
+        return self._with(leaves, rows=len(which))
+
+    def _with(self, leaves: list[Any], n: int | None = None, rows: int | None = None) -> Inputs:
+        part = object.__new__(Inputs)
+        part.__dict__.update(self.__dict__)
+        part.leaves = leaves
+        part.n = self.n if n is None else n
+        part._rows = self._rows if rows is None else rows
+        return part
+
+
+def _is_list(part: Any) -> bool:
+    return type(part) is list
+
+
+def _in_dims_by_name(in_dims: InDims, names: list[str]) -> dict[str, int | None]:
+    if isinstance(in_dims, Mapping):
+        for name, dim in in_dims.items():
+            if name not in names:
+                raise ParamsError(f"in_dims names {name!r}, which is not an input of this call.{near(name, names)}")
+            if dim not in (0, None):
+                raise ParamsError(f"in_dims[{name!r}]={dim!r}: write 0 (an axis of members) or None (shared whole).")
+        return {name: in_dims.get(name) for name in names}
+    if in_dims not in (0, None):
+        raise ParamsError(
+            f"in_dims={in_dims!r}: write None (one batch for all members), 0, or {{input name: 0 or None}}."
+        )
+    return dict.fromkeys(names, in_dims)

@@ -1,0 +1,150 @@
+"""Outputs of many members: their leaves and names, whatever the model returns, and how one is made of many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import EngineError
+from ..pytrees.opaque import holds_tensors
+from .containers import Tree, flatten, is_cache
+
+__all__ = ["check_visible", "flatten", "names", "stack_members"]
+
+
+def names(output: Any) -> list[str]:
+    """A name for every leaf of an output, in the order of :func:`flatten`.
+
+    >>> names({"logits": 1, "hidden": (2, 3)}), names(torch.zeros(2))
+    (['logits', 'hidden.0', 'hidden.1'], ['of the model'])
+    """
+    return _named(flatten(output)[1])
+
+
+def _named(tree: Tree) -> list[str]:
+    return [place or "of the model" for place in tree.places()]
+
+
+def check_visible(leaves: Sequence[Any], names: Sequence[str], given: Mapping[str, Any] | None = None) -> None:
+    """Raise an :class:`~funcdelta.EngineError` where an output hides tensors: they would be one member's, or all.
+
+    Args:
+        given: the call's keyword inputs, for advice about what was really written.
+
+    >>> import types
+    >>> check_visible([types.SimpleNamespace(x=torch.zeros(2))], ["boxes"])
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.EngineError: The output boxes is a SimpleNamespace, whose tensors cannot be told apart by member...
+    """
+    for leaf, name in zip(leaves, names, strict=True):
+        if is_cache(leaf):
+            raise EngineError(
+                f"The output {name} is a {type(leaf).__name__}, a cache, which cannot be told apart by member: "
+                f"{_why_cache(given or {})}"
+            )
+        if holds_tensors(leaf):
+            raise EngineError(
+                f"The output {name} is a {type(leaf).__name__}, whose tensors cannot be told apart by member. Return a "
+                f"tensor, a tuple, a dict or a dataclass instead."
+            )
+
+
+def _why_cache(given: Mapping[str, Any]) -> str:
+    if given.get("use_cache"):
+        return f"leave out use_cache={given['use_cache']!r}."
+    caches = [name for name, value in given.items() if is_cache(value)]
+    if caches:
+        return f"the model gives back what {caches[0]}= was given. Leave it out, and run the whole text."
+    if "use_cache" in given:
+        return "the model keeps one although use_cache=False was given. Wrap it in a module that returns the rest."
+    return (
+        "the model keeps one without being asked. Write use_cache=False if its forward passes that on, set "
+        "config.use_cache = False, or wrap it in a module that returns the rest."
+    )
+
+
+def stack_members(outputs: Sequence[Any], given: Mapping[str, Any] | None = None) -> Any:
+    """One output of the outputs of several members, each run alone: every tensor (…) becomes (n, …).
+
+    Numbers that differ become a tensor (n,), numpy arrays one array; what is the same for all stays as it is, and
+    anything else is an :class:`~funcdelta.EngineError` that names the output. See :func:`check_visible` for ``given``.
+
+    >>> stack_members([{"x": torch.zeros(3), "steps": 2, "kind": "a"}, {"x": torch.ones(3), "steps": 5, "kind": "a"}])
+    {'x': tensor([[0., 0., 0.],
+            [1., 1., 1.]]), 'steps': tensor([2, 5]), 'kind': 'a'}
+    """
+    rows, trees = zip(*map(flatten, outputs), strict=True)
+    tree, labels = trees[0], _named(trees[0])
+    for i, other in enumerate(trees):
+        if other != tree:
+            raise EngineError(
+                f"The output of member {i} has another structure than that of member 0: {', '.join(_named(other))} "
+                f"instead of {', '.join(labels)}. Return the same leaves for every member, or call delta.apply for "
+                f"each."
+            )
+    if not torch.compiler.is_compiling():
+        check_visible(rows[0], labels, given)
+    return tree([_joined(name, column) for name, column in zip(labels, zip(*rows, strict=True), strict=True)])
+
+
+NUMBERS = (bool, int, float, complex)
+
+
+def _joined(name: str, column: tuple[Any, ...]) -> Any:
+    first = column[0]
+    if all(isinstance(leaf, Tensor) for leaf in column):
+        return _stacked(name, column, torch.stack)
+    if all(isinstance(leaf, (np.ndarray, np.generic)) for leaf in column):
+        return _stacked(name, column, np.stack)
+    if all(_same(first, leaf) for leaf in column[1:]):
+        return first
+    if all(isinstance(leaf, NUMBERS) for leaf in column):
+        return _stacked(name, column, _tensor_of)
+    kinds = " and ".join(dict.fromkeys(type(leaf).__name__ for leaf in column))
+    raise EngineError(
+        f"The output {name} differs by member and cannot be stacked ({kinds}): return tensors or numbers there, or "
+        f"call delta.apply for each member."
+    )
+
+
+def _stacked(name: str, column: tuple[Any, ...], stack: Any) -> Any:
+    try:
+        return stack(list(column))
+    except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+        shapes = " and ".join(dict.fromkeys(map(_shape, column)))
+        raise EngineError(
+            f"The output {name} cannot be stacked over members (shapes {shapes}): {str(error).splitlines()[0]}. "
+            f"Give it one shape and kind in the model, or call delta.apply for each member."
+        ) from error
+
+
+def _shape(leaf: Any) -> str:
+    return "of rows of their own" if isinstance(leaf, Tensor) and leaf.is_nested else str(tuple(np.shape(leaf)))
+
+
+def _tensor_of(column: list[Any]) -> Tensor:
+    """Python's own precision, whatever torch's default dtype is."""
+    if all(isinstance(leaf, bool) for leaf in column):
+        return torch.tensor(column, dtype=torch.bool)
+    if all(isinstance(leaf, int) for leaf in column):
+        return torch.tensor(column, dtype=torch.int64)
+    wide = torch.complex128 if any(isinstance(leaf, complex) for leaf in column) else torch.float64
+    return torch.tensor(column, dtype=wide)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two leaves that are no tensors are equal; objects without an equality of their own by what they hold."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    try:
+        # A number that is not one is the same as another.
+        return bool(a == b) or bool(a != a and b != b) or (bool(vars(a)) and vars(a) == vars(b))
+    except Exception:  # whatever an equality of somebody's own raises
+        return False
