@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .calls.skeleton import Prepare
+from .run.call import Prepare
 from .config import AutoDeltaConfig, BaseDeltaConfig
 from .deltas import (
     AdapterConfig,

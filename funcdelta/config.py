@@ -228,7 +228,7 @@ class BaseDeltaConfig:
     def prompt(self, site: Site, p: dict[str, Tensor]) -> Tensor:
         """Rows ``(P, d)`` that are added before the embedded input of the module at ``site``; P never changes.
 
-        The library embeds, and extends masks, positions and labels (:mod:`funcdelta.calls.prompt`). A method may have
+        The library embeds, and extends masks, positions and labels (:mod:`funcdelta.run.prompt`). A method may have
         the fields ``other_expand_ids``, pairs of an input's name and what is put before it, and ``strip``.
         """
         raise ConfigError(f"{type(self).__name__} gives no prompt(self, site, p).")

@@ -168,3 +168,11 @@ class FactorMeanWarning(UserWarning):
     >>> issubclass(FactorMeanWarning, UserWarning)
     True
     """
+
+
+class EngineWarning(UserWarning):
+    """A slower engine runs a call than the one that was tried first; the message says why.
+
+    >>> issubclass(EngineWarning, UserWarning)
+    True
+    """

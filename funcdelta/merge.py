@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .calls.acting import rewritten
+from .run.bound import rewritten
 from .errors import MergeError
 from .planning.plan import Attachment, Plan
 from .sites.structure import copy_module, is_quantised

@@ -13,19 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .calls.check import check_member, check_stack
-from .calls.layout import Layout
-from .calls.program import Skeletons
-from .calls.reach import verify_reached
-from .calls.skeleton import Params, Prepare
-from .calls.trunk import Trunk
-from .calls.widths import measure_attention, measure_shapes
 from .config import BaseDeltaConfig
-from .derivatives.gradients import note_members
-from .errors import ConfigError, EngineError, ParamsError
-from .executors import engines as executors
-from .executors.inputs import InDims, Inputs, accepts
-from .fresh import fresh_member, random_members
+from .errors import ConfigError, ParamsError
+from .fresh import fresh_member
 from .habits import Habits, need_dict, without_dead_options
 from .match import as_names
 from .merge import merge, merged
@@ -33,25 +23,26 @@ from .planning.naming import named_leaves
 from .planning.plan import Plan, build_plan
 from .planning.sharing import expand_member, expand_stack
 from .pytrees.constants import declare_leaves
-from .pytrees.opaque import spare
+from .run.auto import Explanation, explain, run_many
+from .run.call import Params, Prepare
+from .run.check import check_member, check_stack
+from .run.forward import without_cache
+from .run.inputs import InDims, Inputs
+from .run.program import Program
+from .run.route import route_rows
+from .run.single import call_single, tell_missed
+from .run.widths import measure_attention, measure_shapes
 from .stacks.params import partition, seeds, slices, stack, take
 from .stacks.resident import Resident
 from .stacks.routing import Index
-from .transforms import concrete, inside_transform, outside_transforms
+from .transforms import inside_transform
 from .views.bound import bind
+from .views.routed import bind_rows
 
 if TYPE_CHECKING:
     from .inspect import DeltaStatistics
 
 ENGINES = ("auto", "fold", "trunk", "vmap", "loop")
-
-_deltas: weakref.WeakValueDictionary[int, DeltaModel] = weakref.WeakValueDictionary()
-
-
-def delta_of(handle: int) -> DeltaModel:
-    """The living delta with that handle; compiled code passes numbers where it cannot pass objects."""
-    return _deltas[handle]
-
 
 class DeltaModel(Habits):
     """What to change and where in ``backbone_model``, as pure functions of params; the backbone is never modified.
@@ -92,20 +83,13 @@ class DeltaModel(Habits):
         self.configs = configs
         self.example = example
         self.prepare = prepare
-        self.batch_dim = axes.pop()
-        self.mode_flag: bool | None = None
         plan = build_plan(
             backbone_model,
             configs,
             lambda paths: measure_shapes(backbone_model, paths, example),
             lambda paths: measure_attention(backbone_model, paths, example),
         )
-        self.skeletons = Skeletons(backbone_model, plan, prepare)
-        self.skeletons.reserve(None)
-        self.layouts: dict[Any, Layout] = {}
-        self.trunks: dict[str, Trunk] = {}
-        self._verified: set[Any] = set()
-        self._first = threading.RLock()
+        self.program = Program(backbone_model, plan, axes.pop(), prepare)
         self._shapes = self.plan.shapes
         parameters = dict(backbone_model.named_parameters())
         self._shapes |= {name: tuple(parameters[name].shape) for name in self.plan.trained}
@@ -114,11 +98,6 @@ class DeltaModel(Habits):
         self._groups = self.plan.keys()
         self._read_backbone()
         declare_leaves(trainable=filter(self.trainable, self._shapes), constants=self.constants)
-        self._register()
-
-    def _register(self) -> None:
-        self.handle = id(self)
-        _deltas[self.handle] = self
 
     def _read_backbone(self) -> None:
         """The backbone's tensors as detached aliases, each once; what ``attach`` lists."""
@@ -133,7 +112,17 @@ class DeltaModel(Habits):
     @property
     def plan(self) -> Plan:
         """Which delta acts where; shared by this delta in every mode."""
-        return self.skeletons.plan
+        return self.program.plan
+
+    @property
+    def batch_dim(self) -> int:
+        """Which axis of the inputs counts the rows."""
+        return self.program.batch_dim
+
+    @property
+    def mode_flag(self) -> bool | None:
+        """The mode that was chosen; ``None``: the backbone's own flags when this was built."""
+        return self.program.training
 
     @property
     def backbone_model(self) -> nn.Module:
@@ -178,7 +167,7 @@ class DeltaModel(Habits):
     @property
     def training(self) -> bool:
         """Whether calls run in training mode."""
-        return self.skeletons.flags[""] if self.mode_flag is None else self.mode_flag
+        return self.program.skeletons.flags[""] if self.mode_flag is None else self.mode_flag
 
     def __repr__(self) -> str:
         inner = ", ".join(f"{a.name} at {a.site.path}" for a in self.plan.all()[:3])
@@ -203,9 +192,7 @@ class DeltaModel(Habits):
         """
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other.mode_flag = bool(train)
-        other.skeletons.reserve(other.mode_flag)
-        other._register()
+        other.program = self.program.mode(train)
         return other
 
     def refresh(self) -> DeltaModel:
@@ -219,11 +206,8 @@ class DeltaModel(Habits):
         """
         shapes = {a.site.path: a.site.attention for a in self.plan.all() if a.adds_keys}
         plan = build_plan(self.backbone, self.configs, lambda paths: self.plan.measured, lambda paths: shapes)
-        self.skeletons.refresh(plan)
+        self.program.refresh(plan)
         self._read_backbone()
-        self.layouts.clear()
-        self.trunks.clear()
-        self._verified.clear()
         return self
 
     # -- params ----------------------------------------------------------------------------------------------------
@@ -274,7 +258,7 @@ class DeltaModel(Habits):
         >>> list(delta.random_members(2, frozenset(["lora"])))[1]
         '0.lora.lora_B'
         """
-        return random_members(self.plan, self.backbone, self.names, n, present)
+        return dict(self.program.random_members(n, present))
 
     def attach(self, params: Params | None = None) -> dict[str, Tensor]:
         """``{every backbone name: tensor} | params``: one dict with everything, which ``apply`` accepts.
@@ -341,36 +325,13 @@ class DeltaModel(Habits):
         """
         params = self._member(params)
         args, kwargs = self._given(args, kwargs, inputs, transformed=inside_transform())
-        if torch.compiler.is_compiling():
-            return self._first_call(params, args, kwargs)
-        if self.is_verified(params):
-            return executors.call_single(self, expand_member(self.plan.shared, params), args, kwargs)
-        # One at a time: a first call may find that a site has to be reached in another way.
-        with self._first:
-            return self._first_call(params, args, kwargs)
-
-    def _first_call(self, given: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        params = expand_member(self.plan.shared, given)
-        spare_args, spare_kwargs = (args, kwargs) if torch.compiler.is_compiling() else spare((args, kwargs))
+        program, expanded = self.program, expand_member(self.plan.shared, params)
+        if torch.compiler.is_compiling() or program.is_verified(params):
+            return call_single(program, expanded, args, kwargs)
         reached: set[str] = set()
-        output = executors.call_single(self, params, args, kwargs, reached)
-        if verify_reached(self, params, spare_args, spare_kwargs, reached):
-            self.skeletons.refresh()
-            output = executors.call_single(self, params, spare_args, spare_kwargs)
-        if not torch.compiler.is_compiling():
-            self._verified.add((self.mode_flag, frozenset(given)))
+        output = call_single(program, expanded, args, kwargs, reached)
+        tell_missed(program, params, reached)
         return output
-
-    def is_verified(self, params: Iterable[str]) -> bool:
-        """Whether a call with these leaves in this mode has shown that every site is reached.
-
-        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
-        >>> params, before = delta.init(0), delta.is_verified(delta.names)
-        >>> output = delta.apply(params, torch.randn(2, 4))
-        >>> before, delta.is_verified(params)
-        (False, True)
-        """
-        return (self.mode_flag, frozenset(params)) in self._verified
 
     def __call__(self, params: Params, /, *args: Any, **kwargs: Any) -> Any:
         """The same as :meth:`apply`."""
@@ -406,32 +367,47 @@ class DeltaModel(Habits):
         """
         if engine not in ENGINES:
             raise ParamsError(f"engine={engine!r}: write one of {', '.join(ENGINES)}.")
-        n = check_stack(stack, self._shapes, self._groups, self._backbone_shapes)
-        if not torch.compiler.is_compiling():
-            note_members(n)
-        stack = self._ready(stack)
-        args, kwargs = self._given(args, kwargs, inputs, transformed=True)
-        whole = Inputs(self.backbone, n, args, kwargs, in_dims, self.batch_dim)
-        if chunk_size is None:
-            return self._many(stack, whole, engine)
-        chunks = list(slices(n, chunk_size))
+        stack, whole = self._given_many(stack, args, kwargs, in_dims, inputs)
+        chunks = [slice(0, whole.n)] if chunk_size is None else list(slices(whole.n, chunk_size))
         if len(chunks) == 1:
             return self._many(stack, whole, engine)
         parts = [self._many(take(stack, chunk), whole.chunk(chunk.start, chunk.stop), engine) for chunk in chunks]
         return _cat_outputs(parts)
 
+    def _given_many(
+        self, stack: Params, args: Any, kwargs: Any, in_dims: InDims, inputs: Mapping[str, Any] | None
+    ) -> tuple[Params, Inputs]:
+        n = check_stack(stack, self._shapes, self._groups, self._backbone_shapes)
+        stack = self._ready(stack)
+        args, kwargs = self._given(args, kwargs, inputs, transformed=True)
+        return stack, Inputs(self.backbone, n, args, kwargs, in_dims, self.batch_dim)
+
     def _many(self, stack: Params, inputs: Inputs, engine: str) -> Any:
-        self._verify_many(stack, inputs)
-        stack = expand_stack(self.plan.shared, stack)
-        if engine != "auto":
-            return executors.BY_NAME[engine](self, stack, inputs)
-        # Fold is fastest; what cannot be folded can often be mapped; a loop runs everything.
-        for run in (executors.call_best_fold, executors.call_vmap):
-            try:
-                return run(self, stack, inputs)
-            except EngineError:
-                continue
-        return executors.call_loop(self, stack, inputs)
+        given, reached = tuple(stack), None
+        if not (torch.compiler.is_compiling() or self.program.is_verified(given)):
+            reached = set[str]()
+        output = run_many(self.program, expand_stack(self.plan.shared, stack), inputs, engine, reached)
+        if reached is not None:
+            tell_missed(self.program, given, reached)
+        return output
+
+    def explain(
+        self,
+        stack: Params,
+        /,
+        *args: Any,
+        in_dims: InDims = None,
+        inputs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Explanation:
+        """Which engine ``apply_many`` takes for these inputs, why not the others, and at what cost.
+
+        >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+        >>> delta.explain(delta.init(0, n=5), torch.randn(3, 4)).engine
+        'fold'
+        """
+        stack, whole = self._given_many(stack, args, kwargs, in_dims, inputs)
+        return explain(self.program, expand_stack(self.plan.shared, stack), whole)
 
     def apply_rows(
         self,
@@ -451,18 +427,14 @@ class DeltaModel(Habits):
         n = check_stack(stack, self._shapes, self._groups, self._backbone_shapes)
         if isinstance(stack, Resident):
             stack.check(index)
-        stack = self._ready(stack)
         args, kwargs = self._given(args, kwargs, inputs, transformed=True)
-        self._verify_many(stack, Inputs(self.backbone, n, args, kwargs, None, self.batch_dim))
-        return executors.route_rows(self, expand_stack(self.plan.shared, stack), n, index, args, kwargs)
-
-    def _verify_many(self, stack: Params, inputs: Inputs) -> None:
-        """The first call's check that every site is reached, with the first member alone."""
-        if torch.compiler.is_compiling() or self.is_verified(stack):
-            return
-        args, kwargs = pytree.tree_map_only(Tensor, concrete, spare(inputs.member(0)))
-        with torch.no_grad(), torch.random.fork_rng(), outside_transforms():
-            self.apply({name: concrete(leaf)[0] for name, leaf in stack.items()}, *args, **kwargs)
+        ready = self._ready(stack)
+        reached = None if torch.compiler.is_compiling() or self.program.is_verified(ready) else set[str]()
+        expanded = expand_stack(self.plan.shared, ready)
+        output = route_rows(self.program, stack, expanded, n, index, args, kwargs, reached)
+        if reached is not None:
+            tell_missed(self.program, ready, reached)
+        return output
 
     # -- elsewhere -------------------------------------------------------------------------------------------------
 
@@ -476,7 +448,7 @@ class DeltaModel(Habits):
         >>> type(view).__name__, list(view.state_dict())
         ('Sequential', ['0.lora.lora_A', '0.lora.lora_B', '0.lora.scale'])
         """
-        self.skeletons.check()
+        self.program.skeletons.check()
         return bind(self, self._member(params))
 
     def bind_rows(self, stack: Params, index: Index) -> nn.Module:
@@ -493,10 +465,8 @@ class DeltaModel(Habits):
         >>> type(view).__name__, torch.equal(view(x), delta.apply_rows(stack, [4, -1, 0], x))
         ('Sequential', True)
         """
-        from .views.routed import bind_rows
-
         check_stack(stack, self._shapes, self._groups, self._backbone_shapes)
-        self.skeletons.check()
+        self.program.skeletons.check()
         return bind_rows(self, stack if isinstance(stack, Resident) else self._ready(stack), index)
 
     def merge(self, params: Params, untie: bool = False) -> dict[str, Tensor]:
@@ -632,10 +602,8 @@ class DeltaModel(Habits):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if inputs is not None:
             kwargs = {**inputs, **kwargs} if isinstance(inputs, Mapping) else {**kwargs, "inputs": inputs}
-        if transformed and "use_cache" not in kwargs and accepts(self.backbone, "use_cache"):
-            # A cache in the output can be neither mapped nor split by member.
-            kwargs = {**kwargs, "use_cache": False}
-        return args, kwargs
+        # A cache in the output can be neither mapped nor split by member.
+        return args, without_cache(self.backbone, kwargs) if transformed else kwargs
 
 
 def _rebuilt(backbone: nn.Module, configs: Any, example: Any, prepare: Any, mode: bool | None) -> DeltaModel:

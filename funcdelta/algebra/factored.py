@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..calls.check import check_member, check_stack
+from ..run.check import check_member, check_stack
 from ..config import BaseDeltaConfig
 from ..errors import MergeError, ParamsError
 from ..model import DeltaModel

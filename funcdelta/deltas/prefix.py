@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..calls.attend import attention_below
+from ..run.attention import attention_below
 from ..config import BaseDeltaConfig, register
 from ..errors import ConfigError, MatchError
 from ..sites.site import Site

@@ -17,8 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..calls.entrance import embedded_tokens, entrances, input_embedding, why_not
-from ..calls.prompt import EXPAND
+from ..run.entrance import embedded_tokens, entrances, input_embedding, why_not
+from ..run.prompt import EXPAND
 from ..config import BaseDeltaConfig, register
 from ..errors import ConfigError
 from ..sites.site import Site

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..calls.recompute import gradients_of, note_reentrant
+from ..run.checkpointing import gradients_of, note_reentrant
 from ..errors import EngineError, ParamsError, RecomputeError, StackError
-from ..executors.engines import known_vmap_limit
+from ..run.engines import known_vmap_limit
 from ..stacks.params import members, slices, take
 from ..transforms import inside_transform
 

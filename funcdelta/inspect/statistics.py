@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..calls.check import check_member, check_stack
+from ..run.check import check_member, check_stack
 from .nodes import Node, tree
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls.check import check_member, check_stack
+from ..run.check import check_member, check_stack
 from ..errors import ParamsError
 from ..model import DeltaModel
 from ..pytrees.constants import still

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..config import BaseDeltaConfig
 from ..errors import ConfigError, MatchError
 from ..match import within
 from ..sites.site import AttentionShape, Shapes, Site, site_of
+from ..sites.structure import is_quantised
 from ..structures import Names, Parts
 from .axes import check_axes, sized
 from .forms import compare_forms
@@ -36,6 +38,8 @@ class Attachment:
         by_values: whether it acts on the hidden values that enter or leave the site.
         key: the key in params of the first leaf, own or shared, which stands for all.
         prompt_rows: how many positions it adds before the input.
+        has_two_forms: whether it acts on hidden values, and could as well by rewriting the site's tensors.
+        proof: filled once the two forms have been found to agree.
     """
 
     name: str
@@ -49,6 +53,8 @@ class Attachment:
     by_values: bool
     key: str
     prompt_rows: int = 0
+    has_two_forms: bool = False
+    proof: list[bool] = field(default_factory=list, compare=False)
 
     @property
     def adds_keys(self) -> bool:
@@ -99,7 +105,6 @@ class Plan:
         trained: backbone leaves that are trained too: ``{name: every name of the same tensor}``.
         fresh: those of ``trained`` that start anew instead of as a copy.
         ends: every parameter and buffer of the backbone, ``{name: every name of the same tensor}``.
-        uncalled: sites whose tensors are read by the module above, which never calls them.
         shared: the leaves that the sites of one delta share.
         names: one name a config, in their order.
         measured: shapes of what enters and leaves modules whose weights do not tell their widths.
@@ -109,7 +114,6 @@ class Plan:
     trained: dict[str, tuple[str, ...]]
     fresh: frozenset[str]
     ends: dict[str, tuple[str, ...]]
-    uncalled: set[str]
     shared: tuple[Shared, ...] = ()
     names: tuple[str, ...] = ()
     measured: Mapping[str, Shapes] = field(default_factory=dict)
@@ -131,11 +135,15 @@ class Plan:
             found[part.name] |= frozenset(part.shapes)
         return found
 
-    def runner(self, path: str) -> str:
-        """The module that runs with the tensors of the one at ``path``: itself, or the first called one above."""
-        while path in self.uncalled:
-            path = path.rpartition(".")[0]
-        return path
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The names of all leaves, in their one order."""
+        return (*self.shapes, *self.trained)
+
+    def __post_init__(self) -> None:
+        found = {path: tuple(a for a in group if a.by_weights) for path, group in self.attachments.items()}
+        self.rewriting = {path: group for path, group in found.items() if group}
+        """The attachments that act by rewriting tensors, by the path of their site."""
 
     def owners(self, params: Mapping[str, Any]) -> dict[str, list[str]]:
         """Modules whose own tensors differ by member, each with the keys of params that say how."""
@@ -148,19 +156,17 @@ class Plan:
                 found.setdefault(attachment.site.path, []).extend(attachment.leaves.values())
         return found
 
-    def runners(self, params: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    def outermost(self, params: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
         """The outermost modules that run with tensors of one member, each with the keys of params used in it."""
-        found: dict[str, list[str]] = {}
-        for owner, keys in self.owners(params).items():
-            found.setdefault(self.runner(owner), []).extend(keys)
+        found = self.owners(params)
         outermost = [path for path in found if not any(path != other and within(path, other) for other in found)]
-        runners: dict[str, tuple[str, ...]] = {}
+        keys_of: dict[str, tuple[str, ...]] = {}
         for path in outermost:
             keys = [key for other, keys in found.items() if within(other, path) for key in keys]
             acting = [a for a in self.all() if any(within(end, path) for end in a.ends)]
             keys += [key for a in acting for key in a.leaves.values() if key in params]
-            runners[path] = tuple(dict.fromkeys(keys))
-        return runners
+            keys_of[path] = tuple(dict.fromkeys(keys))
+        return keys_of
 
     def present(self, params: Mapping[str, Any]) -> frozenset[str]:
         """Which deltas and which trained leaves ``params`` hold; the structure that a layout belongs to."""
@@ -231,13 +237,11 @@ def build_plan(
                 )
             attachments.setdefault(site.exit or path, []).append(_attach(config, name, site, modules, group, compared))
     trains, fresh = trained(backbone, modules, configs, known)
-    uncalled = {path for path in attachments if _read_by_parent(path, modules)}
     return Plan(
         {path: tuple(group) for path, group in attachments.items()},
         trains,
         fresh,
         _all_ends(backbone),
-        uncalled,
         tuple(shared),
         tuple(names),
         measured,
@@ -392,6 +396,7 @@ def _attach(
             compared.add((config, as_config))
             p = _leaves_at(config, site, leaves, group)
             compare_forms(config, site, modules[site.path], p, frozenset(constants))
+    by_values = not by_weights and _by_values(config)
     return Attachment(
         name=name,
         config=config,
@@ -402,8 +407,9 @@ def _attach(
         constants=tuple(keys[leaf] for leaf in constants if leaf in keys),
         key=next(iter((keys or common).values())),
         by_weights=by_weights,
-        by_values=not by_weights and _by_values(config),
+        by_values=by_values,
         prompt_rows=_prompt_rows(config, site, leaves, group) if config.gives("prompt") else 0,
+        has_two_forms=by_values and _has_weights_form(config, site, modules[site.path]),
     )
 
 
@@ -431,6 +437,14 @@ def acts_by_weights(config: BaseDeltaConfig, site: Site) -> bool:
             f"exclude_modules=[{site.path!r}]."
         )
     return True
+
+
+def _has_weights_form(config: BaseDeltaConfig, site: Site, module: nn.Module) -> bool:
+    """Whether the method could as well rewrite the tensors of the module at the site, as they are there."""
+    if not config.gives("weights") or config.gives("before") or site.exit is not None or config.unmergeable(site):
+        return False
+    own = [tensor for tensor in module._parameters.values() if tensor is not None]
+    return not is_parametrized(module) and not any(map(is_quantised, own))
 
 
 def _by_values(config: BaseDeltaConfig) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import EngineError, FoldError, ParamsError
 from ..match import near
 from ..pytrees.opaque import PLAIN, holds_tensors
+from ..transforms import concrete
 from .containers import CARRIERS, LEAF, Tree, flatten, is_cache
 from .forward import positional_names
 from .input_key import input_key
@@ -189,20 +190,35 @@ class Inputs:
         """A key for this input structure, and for ``more`` that decides with it; see :func:`.input_key`."""
         return input_key(self.leaves, self.places, self.row_axis, self.is_mapped, self._positional, *more)
 
+    @property
+    def has_single_rows(self) -> bool:
+        """Whether each member has one row, which no code of the model can take for several."""
+        return self._rows == 1
+
+    @property
+    def form(self) -> tuple[int, tuple[str, ...]]:
+        """How many inputs were given by position, and the names of the others."""
+        return self._positional, self._keywords
+
+    def concrete(self) -> Inputs:
+        """The inputs with plain tensors in the place of those that belong to a transform."""
+        return self._with([concrete(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves])
+
     # -- the inputs of each engine ---------------------------------------------------------------------------------
 
-    def _fill(self, leaves: list[Any]) -> Arguments:
+    def filled(self, leaves: list[Any]) -> Arguments:
+        """The inputs with other leaves."""
         given = iter(leaves)
         values = [next(given) if tree is LEAF else tree(given) for tree in self._trees]
         return tuple(values[: self._positional]), dict(zip(self._keywords, values[self._positional :], strict=True))
 
     def shared(self) -> Arguments:
         """The inputs of all members."""
-        return self._fill(self.leaves)
+        return self.filled(self.leaves)
 
     def member(self, i: int) -> Arguments:
         """The inputs of member ``i``."""
-        return self._fill(
+        return self.filled(
             [leaf[i] if mapped else leaf for leaf, mapped in zip(self.leaves, self.is_mapped, strict=True)]
         )
 
@@ -220,7 +236,7 @@ class Inputs:
     def fill_mapped(self, tensors: list[Tensor]) -> Arguments:
         """The inputs with other tensors in the places of :meth:`mapped`."""
         given = iter(tensors)
-        return self._fill(
+        return self.filled(
             [next(given) if mapped else leaf for leaf, mapped in zip(self.leaves, self.is_mapped, strict=True)]
         )
 
@@ -236,12 +252,13 @@ class Inputs:
                     f"The input {self.places[i]} is each member's own and has no rows, so it has no place in one "
                     f"batch. {OTHERS}."
                 )
-            elif self._is_cache(i):
+            elif self.is_cache(i):
                 leaf = rows_of_cache(leaf, [*range(b)] * self.n)
             leaves.append(leaf)
-        return self._fill(leaves)
+        return self.filled(leaves)
 
-    def _is_cache(self, i: int) -> bool:
+    def is_cache(self, i: int) -> bool:
+        """Whether a leaf is a cache, whose rows can be chosen."""
         leaf = self.leaves[i]
         return not isinstance(leaf, PLAIN) and self.names[i] not in self._whole and is_cache(leaf)
 
@@ -272,7 +289,7 @@ class Inputs:
             axis = self.row_axis.get(i)
             if axis is not None:
                 leaf = some_rows(leaf, axis + self.is_mapped[i], b, which)
-            elif self._is_cache(i):
+            elif self.is_cache(i):
                 leaf = rows_of_cache(leaf, which)
             leaves.append(leaf)
         return self._with(leaves, rows=len(which))

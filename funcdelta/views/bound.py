@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..calls.reach import missed_sites
-from ..calls.sharded import check_bound
-from ..calls.skeleton import Call, Params, Skeleton
+from ..run.call import Call, Params
+from ..run.fsdp import check_bound
+from ..run.layout import Run
+from ..run.single import missed_sites
+from ..run.skeleton import Skeleton
 from ..errors import MatchError, ParamsError, StaleBackboneError
 from ..match import near, within
 from ..planning.sharing import Expanding
@@ -99,7 +101,7 @@ class View(nn.Module):
 
 def bind(delta: DeltaModel, params: Params) -> nn.Module:
     """A module of the backbone's class that runs with ``params``; see :meth:`DeltaModel.bind`."""
-    skeleton = delta.skeletons.build(delta.mode_flag)
+    skeleton = delta.program.skeletons.build(delta.mode_flag, view=True)
     module = skeleton.module
     names = [name for name in delta.names if name in params]
     check_bound(skeleton.units, [name for name in names if name in delta.plan.trained])
@@ -119,8 +121,8 @@ def bind(delta: DeltaModel, params: Params) -> nn.Module:
         module.register_forward_hook(given.end, always_call=True)
     runners = _runners(delta, given)
     if "" in runners:
-        skeleton.open_forward("")
-    skeleton.call = Call(given, runners=runners, never_ends=True)
+        skeleton.open("")
+    skeleton.call = Call(given, runs={path: Run(keys) for path, keys in runners.items()}, never_ends=True)
     return as_view(delta, skeleton, View, leaves)
 
 
@@ -132,7 +134,7 @@ def as_view(delta: DeltaModel, skeleton: Skeleton, view: type[View], leaves: Map
     object.__setattr__(module, "_leaves", leaves)
     aliases = [(name, p, p._version) for name, p in module.named_parameters() if name not in leaves]
     object.__setattr__(module, "_aliases", aliases)
-    if not delta.is_verified(leaves):
+    if not delta.program.is_verified(leaves):
         _verify_first_call(delta, skeleton)
     return module
 
@@ -178,7 +180,7 @@ def _runners(delta: DeltaModel, leaves: Mapping[str, Tensor]) -> dict[str, tuple
     found: dict[str, list[str]] = {}
     for attachment in delta.plan.all():
         if attachment.by_weights and attachment.among(leaves):
-            found.setdefault(delta.plan.runner(attachment.site.path), []).extend(attachment.leaves.values())
+            found.setdefault(attachment.site.path, []).extend(attachment.leaves.values())
     for name, ends in delta.plan.trained.items():
         # A leaf of another precision than its module is lowered at each call; others stand in their place.
         if name in leaves and leaves[name].dtype != delta.backbone.get_parameter(name).dtype:

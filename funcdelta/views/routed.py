@@ -13,23 +13,21 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from ..calls.layout import Layout
-from ..calls.lift import Folded
-from ..calls.skeleton import Call, Skeleton, runner_candidates
 from ..errors import EngineError, ParamsError
-from ..executors.probe import is_cache, learn, probing, runners
 from ..planning.sharing import expand_stack
+from ..run.call import Call
+from ..run.fold import Folded
+from ..run.inputs import Inputs
+from ..run.layout import Layout, Run
+from ..run.layouts import layout_of
+from ..run.skeleton import Skeleton, runner_candidates
 from ..stacks.resident import Resident
 from ..stacks.routing import Index, pick_rows, read_index
 from .bound import View, as_view
 
 if TYPE_CHECKING:
     from ..model import DeltaModel
-
-SHARED_INPUTS = ("cache_position",)
-"""Inputs of Transformers that count positions, not rows, on their first axis."""
 
 
 class Idle:
@@ -70,7 +68,7 @@ class Routes:
         if encoder is not None:
             self.entries.append(encoder)
         self.idle: Any = Idle()
-        self.nowhere = dict.fromkeys(runner_candidates(delta.plan), ())
+        self.nowhere = {path: Run(()) for path in runner_candidates(delta.plan)}
         self.call = Call(self.leaves, lift=self.idle, layout=self.idle, never_ends=True)
         self.rest()
         self.active: nn.Module | None = None
@@ -102,7 +100,6 @@ class Routes:
     def forget(self) -> None:
         """Pick anew at the next call."""
         self._picked: dict[int, tuple[Any, Mapping[str, Tensor], Tensor | None]] = {}
-        self._runners: dict[int, tuple[Layout, Mapping[str, tuple[str, ...]]]] = {}
 
     def _check(self, index: Tensor) -> None:
         if isinstance(self.source, Resident):
@@ -114,16 +111,15 @@ class Routes:
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.active is not None:
                 return
-            rows, leaves, spec, row_axis = self._rows(args, kwargs)
-            params, present = self._members(rows // len(self.index))
-            layout = self._layout(path, params, leaves, spec, row_axis, rows, tuple(kwargs))
-            skipped = next((entry for entry in self.entries if entry != path), "")
-            if id(layout) not in self._runners:
-                self._runners[id(layout)] = layout, runners(self.delta, params, layout, path, skipped)
+            inputs = self._inputs(args, kwargs)
+            params, present = self._members(inputs.b // len(self.index))
+            layout = self._layout(path, params, inputs)
             self.rest()
             call = self.call
-            call.params, call.lift, call.layout = params, Folded(rows, 1, present), layout
-            call.runners = self._runners[id(layout)][1]
+            call.params, call.lift, call.layout = params, Folded(inputs.b, 1, present), layout
+            call.runs = layout.runs
+            for inner in layout.runs:
+                self.skeleton.open(inner)
             self.active = module
 
         return begin
@@ -137,34 +133,21 @@ class Routes:
         """No call is under way."""
         call = self.call
         call.lift = call.layout = self.idle
-        call.runners = self.nowhere
+        call.runs = self.nowhere
         call.visits.clear()
-        call.input_dims.clear()
-        call.stash.clear()
+        call.notes.clear()
 
-    def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, list[Any], Any, dict[int, int]]:
-        """How many rows the inputs have, their leaves, and which axis of each counts the rows."""
-        paths, spec = pytree.tree_flatten_with_path((args, kwargs), is_leaf=is_cache)
-        leaves = [leaf for _, leaf in paths]
-        axes: dict[int, int] = {}
-        for i, (path, leaf) in enumerate(paths):
-            name = str(getattr(path[1], "key", "")) if len(path) > 1 else ""
-            axis = self.delta.batch_dim
-            # Positions in time, height and width stand before the rows.
-            axis += name.endswith("position_ids") and isinstance(leaf, Tensor) and leaf.ndim == 3
-            if isinstance(leaf, Tensor) and leaf.ndim > axis and name not in SHARED_INPUTS:
-                axes[i] = axis
-        counts = [leaves[i].shape[axis] for i, axis in axes.items()]
-        m, rows = len(self.index), counts[0] if counts else 0
-        if rows == 1 and m > 1:  # a single row stands for all
-            rows = next((count for count in counts if count != 1), 1)
-        if not counts or rows % m or not rows:
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+        """The inputs, with their rows: one for each entry of the index, or several."""
+        m = len(self.index)
+        inputs = Inputs(self.delta.backbone, 1, args, kwargs, None, self.delta.batch_dim, entries=m)
+        if inputs.b % m or not inputs.b:
             raise ParamsError(
-                f"This batch has {rows if counts else 'no'} rows, and this view runs {m} rows, one for each entry of "
-                f"its index, or a multiple where generate makes several of each. Bind other rows: "
-                f"view.route(index), or delta.bind_rows(stack, index)."
+                f"This batch has {inputs.b or 'no'} rows, and this view runs {m} rows, one for each entry of its index, "
+                f"or a multiple where generate makes several of each. Bind other rows: view.route(index), or "
+                f"delta.bind_rows(stack, index)."
             )
-        return rows, leaves, spec, {i: axis for i, axis in axes.items() if leaves[i].shape[axis] == rows}
+        return inputs
 
     def _members(self, times: int) -> tuple[Mapping[str, Tensor], Tensor | None]:
         """The members of ``times`` rows for each entry; picked once while nothing changes and no graph is wanted."""
@@ -183,37 +166,10 @@ class Routes:
         self._picked = {} if graph else {**self._picked, times: (version, params, present)}
         return params, present
 
-    def _layout(
-        self,
-        path: str,
-        params: Mapping[str, Tensor],
-        leaves: list[Any],
-        spec: Any,
-        row_axis: dict[int, int],
-        rows: int,
-        keywords: tuple[str, ...],
-    ) -> Layout:
-        delta, training = self.delta, self.skeleton.module.training
-        names = delta.plan.present(params)
-        key = ("rows", path, training, names, keywords, *(_fact(leaf, i in row_axis) for i, leaf in enumerate(leaves)))
-        layout = delta.layouts.get(key)
-        if layout is None:
-            mode = delta if training == delta.training else delta.mode(train=training)
-            with probing:
-                delta.layouts[key] = layout = learn(mode, names, leaves, spec, row_axis, rows, path)
-        return layout
-
-
-def _fact(leaf: Any, has_rows: bool) -> Any:
-    """What of an input decides where the rows are: not its sizes, but which of them are 1."""
-    if isinstance(leaf, Tensor):
-        return leaf.dtype, has_rows, *(size == 1 for size in leaf.shape)
-    if is_cache(leaf):
-        try:
-            return type(leaf), leaf.get_seq_length() > 0
-        except (AttributeError, ValueError):  # a cache of states alone, without positions
-            return type(leaf), getattr(leaf, "has_previous_state", None) and str(leaf.has_previous_state)
-    return leaf if isinstance(leaf, (str, bool, type(None), torch.dtype)) else type(leaf)
+    def _layout(self, path: str, params: Mapping[str, Tensor], inputs: Inputs) -> Layout:
+        program, training = self.delta.program, self.skeleton.module.training
+        mode = program if training == self.delta.training else program.mode(training)
+        return layout_of(mode, params, inputs, by_row=True, entry=path)
 
 
 def encoder_path(module: nn.Module) -> str | None:
@@ -293,7 +249,7 @@ class RoutedGenerator(RoutedView):
 
 def bind_rows(delta: DeltaModel, stack: Mapping[str, Tensor], index: Index) -> nn.Module:
     """A module of the backbone's class whose rows run with members of ``stack``; see :meth:`DeltaModel.bind_rows`."""
-    skeleton = delta.skeletons.build(delta.mode_flag)
+    skeleton = delta.program.skeletons.build(delta.mode_flag, view=True)
     routes = Routes(delta, skeleton, stack, index)
     kind = RoutedGenerator if hasattr(delta.backbone, "generate") else RoutedView
     view = as_view(delta, skeleton, kind, routes.leaves)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...calls.check import check_member
+from ...run.check import check_member
 from ...config import PACKED
 from ...errors import CheckpointError, MatchError, ParamsError
 from ...files.checkpoint import backbone_facts

@@ -7,82 +7,76 @@ over tell where each tensor has them. Then two members on the shared trunk have 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..calls.layout import Layout, close
-from ..calls.lift import Folded
-from ..calls.skeleton import Call, Params, Skeleton
-from ..calls.trunk import Ends, Trunk, install, members_of
 from ..errors import FoldError, FuncdeltaError
 from ..planning.sharing import expand_stack
+from ..randomness import private_random
 from ..stacks.params import take
-from ..transforms import concrete, eager, outside_transforms
-from .probe import probing, rows_of, runners, structure
-from .watch import CountedDropout, Visit, Watch, seeded
-
-if TYPE_CHECKING:
-    from ..model import DeltaModel
+from ..transforms import eager, outside_transforms
+from .call import Call, Params
+from .fold import Folded
+from .inputs import Inputs
+from .layout import Layout, Run, close
+from .layouts import key_of, picked, probing
+from .program import Program
+from .skeleton import Skeleton
+from .trunk import TRUNK, Ends, Trunk, install, members_of
+from .watch import CountedDropout, Visit, Watch
 
 OTHER_ENGINES = 'Use engine="fold".'
 
-Pick = Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]
 
-
-def trunk_for(
-    delta: DeltaModel,
-    stack: Params,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    row_axis: Mapping[int, int],
-    rows: int,
-    layout: Layout,
-    least: float,
-) -> Trunk:
-    """The trunk of this input structure, folded inputs given: remembered, or found from two of their rows.
+def trunk_for(program: Program, stack: Params, inputs: Inputs, layout: Layout, least: float) -> Trunk:
+    """The trunk of this input structure: remembered, or found from two rows.
 
     Where nothing can be shared, or less than ``least`` of the arithmetic, ``refused`` says why.
     """
     if torch.compiler.is_compiling():
         return Trunk({}, 0.0, f"compiled code does not share a trunk. {OTHER_ENGINES}")
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    key = structure(delta, stack, leaves, kwargs)
-    trunk = delta.trunks.get(key)
+    key = key_of(program, stack, inputs)
+    trunk = program.trunks.get(key)
     if trunk is None or (trunk.refused and trunk.share > least):
         with probing:
-            values = [concrete(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             try:
-                trunk = find(delta, delta.plan.present(stack), rows_of(values, spec, row_axis, rows), layout, least)
+                trunk = find(program, program.plan.present(stack), inputs, layout, least)
             except FoldError as error:
                 trunk = Trunk({}, 0.0, str(error))
-            delta.trunks[key] = trunk
+            program.trunks[key] = trunk
     return trunk
 
 
 @eager
-def find(delta: DeltaModel, names: frozenset[str], pick: Pick, layout: Layout, least: float) -> Trunk:
-    """The trunk of a delta with the leaves ``names``; ``pick(0, 1)`` gives inputs of these rows.
+def find(program: Program, present: frozenset[str], inputs: Inputs, layout: Layout, least: float) -> Trunk:
+    """The trunk of a delta with the leaves ``present``.
 
     Raises :class:`FoldError` where members on it would not give what they give alone.
     """
     dropout = CountedDropout()
-    with torch.inference_mode(False), outside_transforms(), torch.no_grad(), torch.random.fork_rng(), dropout:
-        members = expand_stack(delta.plan.shared, delta.random_members(2, names))
-        skeleton = delta.skeletons.build(delta.mode_flag)
-        acting = _where_deltas_act(delta, members, layout, skeleton)
+    inputs, rows = inputs.concrete(), [0, inputs.b - 1]
+    # A private copy: its modules are hooked while it is watched.
+    skeleton = program.skeletons.build(program.training)
+    with torch.inference_mode(False), outside_transforms(), torch.no_grad(), dropout:
+        members = expand_stack(program.plan.shared, program.random_members(2, present))
+        acting = _where_deltas_act(program, members, layout, skeleton)
 
         def once(i: int) -> Any:
             params = take(members, i)
-            own = delta.plan.runners(params) if skeleton.units else {}
-            return skeleton.run("", params, *pick(0, 1), Call(params, runners=own))
+            owned = program.plan.outermost(params) if skeleton.units else {}
+            call = Call(params, runs={path: Run(keys) for path, keys in owned.items()})
+            return skeleton.run("", params, *picked(inputs, (0, rows)), call)
 
         def folded(trunk: Trunk | None) -> Any:
-            call = Call(members, Folded(2, 2), layout, runners(delta, members, layout), trunk=trunk)
-            args, kwargs = pick(0, 1, 0, 1)
+            call = Call(members, Folded(2, 2), layout, layout.runs)
+            for path in layout.runs:
+                skeleton.open(path)
+            if trunk is not None:
+                call.notes[TRUNK] = trunk
+            args, kwargs = picked(inputs, (0, rows), (0, rows))
             return skeleton.run("", {}, args, kwargs, call)
 
         single = Watch(skeleton, acting, dropout)
@@ -98,9 +92,11 @@ def find(delta: DeltaModel, names: frozenset[str], pick: Pick, layout: Layout, l
         if trunk.refused:
             return trunk
         install(skeleton, trunk)
-        alone = [first, seeded(skeleton, lambda: once(1))]
+        with private_random(0):
+            alone = [first, once(1)]
         try:
-            together = seeded(skeleton, lambda: folded(trunk))
+            with private_random(0):
+                together = folded(trunk)
         except FuncdeltaError:
             raise
         except Exception as error:
@@ -109,10 +105,10 @@ def find(delta: DeltaModel, names: frozenset[str], pick: Pick, layout: Layout, l
     return trunk
 
 
-def _where_deltas_act(delta: DeltaModel, members: Params, layout: Layout, skeleton: Skeleton) -> set[int]:
+def _where_deltas_act(program: Program, members: Params, layout: Layout, skeleton: Skeleton) -> set[int]:
     """Modules at whose entrance members begin to differ."""
-    paths = {end for a in delta.plan.all() if a.among(members) for end in a.ends}
-    paths |= set(runners(delta, members, layout))
+    paths = {end for a in program.plan.all() if a.among(members) for end in a.ends}
+    paths |= set(layout.runs)
     return {id(skeleton.module.get_submodule(path)) for path in paths}
 
 

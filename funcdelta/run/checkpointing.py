@@ -192,7 +192,7 @@ def kept_run(
     weights are freed with the graph.
     """
     _check_reentrant(skeleton, call)
-    restore = _swap(skeleton.module, overrides)
+    restore = skeleton.swap(overrides)
     weakref.finalize(call, restore).atexit = False
     skeleton.kept = weakref.ref(call)
     skeleton.call = call
@@ -226,23 +226,6 @@ def _check_reentrant(skeleton: Skeleton, call: Call) -> None:
                 f"{expanded[0].name} computes once for all sites. Write "
                 f'backbone.activation_checkpointing_enable({{"use_reentrant": False}}), or train delta.bake(params).'
             )
-
-
-def _swap(module: nn.Module, overrides: dict[str, Tensor]) -> Callable[[], None]:
-    """Put ``overrides`` in the place of the module's tensors; the function that puts the module's own back."""
-    before: list[tuple[dict[str, Any], str, Any]] = []
-    for name, tensor in overrides.items():
-        path, _, own = name.rpartition(".")
-        owner = module.get_submodule(path)
-        table: dict[str, Any] = owner._parameters if own in owner._parameters else owner._buffers
-        before.append((table, own, table[own]))
-        table[own] = tensor
-
-    def restore() -> None:
-        for table, own, tensor in before:
-            table[own] = tensor
-
-    return restore
 
 
 def check_runner(skeleton: Skeleton, path: str) -> None:

@@ -19,13 +19,16 @@ from torch.utils import _pytree as pytree
 
 from ..errors import FoldError
 from ..transforms import is_wrapped
-from .lift import split_members
+from .fold import split_members
 
 if TYPE_CHECKING:
     from .skeleton import Call, Skeleton
 
 WORTH = 0.05
 """The share of the arithmetic from which ``engine="auto"`` runs the trunk once: below, the copies cost as much."""
+
+TRUNK, OPEN = "trunk", "modules of the trunk"
+"""Under these names a call notes its trunk, and which of its modules are running."""
 
 Axes = Mapping[str, int | None]
 """By a tensor's place among the arguments or results of a module: the axis of its rows, ``None`` where it has none."""
@@ -82,14 +85,15 @@ def install(skeleton: Skeleton, trunk: Trunk) -> None:
 def _hook(skeleton: Skeleton, path: str) -> None:
     def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = skeleton.call
-        if call is None or call.trunk is None or path not in call.trunk.modules:
+        trunk = None if call is None else call.notes.get(TRUNK)
+        if call is None or trunk is None or path not in trunk.modules:
             return None
-        ends = call.opened[path] = call.trunk.at(path, call.visit(f"trunk {path}"))
+        ends = call.note(OPEN)[path] = trunk.at(path, call.visit(f"trunk {path}"))
         return None if ends is None else _replaced((args, kwargs), path, ends.inputs, call, _first_rows)
 
     def leave(module: Any, args: Any, output: Any) -> Any:
         call = skeleton.call
-        ends = None if call is None else call.opened.pop(path, None)
+        ends = None if call is None else call.note(OPEN).pop(path, None)
         return None if call is None or ends is None else _replaced(output, path, ends.outputs, call, _repeated)
 
     module = skeleton.module.get_submodule(path)
@@ -165,7 +169,7 @@ def _axis_by_value(value: Tensor, n: int, rows: int, place: str, path: str) -> i
     )
 
 
-def members_of(leaf: Tensor, dim: int | None, n: int, rows: int) -> Tensor:
+def members_of(leaf: Tensor, dim: int | None, n: int, rows: int, name: str = "of the model") -> Tensor:
     """An output (n·b, …) → (n, b, …); one that a shared module gave, (b, …), is every member's.
 
     >>> members_of(torch.zeros(6, 4), 0, n=3, rows=2).shape, members_of(torch.zeros(2, 4), 0, n=3, rows=2).shape
@@ -174,4 +178,4 @@ def members_of(leaf: Tensor, dim: int | None, n: int, rows: int) -> Tensor:
     if dim is not None and leaf.ndim and leaf.shape[dim] == rows:
         leaf = leaf.movedim(dim, 0)
         return leaf.expand(n, *leaf.shape)
-    return split_members(leaf, dim, n)
+    return split_members(leaf, dim, n, rows, name)

@@ -35,6 +35,9 @@ EXTENDED = ("input_ids", "inputs_embeds", "position_ids", "cache_position", "lab
 
 SPANS = ("start_positions", "end_positions")
 
+PROMPTED = "prompted"
+"""Where a call notes how many rows were added at an entrance, and how many positions its input then has."""
+
 
 class Prompts:
     """The hooks by which the prompts at one site of a skeleton enter; ``act`` runs a member's function at a site.
@@ -75,7 +78,7 @@ class Prompts:
         if call.reached is not None:
             call.reached.add(self.path)
         present = self._present(call)
-        call.prompted[self.path] = (0, 0)
+        call.note(PROMPTED)[self.path] = (0, 0)
         if not present:
             return None
         given = named(self.entrance.inputs, args, kwargs, self.path)
@@ -101,12 +104,12 @@ class Prompts:
         for attachment, _ in present:
             given = self._extended(given, attachment, length)
             length += attachment.prompt_rows
-        call.prompted[self.path] = (sum(a.prompt_rows for a, _ in present), length)
+        call.note(PROMPTED)[self.path] = (sum(a.prompt_rows for a, _ in present), length)
         return (), {**given, "input_ids": None, "inputs_embeds": x}
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         call = self.skeleton.under_way(self.path)
-        rows, length = call.prompted.get(self.path, (0, 0))
+        rows, length = call.note(PROMPTED).get(self.path, (0, 0))
         return without_prompt(output, rows, length) if rows and self._strips(self._present(call)) else None
 
     def _label(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -159,9 +162,12 @@ class Prompts:
                 f"into one batch with the others: run them by themselves, delta.apply({{}}, ...). (Inside compiled "
                 f"code and transforms the index cannot be read, and every row counts as one that may be bare.)"
             )
-        if call.recorder is not None:
-            call.recorder.site(self.key, x, x)
-        dim = None if call.layout is None else call.layout.site(self.key, call.visit(self.key)).x
+        dim = None
+        if call.lift is not None and call.watch is not None:
+            dim = call.watch.axis(self.key, x)
+            call.watch.site(self.key, dim, dim)
+        elif call.lift is not None:
+            dim = call.where(self.key).x
         for attachment, functions in present:
             x, dim = self.act(call, self.path, functions[training], attachment.of(call.params), (x,), (dim,))
         return x

@@ -11,7 +11,7 @@ from ..errors import ConfigError, MergeError
 from ..functional.tokenwise import Tokenwise
 from ..planning.axes import in_order
 from ..planning.plan import Attachment
-from .attend import joined
+from .attention import joined
 
 
 def rewritten(

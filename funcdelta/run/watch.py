@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ..calls.layout import WithoutDropout
-from ..calls.skeleton import Skeleton
-from ..calls.trunk import places
 from ..pytrees.opaque import PLAIN
+from ..randomness import Generators, PrivateRandom, ThreadMode, drawn
+from .probe import WithoutDropout
+from .skeleton import Skeleton
+from .trunk import places
 
 STATELESS = (*PLAIN, torch.dtype, torch.device, torch.Size)
 """What a module may take or give besides tensors without hiding a state in it."""
@@ -51,7 +51,8 @@ class Watch:
         self.flops = Flops()
         self._open: list[tuple[int, int, int, list[Tensor], list[int]]] = []
         self._events = 0
-        self._drawn: tuple[Any, ...] = ()
+        self._drawn = (0, 0)
+        self.random = CountedRandom()
         self._alike: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     def run(self, call: Callable[[], Any]) -> Any:
@@ -61,30 +62,25 @@ class Watch:
             handles.append(module.register_forward_pre_hook(self._entering(path), with_kwargs=True))
             handles.append(module.register_forward_hook(self._leaving, with_kwargs=True))
         try:
-            with self.flops:
-                return seeded(self.skeleton, call, self._begin)
+            self.random = CountedRandom()
+            with self.flops, self.random:
+                self._drawn, self._events = (self.random.count, self.dropout.count), 0
+                return call()
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _begin(self) -> None:
-        self._note_randomness([])
-        self._events = 0
-
-    def _note_randomness(self, tensors: list[Tensor]) -> None:
+    def _note_randomness(self) -> None:
         """Random numbers are drawn for each member's rows, so members differ from there on."""
-        devices = {t.device for t in tensors if t.device.type == "cuda"}
-        states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
-        drawn = self.dropout.count, *(state.numpy().tobytes() for state in states)
-        if self._drawn[: len(drawn)] != drawn[: len(self._drawn)]:
-            self._events += 1
+        drawn = self.random.count, self.dropout.count
+        self._events += drawn != self._drawn
         self._drawn = drawn
 
     def _entering(self, path: str) -> Callable[..., None]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             leaves, _ = places((args, kwargs))
             tensors = [leaf for _, leaf in leaves if isinstance(leaf, Tensor)]
-            self._note_randomness(tensors)
+            self._note_randomness()
             if id(module) in self.acting:
                 self._events += 1
             alike = not self._events or (bool(tensors) and all(map(self._is_alike, tensors)))
@@ -105,7 +101,7 @@ class Watch:
     def _leaving(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         index, events, flops, tensors, versions = self._open.pop()
         visit = self.visits[index]
-        self._note_randomness(tensors)
+        self._note_randomness()
         visit.alike &= self._events == events and id(module) not in self.acting
         visit.flops = self.flops.total - flops
         leaves, _ = places(output)
@@ -132,7 +128,7 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-class Flops(TorchDispatchMode):
+class Flops(ThreadMode):
     """Counts the floating-point operations of the matrix products inside the block.
 
     >>> with Flops() as flops:
@@ -183,9 +179,24 @@ class CountedDropout(WithoutDropout):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def seeded(skeleton: Skeleton, run: Callable[[], Any], begin: Callable[[], None] = lambda: None) -> Any:
-    """``run()`` from the same buffers and random numbers each time; ``begin()`` is called just before."""
-    skeleton.follow_buffers()
-    torch.manual_seed(0)
-    begin()
-    return run()
+class CountedRandom(PrivateRandom):
+    """Random numbers from a private generator, counted by the call.
+
+    >>> with CountedRandom() as random:
+    ...     numbers = torch.rand(3) + torch.rand(3)
+    >>> random.count
+    2
+    """
+
+    def __init__(self) -> None:
+        super().__init__(Generators(0))
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = drawn(func, args, kwargs, self.generators)
+        if found is NotImplemented:
+            return func(*args, **(kwargs or {}))
+        self.count += 1
+        return found

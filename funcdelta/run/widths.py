@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MatchError
+from ..randomness import private_random
 from ..sites.site import AttentionShape, Shapes
-from .attend import open_attention, shape_of
+from .attention import open_attention, shape_of
 from .hidden import hidden_input, hidden_output
 from .skeleton import Skeleton
 
@@ -75,7 +76,7 @@ def _run(
     skeleton = Skeleton(backbone, None, False, None)
     for path in paths:
         note(path, skeleton.module.get_submodule(path))
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), private_random(0):
         for owner, given in trials.items():
             try:
                 model = skeleton.module.get_submodule(owner)

@@ -1,1 +1,0 @@
-"""How many members run: in turn, mapped, or folded into the batch."""

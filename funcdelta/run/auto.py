@@ -1,0 +1,138 @@
+"""The choice of an engine: the first that can run these inputs, and what kept the others from it.
+
+Whatever an engine cannot do leads to the next one, also what torch raises by itself. What was refused is remembered by
+the key of the inputs, so that nothing is tried twice, and told once.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import EngineError, EngineWarning, FuncdeltaError
+from .call import Params
+from .engines import BY_NAME, call_best_fold, call_loop, call_vmap
+from .inputs import Inputs
+from .layouts import key_of, layout_of
+from .program import Program
+
+SHORT = 300
+"""How much of a reason is told."""
+
+
+AUTO = {"fold": call_best_fold, "vmap": call_vmap, "loop": call_loop}
+"""Fold is fastest; what cannot be folded can often be mapped; a loop runs everything."""
+
+
+def run_many(program: Program, stack: Params, inputs: Inputs, engine: str, reached: set[str] | None) -> Any:
+    """Every member's output by the engine of that name, ``auto`` the first that can."""
+    if engine != "auto":
+        return BY_NAME[engine](program, stack, inputs, reached)
+    if torch.compiler.is_compiling():
+        return call_best_fold(program, stack, inputs, reached)
+    ways = {name: functools.partial(run, program, stack, inputs, reached) for name, run in AUTO.items()}
+    return run_first_that_can(program, key_of(program, stack, inputs), ways, "apply_many")
+
+
+def run_first_that_can(program: Program, key: Any, ways: Mapping[str, Callable[[], Any]], call: str) -> Any:
+    """The result of the first of ``ways`` that can run; the last one's error is the caller's own.
+
+    A way that is refused is remembered under ``key`` once a later one has succeeded: an error that every way raises
+    is not about engines.
+    """
+    refused: dict[str, str] = {}
+    last = list(ways)[-1]
+    for name, run in ways.items():
+        if name != last and (name, call, key) in program.refusals:
+            continue
+        try:
+            result = run()
+        except FuncdeltaError as error:
+            if name == last or not isinstance(error, EngineError):
+                raise
+            refused[name] = str(error)
+        except Exception as error:
+            if name == last:
+                raise
+            refused[name] = f"{type(error).__name__}: {error}"
+        else:
+            for other, reason in refused.items():
+                program.refusals[(other, call, key)] = reason
+            _tell(program, call, name, refused)
+            return result
+    raise AssertionError("the last way returns or raises")
+
+
+def _tell(program: Program, call: str, name: str, refused: Mapping[str, str]) -> None:
+    """Warn once for each reason."""
+    if not refused:
+        return
+    first, reason = next(iter(refused.items()))
+    known = (call, name, reason[:80])
+    if known in program.warned:
+        return
+    program.warned.add(known)
+    warnings.warn(
+        f"{call} runs by {name!r}, which is slower: {first!r} cannot run these inputs. {reason[:SHORT]}",
+        EngineWarning,
+        stacklevel=5,
+    )
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which engine runs a call, why not the others, and what it costs.
+
+    Attributes:
+        engine: the engine that ``engine="auto"`` takes.
+        refused: why others cannot, by name.
+        calls: how often the backbone is called.
+        rows: how many rows each call has.
+        once_per_member: modules that run once per member within a fold, with the reason.
+        shared: the share of the arithmetic that runs once for all members.
+
+    >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+    >>> print(delta.explain(delta.init(0, n=5), torch.randn(3, 4)))
+    fold: 1 call of the backbone with 15 rows
+    """
+
+    engine: str
+    refused: Mapping[str, str]
+    calls: int
+    rows: int
+    once_per_member: Mapping[str, str]
+    shared: float = 0.0
+
+    def __str__(self) -> str:
+        calls = f"{self.calls} call{'' if self.calls == 1 else 's'} of the backbone with {self.rows} rows"
+        lines = [f"{self.engine}: {calls}"]
+        if self.shared:
+            lines.append(f"  {self.shared:.0%} of the arithmetic runs once for all members")
+        lines += [f"  once per member: {path or 'the model'}, for {why}" for path, why in self.once_per_member.items()]
+        lines += [f"  not {name}: {reason[:SHORT]}" for name, reason in self.refused.items()]
+        return "\n".join(lines)
+
+
+def explain(program: Program, stack: Params, inputs: Inputs) -> Explanation:
+    """The engine that ``auto`` takes for these inputs; runs them once where that is not known yet."""
+    with torch.no_grad():
+        run_many(program, stack, inputs, "auto", set())
+    key = key_of(program, stack, inputs)
+    refused = {name: program.refusals[(name, "apply_many", key)] for name in AUTO if (name, "apply_many", key) in program.refusals}
+    engine = next(name for name in AUTO if name not in refused)
+    if engine == "loop":
+        return Explanation(engine, refused, inputs.n, inputs.b, {})
+    if engine == "vmap":
+        return Explanation(engine, refused, 1, inputs.b, {})
+    if inputs.n == 1 or not inputs.b:
+        return Explanation("fold", refused, 1, inputs.b, {})
+    layout = layout_of(program, stack, inputs)
+    trunk = program.trunks.get(key)
+    shared = trunk.share if trunk is not None and not trunk.refused and not any(inputs.is_mapped) else 0.0
+    runs = {path: f"{run.why}" + (" (mapped)" if run.how == "map" else "") for path, run in layout.runs.items()}
+    return Explanation("trunk" if shared else "fold", refused, 1, inputs.n * inputs.b, runs, shared)

@@ -1,0 +1,135 @@
+"""A call: what the parts of a skeleton see while it runs, and the vocabulary that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ..errors import FoldError
+from .layout import Hidden, Layout, Run
+
+TENSOR = object()
+"""Marks the place of a tensor among outputs; ``None`` is an output like any other."""
+
+Params = Mapping[str, Tensor]
+Prepare = Callable[[nn.Module], Any]
+Function = Callable[..., Tensor]
+
+
+def read_mark(path: str) -> str:
+    """What a call notes when a tensor of the module at ``path`` is read outside of its own forward.
+
+    >>> read_mark("head")
+    'a tensor of head'
+    """
+    return f"a tensor of {path}"
+
+
+class Lift(Protocol):
+    """How a member's function acts at a site: once for each of ``n`` members with ``rows`` rows, in one batch.
+
+    ``present`` tells which members act at all; ``None``: all of them.
+    """
+
+    n: int
+    rows: int
+    present: Tensor | None
+
+    def __call__(
+        self, function: Function, p: Any, values: tuple[Tensor, ...], dims: tuple[int | None, ...], site: str
+    ) -> tuple[Tensor, int | None]:
+        """``function(p, *values)`` where axis ``dims[i]`` of ``values[i]`` counts rows; the result has ``dims[0]``."""
+        ...
+
+    def run(
+        self,
+        function: Callable[..., list[Tensor]],
+        p: Any,
+        values: list[Tensor],
+        run: Run,
+        index: int | None,
+        site: str,
+        bare: Callable[[], list[Tensor]],
+    ) -> list[Tensor]:
+        """The same for a whole module call with any number of tensors in and out; ``bare`` calls it without a delta."""
+        ...
+
+
+class Watch(Protocol):
+    """What the probe notes while a call runs (:mod:`funcdelta.run.probe`)."""
+
+    def axis(self, site: str, value: Tensor) -> int | None:
+        """The axis of ``value`` that counts rows; raises ``FoldError`` where rows are mixed."""
+        ...
+
+    def lifted(self, run: Callable[[], tuple[Tensor, int | None]]) -> tuple[Tensor, int | None]:
+        """What a method's function gives for all members, by construction each its own."""
+        ...
+
+    def site(self, site: str, x: int | None, y: int | None) -> None:
+        """One call of a site, with the axes of its hidden input and output."""
+        ...
+
+    def read(self, site: str) -> None:
+        """A tensor of the module at ``site`` is read outside of its own forward."""
+        ...
+
+    def run(self, path: str, call: Call, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A module that runs once per member."""
+        ...
+
+    def called(self, path: str) -> None:
+        """The module at ``path`` is called."""
+        ...
+
+
+@dataclass
+class Call:
+    """What a skeleton's parts see while it runs.
+
+    Attributes:
+        params: the leaves of one member, or of all that ``lift`` splits.
+        lift: how members share the batch; ``None``: there is one.
+        layout: where their rows are; ``None`` where ``watch`` finds out.
+        runs: modules that run once per member.
+        watch: the probe, if it looks on.
+        reached: collects the sites that the call passes through, if anyone asks.
+        visits: how often each module was called.
+        notes: what the features of a call keep for its length: spans, prompts, shared trunks.
+        never_ends: a view's call; ``ended``: one that is over, whose checkpointed modules may run again.
+    """
+
+    params: Params
+    lift: Lift | None = None
+    layout: Layout | None = None
+    runs: Mapping[str, Run] = field(default_factory=dict)
+    watch: Watch | None = None
+    reached: set[str] | None = None
+    visits: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    never_ends: bool = False
+    ended: bool = False
+
+    def visit(self, path: str) -> int | None:
+        """Count one more call of the module at ``path``; the index of this one, ``None`` if it is made again."""
+        if self.ended:
+            return None
+        index = self.visits.get(path, 0)
+        self.visits[path] = index + 1
+        return index
+
+    def where(self, path: str) -> Hidden:
+        """The axes of rows at this call of the site at ``path``, in a fold."""
+        if self.layout is None:
+            raise FoldError(f"{path} ran outside of a call that knows the rows' members.")
+        return self.layout.site(path, self.visit(path))
+
+    def note(self, key: str, default: Callable[[], Any] = dict) -> Any:
+        """What the feature ``key`` keeps for this call."""
+        found = self.notes.get(key)
+        if found is None:
+            found = self.notes[key] = default()
+        return found

@@ -1,0 +1,233 @@
+"""Engines: how many members run. ``loop`` calls them in turn, ``vmap`` maps them, ``fold`` puts them into the batch.
+
+*Fold outside, vmap inside*: members are folded into the batch axis, (n, b, …) → (n·b, …), so the backbone runs its
+normal fast path once; only at a site is the hidden value split again, and the method's function mapped over members.
+``trunk`` is a fold in which what comes before the first delta runs once, where all members see one batch. All give the
+same numbers, or say why they cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import EngineError, FoldError
+from ..functional.attention import attention_for_this_call
+from ..pytrees.opaque import spare
+from ..stacks.params import take
+from .call import TENSOR, Call, Params
+from .checkpointing import kept_run, needs_keeping
+from .fold import Folded
+from .inputs import Inputs
+from .layout import Layout, LayoutMismatch
+from .layouts import layout_of, learned_anew
+from .outputs import check_visible, flatten, stack_members
+from .program import Program
+from .single import call_single
+from .trunk import TRUNK, WORTH, Trunk, install, members_of
+from .trunk_probe import trunk_for
+
+ATTEMPTS = 6
+"""How often a layout is learned anew for one call: layers that are skipped at random may each be missed once."""
+
+
+def call_loop(program: Program, stack: Params, inputs: Inputs, reached: set[str] | None = None) -> Any:
+    """Members in turn, outputs stacked."""
+    outputs = [call_single(program, take(stack, i), *spare(inputs.member(i)), reached) for i in range(inputs.n)]
+    return stack_members(outputs)
+
+
+def call_vmap(program: Program, stack: Params, inputs: Inputs, reached: set[str] | None = None) -> Any:
+    """Members mapped by ``torch.vmap``; work before the first site is shared where inputs are."""
+    found: list[Any] = []
+
+    def member(p: Params, mapped: list[Tensor]) -> tuple[Tensor, ...]:
+        output = call_single(program, p, *spare(inputs.fill_mapped(mapped)), reached)
+        leaves, rebuild = visible(output)
+        found[:] = [rebuild, [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]]
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+    try:
+        results = iter(torch.vmap(member, in_dims=(0, 0), randomness="different")(stack, inputs.mapped()))
+    except EngineError:
+        raise
+    except RuntimeError as error:
+        reason = known_vmap_limit(str(error))
+        if reason is None:
+            raise
+        raise EngineError(f'{reason}. Use engine="fold" (or "loop").') from error
+    rebuild, others = found
+    return rebuild([next(results) if other is TENSOR else other for other in others])
+
+
+def visible(output: Any) -> tuple[list[Any], Any]:
+    """The leaves of an output of many members, none of which may hide tensors, and what puts others in their place."""
+    leaves, tree = flatten(output)
+    if not torch.compiler.is_compiling():
+        check_visible(leaves, tree.places() if leaves else ())
+    return leaves, tree
+
+
+def known_vmap_limit(message: str) -> str | None:
+    """What torch's message means, for the limits of ``torch.vmap`` that another engine does not have.
+
+    >>> known_vmap_limit("Batching rule not implemented for aten::foo")
+    'torch.vmap cannot map this model (Batching rule not implemented for aten::foo)'
+    """
+    if "data-dependent control flow" in message:
+        return "torch.vmap cannot map this model over inputs whose values steer Python code (a mapped attention_mask)"
+    if "Batching rule not implemented" in message or "could not generate a fallback" in message:
+        return f"torch.vmap cannot map this model ({message.splitlines()[0][:120]})"
+    if "It looks like you're calling .item()" in message:
+        return "torch.vmap cannot map this model: it reads values of tensors in Python"
+    if "setup_context" in message or "autograd.Function" in message:
+        return "torch.vmap cannot map this model: it has an autograd.Function without a batching rule"
+    if "storage" in message or "numpy" in message or "tolist" in message:
+        return "torch.vmap cannot map this model: it hands the numbers of tensors to Python or numpy"
+    autocast = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    if autocast and ("same dtype" in message or "scalar type" in message):
+        return "torch.vmap leaves layers with mapped weights out of autocast, so dtypes do not meet"
+    if message.startswith("vmap") or "vmap" in message.split(":")[0]:
+        return f"torch.vmap cannot map this model ({message.splitlines()[0][:160]})"
+    return None
+
+
+def call_fold(program: Program, stack: Params, inputs: Inputs, reached: set[str] | None = None) -> Any:
+    """All members' rows in one batch."""
+    return _fold(program, stack, inputs, reached)
+
+
+def call_trunk(program: Program, stack: Params, inputs: Inputs, reached: set[str] | None = None) -> Any:
+    """A fold whose modules before the first delta run once, with one member's rows."""
+    return _fold(program, stack, inputs, reached, least=0.0)
+
+
+def call_best_fold(program: Program, stack: Params, inputs: Inputs, reached: set[str] | None = None) -> Any:
+    """:func:`call_trunk` where all members see one batch and enough of the arithmetic is shared, else a fold."""
+    if any(inputs.is_mapped):
+        return _fold(program, stack, inputs, reached)
+    return _fold(program, stack, inputs, reached, least=WORTH, otherwise_fold=True)
+
+
+def _fold(
+    program: Program,
+    stack: Params,
+    inputs: Inputs,
+    reached: set[str] | None,
+    least: float | None = None,
+    otherwise_fold: bool = False,
+) -> Any:
+    """A fold, with a shared trunk of at least the share ``least`` of the arithmetic if that is given."""
+    if inputs.b == 0:
+        return call_loop(program, stack, inputs, reached)
+    if inputs.n == 1:
+        return stack_members([call_single(program, take(stack, 0), *spare(inputs.member(0)), reached)])
+    args, kwargs = inputs.folded()
+    layout = layout_of(program, stack, inputs)
+    lift, trunk = Folded(inputs.n, inputs.b), None
+    if least is not None:
+        trunk = _trunk(program, stack, inputs, layout, args, kwargs, least)
+        if otherwise_fold and (trunk.refused or trunk.share < least):
+            trunk = None
+        elif trunk.refused:
+            raise FoldError(f'engine="trunk": {trunk.refused}')
+
+    def run(layout: Layout) -> Any:
+        try:
+            return folded_run(program, stack, layout, args, kwargs, lift, reached, trunk)
+        except LayoutMismatch:
+            raise
+        except FoldError:
+            if trunk is None or not otherwise_fold:
+                raise
+            return folded_run(program, stack, layout, args, kwargs, lift, reached)
+
+    def split(output: Any, layout: Layout) -> Any:
+        leaves, rebuild = visible(output)
+        if len(leaves) != len(layout.outputs):
+            raise LayoutMismatch(f"The output has {len(leaves)} leaves, but {len(layout.outputs)} before.")
+        named = zip(leaves, layout.outputs, layout.names, strict=True)
+        return rebuild(
+            [
+                members_of(leaf, dim, inputs.n, inputs.b, name) if isinstance(leaf, Tensor) else leaf
+                for leaf, dim, name in named
+            ]
+        )
+
+    return with_layout(program, stack, inputs, layout, lambda layout: split(run(layout), layout))
+
+
+def with_layout(
+    program: Program,
+    stack: Params,
+    inputs: Inputs,
+    layout: Layout,
+    run: Callable[[Layout], Any],
+    by_row: bool = False,
+) -> Any:
+    """``run(layout)``; where the call goes another way than the probe did, the layout is learned from its inputs."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return run(layout)
+        except LayoutMismatch:
+            if torch.compiler.is_compiling() or attempt == ATTEMPTS - 1:
+                raise
+            layout = learned_anew(program, stack, inputs, layout, by_row)
+    raise AssertionError("every attempt returns or raises")
+
+
+def _trunk(
+    program: Program,
+    stack: Params,
+    inputs: Inputs,
+    layout: Layout,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    least: float,
+) -> Trunk:
+    mapped = [name for name, mapped in zip(inputs.names, inputs.is_mapped, strict=True) if mapped]
+    if mapped:
+        return Trunk({}, 0.0, f'members share no work where each has its own {mapped[0]}. Use engine="fold".')
+    if layout.runs and any(run.how == "loop" for run in layout.runs.values()):
+        return Trunk({}, 0.0, 'modules of this model run once per member. Use engine="fold".')
+    return trunk_for(program, stack, inputs, layout, least)
+
+
+def folded_run(
+    program: Program,
+    stack: Params,
+    layout: Layout,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    lift: Folded,
+    reached: set[str] | None = None,
+    trunk: Trunk | None = None,
+) -> Any:
+    """The model's output for rows of several members in one batch."""
+    skeleton = program.skeletons.get(program.training)
+    if trunk is not None:
+        install(skeleton, trunk)
+    call = Call(stack, lift=lift, layout=layout, runs=layout.runs, reached=reached)
+    for path in layout.runs:
+        skeleton.open(path)
+    if trunk is not None:
+        call.notes[TRUNK] = trunk
+    if needs_keeping(skeleton):
+        if trunk is not None:
+            raise FoldError(
+                f'engine="trunk": {min(skeleton.recomputing) or "the backbone"} checkpoints its activations, and what '
+                f'runs again there would not be shared. Use engine="fold".'
+            )
+        kept = program.skeletons.spare(program.training)
+        for path in layout.runs:
+            kept.open(path)
+        return kept_run(kept, call, {}, args, kwargs)
+    with attention_for_this_call():
+        return skeleton.run("", {}, args, kwargs, call)
+
+
+BY_NAME = {"fold": call_fold, "trunk": call_trunk, "vmap": call_vmap, "loop": call_loop}
+"""The engines that ``engine=`` names."""

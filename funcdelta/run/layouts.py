@@ -1,0 +1,166 @@
+"""Layouts, looked up by the key of an input structure, or learned by a probe of the inputs at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import FoldError
+from ..locks import fork_safe_lock
+from ..pytrees.opaque import spare
+from .call import Params
+from .inputs import Arguments, Inputs
+from .layout import Layout
+from .probe import learn
+from .program import Program, program_of
+from .rows import rows_of_cache, sizes
+
+probing = fork_safe_lock()
+"""Held while a layout is learned: two threads need not learn the same."""
+
+
+def layout_of(
+    program: Program, stack: Params, inputs: Inputs, by_row: bool = False, entry: str = ""
+) -> Layout:
+    """The layout of these inputs: remembered, or learned from a few of their rows.
+
+    Args:
+        by_row: each row is a member of its own.
+        entry: the module that is called.
+    """
+    key = key_of(program, stack, inputs, by_row, entry)
+    if torch.compiler.is_compiling():
+        return _while_tracing(program, key, stack, inputs, by_row)
+    layout = program.layouts.get(key)
+    if layout is None:
+        with probing:
+            layout = program.layouts.get(key)
+            if layout is None:
+                layout = program.layouts[key] = _learn(program, stack, inputs, by_row, entry)
+    return layout
+
+
+def learned_anew(
+    program: Program, stack: Params, inputs: Inputs, known: Layout, by_row: bool = False, entry: str = ""
+) -> Layout:
+    """The layout that the very inputs tell, where a remembered one does not fit; what only one of them knows is kept."""
+    with probing:
+        layout = known.joined(_learn(program, stack, inputs, by_row, entry))
+        program.layouts[key_of(program, stack, inputs, by_row, entry)] = layout
+    return layout
+
+
+def key_of(program: Program, stack: Params, inputs: Inputs, by_row: bool = False, entry: str = "") -> Any:
+    """What decides where the batch is: the mode, the precision, which leaves are given, and facts of the inputs."""
+    present = "|".join(sorted(program.plan.present(stack)))
+    single = by_row or inputs.has_single_rows
+    return inputs.key(program.training, _precision(inputs.leaves), present, single, by_row, entry)
+
+
+def _precision(leaves: Sequence[Any]) -> str:
+    """The dtype that autocast gives where the inputs are: outputs of modules that run once per member have it too."""
+    device = next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
+    return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
+
+
+def _learn(program: Program, stack: Params, inputs: Inputs, by_row: bool, entry: str) -> Layout:
+    """From the first rows of the first member, and the last ones of the last, in the other order."""
+    inputs = inputs.concrete()
+    first = list(range(1 if by_row else min(inputs.b, 2)))
+    last = [inputs.b - 1 - i for i in first]
+    ends = (0, first), (0 if by_row else inputs.n - 1, last)
+    one = [picked(inputs, end) for end in ends]
+    present = program.plan.present(stack)
+    return learn(program, present, one, picked(inputs, *ends), inputs.row_axis, len(first), entry)
+
+
+def picked(inputs: Inputs, *which: tuple[int, Sequence[int]]) -> Arguments:
+    """The inputs of some members, ``(member, its rows)``, folded; private copies of what a call may change.
+
+    >>> inputs = Inputs(torch.nn.Linear(1, 1), 2, (torch.tensor([[1.0], [2.0], [3.0]]),), {}, None, 0)
+    >>> picked(inputs, (0, [0]), (1, [2, 1]))[0][0].flatten()
+    tensor([1., 3., 2.])
+    """
+    leaves = []
+    for i, leaf in enumerate(inputs.leaves):
+        axis = inputs.row_axis.get(i)
+        if axis is not None:
+            parts = []
+            for member, rows in which:
+                own = leaf[member] if inputs.is_mapped[i] else leaf
+                parts.append(_these(own, axis, rows))
+            leaf = _side_by_side(parts, axis)
+        elif inputs.is_mapped[i]:
+            leaf = leaf[which[0][0]]
+        elif inputs.is_cache(i):
+            leaf = rows_of_cache(leaf, [row for _, rows in which for row in rows])
+        leaves.append(leaf)
+    return spare(inputs.filled(leaves))
+
+
+def _these(leaf: Any, axis: int, rows: Sequence[int]) -> Any:
+    """These rows; a single one stands for all."""
+    if isinstance(leaf, list):
+        return [leaf[row] for row in rows]
+    asked = rows if leaf.shape[axis] != 1 else [0] * len(rows)
+    if isinstance(leaf, np.ndarray):
+        return leaf.take(asked, axis)
+    return leaf.index_select(axis, torch.tensor(asked, device=leaf.device))
+
+
+def _side_by_side(parts: list[Any], axis: int) -> Any:
+    if isinstance(parts[0], list):
+        return [entry for part in parts for entry in part]
+    return np.concatenate(parts, axis) if isinstance(parts[0], np.ndarray) else torch.cat(parts, axis)
+
+
+@torch._dynamo.assume_constant_result
+def _learn_while_tracing(
+    handle: int, key: Any, names: tuple[str, ...], shapes: tuple[Any, ...], form: tuple[Any, ...], by_row: bool
+) -> bool:
+    """Learn a layout in the middle of a compilation, from made-up rows of the same shapes: tracing has no values."""
+    program = program_of(handle)
+    if key in program.layouts:
+        return True
+    positional, keywords, row_axis = form
+    if len(shapes) != positional + len(keywords):
+        raise FoldError("Call apply_many once before compiling it: the inputs are nested, and their layout is unknown.")
+    rng = torch.Generator().manual_seed(0)
+    axes = dict(row_axis)
+    leaves = []
+    for i, fact in enumerate(shapes):
+        if not isinstance(fact, tuple):
+            leaves.append(fact)
+            continue
+        shape, dtype = list(fact[0]), fact[1]
+        if i in axes:
+            shape[axes[i]] = 2
+        # Zeros and ones are valid token numbers, masks and token types alike.
+        random = (
+            torch.randn(shape, generator=rng) if dtype.is_floating_point else torch.randint(2, shape, generator=rng)
+        )
+        leaves.append(random.to(dtype))
+    args, kwargs = tuple(leaves[:positional]), dict(zip(keywords, leaves[positional:], strict=True))
+    inputs = Inputs(program.backbone, 2, args, kwargs, None, program.batch_dim)
+    program.layouts[key] = _learn(program, dict.fromkeys(names, torch.zeros(())), inputs, by_row, "")
+    return True
+
+
+def _while_tracing(program: Program, key: Any, stack: Params, inputs: Inputs, by_row: bool) -> Layout:
+    # Sizes may be symbolic here; how many rows there are does not matter, and other sizes are taken as they are.
+    shapes = []
+    for i, leaf in enumerate(inputs.leaves):
+        shape = sizes(leaf, inputs.is_mapped[i])
+        if shape is None or not isinstance(leaf, Tensor):
+            shapes.append(leaf)
+        else:
+            axis = inputs.row_axis.get(i)
+            shapes.append((tuple([2 if at == axis else int(size) for at, size in enumerate(shape)]), leaf.dtype))
+    positional, keywords = inputs.form
+    form = positional, keywords, tuple(inputs.row_axis.items())
+    _learn_while_tracing(program.handle, key, tuple(stack), tuple(shapes), form, by_row)
+    return program.layouts[key]

@@ -1,0 +1,197 @@
+"""Opened modules: the forward of a site, as a delta changes it.
+
+A module of a skeleton is *opened* by giving it a forward of its own, around the one that it has. There the methods'
+functions act on the hidden values that enter and leave it, and there it runs once per member where tensors of its own
+differ by member. Hooks, the backbone's own among them, see the opened forward as they would see the module's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import ConfigError, FuncdeltaError
+from ..planning.plan import Attachment
+from ..planning.spans import keep, take
+from ..transforms import is_wrapped
+from .bound import Bound
+from .call import TENSOR, Call, Function, Params
+from .hidden import hidden_input, hidden_output
+from .layout import Run
+
+if TYPE_CHECKING:
+    from .skeleton import Skeleton
+
+
+class Bypass(nn.Module):
+    """Runs a module's own forward, for compiled code, which swaps tensors by ``functional_call``."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module = module
+        self.original = forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.original(*args, **kwargs)
+
+
+class Opened:
+    """What the forward of one opened module does besides running the module.
+
+    Attributes:
+        original: the forward that the module had.
+        befores, afters: methods that act on what enters and leaves it.
+        begun: spans that begin here and end elsewhere.
+        prove: compares a method's formula on activations with its formula on weights, the first time that it acts.
+    """
+
+    def __init__(self, skeleton: Skeleton, path: str, module: nn.Module) -> None:
+        self.skeleton, self.path, self.module = skeleton, path, module
+        self.original: Callable[..., Any] = module.forward
+        self.befores: list[Bound] = []
+        self.afters: list[Bound] = []
+        self.begun: list[Attachment] = []
+        self.unproved: list[Attachment] = []
+        self.own = "forward" in vars(module)
+        forward = functools.partial(_forward, self)
+        functools.update_wrapper(forward, self.original)
+        module.forward = forward  # type: ignore[method-assign]
+        self._bypasses = Bypass(module, self.original), Bypass(module, forward)
+
+    def bypass(self, forward: Callable[..., Any]) -> Bypass:
+        """A module that runs ``forward``, the original or the opened one."""
+        return self._bypasses[forward is not self.original]
+
+
+def _forward(opened: Opened, /, *args: Any, **kwargs: Any) -> Any:
+    """The opened forward; a function, for torch.compile traces it."""
+    path, call = opened.path, opened.skeleton.call
+    if call is None:
+        call = opened.skeleton.under_way(path)
+    if call.watch is not None:
+        call.watch.called(path)
+    run = call.runs.get(path) if call.runs else None
+    if run is not None and run.how == "loop" and call.lift is not None:
+        return run_members(opened, call, run, args, kwargs)
+    befores, afters, begun = opened.befores, opened.afters, opened.begun
+    if not (befores or afters or begun):
+        return opened.original(*args, **kwargs) if run is None else run_members(opened, call, run, args, kwargs)
+    if call.reached is not None:
+        call.reached.add(path)
+    x, put_back = (args[0], None) if args and isinstance(args[0], Tensor) else hidden_input(path, args, kwargs)
+    x_dim = y_dim = None
+    if call.lift is not None:
+        if call.watch is not None:
+            x_dim = call.watch.axis(path, x)
+        else:
+            dims = call.where(path)
+            x_dim, y_dim = dims.x, dims.y
+    if begun or befores:
+        given = x
+        for attachment, function in befores:
+            if attachment.key in call.params:
+                p = attachment.of(call.params)
+                x, x_dim = act(call, path, function[opened.module.training], p, (x,), (x_dim,))
+        if x is not given:
+            args, kwargs = ((x, *args[1:]), kwargs) if put_back is None else put_back(x)
+        for attachment in begun:
+            if attachment.key in call.params:
+                keep(call.note("spans"), attachment.key, attachment.site, x, x_dim, call.never_ends or call.ended)
+    if run is None:
+        output = opened.original(*args, **kwargs)
+    else:
+        output = run_members(opened, call, run, args, kwargs)
+    if not afters and (call.watch is None or call.lift is None):
+        return output
+    y, put_back = (output, None) if isinstance(output, Tensor) else hidden_output(path, output)
+    if call.watch is not None and call.lift is not None:
+        y_dim = call.watch.axis(path, y)
+        call.watch.site(path, x_dim, y_dim)
+    if opened.unproved:
+        opened.skeleton.prove(opened, call, args, kwargs, x, y)
+    changed = False
+    for attachment, function in afters:
+        if attachment.key in call.params:
+            given, given_dim = x, x_dim
+            if attachment.site.exit is not None:
+                given, given_dim = take(call.note("spans"), attachment.key, attachment.site)
+            p = attachment.of(call.params)
+            y, y_dim = act(call, path, function[opened.module.training], p, (y, given), (y_dim, given_dim))
+            changed = True
+    if not changed:
+        return output
+    return y if put_back is None else put_back(y)
+
+
+def act(
+    call: Call, path: str, function: Function, p: Params, values: tuple[Tensor, ...], dims: tuple[int | None, ...]
+) -> tuple[Tensor, int | None]:
+    """One method's function at a site, with the site named in whatever goes wrong."""
+    if torch.compiler.is_compiling():
+        return (function(p, *values), None) if call.lift is None else call.lift(function, p, values, dims, path)
+    versions = [None if is_wrapped(value) or value.is_inference() else value._version for value in values]
+    lift = call.lift
+    try:
+        if lift is None:
+            result = function(p, *values), None
+        elif call.watch is None:
+            result = lift(function, p, values, dims, path)
+        else:
+            result = call.watch.lifted(lambda: lift(function, p, values, dims, path))
+    except FuncdeltaError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in p.items())
+        hidden = ", ".join(str(tuple(value.shape)) for value in values)
+        error.add_note(f"funcdelta: at the site {path}, leaves {shapes}, hidden values {hidden}.")
+        raise
+    for value, version in zip(values, versions, strict=True):
+        if version is not None and value._version != version:
+            raise ConfigError(
+                f"The method at {path} changed a hidden value in place, which others still read: write y = y + change "
+                f"instead of y += change."
+            )
+    return result
+
+
+def run_members(opened: Opened, call: Call, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The module with tensors of the member's own: once, or once for each of the members that share the batch."""
+    skeleton, path = opened.skeleton, opened.path
+    if call.watch is not None and call.lift is not None:
+        return call.watch.run(path, call, opened.original, args, kwargs)
+    skeleton.check_unit(path, call)
+    if call.lift is None:
+        p = {key: call.params[key] for key in run.keys}
+        inner = Call(p, reached=call.reached, notes=call.notes, never_ends=call.never_ends)
+        return skeleton.run_inside(path, opened.original, p, args, kwargs, inner)
+    skeleton.check_runner(path)
+    # A module that runs in turn brings the methods that act at it with it.
+    forward = opened.module.forward if run.how == "loop" else opened.original
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    shape_of_output: list[Any] = []
+
+    def member(p: Params, *tensors: Tensor) -> list[Tensor]:
+        given = iter(tensors)
+        filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+        output = skeleton.run_inside(path, forward, p, args, kwargs, Call(p, reached=call.reached))
+        out_leaves, out_spec = pytree.tree_flatten(output)
+        shape_of_output[:] = [out_spec, [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in out_leaves]]
+        return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
+
+    def bare() -> list[Tensor]:
+        output = skeleton.run_inside(path, forward, {}, args, kwargs, Call({}))
+        return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+    p = {key: call.params[key] for key in run.keys}
+    results = iter(call.lift.run(member, p, tensors, run, call.visit(f"{path}()"), path, bare))
+    out_spec, others = shape_of_output
+    # An output that is no tensor stays as it is.
+    filled = [next(results) if other is TENSOR else other for other in others]
+    return pytree.tree_unflatten(filled, out_spec)

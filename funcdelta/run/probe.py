@@ -1,0 +1,597 @@
+"""The probe: learns where the rows of an input structure are, and checks a fold before it is trusted.
+
+Two members away from their start, on a few of the rows at hand, show all that there is to know:
+
+1. Each runs alone. That tells which modules are called, and which tensors are read outside of their module, so which
+   modules have to run once per member because a tensor of theirs differs by member.
+2. Both run folded, while every operation is watched for what it does to the rows (:mod:`.tracking`). What mixes rows
+   runs once per member instead, in the innermost module around it whose inputs do not: there the members' inputs are
+   taken apart, and each gets what it gets alone, by construction. Where that is the model itself, the fold is refused.
+3. The outputs of both members have to be those of step 1.
+
+Why this is enough. The axis of every hidden value is followed from the inputs on, by operations and not by sizes, so
+lengths that happen to be equal are not confused. An operation that takes rows of several members together is found by
+what it is, whether or not it shows in these values; so is Python that branches on values. What the watched run cannot
+see, another structure of inputs, another branch by a number, is another key (:func:`.inputs.input_key`) and is probed
+anew; and each later call checks every size before it splits. Step 3 is evidence of another kind for the same claim.
+
+Dropout is off while a probe runs, and random numbers come from a generator of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from ..errors import FoldError, FuncdeltaError
+from ..functional.dropout import dropout
+from ..match import within
+from ..planning.sharing import expand_stack
+from ..randomness import private_random
+from ..structures.rowwise import is_rowwise
+from ..transforms import eager, outside_transforms
+from .call import TENSOR, Call, Params
+from .fold import Folded
+from .layout import Ends, Hidden, Layout, Run, close, scalar_message
+from .outputs import flatten
+from .program import Program
+from .skeleton import Skeleton
+from .tracking import MIXED, Readings, Rows, Tracking
+
+MEMBERS = 2
+
+Picked = Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]
+"""``pick(0)``: the inputs of one member, ``pick(0, 1)``: of two, folded; with the places of those that have rows."""
+
+
+class WithoutDropout(TorchFunctionMode):
+    """Turns dropout off inside the block: the probe compares values, and masks differ with the batch size."""
+
+    OFF: ClassVar = {
+        *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),
+        *(F.alpha_dropout, F.feature_alpha_dropout, torch.dropout, dropout),
+    }
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in self.OFF:
+            return args[0] if args else kwargs["input"]
+        if func is F.multi_head_attention_forward:
+            kwargs["training"] = False
+        if func is F.scaled_dot_product_attention:
+            kwargs["dropout_p"] = 0.0
+            args = args[:4] + ((0.0, *args[5:]) if len(args) > 4 else ())
+            if len(args) > 4:
+                del kwargs["dropout_p"]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """A block that runs beside everything else: no transform, no graph, no dropout, no global random numbers."""
+    with (
+        torch.inference_mode(False),
+        outside_transforms(),
+        torch.no_grad(),
+        WithoutDropout(),
+        private_random(0),
+    ):
+        yield
+
+
+@eager
+def learn(
+    program: Program,
+    present: frozenset[str],
+    one: list[tuple[tuple[Any, ...], dict[str, Any]]],
+    together: tuple[tuple[Any, ...], dict[str, Any]],
+    axes: Mapping[int, int],
+    rows: int,
+    entry: str = "",
+) -> Layout:
+    """The layout of the inputs of two members: ``one[i]`` those of each alone, ``together`` those of both folded.
+
+    ``axes`` tells the axis of rows of every input leaf that has some; each member has ``rows``. The module at
+    ``entry`` is what is called.
+
+    Raises :class:`FoldError` where the members cannot share a batch, with the place and the reason.
+    """
+    skeleton = program.skeletons.get(program.training)
+    with undisturbed():
+        members = expand_stack(program.plan.shared, program.random_members(MEMBERS, present))
+    probe = Probe(program.plan, skeleton, members, rows, entry)
+    try:
+        return probe.learn(one, together, axes)
+    except FoldError as error:
+        raise FoldError(f"{error}{_why_rows_mix(skeleton.module, program.batch_dim)}") from error
+    finally:
+        skeleton.settle()
+
+
+class Visit:
+    """One call of a module while the probe looks on."""
+
+    def __init__(self, path: str, clean: bool, rowwise: bool) -> None:
+        self.path, self.clean, self.rowwise = path, clean, rowwise
+        self.reason = self.mixing = ""
+
+
+class Probe:
+    """What is seen of two members; its methods from ``axis`` on are what the skeleton tells (:class:`.call.Watch`)."""
+
+    def __init__(self, plan: Any, skeleton: Skeleton, members: Params, rows: int, entry: str) -> None:
+        self.plan, self.skeleton, self.members, self.entry = plan, skeleton, members, entry
+        self.rows = rows
+        self.lift = Folded(MEMBERS, rows)
+        self.tracking = Tracking(MEMBERS, self._on_read, self._on_mix)
+        self.stack: list[Visit] = []
+        self.visited: set[str] = set()
+        self.reads: dict[str, str] = {}
+        self.sites: dict[str, list[Hidden]] = {}
+        self.runs: dict[str, Run] = {}
+        self.folding = False
+
+    # -- the three steps -------------------------------------------------------------------------------------------
+
+    def learn(self, one: Any, together: Any, axes: Mapping[int, int]) -> Layout:
+        """The layout; see :func:`learn`."""
+        with self._watched_modules():
+            alone = [self._alone(i, one[i]) for i in range(MEMBERS)]
+        self.runs = self.owners()
+        for path in self.runs:
+            self.skeleton.open(path)
+        with self._watched_modules():
+            found, dims = self._folded(*together, axes)
+        names = _names(alone[0])
+        layout = Layout(
+            {path: tuple(visits) for path, visits in self.sites.items()},
+            dict(self.runs),
+            dims,
+            tuple(names),
+        )
+        self._compare(alone, found, layout)
+        return layout
+
+    def _alone(self, member: int, given: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+        params = {name: leaf[member] for name, leaf in self.members.items()}
+        call = Call(params, watch=self)
+        if self.skeleton.units and self.skeleton.plan is not None:
+            call.runs = self.skeleton.plan.unit_runs(params)
+        try:
+            with undisturbed():
+                return self.skeleton.run(self.entry, params, *given, call)
+        except FuncdeltaError:
+            raise
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise FoldError(f"The model fails on {self.rows} of the rows of these inputs: {error}.") from error
+        finally:
+            self.skeleton.settle()
+
+    def _folded(self, args: Any, kwargs: Any, axes: Mapping[int, int]) -> tuple[list[Any], tuple[int | None, ...]]:
+        """The leaves of the folded output, and the axis of rows of each."""
+        leaves, tree = flatten((args, kwargs))
+        # Private copies: what a model does to its inputs, and what is noted on them, stays here.
+        leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        for i, axis in axes.items():
+            if isinstance(leaves[i], Tensor):
+                self.tracking.mark(leaves[i], Rows(axis))
+        members = {name: leaf.clone() for name, leaf in self.members.items()}
+        for leaf in members.values():
+            self.tracking.mark(leaf, Rows(0))
+        args, kwargs = tree(leaves)
+        call = Call(members, lift=self.lift, runs=self.runs, watch=self)
+        self.folding = True
+        try:
+            with undisturbed(), self.tracking, Readings(self.tracking):
+                output = self.skeleton.run(self.entry, {}, args, kwargs, call)
+        except FoldError:
+            raise
+        except FuncdeltaError:
+            raise
+        except Exception as error:
+            raise FoldError(f"Two members in one batch fail: {error}") from error
+        finally:
+            self.folding = False
+        found, _ = flatten(output)
+        dims: list[int | None] = []
+        for name, leaf in zip(_names(output), found, strict=True):
+            tag = self.tracking.of(leaf) if isinstance(leaf, Tensor) else None
+            if isinstance(leaf, Tensor) and leaf.ndim == 0:
+                raise FoldError(scalar_message(name))
+            if tag is MIXED or (tag is not None and tag.outer != 1):
+                reason = self.reason()
+                raise FoldError(f"The output {name} mixes rows of several members{reason}.")
+            dims.append(None if tag is None else tag.axis)
+        return found, tuple(dims)
+
+    def _compare(self, alone: list[Any], found: list[Any], layout: Layout) -> None:
+        for i, output in enumerate(alone):
+            leaves, _ = flatten(output)
+            if len(leaves) != len(found):
+                raise FoldError("The output has another structure for two members than for one.")
+            for name, leaf, expected, dim in zip(layout.names, found, leaves, layout.outputs, strict=True):
+                if isinstance(leaf, Tensor) and isinstance(expected, Tensor):
+                    own = leaf if dim is None else leaf.unflatten(dim, (MEMBERS, -1)).select(dim, i)
+                    if not close(own, expected):
+                        raise FoldError(
+                            f"Two members in one batch do not give what each gives alone (output {name}): rows are "
+                            f"mixed, or numbers are drawn, where it cannot be seen."
+                        )
+                elif not isinstance(leaf, Tensor) and _unequal(leaf, expected):
+                    raise FoldError(f"The output {name} is {leaf!r} for two members and {expected!r} for one.")
+
+    def owners(self) -> dict[str, Run]:
+        """Modules that run once per member because a tensor that is used in them differs by member."""
+        needed: dict[str, list[str]] = {}
+        for owner, keys in self.plan.owners(self.members).items():
+            if owner not in self.visited:
+                # A table that is read under another of its names. If it were read here too, the comparison fails.
+                ends = {key: [end.rpartition(".")[0] for end in self.plan.trained.get(key, ())] for key in keys}
+                keys = [key for key in keys if not any(end in self.visited for end in ends[key])]
+            path = owner
+            while path and path not in self.visited:
+                path = path.rpartition(".")[0]
+            if keys and (path or owner):
+                needed.setdefault(path, []).extend(keys)
+        for site, reader in self.reads.items():
+            keys = [key for a in self.plan.attachments[site] if a.among(self.members) for key in a.leaves.values()]
+            needed.setdefault(reader, []).extend(keys)
+        if self.entry:
+            # A part of the model that is called by itself uses nothing of what is outside of it.
+            needed = {path: keys for path, keys in needed.items() if within(path, self.entry) and path}
+        elif "" in needed:
+            raise FoldError(
+                f"{needed[''][0]} differs by member and is used by the model itself, outside of any module that could "
+                f"run once per member."
+            )
+        outermost = [path for path in needed if not any(path != other and within(path, other) for other in needed)]
+        found: dict[str, Run] = {}
+        for path in outermost:
+            keys = [key for other, own in needed.items() if within(other, path) for key in own]
+            inside = [a for a in self.plan.all() if a.among(self.members) and self._acts_inside(a, path)]
+            found[path] = Run(tuple(dict.fromkeys([*keys, *(key for a in inside for key in a.leaves.values())])))
+        return found
+
+    def _acts_inside(self, attachment: Any, path: str, itself: bool = False) -> bool:
+        """Whether a delta acts within the module at ``path``; at the module itself, hidden values change outside."""
+        inside = [within(end, path) and (itself or end != path) for end in attachment.ends]
+        if any(inside) and not all(inside):
+            raise FoldError(
+                f"{path} runs once per member, and the span from {attachment.site.path} to {attachment.site.exit} has "
+                f"one end in it."
+            )
+        return all(inside) or (attachment.adds_keys and attachment.site.path == path)
+
+    def reason(self) -> str:
+        """The first thing that mixed rows, for a message."""
+        return f" ({self.why})" if self.why else ""
+
+    why = ""
+
+    # -- modules ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _watched_modules(self) -> Iterator[None]:
+        """Every module's forward tells when it is entered and left, for as long as the block lasts."""
+        memory = self.skeleton.memory
+        kinds: dict[type, bool] = {}
+        changed: list[tuple[nn.Module, Any]] = []
+        for path, module in self.skeleton.module.named_modules():
+            kind = type(module)
+            if kind not in kinds:
+                kinds[kind] = is_rowwise(kind)
+            changed.append((module, memory.give(module, self._watching(path, module.forward, kinds[kind]))))
+        try:
+            yield
+        finally:
+            for module, own in changed:
+                memory.give(module, own)
+
+    def _watching(self, path: str, forward: Callable[..., Any], rowwise: bool) -> Callable[..., Any]:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self.visited.add(path)
+            call = self.skeleton.call
+            if not self.folding or self.tracking.paused or call is None or call.lift is None:
+                self.stack.append(Visit(path, False, rowwise))
+                try:
+                    return forward(*args, **kwargs)
+                finally:
+                    self.stack.pop()
+            return self._visit(path, forward, rowwise, call, args, kwargs)
+
+        return watched
+
+    def _visit(
+        self, path: str, forward: Callable[..., Any], rowwise: bool, call: Call, args: Any, kwargs: Any
+    ) -> Any:
+        """One call of a module in the folded run: as it is, or, where it mixes rows, once per member."""
+        visit = Visit(path, self._is_clean(args, kwargs), rowwise)
+        known = self.runs.get(path)
+        if known is not None and known.how == "loop":
+            return self._each(path, forward, args, kwargs, None, known.why)
+        trusted = rowwise and visit.clean and not any(
+            a.among(self.members) and any(within(end, path) for end in a.ends) for a in self.plan.all()
+        )
+        error: Exception | None = None
+        output: Any = None
+        self.stack.append(visit)
+        before = {path: list(visits) for path, visits in self.sites.items()}, dict(self.runs)
+        try:
+            if trusted and not any(within(run, path) for run in self.runs):
+                with self.tracking.pause():
+                    output = forward(*args, **kwargs)
+                self._mark_trusted(output, args, kwargs)
+                return output
+            output = forward(*args, **kwargs)
+        except Exception as failure:
+            error = failure
+            visit.reason = visit.reason or str(failure)
+        finally:
+            self.stack.pop()
+        if error is None and not visit.reason:
+            mixed = self._mixed(output)
+            if not mixed:
+                return output
+            visit.reason = f"{path or 'the model'} returns values that mix rows of several members"
+        if visit.mixing:
+            visit.reason = f"{path or 'the model'} mixes rows of several members ({visit.mixing})"
+        self.why = self.why or visit.reason
+        if visit.clean and path != self.entry and not isinstance(error, _Refused):
+            self.sites, runs = before
+            self.runs.clear()
+            self.runs.update(runs)
+            try:
+                return self._each(path, forward, args, kwargs, output, visit.reason)
+            except Exception as failure:  # the next module around it may do
+                error = error or failure
+        if self.stack and not self.stack[-1].reason:
+            self.stack[-1].reason = visit.reason
+        if error is not None:
+            raise error
+        if not self.stack or path == self.entry:
+            raise FoldError(f"Rows are mixed: {self.why}.")
+        return output
+
+    def _is_clean(self, args: Any, kwargs: Any) -> bool:
+        tags = [self.tracking.of(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        return all(tag is None or (tag is not MIXED and tag.outer == 1) for tag in tags)
+
+    def _mixed(self, output: Any) -> bool:
+        tags = [self.tracking.of(t) for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+        return any(tag is MIXED for tag in tags)
+
+    def _mark_trusted(self, output: Any, args: Any, kwargs: Any) -> None:
+        """Of a module known to treat rows by themselves: outputs that are as long as its rows have them there."""
+        total = MEMBERS * self.rows
+        for leaf in pytree.tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                has = leaf.ndim > 0 and leaf.shape[0] % total == 0
+                self.tracking.mark(leaf, Rows(0) if has else MIXED)
+
+    def _each(self, path: str, forward: Any, args: Any, kwargs: Any, whole: Any, why: str) -> Any:
+        """The module once per member, each with its own rows; noted as a run of the layout."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tags = [self.tracking.of(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
+        inside = [a for a in self.plan.all() if a.among(self.members) and self._acts_inside(a, path, itself=True)]
+        trained = [name for name in self.plan.trained if name in self.members]
+        used = [name for name in trained if any(within(end, path) for end in self.plan.trained[name])]
+        known = self.runs.get(path)
+        keys = dict.fromkeys([*used, *(key for a in inside for key in a.leaves.values()), *(known.keys if known else ())])
+        outputs: list[Any] = []
+        with self.tracking.pause():
+            for i in range(MEMBERS):
+                own = [self.tracking.part(leaf, tag, i) if tag else leaf for leaf, tag in zip(leaves, tags, strict=True)]
+                p = {key: self.members[key][i] for key in keys}
+                own_args, own_kwargs = pytree.tree_unflatten(own, spec)
+                outputs.append(self.skeleton.run_inside(path, forward, p, own_args, own_kwargs, Call(p)))
+        joined, dims = self._joined(path, outputs, whole, leaves, tags)
+        tensors = [tag for leaf, tag in zip(leaves, tags, strict=True) if isinstance(leaf, Tensor)]
+        ends = Ends(tuple(None if tag is None else tag.axis for tag in tensors), dims)
+        visits = known.visits if known is not None and known.how == "loop" else ()
+        for other in [other for other in self.runs if other != path and within(other, path)]:
+            del self.runs[other]
+        self.runs[path] = Run(tuple(keys), "loop", why, (*visits, ends))
+        return joined
+
+    def _joined(
+        self, path: str, outputs: list[Any], whole: Any, leaves: list[Any], tags: list[Any]
+    ) -> tuple[Any, tuple[int | None, ...]]:
+        """The members' outputs in one batch, and the axis of rows of each tensor of them."""
+        flat = [pytree.tree_leaves(output) for output in outputs]
+        spec = pytree.tree_structure(outputs[0])
+        wholes = pytree.tree_leaves(whole) if whole is not None else []
+        entered = [(tag.axis, leaf.shape[tag.axis] // MEMBERS) for leaf, tag in zip(leaves, tags, strict=True) if tag]
+        joined: list[Any] = []
+        dims: list[int | None] = []
+        for place, parts in enumerate(zip(*flat, strict=True)):
+            first = parts[0]
+            if not isinstance(first, Tensor):
+                if any(_unequal(first, other) for other in parts[1:]):
+                    raise FoldError(f"{path} returns {first!r} for one member and {parts[1]!r} for another.")
+                joined.append(first)
+                continue
+            if any(part.shape != first.shape for part in parts):
+                raise FoldError(f"What {path} returns differs in size by member.")
+            like = wholes[place] if len(wholes) == len(flat[0]) else None
+            dim = _axis_of_rows(first, like, entered)
+            if dim is None:
+                if not all(close(first, part) for part in parts[1:]):
+                    raise FoldError(f"What {path} returns has no axis of rows, and differs by member.")
+                joined.append(first)
+            else:
+                with self.tracking.pause():
+                    joined.append(torch.cat(parts, dim))
+                self.tracking.mark(joined[-1], Rows(dim))
+            dims.append(dim)
+        return pytree.tree_unflatten(joined, spec), tuple(dims)
+
+    # -- what the skeleton tells -----------------------------------------------------------------------------------
+
+    def _on_read(self, what: str) -> None:
+        visit = self.stack[-1] if self.stack else None
+        if visit is not None and not visit.rowwise and not visit.reason:
+            visit.reason = f"{visit.path or 'the model'} reads values of all rows in Python ({what})"
+
+    def _on_mix(self, what: str) -> None:
+        if self.stack:
+            self.stack[-1].mixing = self.stack[-1].mixing or what
+
+    def called(self, path: str) -> None:
+        """Noted by the watched forwards."""
+
+    def axis(self, site: str, value: Tensor) -> int | None:
+        """The axis of a hidden value that counts rows."""
+        tag = self.tracking.of(value)
+        if tag is MIXED or (tag is not None and tag.outer != 1):
+            raise FoldError(f"{site or 'the model'} is given or returns values that mix rows of several members")
+        return None if tag is None else tag.axis
+
+    def lifted(self, run: Callable[[], tuple[Tensor, int | None]]) -> tuple[Tensor, int | None]:
+        """What a method gives for all members: mapped over them, so each row is its own member's."""
+        with self.tracking.pause():
+            out, dim = run()
+        self.tracking.mark(out, None if dim is None else Rows(dim))
+        return out, dim
+
+    def site(self, site: str, x: int | None, y: int | None) -> None:
+        """One call of a site."""
+        self.sites.setdefault(site, []).append(Hidden(x, y))
+
+    def read(self, site: str) -> None:
+        """Who reads a tensor of a site outside of its own forward: the innermost module at work."""
+        if not self.folding:
+            reader = self.stack[-1].path if self.stack else ""
+            if site in self.reads:
+                # Read in two places: by what holds both.
+                while not within(self.reads[site], reader) and reader:
+                    reader = reader.rpartition(".")[0]
+            self.reads[site] = reader
+
+    def run(self, path: str, call: Call, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A module with tensors that differ by member: mapped if torch can, else in turn."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        dims = tuple(self.axis(path, tensor) for tensor in tensors)
+        run = self.runs[path]
+        shape_of_output: list[Any] = []
+        found: list[Tensor] = []
+
+        def member(p: Params, *tensors: Tensor) -> list[Tensor]:
+            given = iter(tensors)
+            filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            own_args, own_kwargs = pytree.tree_unflatten(filled, spec)
+            output = self.skeleton.run_inside(path, forward, p, own_args, own_kwargs, Call(p, watch=_Called(self)))
+            out_leaves, out_spec = pytree.tree_flatten(output)
+            shape_of_output[:] = [out_spec, [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in out_leaves]]
+            return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
+
+        params = {key: call.params[key] for key in run.keys}
+        with self.tracking.pause():
+            with self.skeleton._during(Call({})):
+                bare = forward(*args, **kwargs)
+            plain = [t for t in pytree.tree_leaves(bare) if isinstance(t, Tensor)]
+            split = [
+                t if dim is None else t.unflatten(dim, (MEMBERS, -1)) for t, dim in zip(tensors, dims, strict=True)
+            ]
+            try:
+                found = self.lift._mapped(member, params, split, dims)
+            except Exception as failure:
+                # What torch cannot map runs in turn.
+                why = f"torch.vmap cannot map it ({str(failure).splitlines()[0][:80]})"
+                opened = self.skeleton.opened[path]
+                return self._each(path, opened.module.forward, args, kwargs, bare, why)
+            out_dims = tuple(
+                _grown(out[0], whole) if out.shape[1:] != whole.shape else None
+                for out, whole in zip(found, plain, strict=True)
+            )
+            joined = []
+            for out, dim in zip(found, out_dims, strict=True):
+                moved = out if dim is None else out.movedim(0, dim)
+                joined.append(self.lift._join(moved, dim, path))
+        for out, dim in joined:
+            self.tracking.mark(out, None if dim is None else Rows(dim))
+        ends = Ends(dims, out_dims, tuple(t.dtype for t in plain))
+        joined = [(out.to(dtype), dim) for (out, dim), dtype in zip(joined, ends.dtypes, strict=True)]
+        self.runs[path] = Run(run.keys, "map", run.why or "tensors of its own differ by member", (*run.visits, ends))
+        results = iter([out for out, _ in joined])
+        out_spec, others = shape_of_output
+        return pytree.tree_unflatten([next(results) if other is TENSOR else other for other in others], out_spec)
+
+
+class _Called:
+    """A watch within a module that runs once per member: only calls are noted."""
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+
+    def called(self, path: str) -> None:
+        self.probe.visited.add(path)
+
+    def axis(self, site: str, value: Tensor) -> int | None:
+        return None
+
+    def lifted(self, run: Callable[[], tuple[Tensor, int | None]]) -> tuple[Tensor, int | None]:
+        return run()
+
+    def site(self, site: str, x: int | None, y: int | None) -> None:
+        pass
+
+    def read(self, site: str) -> None:
+        pass
+
+    def run(self, path: str, call: Call, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+
+class _Refused(FoldError):
+    """A fold that no module further out can mend."""
+
+
+def _names(output: Any) -> list[str]:
+    return [place or "of the model" for place in flatten(output)[1].places()]
+
+
+def _grown(part: Tensor, whole: Tensor) -> int | None:
+    """The axis along which ``whole`` has as many blocks as there are members."""
+    if part.ndim != whole.ndim:
+        return None
+    grown = [axis for axis in range(whole.ndim) if whole.shape[axis] != part.shape[axis]]
+    fits = len(grown) == 1 and whole.shape[grown[0]] == MEMBERS * part.shape[grown[0]]
+    return grown[0] if fits else None
+
+
+def _axis_of_rows(part: Tensor, whole: Any, entered: list[tuple[int, int]]) -> int | None:
+    if isinstance(whole, Tensor):
+        grown = _grown(part, whole)
+        if grown is not None or part.shape == whole.shape:
+            return grown
+    for axis, size in entered:
+        if part.ndim > axis and part.shape[axis] == size:
+            return axis
+    return None
+
+
+def _unequal(a: Any, b: Any) -> bool:
+    try:
+        return type(a) is not type(b) or bool(a != b)
+    except Exception:  # what cannot be compared is another thing
+        return a is not b
+
+
+def _why_rows_mix(model: nn.Module, batch_dim: int) -> str:
+    """The two usual causes, with what to write, where the model shows them."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
+            return f" ({path} normalises over the batch in training mode: delta.mode(train=False) does not.)"
+    if batch_dim == 0 and any(getattr(module, "batch_first", True) is False for module in model.modules()):
+        return " (Where inputs are sequence-first, axis 1 counts the rows: give batch_dim=1 in the config.)"
+    return ""

@@ -1,0 +1,185 @@
+"""The program of a delta: everything that its calls share, whoever makes them.
+
+A program holds the backbone, the plan, the mode, the skeletons (one a thread and mode, one a mode for compiled code),
+and what was learned of inputs: layouts, trunks, refusals. :class:`funcdelta.DeltaModel` is a facade over it; engines,
+views, merging, files and inspection take a program or plain data.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import StaleBackboneError
+from ..fresh import random_members
+from ..locks import fork_safe_lock
+from ..planning.plan import Plan
+from ..transforms import eager
+from .call import Params, Prepare
+from .checkpointing import changed, flags_of
+from .fsdp import Shards, refuse_sharded, settle
+from .input_key import Bounded
+from .skeleton import Skeleton
+
+_programs: weakref.WeakValueDictionary[int, Program] = weakref.WeakValueDictionary()
+
+
+def program_of(handle: int) -> Program:
+    """The living program with that handle; compiled code passes numbers where it cannot pass objects."""
+    return _programs[handle]
+
+
+class Skeletons:
+    """The skeletons of one plan: one a thread and mode, one a mode for compiled code, rebuilt when weights move."""
+
+    def __init__(self, backbone: nn.Module, plan: Plan, prepare: Prepare | None) -> None:
+        refuse_sharded(backbone)
+        self.backbone, self.plan, self.prepare = backbone, plan, prepare
+        self._local = threading.local()
+        self._traced: dict[bool | None, Skeleton] = {}
+        self._generation = 0
+        self._shards: Shards = {}
+        # A mode belongs to the delta: what becomes of the backbone's flags later does not matter.
+        self.flags = {path: module.training for path, module in backbone.named_modules()}
+        self._ends, self._checkpointing = self._first_and_last(), flags_of(backbone)
+
+    def get(self, training: bool | None, hooked: bool = True) -> Skeleton:
+        """This thread's skeleton in the given mode (``None``: the backbone's own flags), while no call uses it."""
+        if torch.compiler.is_compiling():
+            return self._traced[training]
+        self.check()
+        if getattr(self._local, "generation", None) != self._generation:
+            self._local.cache, self._local.generation = {}, self._generation
+        key = (training, hooked)
+        skeleton = self._local.cache.get(key)
+        if skeleton is None:
+            skeleton = self._local.cache[key] = self.build(training, hooked)
+        if skeleton.call is not None:
+            # A call within a call: a hook or a method calls the same delta again.
+            return self.build(training, hooked)
+        skeleton.memory.follow()
+        return skeleton
+
+    @eager
+    def build(self, training: bool | None, hooked: bool = True, view: bool = False) -> Skeleton:
+        """A skeleton that nobody else uses."""
+        plan = self.plan if hooked else None
+        skeleton = Skeleton(self.backbone, plan, training, self.prepare, self.flags, view)
+        settle(skeleton.module, skeleton.units, self._shards)
+        return skeleton
+
+    def spare(self, training: bool | None) -> Skeleton:
+        """A skeleton of this thread's that no call needs any more, for one that may be recomputed."""
+        skeletons = self._local.cache.setdefault(("kept", training), [])
+        free = next((skeleton for skeleton in skeletons if skeleton.kept is None or skeleton.kept() is None), None)
+        if free is None:
+            skeletons.append(free := self.build(training))
+        free.memory.follow()
+        return free
+
+    def reserve(self, training: bool | None) -> None:
+        """Build the skeleton that compiled code uses: tracing cannot build one."""
+        if training not in self._traced:
+            self._traced[training] = self.build(training)
+
+    def refresh(self, plan: Plan | None = None) -> None:
+        """Forget every skeleton; the next calls copy the backbone as it is now, opened as ``plan`` says."""
+        self.plan = plan or self.plan
+        self._generation += 1
+        self._shards = {}
+        self._ends, self._checkpointing = self._first_and_last(), flags_of(self.backbone)
+        self._traced = {training: self.build(training) for training in self._traced}
+
+    def check(self) -> None:
+        """Compare the first and the last parameter with what the skeletons share, and follow the checkpointing."""
+        if changed(self._checkpointing):
+            self.refresh()
+        for module, name, pointer, dtype, device in self._ends:
+            tensor = module._parameters.get(name)
+            if tensor is None or (tensor.data_ptr(), tensor.dtype, tensor.device) != (pointer, dtype, device):
+                raise StaleBackboneError(
+                    f"The backbone's tensors moved after this delta was built (its {name} was {dtype} on {device}, "
+                    f"is {'gone' if tensor is None else f'{tensor.dtype} on {tensor.device}'}): call delta.refresh() "
+                    f"after backbone.to(...)."
+                )
+
+    def _first_and_last(self) -> list[tuple[nn.Module, str, int, torch.dtype, torch.device]]:
+        owned = [(m, name, t) for m in self.backbone.modules() for name, t in m._parameters.items() if t is not None]
+        ends = owned[:1] + owned[-1:]
+        return [(module, name, t.data_ptr(), t.dtype, t.device) for module, name, t in ends]
+
+
+class Program:
+    """What all calls of one delta share; see the module's docstring.
+
+    Attributes:
+        training: the mode; ``None``: the backbone's own flags when the delta was built.
+        layouts, trunks: what was learned, by input key.
+        refusals: why an engine cannot run inputs of a key, ``{(engine, key): reason}``.
+        verified: with which leaves, in which mode, a call has been made.
+    """
+
+    def __init__(self, backbone: nn.Module, plan: Plan, batch_dim: int, prepare: Prepare | None) -> None:
+        self.backbone, self.batch_dim = backbone, batch_dim
+        self.training: bool | None = None
+        self.skeletons = Skeletons(backbone, plan, prepare)
+        self.skeletons.reserve(None)
+        self.layouts: Bounded[Any, Any] = Bounded()
+        self.trunks: Bounded[Any, Any] = Bounded()
+        self.refusals: Bounded[Any, str] = Bounded()
+        self.warned: set[Any] = set()
+        self.verified: set[Any] = set()
+        self.lock = fork_safe_lock()
+        self._members: Bounded[Any, Params] = Bounded()
+        self._register()
+
+    def _register(self) -> None:
+        self.handle = id(self)
+        _programs[self.handle] = self
+
+    @property
+    def plan(self) -> Plan:
+        """Which delta acts where; shared by this program in every mode."""
+        return self.skeletons.plan
+
+    def mode(self, train: bool) -> Program:
+        """This program in training or evaluation mode."""
+        other = copy.copy(self)
+        other.training = bool(train)
+        other.skeletons.reserve(other.training)
+        other._register()
+        return other
+
+    def refresh(self, plan: Plan) -> None:
+        """Read the backbone again."""
+        self.skeletons.refresh(plan)
+        for known in (self.layouts, self.trunks, self.refusals, self._members):
+            known.clear()
+        self.verified.clear()
+
+    def is_verified(self, names: Iterable[str]) -> bool:
+        """Whether a call with these leaves was made in this mode."""
+        return (self.training, frozenset(names)) in self.verified
+
+    def random_members(self, n: int, present: frozenset[str]) -> Params:
+        """n members away from their start, of the deltas and trained leaves that are ``present``."""
+        key = (n, present)
+        found = self._members.get(key)
+        if found is None:
+            found = self._members[key] = random_members(self.plan, self.backbone, self.plan.order, n, present)
+        return found
+
+
+def first_of(stack: Mapping[str, Tensor]) -> Tensor:
+    """Any leaf of a stack, for its device and its number of members.
+
+    >>> first_of({"a": torch.zeros(3)}).shape
+    torch.Size([3])
+    """
+    return next(iter(stack.values()))

@@ -1,0 +1,93 @@
+"""Tensors of a site that are read outside of its own forward: they are given with the delta written into them.
+
+A layer whose weight is passed to a function instead of being called (a table read for the logits, a convolution in
+decoding, attention's output projection) would leave a delta on its hidden values without effect. So the module at a
+site of a skeleton has properties in the place of its parameters. Its own forward, for which the formula on hidden
+values holds, gets the tensor itself; anybody else gets :class:`Rewritten`, which looks like the tensor and becomes the
+rewritten one when something is computed from it. Many models read a weight's dtype alone, which costs nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..transforms import is_wrapped
+
+_GETTERS = ("dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_cuda", "is_sparse", "is_quantized")
+_METHODS = ("size", "dim", "numel", "element_size", "is_floating_point", "is_complex", "stride", "is_contiguous")
+FACTS = {getattr(Tensor, name).__get__ for name in (*_GETTERS, "is_leaf", "is_meta")}
+FACTS |= {getattr(Tensor, name) for name in (*_METHODS, "__len__", "get_device")}
+"""What can be asked of a tensor without reading its numbers."""
+
+
+class Rewritten(Tensor):
+    """A parameter with a delta written into it, computed when its numbers are first needed.
+
+    >>> table = rewritten_when_read(torch.zeros(2), lambda: torch.ones(2))
+    >>> table.dtype, torch.add(table, 1)
+    (torch.float32, tensor([2., 2.]))
+    """
+
+    _compute: Callable[[], Tensor]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in FACTS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        args, kwargs = pytree.tree_map_only(Rewritten, lambda t: t._compute(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def rewritten_when_read(tensor: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+    """What looks like ``tensor`` and is ``compute()`` when it is used.
+
+    >>> rewritten_when_read(torch.zeros(3), lambda: torch.ones(3)).shape
+    torch.Size([3])
+    """
+    if is_wrapped(tensor):
+        return compute()
+    found = Tensor._make_subclass(Rewritten, tensor.detach())
+    found._compute = compute
+    return found
+
+
+def watch_reads(module: nn.Module, outside: Callable[[str, Tensor], Tensor]) -> None:
+    """Let ``outside(name, tensor)`` answer whoever reads a parameter of ``module``, except for its own forward.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> watch_reads(layer, lambda name, tensor: torch.zeros_like(tensor))
+    >>> float(layer.weight.sum()), float(layer(torch.ones(1, 2)).abs().sum()) > 0
+    (0.0, True)
+    """
+    kind = type(module)
+    own = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    names = [name for name, parameter in module._parameters.items() if parameter is not None and name.isidentifier()]
+    reading = {name: _property(name, own, outside) for name in names}
+    namespace = {**reading, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    module.__class__ = type(kind.__name__, (kind,), namespace)
+
+
+def _property(name: str, own: Any, outside: Callable[[str, Tensor], Tensor]) -> property:
+    def read(module: nn.Module) -> Any:
+        tensor = module._parameters[name]
+        if tensor is None or torch.compiler.is_compiling() or sys._getframe(1).f_code is own:
+            return tensor
+        return outside(name, tensor)
+
+    def write(module: nn.Module, value: Any) -> None:
+        module._parameters[name] = value
+
+    def delete(module: nn.Module) -> None:
+        del module._parameters[name]
+
+    return property(read, write, delete)

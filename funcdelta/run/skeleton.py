@@ -1,0 +1,344 @@
+"""The skeleton: a private structural copy of the backbone, opened at the sites of a plan.
+
+A *skeleton* is a deep copy of the backbone's module tree that shares the storage of every parameter and owns its
+buffers. What is opened in it does nothing until a *call* hands it params, so one skeleton serves every delta of a
+plan. A call swaps state in a skeleton, so each thread has its own and compiled code has one reserved for it.
+This file and what it installs (:mod:`.opened`, :mod:`.reading`, :mod:`.attention`, :mod:`.prompt`) are the only places
+where a delta touches a model.
+"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..errors import RecomputeError
+from ..planning.plan import Attachment, Plan
+from ..sites.structure import copy_structure, forget_batch_statistics, named_tensors
+from ..transforms import inside_transform, outside_transforms
+from .attending import attention_of
+from .attention import open_attention
+from .bound import added_in_both_modes, bound_in_both_modes, rewritten
+from .call import Call, Params, Prepare, read_mark
+from .checkpointing import check_runner, note_reentrant, recomputing, require_grad_outside_transforms
+from .fsdp import check_unit, units
+from .layout import LayoutMismatch
+from .memory import Memory
+from .opened import Opened, act
+from .prompt import Prompts
+from .proof import prove
+from .reading import rewritten_when_read, watch_reads
+
+# torch runs these by one kernel that calls no submodule and has few derivatives, unless they have hooks.
+FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+
+Slot = tuple[dict[str, Any], str]
+
+
+class Skeleton:
+    """One copy of the backbone's structure, opened where the plan says; used by one call at a time.
+
+    ``call`` is the call under way; in a view it never ends. ``kept`` is one that has ended, whose checkpointed modules
+    may run again. ``training`` sets one mode, else ``flags`` tell each module's (by path). ``views`` are the skeletons
+    of views: modules that people hold, with a memory of their own.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        plan: Plan | None,
+        training: bool | None,
+        prepare: Prepare | None,
+        flags: Mapping[str, bool] = types.MappingProxyType({}),
+        view: bool = False,
+    ) -> None:
+        # Copies made in inference mode or in a transform would be spoilt for every other call.
+        with torch.inference_mode(False), outside_transforms():
+            # Without a delta it is the backbone to the bit, and kernels are chosen by who requires grad.
+            self.module = copy_structure(backbone, trains=plan is None)
+        for path, child in self.module.named_modules():
+            child.training = flags.get(path, child.training) if training is None else training
+        if not view:
+            forget_batch_statistics(self.module)
+        if prepare is not None:
+            prepare(self.module)
+        self.units = units(self.module)
+        self.dtypes = {name: t.dtype for name, t in named_tensors(self.module)}
+        self.plan = plan
+        self.call: Call | None = None
+        self.kept: weakref.ref[Call] | None = None
+        self.recomputing = recomputing(self.module)
+        require_grad_outside_transforms(self.module)
+        self.opened: dict[str, Opened] = {}
+        self.sharing: set[str] = set()
+        self._slots: dict[str, Slot] = {}
+        self.memory: Any = None
+        if plan is not None:
+            self._install(plan)
+        self.memory: Memory = Memory(backbone, self.module)
+
+    # -- installation ----------------------------------------------------------------------------------------------
+
+    def _install(self, plan: Plan) -> None:
+        for child in self.module.modules():
+            if isinstance(child, FUSED):
+                # Real hooks, because torch's fused paths look for hooks and stand aside for them.
+                child.register_forward_hook(_stand_aside)
+        begun = [a for a in plan.all() if a.site.exit is not None]
+        for path in dict.fromkeys([*plan.attachments, *(a.site.path for a in begun)]):
+            attachments = plan.attachments.get(path, ())
+            prompting = tuple(a for a in attachments if a.prompt_rows)
+            prompts = Prompts(self, path, prompting, act) if prompting else None
+            if prompts is not None:
+                prompts.open()
+            self._open_site(path, [a for a in attachments if a.by_values], [a for a in begun if a.site.path == path])
+            self._open_attention(path, [a for a in attachments if a.adds_keys])
+            if prompts is not None:
+                prompts.close()
+        for path in sorted(runner_candidates(plan)):
+            self.open(path)
+
+    def open(self, path: str) -> Opened:
+        """The module at ``path``, opened: it can act by values there and run once per member."""
+        if path not in self.opened:
+            module = self.module.get_submodule(path)
+            self.opened[path] = Opened(self, path, module)
+            if self.memory is not None:
+                self.memory.give(module, vars(module)["forward"])
+            module.register_forward_hook(_stand_aside)
+        return self.opened[path]
+
+    def _open_site(self, path: str, attachments: list[Attachment], begun: list[Attachment]) -> None:
+        if not (attachments or begun):
+            return
+        opened = self.open(path)
+        opened.befores = [bound_in_both_modes(a, "before") for a in attachments if a.config.gives("before")]
+        opened.afters = [bound_in_both_modes(a, "after") for a in attachments if a.config.gives("after")]
+        opened.begun = begun
+        opened.unproved = [a for a in attachments if a.has_two_forms and not a.proof]
+
+        def outside(name: str, tensor: Tensor) -> Tensor:
+            return self._read_outside(path, name, tensor)
+
+        if attachments:
+            watch_reads(opened.module, outside)
+
+    def _open_attention(self, path: str, attachments: list[Attachment]) -> None:
+        """Let keys and values be added to those of the attention module at ``path``."""
+        if attachments:
+            added = [added_in_both_modes(a) for a in attachments]
+            open_attention(path, self.module.get_submodule(path), attention_of(self, path, added))
+
+    # -- what opened modules ask -----------------------------------------------------------------------------------
+
+    def under_way(self, path: str) -> Call:
+        """The call that an opened module belongs to; without one it is being recomputed for a backward pass."""
+        call = self.call or (self.kept and self.kept())
+        if call is None:
+            known, self.recomputing = self.recomputing, self.recomputing | {path}
+            raise RecomputeError(
+                f"{path} runs again, as what is checkpointed does, and its call is gone: "
+                + (
+                    "none of the call's outputs is held any more. Hold one until the backward pass is over."
+                    if known
+                    else "that it is checkpointed was not seen before. It is known now: make the call again."
+                )
+            )
+        if self.recomputing and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            note_reentrant(True)
+        return call
+
+    def prove(self, opened: Opened, call: Call, args: Any, kwargs: Any, x: Tensor, y: Tensor) -> None:
+        """Compare the methods' two forms at a site, once, where values can be read."""
+        if not torch.compiler.is_compiling():
+            prove(self, opened, call, args, kwargs, x, y)
+
+    def _read_outside(self, path: str, name: str, tensor: Tensor) -> Tensor:
+        """The parameter ``name`` of a site, as whoever reads it outside of the site's own forward gets it."""
+        call = self.call or (self.kept and self.kept())
+        plan = self.plan
+        if call is None or plan is None:
+            return tensor
+        acting = [a for a in plan.attachments.get(path, ()) if a.has_two_forms and a.among(call.params)]
+        if not acting:
+            if call.reached is not None:
+                call.reached.add(read_mark(path))
+            return tensor
+
+        def compute() -> Tensor:
+            if call.watch is not None:
+                call.watch.read(path)
+            if call.lift is not None:
+                raise LayoutMismatch(f"{path}.{name} differs by member and is read outside of {path}.")
+            if call.reached is not None:
+                call.reached.add(path)
+            changed = {f"{path}.{name}": tensor}
+            for attachment in acting:
+                own = self.own_tensors(path, changed)
+                changed.update(rewritten(attachment, attachment.of(call.params), own, self.training_at(path)))
+            return changed[f"{path}.{name}"]
+
+        return rewritten_when_read(tensor, compute)
+
+    def check_unit(self, path: str, call: Call) -> None:
+        """Note that a module of a sharded backbone runs with tensors of the member's own; refuse where it cannot."""
+        if self.units:
+            check_unit(path, self.units)
+            call.note("ran", set).add(path)
+
+    def check_runner(self, path: str) -> None:
+        """Refuse to map a module that checkpoints inside of itself."""
+        check_runner(self, path)
+
+    # -- calls -----------------------------------------------------------------------------------------------------
+
+    def run(
+        self, entry: str, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call | None = None
+    ) -> Any:
+        """The module at ``entry`` called from outside, hooks and all, with one member's params, or those of ``call``.
+
+        Hidden values change where modules are opened, tensors by a swap; of a fold's params none is swapped.
+        """
+        call = call or Call(params)
+        overrides = self.overrides(params, entry) if params and (entry or not self.units) else {}
+        if self.memory.writes_buffers and inside_transform():
+            # Transforms forbid writing to what they did not make.
+            buffers = self.module.named_buffers(remove_duplicate=False)
+            overrides = {name: buffer.clone() for name, buffer in buffers} | overrides
+        target = self.module.get_submodule(entry) if entry else self.module
+        if torch.compiler.is_compiling():
+            with self._during(call):
+                if not overrides:
+                    return target(*args, **kwargs)
+                cut = len(entry) + 1 if entry else 0
+                named = {name[cut:]: tensor for name, tensor in overrides.items()}
+                return functional_call(target, named, args, kwargs, tie_weights=False)
+        restore = self.swap(overrides) if overrides else None
+        outer, self.call = self.call, call
+        try:
+            return target(*args, **kwargs)
+        finally:
+            self.call = outer
+            if restore is not None:
+                restore()
+            self.settle()
+
+    def run_inside(
+        self,
+        path: str,
+        forward: Callable[..., Any],
+        params: Params,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        call: Call,
+    ) -> Any:
+        """``forward`` of the module at ``path``, within a call, with tensors of one member."""
+        overrides = self.overrides(params, path)
+        with self._during(call):
+            if torch.compiler.is_compiling():
+                bypass = self.opened[path].bypass(forward)
+                cut = len(path) + 1 if path else 0
+                named = {"module." + name[cut:]: tensor for name, tensor in overrides.items()}
+                return functional_call(bypass, named, args, kwargs, tie_weights=False)
+            with self.swapped(overrides):
+                return forward(*args, **kwargs)
+
+    @contextmanager
+    def _during(self, call: Call) -> Iterator[None]:
+        outer, self.call = self.call, call
+        try:
+            yield
+        finally:
+            self.call = outer
+
+    @contextmanager
+    def swapped(self, overrides: Mapping[str, Tensor]) -> Iterator[None]:
+        """``overrides`` in the place of the module's tensors inside the block."""
+        restore = self.swap(overrides)
+        try:
+            yield
+        finally:
+            restore()
+
+    def swap(self, overrides: Mapping[str, Tensor]) -> Callable[[], None]:
+        """Put ``overrides`` in the place of the module's tensors; the function that puts the module's own back."""
+        before: list[tuple[Any, Any, Any]] = []
+        for name, tensor in overrides.items():
+            table, own = self._slot(name)
+            before.append((table, own, table[own]))
+            table[own] = tensor
+
+        def restore() -> None:
+            for table, own, tensor in before:
+                table[own] = tensor
+
+        return restore
+
+    def _slot(self, name: str) -> Slot:
+        """Where the tensor ``name`` is held."""
+        if name not in self._slots:
+            path, _, own = name.rpartition(".")
+            owner = self.module.get_submodule(path)
+            table: dict[str, Any] = owner._parameters if own in owner._parameters else owner._buffers
+            self._slots[name] = table, own
+        return self._slots[name]
+
+    def overrides(self, params: Params, under: str = "") -> dict[str, Tensor]:
+        """The backbone's tensors that ``params`` replace or rewrite, below the path ``under``, by every name."""
+        plan = self.plan
+        if plan is None:
+            return {}
+        found: dict[str, Tensor] = {}
+        for name, tensor in params.items():
+            for end in plan.ends.get(name, ()):
+                own = self.dtypes[end]
+                found[end] = tensor if tensor.dtype == own else tensor.to(own)
+        for path, attachments in plan.rewriting.items():
+            for attachment in attachments:
+                if attachment.among(params):
+                    own = self.own_tensors(path, found)
+                    found.update(rewritten(attachment, attachment.of(params), own, self.training_at(path)))
+        return {name: tensor for name, tensor in found.items() if not under or name.startswith(under + ".")}
+
+    def own_tensors(self, path: str, replaced: Params) -> dict[str, Tensor]:
+        """The site's own tensors by their own names, as replaced so far."""
+        module = self.module.get_submodule(path)
+        own = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
+        return {name: replaced.get(f"{path}.{name}", tensor) for name, tensor in own.items()}
+
+    def training_at(self, path: str) -> bool:
+        """Whether the module at ``path`` is in training mode."""
+        return self.module.get_submodule(path).training
+
+    def settle(self) -> None:
+        """A call is over: the skeleton is as it was."""
+        if self.units:
+            with outside_transforms():
+                self.memory.follow()
+        else:
+            with outside_transforms():
+                self.memory.restore()
+
+
+def runner_candidates(plan: Plan) -> set[str]:
+    """Modules that may have to run once per member: owners of tensors that differ by member, and those above them."""
+    owners = {name.rpartition(".")[0] for ends in plan.trained.values() for name in ends}
+    owners |= {a.site.path for a in plan.all() if a.by_weights}
+    candidates: set[str] = set()
+    for owner in owners:
+        while owner:
+            candidates.add(owner)
+            owner = owner.rpartition(".")[0]
+    return candidates
+
+
+def _stand_aside(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """A hook that only has to exist: fused paths skip modules with hooks."""
+
