@@ -176,3 +176,11 @@ class EngineWarning(UserWarning):
     >>> issubclass(EngineWarning, UserWarning)
     True
     """
+
+
+class UnreachedWarning(UserWarning):
+    """A first call did not pass through some sites, so a delta adds nothing there in that call.
+
+    >>> issubclass(UnreachedWarning, UserWarning)
+    True
+    """

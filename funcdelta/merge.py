@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .run.bound import rewritten
 from .errors import MergeError
 from .planning.plan import Attachment, Plan
+from .run.bound import rewritten
 from .sites.structure import copy_module, is_quantised
 from .transforms import is_wrapped
 

@@ -452,7 +452,7 @@ if importlib.util.find_spec("diffusers"):
             "unet",
             unet,
             noises,
-            *("to_q", "to_v", "conv1"),
+            *("to_q", "conv1"),
             output=lambda output: output.sample,
             flags="folds routes float32",
             same_for_all=("timestep",),

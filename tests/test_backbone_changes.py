@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import time
 from collections.abc import Callable
 from typing import Any
@@ -300,6 +302,18 @@ def test_buffers_that_a_forward_replaces_are_to_be_looked_up_again() -> None:
     m.table = torch.zeros(5)
     with raises_saying(fd.StaleBackboneError, "table is another tensor", "(5,)"):
         fingerprint.check()
+
+
+def test_a_copy_is_of_the_copied_backbone() -> None:
+    m = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    fingerprint = Fingerprint(m)
+    for other in (copy.deepcopy(fingerprint), pickle.loads(pickle.dumps(fingerprint))):
+        assert other.backbone is not m
+        assert other.check() is False
+        other.backbone[1] = nn.Linear(2, 2)
+        with raises_saying(fd.StaleBackboneError, "1 is another Linear"):
+            other.check()
+    assert fingerprint.check() is False
 
 
 def test_tensors_without_storage_are_compared_by_kind() -> None:

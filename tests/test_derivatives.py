@@ -261,3 +261,119 @@ def test_conjugate_gradients_stay_where_they_have_arrived() -> None:
         b = torch.randn(20, generator=torch.Generator().manual_seed(0))
         found = fd.conjugate_gradient(lambda x, a=values: {"w": a * x["w"]}, {"w": b}, steps=100)
         torch.testing.assert_close(found["w"], b / values, rtol=1e-4, atol=1e-4)
+
+
+def shuffled(tree_: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """The same dict with its keys in another order."""
+    names = list(tree_)
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    assert order != sorted(order)
+    return {names[i]: tree_[names[i]] for i in order}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_order_of_keys_decides_nothing(smooth: Plain, seed: int) -> None:
+    """Params, directions and cotangents are matched by name; what comes out goes by the names of params."""
+    params, direction = trained_direction(smooth)
+    other = shuffled(direction, seed)
+    many = fd.tree.randn_like(fd.broadcast(params, 2), [1, 2])
+
+    def loss(p, *data):
+        return smooth.outputs(p, *data).square().sum()
+
+    def both(p, *data):
+        out = smooth.outputs(p, *data)
+        return {"a": out, "b": {"c": out.square(), "d": out.sum()}}
+
+    value = both(params, *smooth.data)
+    cotangent = {"b": {"d": value["b"]["d"] * 2, "c": value["b"]["c"] * 3}, "a": value["a"]}
+    in_order = {"a": value["a"], "b": {"c": value["b"]["c"] * 3, "d": value["b"]["d"] * 2}}
+    calls = {
+        "jvp": lambda p, t: fd.jvp(smooth.outputs, p, t, *smooth.data),
+        "hvp": lambda p, t: fd.hvp(loss, p, t, *smooth.data),
+        "mapped": lambda p, t: torch.vmap(lambda t: fd.jvp(smooth.outputs, p, t, *smooth.data))(
+            {k: many[k] for k in t}
+        ),
+        "solve": lambda p, t: fd.conjugate_gradient(
+            lambda v: fd.tree.add(shuffled(fd.hvp(loss, p, v, *smooth.data), 1), v), t, steps=2, damping=3.0
+        ),
+    }
+    for name, call in calls.items():
+        expected = call(params, direction)
+        for p, t in ((params, other), (shuffled(params, seed + 1), other), (shuffled(params, seed + 1), direction)):
+            found = call(p, t)
+            if isinstance(found, dict):
+                assert found.keys() == expected.keys()
+                found = {k: found[k] for k in expected}
+            torch.testing.assert_close(found, expected, msg=lambda text, name=name: f"{name}: {text}")
+    pulled = fd.vjp(both, params, in_order, *smooth.data)
+    torch.testing.assert_close(fd.vjp(both, params, cotangent, *smooth.data), pulled)
+    rows = fd.per_sample_grads(lambda p, x: loss(p, x))(params, *smooth.data)
+    again = fd.per_sample_grads(lambda p, x: loss(p, x))(shuffled(params, seed), *smooth.data)
+    torch.testing.assert_close({k: again[k] for k in rows}, rows)
+
+
+def test_leaves_without_derivatives_get_zeros() -> None:
+    """Integers and masks stand in params as constants: everything is what it is without them."""
+    w, x = torch.tensor([1.0, 2.0, 3.0]), torch.randn(4, 3)
+    whole = {"steps": torch.tensor([2, 3]), "w": w, "mask": torch.tensor([True, False, True])}
+
+    def f(p, x):
+        return {"y": (p["w"] * p["mask"]) ** p["steps"][0] + x, "z": (p["w"] ** 3).sum()}
+
+    def alone(p, x):
+        return f(whole | p, x)
+
+    row = x[0]
+    t = {"w": torch.tensor([1.0, 10.0, 100.0])}
+    zeros = fd.tree.map(torch.zeros_like, whole)
+    torch.testing.assert_close(fd.jvp(f, whole, zeros | t, row), fd.jvp(alone, {"w": w}, t, row))
+    cotangent = {"y": torch.ones(3), "z": torch.tensor(2.0)}
+    torch.testing.assert_close(fd.vjp(f, whole, cotangent, row), zeros | fd.vjp(alone, {"w": w}, cotangent, row))
+    found, expected = fd.jacobian(f, whole, row), fd.jacobian(alone, {"w": w}, row)
+    for name, shape in (("y", (3,)), ("z", ())):
+        torch.testing.assert_close(found[name]["w"], expected[name]["w"])
+        assert found[name]["steps"].shape == (*shape, 2)
+        assert not found[name]["steps"].any()
+        assert not found[name]["mask"].any()
+
+    def loss(p, x):
+        return f(p, x)["y"].square().sum() + f(p, x)["z"]
+
+    def loss_alone(p, x):
+        return loss(whole | p, x)
+
+    torch.testing.assert_close(fd.hvp(loss, whole, zeros | t, row), zeros | fd.hvp(loss_alone, {"w": w}, t, row))
+    rows = fd.per_sample_grads(loss)(whole, x)
+    torch.testing.assert_close(rows["w"], fd.per_sample_grads(loss_alone)({"w": w}, x)["w"])
+    assert rows["steps"].shape == (4, 2)
+    assert not rows["steps"].any()
+
+
+def test_what_cannot_be_a_direction_is_named() -> None:
+    p = {"w": torch.ones(2), "b": torch.ones(1)}
+
+    def f(params):
+        return params["w"].sum()
+
+    for t, words in (
+        ({"w": torch.ones(2)}, "Leaf 'b' stands in params but not in the tangent of jvp"),
+        (
+            {"w": torch.ones(3), "b": torch.ones(1)},
+            r"Leaf 'w' of the tangent of jvp is \(3,\), torch.float32; expected",
+        ),
+        ({"w": torch.ones(2).double(), "b": torch.ones(1)}, r"'w' of the tangent of jvp is \(2,\), torch.float64"),
+        ({"w": None, "b": torch.ones(1)}, "'w' of the tangent of jvp is None"),
+    ):
+        with pytest.raises(fd.ParamsError, match=words):
+            fd.jvp(f, p, t)
+        with pytest.raises(fd.ParamsError, match=words.replace("tangent of jvp", "vector of hvp")):
+            fd.hvp(f, p, t)
+    with pytest.raises(fd.ParamsError, match=r"found the key 0 \(int\)"):
+        fd.jvp(lambda params: params[0], {0: torch.ones(1)}, {0: torch.ones(1)})
+    with pytest.raises(fd.ParamsError, match="no leaf to differentiate in"):
+        fd.jacobian(lambda params: params["n"], {"n": torch.tensor(3)})
+    with pytest.raises(fd.ParamsError, match=r"'w' is torch\.sparse_coo"):
+        fd.vjp(f, {"w": torch.eye(2).to_sparse()}, torch.ones(()))
+    with pytest.raises(fd.ParamsError, match=r"jacobian is of real numbers, and leaf 'w' is torch\.complex64"):
+        fd.jacobian(f, {"w": torch.ones(2) * 1j})

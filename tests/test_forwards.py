@@ -312,6 +312,16 @@ def test_gradients_are_those_of_the_weight(name: str) -> None:
         assert_close(found[leaf], gradient, 1e-4)
 
 
+def test_a_table_with_sparse_gradients_is_the_dense_one() -> None:
+    sparse, dense = nn.Embedding(11, 4, sparse=True), nn.Embedding(11, 4)
+    dense.load_state_dict(sparse.state_dict())
+    deltas = [fd.LoraModel(Holder(table).eval(), lora_r=2, modified_modules=["layer"]) for table in (sparse, dense)]
+    params = random_params(deltas[0])
+    found, expected = (gradients(lambda p, d=delta: flat(d.apply(p, TOKENS)), params) for delta in deltas)
+    assert torch.equal(deltas[0].apply(params, TOKENS), deltas[1].apply(params, TOKENS))
+    assert all(torch.equal(found[leaf], expected[leaf]) for leaf in expected)
+
+
 @pytest.mark.parametrize("name", ["dropout of one's own", "another function in training"])
 def test_what_differs_in_training_is_right_there(name: str) -> None:
     make, x = BY_WEIGHTS[name]
@@ -360,19 +370,6 @@ def test_packed_weights_take_the_formula_and_no_change() -> None:
     assert_close(delta.apply(params, X), model(X) + X @ change.T)
     with raises_saying(fd.MergeError, "layer", "Packed", "packed", "(6, 4)"):
         delta.merge(params)
-    # Elsewhere it can only act by its weights, and there it has none.
-    with raises_saying(fd.MatchError, "layer", "packed", "exclude_modules"):
-        attachment(delta).by_weights_alone()
-
-
-def test_a_layer_that_is_read_elsewhere_acts_by_its_weights_alone() -> None:
-    delta = fd.LoraModel(Holder(nn.Linear(4, 6)), lora_r=2, modified_modules=["layer"])
-    alone = attachment(delta).by_weights_alone()
-    assert (alone.by_weights, alone.by_values, alone.site.own_forward) == (True, False, True)
-    assert alone.by_weights_alone() is alone
-    adapter = fd.AdapterModel(Holder(nn.Linear(4, 6)), modified_modules=["layer"])
-    with raises_saying(fd.MatchError, "layer", "weights"):
-        attachment(adapter).by_weights_alone()
 
 
 def test_dropout_has_no_place_in_a_change_of_weights() -> None:
@@ -496,6 +493,17 @@ def test_channels_of_a_norm_are_found_where_they_are() -> None:
     norm = of_transformers("convnext.modeling_convnext", "ConvNextLayerNorm")
     assert site_of("n", norm(5, data_format="channels_first")).channel_axis == 1
     assert site_of("n", norm(5, data_format="channels_last")).channel_axis == -1
+
+
+def test_features_of_a_convolution_without_rows_are_where_they_are() -> None:
+    conv, signal = nn.Conv1d(4, 6, 4), SIGNAL[0]
+    for kind in (fd.BitFitConfig, fd.AdapterConfig, fd.LowRankAdapterConfig, fd.LoraConfig):
+        fields = {"reduction_factor": 2} if kind is fd.LowRankAdapterConfig else {}
+        delta = fd.DeltaModel(Holder(conv).eval(), kind(modified_modules=["layer"], **fields))
+        params = random_params(delta)
+        # As many places as features: a wrong axis would go unnoticed.
+        assert conv(signal).shape == (6, 6)
+        assert_close(delta.apply(params, signal), delta.apply(params, signal[None])[0])
 
 
 # -- complex layers, and methods of one's own ----------------------------------------------------------------------

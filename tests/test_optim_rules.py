@@ -1,4 +1,4 @@
-"""Which leaves the optimisers move: constants, masks, missing gradients; clipping; errors."""
+"""Which leaves the optimisers move: masks, missing gradients; clipping; errors. Constants: test_constants.py."""
 
 from __future__ import annotations
 
@@ -6,48 +6,30 @@ from typing import Any
 
 import pytest
 import torch
-from optim_cases import OURS, Tensors, gradient, start
+from optim_cases import Tensors, gradient, start
 
 from funcdelta import optim, tree
 from funcdelta.errors import ConfigError, MatchError, ParamsError, StackError
-from funcdelta.pytrees import constants
+from funcdelta.pytrees.constants import still
 from funcdelta.stacks import params
 
 
-def with_scale(scope: str) -> tuple[Tensors, Tensors]:
-    constants.declare_leaves([f"{scope}.lora_A"], [f"{scope}.scale"])
-    p = {f"{scope}.lora_A": torch.ones(2, 3), f"{scope}.scale": torch.tensor([2.0, 3.0])}
-    return p, tree.map(torch.ones_like, p)
-
-
-@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
-def test_constants_stay(kind: str) -> None:
-    p, grads = with_scale(f"stay.{kind}")
-    opt = OURS[kind](lr=0.1, weight_decay=0.5)
-    state = opt.init(p, n=2)
-    # A second delta may train the name later; a training that runs is not disturbed.
-    for _ in range(2):
-        updates, state = opt.update(grads, state, p)
-        assert list(updates) == list(p)
-        assert not updates[f"stay.{kind}.scale"].any()
-        assert updates[f"stay.{kind}.lora_A"].all()
-        constants.declare_leaves([f"stay.{kind}.scale"], [])
-    assert all(f"stay.{kind}.scale" not in moments for moments in state[1:])
-    assert f"stay.{kind}.scale" in opt.init(p, n=2)[1]
-
-
 def test_trainable_says_which_leaves_move() -> None:
-    p, grads = with_scale("mask")
+    p = still({"lora_A": torch.ones(2, 3), "scale": torch.tensor([2.0, 3.0])}, ["scale"])
+    grads = tree.map(torch.ones_like, p)
 
     def moved(trainable: Any) -> list[str]:
         opt = optim.adamw(lr=0.1, trainable=trainable)
-        updates, _ = opt.update(grads, opt.init(p), p)
-        return [name.removeprefix("mask.") for name, x in updates.items() if x.any()]
+        updates, state = opt.update(grads, opt.init(p), p)
+        assert list(updates) == list(p)
+        found = [name for name, x in updates.items() if x.any()]
+        assert list(state.mu) == list(state.nu) == found
+        return found
 
-    assert moved(None) == moved("mask") == moved(["lora_A"]) == ["lora_A"]
+    assert moved(None) == moved(["lora_A"]) == moved(r"[r].*") == ["lora_A"]
     assert moved(lambda name: True) == ["lora_A", "scale"]
     assert moved(lambda name, leaf: leaf.ndim == 1) == ["scale"]
-    assert moved(lambda name: False) == moved([]) == []
+    assert moved(lambda name: False) == moved([]) == moved("scale") == []
     with pytest.raises(MatchError, match=r"'loraA'.*Near names: lora_A"):
         moved("loraA")
 
@@ -164,6 +146,23 @@ RATES = torch.tensor([0.1, 0.2])
             ParamsError,
             r"The gradient of leaf 'l\.b' has shape \(3,\); the leaf has shape \(4,\)",
         ),
+        (
+            lambda: optim.adam(0.1).update({"l.b": torch.ones(4, device="meta")}, optim.adam(0.1).init(ONE), ONE),
+            ParamsError,
+            r"The gradient of leaf 'l\.b' is on meta, the leaf on cpu",
+        ),
+        (
+            lambda: optim.adam(0.1).update({"l.w": torch.eye(4, 2).to_sparse()}, optim.adam(0.1).init(ONE), ONE),
+            ParamsError,
+            r"'gradient of l\.w' is torch\.sparse_coo.*to_dense",
+        ),
+        (
+            lambda: optim.adam(0.1).update({"l.b": torch.ones(4) * 1j}, optim.adam(0.1).init(ONE), ONE),
+            ParamsError,
+            r"The gradient of leaf 'l\.b' is torch\.complex64; the leaf is torch\.float32",
+        ),
+        (lambda: optim.adam(0.1).init({0: torch.ones(1)}), ParamsError, r"found the key 0 \(int\)"),
+        (lambda: optim.adam(0.1).init({"w": torch.eye(2).to_sparse()}), ParamsError, r"Leaf 'w' is torch\.sparse_coo"),
         (
             lambda: optim.adam(0.1).init({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}),
             ParamsError,

@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,62 @@ def test_a_packed_member_trains_as_it_does_alone(kind: str, dirty: bool) -> None
         for name in alone.names:
             assert_close(found[name], leaves[name])
             assert alone.trainable(name) == (not torch.equal(found[name], params[name])), name
+
+
+@fd.register("test_unit_rows")
+@dataclass(frozen=True)
+class UnitRowsConfig(fd.BaseDeltaConfig):
+    """A method that no zeros can be put into: its matrix has rows of length 1, and its gain is divided by."""
+
+    def init(self, site: fd.Site, rng: torch.Generator) -> dict[str, Tensor]:
+        return {"rows": torch.randn(site.width, site.width, generator=rng), "gain": torch.ones(site.width)}
+
+    def after(self, site: fd.Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
+        return y + y @ (p["rows"] / p["rows"].norm(dim=-1, keepdim=True)) / p["gain"]
+
+
+def poisoned(delta: fd.DeltaModel, stack: dict[str, Tensor], poison: float) -> dict[str, Tensor]:
+    """The stack with ``poison`` wherever no member has any numbers: beyond its sizes, and where it has no delta."""
+    full = {k: torch.full_like(leaf, torch.nan) if delta.trainable(k) else leaf for k, leaf in stack.items()}
+    back = fd.pack(fd.unpack(delta, full))[1]
+    return {
+        name: torch.where(back[name].isnan() | (not delta.trainable(name)), leaf, poison)
+        for name, leaf in stack.items()
+    }
+
+
+@pytest.mark.parametrize("engine", ["fold", "vmap", "loop"])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, 0.0])
+@pytest.mark.parametrize(("name", "methods"), [("mlp", tuple(MIXED)), ("bert", FEW)])
+def test_whatever_lies_where_nothing_is_stays_there(
+    name: str, methods: tuple[str, ...], poison: float, engine: str
+) -> None:
+    """Outputs, and the gradients of every member's own leaves, of heads and of inputs, are as if it were not there."""
+    architecture, pairs = ZOO[name], list(zoo_pairs(name, methods))
+    model = pairs[0][0].backbone
+    if name == "mlp":
+        example, blocks = architecture.inputs(2), targets("adapter", architecture)
+        config = UnitRowsConfig(modified_modules=blocks, unfrozen_modules=pairs[0][0].configs[0].unfrozen_modules)
+        unit = fd.DeltaModel(model, config, example=example.get("args", example))
+        pairs.append((unit, away_from_start(unit)))
+    delta, stack = fd.pack(pairs)
+    dirty = poisoned(delta, stack, poison)
+    changed = {k: ~torch.isclose(dirty[k], stack[k], rtol=0, atol=0) for k in stack}
+    assert sum(int(where.any()) for where in changed.values()) > 5
+
+    def run(stack: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        leaves = {k: leaf.clone().requires_grad_(delta.trainable(k)) for k, leaf in stack.items()}
+        outs = architecture.call(functools.partial(delta.apply_many, leaves, engine=engine), architecture.inputs(2))
+        outs.square().sum().backward()
+        return outs.detach(), {k: leaf.grad for k, leaf in leaves.items() if leaf.grad is not None}
+
+    outs, grads = run(stack)
+    found, again = run(dirty)
+    assert_close(found, outs)
+    assert grads.keys() == again.keys()
+    for k, gradient in grads.items():
+        assert_close(again[k], gradient)
+        assert not again[k][changed[k]].any(), k
 
 
 def test_padding_has_no_gradient_and_no_effect() -> None:

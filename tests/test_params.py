@@ -1,4 +1,4 @@
-"""Members: stack, unstack, take, cat, broadcast; partition and combine; seeds; declared constants."""
+"""Members: stack, unstack, take, cat, broadcast; partition and combine; seeds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch.utils import _pytree as pytree
 
 from funcdelta import tree
 from funcdelta.errors import MatchError, ParamsError, StackError
-from funcdelta.pytrees import constants
 from funcdelta.stacks import params
 
 
@@ -265,18 +264,6 @@ def test_derive_tells_paths_apart() -> None:
     paths = [(), ("a",), ("b",), ("a", "b"), ("ab",), ("a.b",), ("b", "a"), ("", "ab"), (1, 1), (11,)]
     assert len({params.derive(0, *path) for path in paths}) == len(paths)
     assert params.derive(0, "a", 1) == params.derive(0, "a", "1") != params.derive(1, "a", 1)
-
-
-def test_constants_yield_to_a_delta_that_trains_the_name() -> None:
-    constants.declare_leaves(trainable=["tc.lora_A"], constants=["tc.scale"])
-    assert constants.is_constant("tc.scale")
-    assert not constants.is_constant("tc.lora_A")
-    assert not constants.is_constant("tc.unheard")
-    constants.declare_leaves(trainable=["tc.scale"], constants=["tc.lora_A"])
-    assert not constants.is_constant("tc.scale")
-    assert not constants.is_constant("tc.lora_A")
-    assert constants.was_declared_constant("tc.scale")
-    assert not constants.was_declared_constant("tc.unheard")
 
 
 def test_a_stack_of_params_is_still_a_pytree_for_tree() -> None:

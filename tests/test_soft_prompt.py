@@ -450,7 +450,7 @@ def test_what_cannot_be_extended_is_refused() -> None:
     assert delta.apply(params, tokens(2, length=29)).logits.shape == (2, 32, 64)
     with pytest.raises(fd.EngineError, match=r"StaticCache was made for the text without the prompt"):
         delta.bind(params).generate(ids, max_new_tokens=2, cache_implementation="static", pad_token_id=1)  # type: ignore[operator]
-    with pytest.raises(fd.MergeError, match="rows before the input are no function of the weights"):
+    with pytest.raises(fd.MergeError, match="rows before the input are not a function of the weights"):
         delta.merge(params)
     with pytest.raises(ValueError, match="input_ids"):
         delta.apply(params, attention_mask=torch.ones(2, 6))

@@ -66,7 +66,8 @@ class AdapterConfig(BaseDeltaConfig):
         }
 
     def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
-        h = y.movedim(site.channel_axis, -1)
+        axis = site.features_axis(y)
+        h = y.movedim(axis, -1)
         down = activation(self.non_linearity)(linear(h, p["down_proj.weight"], p["down_proj.bias"]))
         change = linear(down, p["up_proj.weight"], p["up_proj.bias"])
-        return y + change.movedim(-1, site.channel_axis)
+        return y + change.movedim(-1, axis)

@@ -65,7 +65,7 @@ class BitFitConfig(BaseDeltaConfig):
     def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
         if site.channel_axis == -1:
             return y + p["bias"]
-        return y + p["bias"].view(-1, *[1] * (y.ndim - 1 - site.channel_axis % y.ndim))
+        return y + p["bias"].view(-1, *[1] * (-1 - site.features_axis(y)))
 
     def weights(self, site: Site, p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
         """``bias + b``, or ``b`` where the module has no bias yet."""

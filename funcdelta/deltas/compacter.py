@@ -178,10 +178,11 @@ class CompacterConfig(BaseDeltaConfig):
         return found
 
     def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
-        h = y.movedim(site.channel_axis, -1)
+        axis = site.features_axis(y)
+        h = y.movedim(axis, -1)
         down = self._layer(h, p, "down_sampler")
         change = self._layer(activation(self.non_linearity)(down), p, "up_sampler")
-        return y + change.movedim(-1, site.channel_axis)
+        return y + change.movedim(-1, axis)
 
     def _layer(self, x: Tensor, p: dict[str, Tensor], layer: str) -> Tensor:
         """``x (Σᵢ Aᵢ ⊗ Bᵢ) + b`` with the leaves of one layer."""

@@ -97,10 +97,11 @@ class LowRankAdapterConfig(BaseDeltaConfig):
         }
 
     def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
-        h = y.movedim(site.channel_axis, -1)
+        axis = site.features_axis(y)
+        h = y.movedim(axis, -1)
         down = _layer(h, p, "down_sampler")
         change = _layer(activation(self.non_linearity)(down), p, "up_sampler")
-        return y + change.movedim(-1, site.channel_axis)
+        return y + change.movedim(-1, axis)
 
 
 def _layer(x: Tensor, p: dict[str, Tensor], name: str) -> Tensor:

@@ -101,9 +101,10 @@ class ParallelAdapterConfig(BaseDeltaConfig):
         }
 
     def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
-        h = x.movedim(site.channel_axis, -1)
+        axis = site.features_axis(x)
+        h = x.movedim(axis, -1)
         down = activation(self.non_linearity)(linear(h, p["down_proj.weight"], p["down_proj.bias"]))
-        change = linear(down, p["up_proj.weight"], p["up_proj.bias"]).movedim(-1, site.channel_axis)
+        change = linear(down, p["up_proj.weight"], p["up_proj.bias"]).movedim(-1, axis)
         if change.ndim != y.ndim or any(a not in (1, b) for a, b in zip(change.shape, y.shape, strict=True)):
             raise MatchError(
                 f"The parallel adapter from {site.path} to {site.exit or site.path} turns {tuple(x.shape)} into "

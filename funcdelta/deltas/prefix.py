@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..run.attention import attention_below
 from ..config import BaseDeltaConfig, register
 from ..errors import ConfigError, MatchError
+from ..run.attention import attention_below
 from ..sites.site import Site
 
 POSITION_BIAS = ("kept", "first_layer_only")

@@ -17,10 +17,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..run.entrance import embedded_tokens, entrances, input_embedding, why_not
-from ..run.prompt import EXPAND
 from ..config import BaseDeltaConfig, register
 from ..errors import ConfigError
+from ..run.entrance import embedded_tokens, entrances, input_embedding, why_not
+from ..run.prompt import EXPAND
 from ..sites.site import Site
 
 
@@ -100,7 +100,7 @@ class SoftPromptConfig(BaseDeltaConfig):
         return None
 
     def unmergeable(self, site: Site) -> str | None:
-        return "rows before the input are no function of the weights"
+        return "rows before the input are not a function of the weights"
 
     def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
         shape = self.soft_token_num, site.width

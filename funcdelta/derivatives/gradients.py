@@ -5,7 +5,6 @@ Members are summed, never averaged: an average would divide every member's gradi
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,8 +17,6 @@ from ..errors import EngineError, ParamsError, RecomputeError, StackError
 from ..run.engines import known_vmap_limit
 from ..stacks.params import members, slices, take
 from ..transforms import inside_transform
-
-_stacks = threading.local()
 
 DataDims = int | None | Sequence[int | None]
 
@@ -156,10 +153,9 @@ def _differentiate(loss: Callable[..., Any], stack: Any, data: Sequence[Any], ha
             leaf.detach().requires_grad_() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
             for leaf in leaves
         ]
-        _stacks.members = None
         note_reentrant(False)
         value = loss(pytree.tree_unflatten(roots, spec), *data)
-        _refuse_average(value, has_aux)
+        _refuse_average(loss, stack, data, value, has_aux)
         differentiable = [root for root in roots if isinstance(root, Tensor) and root.requires_grad]
         losses = _losses(value, has_aux)
         if not losses.requires_grad:
@@ -172,18 +168,24 @@ def _differentiate(loss: Callable[..., Any], stack: Any, data: Sequence[Any], ha
     return value, pytree.tree_unflatten(grads, spec)
 
 
-def note_members(n: int) -> None:
-    """Remember that a stack of n members ran; ``apply_many`` tells, so that an averaged loss is noticed."""
-    _stacks.members = n
-
-
-def _refuse_average(value: Any, has_aux: bool) -> None:
-    n, losses = _stacks.members, value[0] if has_aux and isinstance(value, tuple) else value
-    if n is not None and isinstance(losses, Tensor) and losses.ndim == 0:
+def _refuse_average(loss: Callable[..., Any], stack: Any, data: Sequence[Any], value: Any, has_aux: bool) -> None:
+    """Raise where ``loss`` gave one number for a stack: a loss that takes stacks alone refuses one of its members."""
+    losses = value[0] if has_aux and isinstance(value, tuple) else value
+    tensors = [leaf for leaf in pytree.tree_leaves(stack) if isinstance(leaf, Tensor)]
+    counts = {leaf.shape[0] if leaf.ndim else None for leaf in tensors}
+    if not isinstance(losses, Tensor) or losses.ndim or len(counts) != 1 or None in counts:
+        return
+    try:
+        with torch.no_grad():
+            loss(take(stack, 0), *data)
+    except StackError:
+        n = counts.pop()
         raise ParamsError(
             f"loss gave one number for a stack of {n} members, so gradients would mix them: return one loss a member, "
             f"({n},), for example torch.vmap(F.cross_entropy)(logits, labels)."
-        )
+        ) from None
+    except Exception:  # noqa: S110  (params of one member whose leaves begin alike: what is taken of them is none)
+        pass
 
 
 def _zeros(leaf: Any) -> Any:

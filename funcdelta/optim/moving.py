@@ -1,10 +1,10 @@
 """Which leaves an optimiser moves, and one pass of a rule over them.
 
-Which leaves train is no state of the process: it is seen in what the optimiser is given. A delta's constants carry a mark
-(:mod:`funcdelta.pytrees.constants`) and get no moments. The mark is lost in transforms, in compiled code, in
-``leaf.to(...)``; but the gradient of a constant is zero, so that every rule leaves it where it is. Weight decay is the one
-term that would move it, so where nothing has said what trains, that acts on a leaf only from its first gradient on that
-is something other than zero (:func:`alive`).
+Which leaves train is no state of the process: it is seen in what the optimiser is given. A delta's constants carry a
+mark (:mod:`funcdelta.pytrees.constants`) and get no moments. The mark is lost in transforms, in compiled code, in
+``leaf.to(...)``; but the gradient of a constant is zero, so that every rule leaves it where it is. Weight decay is the
+one term that would move it. So where nothing has said what trains, a leaf decays only once its gradient has been
+something other than zero (:func:`alive`).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def begin(
 
 
 def _moving(leaves: dict[str, Tensor], trainable: Selector | None) -> dict[str, Tensor]:
-    """The leaves that an optimiser may move: of floating point, and chosen by a predicate, or by names if not marked."""
+    """The leaves that an optimiser may move: of floating point, and chosen by a predicate, or else not marked."""
     chosen = set(leaves) if trainable is None else select(leaves, trainable)
     if not callable(trainable):
         chosen = {name for name in chosen if not is_constant(leaves[name])}
@@ -74,17 +74,15 @@ def told(trainable: Selector | None, params: Any, *moments: Mapping[str, Tensor]
     """
     if trainable is not None:
         return callable(trainable)
-    known = set[str]().union(*moments)
-    return any(
-        isinstance(leaf, Tensor) and leaf.is_floating_point() and name not in known for name, leaf in named(params)
-    )
+    floating = [name for name, leaf in named(params) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return any(not any(name in kept for kept in moments) for name in floating)
 
 
 def alive(known: bool, step: Tensor, *evidence: Tensor) -> Tensor | None:
     """Whether a leaf has a gradient to go by: some entry of its gradient or moments (``evidence``) is not zero.
 
-    () or, where the state counts steps member by member, one value a member, (n, 1, ...). ``None`` where it is ``known``
-    that the leaf trains, so that nothing has to be concluded.
+    () or, where the state counts steps member by member, one value a member, (n, 1, ...). ``None`` where it is
+    ``known`` that the leaf trains, so that nothing has to be concluded.
 
     >>> alive(False, torch.tensor([3, 3]), torch.tensor([[0.0, 0.0], [0.0, 0.1]]))
     tensor([[False],

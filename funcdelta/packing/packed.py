@@ -258,12 +258,12 @@ def where_present(p: Mapping[str, Tensor], new: Tensor, old: Tensor) -> Tensor:
 
 
 def harmless(p: Mapping[str, Tensor], leaf: Tensor) -> Tensor:
-    """``leaf``; of a member without the delta its finite numbers, for NaN and infinities are no place to compute at.
+    """``leaf``; of a member without the delta its finite numbers, to which no gradient comes back.
 
     >>> harmless({"present": torch.tensor(0.0)}, torch.tensor([2.0, torch.nan]))
     tensor([2., 0.])
     """
-    return torch.where((p["present"] > 0) | leaf.isfinite(), leaf, leaf.new_zeros(()))
+    return torch.where(p["present"] > 0, leaf, leaf.detach().nan_to_num(0.0, 0.0, 0.0))
 
 
 def one_way(p: Mapping[str, Tensor], x: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class Attachment:
         by_values: whether it acts on the hidden values that enter or leave the site.
         key: the key in params of the first leaf, own or shared, which stands for all.
         prompt_rows: how many positions it adds before the input.
+        read_by_parent: whether the module above reads the site's tensors and never calls it.
         has_two_forms: whether it acts on hidden values, and could as well by rewriting the site's tensors.
         proof: filled once the two forms have been found to agree.
     """
@@ -54,6 +55,7 @@ class Attachment:
     key: str
     prompt_rows: int = 0
     has_two_forms: bool = False
+    read_by_parent: bool = False
     proof: list[bool] = field(default_factory=list, compare=False)
 
     @property
@@ -73,23 +75,6 @@ class Attachment:
     def of(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This delta's leaves under their own names."""
         return {leaf: params[key] for leaf, key in self.leaves.items()}
-
-    def by_weights_alone(self) -> Attachment:
-        """The same delta acting by the site's tensors, where what a call shows of the site rules out its formula.
-
-        A table that is read for the logits too, or a convolution that is read while decoding. Raises `MatchError`
-        where the method has no weights form there.
-        """
-        if self.by_weights:
-            return self
-        site = dataclasses.replace(self.site, own_forward=True)
-        refusal = self.config.check(site) or self.config.unmergeable(site)
-        if refusal is not None:
-            raise MatchError(
-                f"{self.config.delta_type} cannot act at {site.path}, whose tensors are read elsewhere: {refusal}. "
-                f"Leave it out: exclude_modules=[{site.path!r}]."
-            )
-        return dataclasses.replace(self, site=site, by_weights=True, by_values=False)
 
     def at(self, training: bool) -> Site:
         """The site in training or evaluation mode."""
@@ -144,6 +129,11 @@ class Plan:
         found = {path: tuple(a for a in group if a.by_weights) for path, group in self.attachments.items()}
         self.rewriting = {path: group for path, group in found.items() if group}
         """The attachments that act by rewriting tensors, by the path of their site."""
+
+    @property
+    def uncalled(self) -> set[str]:
+        """Sites whose tensors are read by the module above, which never calls them: they act by their weights."""
+        return {path for path, group in self.attachments.items() if any(a.read_by_parent for a in group)}
 
     def owners(self, params: Mapping[str, Any]) -> dict[str, list[str]]:
         """Modules whose own tensors differ by member, each with the keys of params that say how."""
@@ -409,6 +399,7 @@ def _attach(
         by_weights=by_weights,
         by_values=by_values,
         prompt_rows=_prompt_rows(config, site, leaves, group) if config.gives("prompt") else 0,
+        read_by_parent=bool(uncalled),
         has_two_forms=by_values and _has_weights_form(config, site, modules[site.path]),
     )
 

@@ -26,8 +26,9 @@ FLOATING = frozenset(
     )
 )
 """What makes tensors of the default dtype whatever it is given."""
-INFERRING = frozenset({torch.arange, torch.as_tensor, torch.asarray, torch.full, torch.scalar_tensor, torch.tensor})
-"""What makes tensors of the default dtype from Python's floats."""
+CONVERTING = frozenset({torch.as_tensor, torch.asarray, torch.scalar_tensor, torch.tensor})
+INFERRING = CONVERTING | {torch.arange, torch.full}
+"""What makes tensors of the default dtype from Python's floats; those that convert, of one number a tensor ()."""
 
 
 @contextlib.contextmanager
@@ -62,10 +63,18 @@ class _OwnDtype(TorchFunctionMode):
         if any(not _whole(leaf) for leaf in given):
             return result  # the dtype is that of an operand
         if func in INFERRING and not given:
-            wide = func is not torch.full and isinstance(args[0] if args else None, float)
+            wide = func in CONVERTING and result.ndim == 0
             real = torch.float64 if wide else torch.float32
             return func(*args, **{**kwargs, "dtype": real if result.is_floating_point() else torch.complex64})
+        if result.is_floating_point() and torch.finfo(default).bits < 32:
+            # In half precision 1/7 is lost already: of integers as float32 it is not.
+            result = func(*pytree.tree_map_only(Tensor, _real, args), **pytree.tree_map_only(Tensor, _real, kwargs))
         return result.to(torch.float32 if result.is_floating_point() else torch.complex64)
+
+
+def _real(leaf: Tensor) -> Tensor:
+    """An operand of integers as float32."""
+    return leaf.to(torch.float32) if _whole(leaf) and leaf.dtype != torch.bool else leaf
 
 
 def _whole(leaf: Any) -> bool:

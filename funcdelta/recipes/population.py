@@ -39,7 +39,7 @@ def exploit_and_explore(
     parents[order[-replaced:]] = order[:replaced]
     generator = torch.Generator().manual_seed(seed)
     coin = torch.rand(n, generator=generator, dtype=torch.float32, device="cpu").to(rates.device) < 0.5
-    changed = torch.where(coin, factor, 1 / factor).to(rates.dtype)
+    changed = torch.where(coin, torch.full_like(rates, factor), torch.full_like(rates, 1 / factor))
     copied = (parents != torch.arange(n, device=scores.device)).to(rates.device)
     rates = rates[parents.to(rates.device)] * torch.where(copied, changed, torch.ones_like(changed))
     return fd.take(population, parents), rates, parents

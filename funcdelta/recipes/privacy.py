@@ -104,9 +104,11 @@ def gradients(
     {'w': tensor([[0.3000, 0.6500],
             [1.5000, 2.0000]])}
     """
-    numbers = [
-        value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32) for value in (clip, noise)
-    ]
+    wide = torch.float32 if taken.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    numbers = (
+        value if isinstance(value, Tensor) else torch.tensor(value, dtype=wide, device=taken.device)
+        for value in (clip, noise)
+    )
     clips, noises = (value.to(taken.device).expand(len(taken)) for value in numbers)
 
     def member(params: Params, clip: Tensor, taken: Tensor, *data: Tensor) -> Params:

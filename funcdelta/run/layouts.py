@@ -15,7 +15,7 @@ from ..pytrees.opaque import spare
 from .call import Params
 from .inputs import Arguments, Inputs
 from .layout import Layout
-from .probe import learn
+from .probe import learn, undisturbed
 from .program import Program, program_of
 from .rows import rows_of_cache, sizes
 
@@ -57,7 +57,7 @@ def learned_anew(
 def key_of(program: Program, stack: Params, inputs: Inputs, by_row: bool = False, entry: str = "") -> Any:
     """What decides where the batch is: the mode, the precision, which leaves are given, and facts of the inputs."""
     present = "|".join(sorted(program.plan.present(stack)))
-    single = by_row or inputs.has_single_rows
+    single = True if by_row or inputs.has_single_rows else False  # noqa: SIM210  (symbolic while torch.compile traces)
     return inputs.key(program.training, _precision(inputs.leaves), present, single, by_row, entry)
 
 
@@ -73,9 +73,10 @@ def _learn(program: Program, stack: Params, inputs: Inputs, by_row: bool, entry:
     first = list(range(1 if by_row else min(inputs.b, 2)))
     last = [inputs.b - 1 - i for i in first]
     ends = (0, first), (0 if by_row else inputs.n - 1, last)
-    one = [picked(inputs, end) for end in ends]
+    with undisturbed():
+        one, together = [picked(inputs, end) for end in ends], picked(inputs, *ends)
     present = program.plan.present(stack)
-    return learn(program, present, one, picked(inputs, *ends), inputs.row_axis, len(first), entry)
+    return learn(program, present, one, together, inputs.row_axis, len(first), entry)
 
 
 def picked(inputs: Inputs, *which: tuple[int, Sequence[int]]) -> Arguments:

@@ -7,12 +7,18 @@ another member. So the attributes of all modules are noted once, and restored wh
 
 from __future__ import annotations
 
+import copy
 import operator
 import types
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..match import within
+from ..transforms import outside_transforms
 
 VERSION = operator.attrgetter("_version")
 OWN = frozenset(vars(nn.Module()))
@@ -41,91 +47,166 @@ class Memory:
 
     def __init__(self, backbone: nn.Module, skeleton: nn.Module) -> None:
         self.skeleton = skeleton
-        self.tensors = paired_tensors(backbone, skeleton)
+        self.copies = copied_tensors(backbone, skeleton)
+        self.tensors = [tensor for copied in self.copies for tensor in (copied.source, copied.own)]
         self.versions = list(map(VERSION, self.tensors))
         self.writes_buffers = False
         self.note()
 
     def note(self) -> None:
-        """Note the attributes as they are: what is changed by the skeleton's owner is meant to stay."""
-        self._lists: list[tuple[list[Any], list[Any]]] = []
-        self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
-        self._sets: list[tuple[set[Any], set[Any]]] = []
-        self._attributes: dict[int, dict[Any, Any]] = {}
+        """Note the attributes as they are: what the skeleton's owner has changed is meant to stay."""
+        self._hooks = [hooks for module in self.skeleton.modules() for hooks in _hooks_of(module)]
+        self._hooks_before = [dict(hooks) for hooks in self._hooks]
+        self._hook_counts = list(map(len, self._hooks))
+        self._before: dict[int, dict[Any, Any]] = {}
+        self._noted: dict[str, Noted] = {}
+        self._inside: dict[str, tuple[Noted, list[int]]] = {}
         seen: set[int] = set()
-        for module in self.skeleton.modules():
+        for path, module in self.skeleton.named_modules():
+            noted = self._noted[path] = Noted()
             own = vars(module)
-            self._attributes[id(own)] = before = dict(own)
-            self._dicts += [(own, before), (module._buffers, dict(module._buffers))]
+            for table in (own, module._buffers):
+                self._before[id(table)] = noted.keep(table)
             for name, value in own.items():
                 if name not in OWN:
-                    self._follow(value, seen, DEPTH)
+                    noted.follow(value, seen, DEPTH)
+        self._all = Noted.together(self._noted.values())
 
     def give(self, module: nn.Module, forward: Any) -> Any:
         """Another forward for a module, which stays; ``None``: its class's. Gives the one that it had of its own."""
         own = vars(module)
         had = own.get("forward")
-        for attributes in (own, self._attributes.get(id(own), {})):
+        for attributes in (own, self._before.get(id(own), {})):
             if forward is None:
                 attributes.pop("forward", None)
             else:
                 attributes["forward"] = forward
         return had
 
-    def _follow(self, value: Any, seen: set[int], depth: int) -> None:
+    def restore(self) -> None:
+        """Put back what a call has changed, and copy the backbone's buffers again where either side was written."""
+        self._all.restore()
+        if list(map(len, self._hooks)) != self._hook_counts:
+            # Models install hooks in their first call, and mark that they have: neither stays.
+            for hooks, before in zip(self._hooks, self._hooks_before, strict=True):
+                hooks.clear()
+                hooks.update(before)
+        self.follow()
+
+    def restore_inside(self, path: str) -> None:
+        """The same for the modules at and below ``path``: what one member leaves there is not for the next."""
+        if path not in self._inside:
+            inside = [noted for at, noted in self._noted.items() if within(at, path)]
+            self._inside[path] = (
+                Noted.together(inside),
+                [i for i, copied in enumerate(self.copies) if within(copied.path, path)],
+            )
+        noted, places = self._inside[path]
+        noted.restore()
+        for at in places:
+            self._follow_one(at)
+
+    def follow(self) -> None:
+        """Copy the backbone's buffers, and its tensors that are plain attributes, where either side was written."""
+        # One pass in C over all of them, for models may have thousands.
+        if list(map(VERSION, self.tensors)) != self.versions:
+            for at in range(len(self.copies)):
+                self._follow_one(at)
+
+    def _follow_one(self, at: int) -> None:
+        copied, place = self.copies[at], 2 * at
+        now = [copied.source._version, copied.own._version]
+        if now == self.versions[place : place + 2]:
+            return
+        self.writes_buffers |= now[1] != self.versions[place + 1]
+        with torch.inference_mode(False), torch.no_grad(), outside_transforms():
+            # Another tensor, for a graph may still need the one that was written.
+            copied.own = copied.source.clone()
+        for table, name in copied.holders:
+            table[name] = copied.own
+            if id(table) in self._before:
+                self._before[id(table)][name] = copied.own
+        self.tensors[place + 1] = copied.own
+        self.versions[place : place + 2] = [now[0], copied.own._version]
+
+
+class Noted:
+    """The containers that hold what modules remember, each with what was in it.
+
+    >>> cache, noted = {}, Noted()
+    >>> noted.follow(cache, set(), 1)
+    >>> cache["bias"] = torch.ones(2)
+    >>> noted.restore()
+    >>> cache
+    {}
+    """
+
+    def __init__(self) -> None:
+        self.now: list[Any] = []
+        self.before: list[Any] = []
+
+    @classmethod
+    def together(cls, parts: Iterable[Noted]) -> Noted:
+        """All that is noted in several."""
+        found = cls()
+        for part in parts:
+            found.now += part.now
+            found.before += part.before
+        return found
+
+    def keep(self, container: Any) -> Any:
+        """Note what is in a dict, a list or a set; gives what was noted."""
+        self.now.append(container)
+        self.before.append(copy.copy(container) if type(container) is not dict else dict(container))
+        return self.before[-1]
+
+    def follow(self, value: Any, seen: set[int], depth: int) -> None:
+        """Note the containers that ``value`` is or holds."""
         if isinstance(value, (*PLAIN, *FUNCTIONS, Tensor, nn.Module)) or id(value) in seen or not depth:
             return
         seen.add(id(value))
         inside: Any = ()
         if isinstance(value, dict):
-            self._dicts.append((value, dict(value)))
+            self.keep(value)
             inside = value.values()
-        elif isinstance(value, list):
-            self._lists.append((value, list(value)))
+        elif isinstance(value, (list, set)):
+            self.keep(value)
             inside = value
-        elif isinstance(value, set):
-            self._sets.append((value, set(value)))
         elif isinstance(value, tuple):
             inside = value
         elif isinstance(getattr(value, "__dict__", None), dict) and not _is_private_to_torch(value):
-            own = vars(value)
-            self._dicts.append((own, dict(own)))
-            inside = own.values()
+            inside = vars(value).values()
+            self.keep(vars(value))
         for item in list(inside):
-            self._follow(item, seen, depth - 1)
+            self.follow(item, seen, depth - 1)
 
     def restore(self) -> None:
-        """Put back what a call has changed, and copy the backbone's buffers again where either side was written."""
-        for now, before in self._dicts:
-            if _differs(now, before):
-                now.clear()
+        """Put back what has changed."""
+        try:
+            # In C: identical values are equal without a look at them, and no tensor is compared by its numbers.
+            if not any(map(operator.ne, self.now, self.before)):
+                return
+        except Exception:  # noqa: S110  (what cannot be compared, as tensors cannot, is another object: looked for below)
+            pass
+        for now, before in zip(self.now, self.before, strict=True):
+            if not _differs(now, before):
+                continue
+            now.clear()
+            if isinstance(now, list):
+                now.extend(before)
+            else:
                 now.update(before)
-        for now, before in self._lists:
-            if len(now) != len(before) or any(map(operator.is_not, now, before)):
-                now[:] = before
-        for now, before in self._sets:
-            if now != before:
-                now.clear()
-                now.update(before)
-        self.follow()
-
-    def follow(self) -> None:
-        """Copy the backbone's buffers, and its tensors that are plain attributes, where either side was written."""
-        # One pass in C over all of them, for models may have thousands.
-        if list(map(VERSION, self.tensors)) == self.versions:
-            return
-        with torch.no_grad():
-            for at in range(0, len(self.tensors), 2):
-                source, own = self.tensors[at : at + 2]
-                if [source._version, own._version] != self.versions[at : at + 2]:
-                    self.writes_buffers |= own._version != self.versions[at + 1]
-                    own.copy_(source)
-        self.versions = list(map(VERSION, self.tensors))
 
 
-def _differs(now: dict[Any, Any], before: dict[Any, Any]) -> bool:
+def _hooks_of(module: nn.Module) -> list[dict[Any, Any]]:
+    """The tables of what runs before and after a module's forward."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+    own = vars(module)
+    return [own[name] for name in (*names, "_forward_hooks_always_called", "_backward_hooks") if name in own]
+
+
+def _differs(now: Any, before: Any) -> bool:
     try:
-        # Identical values are equal to a dict without a look at them: fast, and no tensor is compared by its numbers.
         return now != before
     except Exception:  # an object that cannot be compared is another object
         return True
@@ -136,23 +217,39 @@ def _is_private_to_torch(value: Any) -> bool:
     return type(value).__module__.startswith(("torch.", "torch._"))
 
 
-def paired_tensors(backbone: nn.Module, skeleton: nn.Module) -> list[Tensor]:
-    """Every buffer of the backbone and every tensor that is a plain attribute, each followed by the skeleton's copy.
+@dataclass
+class Copied:
+    """A tensor of the backbone that is no parameter, and the skeleton's copy of it.
 
-    >>> paired_tensors(nn.BatchNorm1d(2), nn.BatchNorm1d(2))[0]
+    Attributes:
+        path: the module that holds it.
+        holders: every table and name under which the skeleton has the copy.
+    """
+
+    path: str
+    source: Tensor
+    own: Tensor
+    holders: list[tuple[dict[str, Any], str]]
+
+
+def copied_tensors(backbone: nn.Module, skeleton: nn.Module) -> list[Copied]:
+    """Every buffer of the backbone and every tensor that is a plain attribute, with the skeleton's copy.
+
+    >>> copied_tensors(nn.BatchNorm1d(2), nn.BatchNorm1d(2))[0].source
     tensor([0., 0.])
     """
-    copies = dict(skeleton.named_modules())
-    found: list[Tensor] = []
+    modules = dict(skeleton.named_modules())
+    found: dict[int, Copied] = {}
     for path, module in backbone.named_modules():
-        copy = copies.get(path)
-        if copy is None:
+        twin = modules.get(path)
+        if twin is None:
             continue
-        for own, its in ((module._buffers, copy._buffers), (vars(module), vars(copy))):
+        for own, its in ((module._buffers, twin._buffers), (vars(module), vars(twin))):
             for name, tensor in own.items():
                 other = its.get(name)
                 # Tensors made in inference mode count no versions.
                 plain = type(tensor) in (Tensor, nn.Buffer) and isinstance(other, Tensor) and other is not tensor
                 if plain and not tensor.is_inference() and not other.is_inference() and other.is_leaf:
-                    found += [tensor, other]
-    return found
+                    known = found.setdefault(id(other), Copied(path, tensor, other, []))
+                    known.holders.append((its, name))
+    return list(found.values())

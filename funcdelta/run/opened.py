@@ -47,7 +47,8 @@ class Opened:
         original: the forward that the module had.
         befores, afters: methods that act on what enters and leaves it.
         begun: spans that begin here and end elsewhere.
-        prove: compares a method's formula on activations with its formula on weights, the first time that it acts.
+        unproved: methods with two forms, which are compared the first time that they act.
+        running: how many calls of the module are under way; meanwhile its tensors are read by itself.
     """
 
     def __init__(self, skeleton: Skeleton, path: str, module: nn.Module) -> None:
@@ -57,7 +58,7 @@ class Opened:
         self.afters: list[Bound] = []
         self.begun: list[Attachment] = []
         self.unproved: list[Attachment] = []
-        self.own = "forward" in vars(module)
+        self.running = 0
         forward = functools.partial(_forward, self)
         functools.update_wrapper(forward, self.original)
         module.forward = forward  # type: ignore[method-assign]
@@ -102,10 +103,14 @@ def _forward(opened: Opened, /, *args: Any, **kwargs: Any) -> Any:
         for attachment in begun:
             if attachment.key in call.params:
                 keep(call.note("spans"), attachment.key, attachment.site, x, x_dim, call.never_ends or call.ended)
-    if run is None:
-        output = opened.original(*args, **kwargs)
-    else:
-        output = run_members(opened, call, run, args, kwargs)
+    opened.running += 1
+    try:
+        if run is None:
+            output = opened.original(*args, **kwargs)
+        else:
+            output = run_members(opened, call, run, args, kwargs)
+    finally:
+        opened.running -= 1
     if not afters and (call.watch is None or call.lift is None):
         return output
     y, put_back = (output, None) if isinstance(output, Tensor) else hidden_output(path, output)

@@ -47,6 +47,8 @@ from .tracking import MIXED, Readings, Rows, Tracking
 
 MEMBERS = 2
 
+OTHER_ENGINES = 'Use engine="vmap" or "loop".'
+
 Picked = Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]
 """``pick(0)``: the inputs of one member, ``pick(0, 1)``: of two, folded; with the places of those that have rows."""
 
@@ -112,7 +114,8 @@ def learn(
     try:
         return probe.learn(one, together, axes)
     except FoldError as error:
-        raise FoldError(f"{error}{_why_rows_mix(skeleton.module, program.batch_dim)}") from error
+        advice = "" if "engine=" in str(error) else f" {OTHER_ENGINES}"
+        raise FoldError(f"{error}{advice}{_why_rows_mix(skeleton.module, program.batch_dim)}") from error
     finally:
         skeleton.settle()
 
@@ -146,12 +149,15 @@ class Probe:
         """The layout; see :func:`learn`."""
         with self._watched_modules():
             alone = [self._alone(i, one[i]) for i in range(MEMBERS)]
+        names = _names(alone[0])
+        for name, leaf in zip(names, flatten(alone[0])[0], strict=True):
+            if isinstance(leaf, Tensor) and leaf.ndim == 0:
+                raise FoldError(scalar_message(name))
         self.runs = self.owners()
         for path in self.runs:
             self.skeleton.open(path)
         with self._watched_modules():
             found, dims = self._folded(*together, axes)
-        names = _names(alone[0])
         layout = Layout(
             {path: tuple(visits) for path, visits in self.sites.items()},
             dict(self.runs),
@@ -178,23 +184,13 @@ class Probe:
 
     def _folded(self, args: Any, kwargs: Any, axes: Mapping[int, int]) -> tuple[list[Any], tuple[int | None, ...]]:
         """The leaves of the folded output, and the axis of rows of each."""
-        leaves, tree = flatten((args, kwargs))
-        # Private copies: what a model does to its inputs, and what is noted on them, stays here.
-        leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        for i, axis in axes.items():
-            if isinstance(leaves[i], Tensor):
-                self.tracking.mark(leaves[i], Rows(axis))
-        members = {name: leaf.clone() for name, leaf in self.members.items()}
-        for leaf in members.values():
-            self.tracking.mark(leaf, Rows(0))
-        args, kwargs = tree(leaves)
-        call = Call(members, lift=self.lift, runs=self.runs, watch=self)
         self.folding = True
         try:
-            with undisturbed(), self.tracking, Readings(self.tracking):
-                output = self.skeleton.run(self.entry, {}, args, kwargs, call)
-        except FoldError:
-            raise
+            with undisturbed():
+                args, kwargs, members = self._marked(args, kwargs, axes)
+                call = Call(members, lift=self.lift, runs=self.runs, watch=self)
+                with self.tracking, Readings(self.tracking):
+                    output = self.skeleton.run(self.entry, {}, args, kwargs, call)
         except FuncdeltaError:
             raise
         except Exception as error:
@@ -205,13 +201,24 @@ class Probe:
         dims: list[int | None] = []
         for name, leaf in zip(_names(output), found, strict=True):
             tag = self.tracking.of(leaf) if isinstance(leaf, Tensor) else None
-            if isinstance(leaf, Tensor) and leaf.ndim == 0:
-                raise FoldError(scalar_message(name))
             if tag is MIXED or (tag is not None and tag.outer != 1):
                 reason = self.reason()
                 raise FoldError(f"The output {name} mixes rows of several members{reason}.")
             dims.append(None if tag is None else tag.axis)
         return found, tuple(dims)
+
+    def _marked(self, args: Any, kwargs: Any, axes: Mapping[int, int]) -> tuple[Any, Any, Params]:
+        """Private copies of the inputs and the members, for a call may change the ones and notes are made on both."""
+        leaves, tree = flatten((args, kwargs))
+        leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        for i, axis in axes.items():
+            if isinstance(leaves[i], Tensor):
+                self.tracking.mark(leaves[i], Rows(axis))
+        members = {name: leaf.clone() for name, leaf in self.members.items()}
+        for leaf in members.values():
+            self.tracking.mark(leaf, Rows(0))
+        args, kwargs = tree(leaves)
+        return args, kwargs, members
 
     def _compare(self, alone: list[Any], found: list[Any], layout: Layout) -> None:
         for i, output in enumerate(alone):
@@ -337,8 +344,8 @@ class Probe:
             visit.reason = visit.reason or str(failure)
         finally:
             self.stack.pop()
+        mixed = error is None and self._mixed(output)
         if error is None and not visit.reason:
-            mixed = self._mixed(output)
             if not mixed:
                 return output
             visit.reason = f"{path or 'the model'} returns values that mix rows of several members"
@@ -357,8 +364,8 @@ class Probe:
             self.stack[-1].reason = visit.reason
         if error is not None:
             raise error
-        if not self.stack or path == self.entry:
-            raise FoldError(f"Rows are mixed: {self.why}.")
+        if path == self.entry and not mixed:
+            raise FoldError(f"{self.why[:1].upper()}{self.why[1:]}.")
         return output
 
     def _is_clean(self, args: Any, kwargs: Any) -> bool:
@@ -496,8 +503,7 @@ class Probe:
 
         params = {key: call.params[key] for key in run.keys}
         with self.tracking.pause():
-            with self.skeleton._during(Call({})):
-                bare = forward(*args, **kwargs)
+            bare = self.skeleton.run_inside(path, forward, {}, args, kwargs, Call({}))
             plain = [t for t in pytree.tree_leaves(bare) if isinstance(t, Tensor)]
             split = [
                 t if dim is None else t.unflatten(dim, (MEMBERS, -1)) for t, dim in zip(tensors, dims, strict=True)

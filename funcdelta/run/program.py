@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import StaleBackboneError
 from ..fresh import random_members
 from ..locks import fork_safe_lock
 from ..planning.plan import Plan
+from ..sites.freshness import Fingerprint
 from ..transforms import eager
 from .call import Params, Prepare
 from .checkpointing import changed, flags_of
@@ -47,7 +47,7 @@ class Skeletons:
         self._shards: Shards = {}
         # A mode belongs to the delta: what becomes of the backbone's flags later does not matter.
         self.flags = {path: module.training for path, module in backbone.named_modules()}
-        self._ends, self._checkpointing = self._first_and_last(), flags_of(backbone)
+        self._fingerprint, self._checkpointing = Fingerprint(backbone), flags_of(backbone)
 
     def get(self, training: bool | None, hooked: bool = True) -> Skeleton:
         """This thread's skeleton in the given mode (``None``: the backbone's own flags), while no call uses it."""
@@ -93,26 +93,17 @@ class Skeletons:
         self.plan = plan or self.plan
         self._generation += 1
         self._shards = {}
-        self._ends, self._checkpointing = self._first_and_last(), flags_of(self.backbone)
+        self._fingerprint, self._checkpointing = Fingerprint(self.backbone), flags_of(self.backbone)
         self._traced = {training: self.build(training) for training in self._traced}
 
     def check(self) -> None:
-        """Compare the first and the last parameter with what the skeletons share, and follow the checkpointing."""
+        """Compare the backbone with what the skeletons copied, and follow its checkpointing.
+
+        Raises :class:`StaleBackboneError` with what has changed.
+        """
         if changed(self._checkpointing):
             self.refresh()
-        for module, name, pointer, dtype, device in self._ends:
-            tensor = module._parameters.get(name)
-            if tensor is None or (tensor.data_ptr(), tensor.dtype, tensor.device) != (pointer, dtype, device):
-                raise StaleBackboneError(
-                    f"The backbone's tensors moved after this delta was built (its {name} was {dtype} on {device}, "
-                    f"is {'gone' if tensor is None else f'{tensor.dtype} on {tensor.device}'}): call delta.refresh() "
-                    f"after backbone.to(...)."
-                )
-
-    def _first_and_last(self) -> list[tuple[nn.Module, str, int, torch.dtype, torch.device]]:
-        owned = [(m, name, t) for m in self.backbone.modules() for name, t in m._parameters.items() if t is not None]
-        ends = owned[:1] + owned[-1:]
-        return [(module, name, t.data_ptr(), t.dtype, t.device) for module, name, t in ends]
+        self._fingerprint.check()
 
 
 class Program:

@@ -37,25 +37,33 @@ def prove(
     acting = [a for a in opened.unproved if a.among(call.params)]
     if not acting or not x.numel():
         return
-    with outside_transforms(), torch.no_grad():
-        args, kwargs = pytree.tree_map_only(Tensor, concrete, (args, kwargs))
-        x, y = concrete(x), concrete(y)
+    args, kwargs = pytree.tree_map_only(Tensor, concrete, (args, kwargs))
+    x, y = concrete(x), concrete(y)
+    own = {name: concrete(tensor) for name, tensor in skeleton.own_tensors(opened.path, {}).items()}
+    with torch.inference_mode(False), outside_transforms(), torch.no_grad():
         for attachment in acting:
-            _compare(skeleton, opened, attachment, args, kwargs, x, y)
+            _compare(skeleton, opened, attachment, args, kwargs, x, y, own)
             attachment.proof.append(True)
     opened.unproved = [a for a in opened.unproved if not a.proof]
 
 
 def _compare(
-    skeleton: Skeleton, opened: Opened, attachment: Attachment, args: Any, kwargs: Any, x: Tensor, y: Tensor
+    skeleton: Skeleton,
+    opened: Opened,
+    attachment: Attachment,
+    args: Any,
+    kwargs: Any,
+    x: Tensor,
+    y: Tensor,
+    own: dict[str, Tensor],
 ) -> None:
     p = random_leaves(attachment, x.device)
-    own = {name: concrete(t) for name, t in skeleton.own_tensors(opened.path, {}).items()}
     changed = rewritten(attachment, p, own, training=False)
     before, module = skeleton.call, opened.module
     training = module.training
     skeleton.call = Call({})
     module.training = False
+    opened.running += 1
     try:
         with skeleton.swapped(changed):
             expected = hidden_output(opened.path, opened.original(*args, **kwargs))[0]
@@ -65,6 +73,7 @@ def _compare(
                 bare = hidden_output(opened.path, opened.original(*args, **kwargs))[0]
     finally:
         skeleton.call, module.training = before, training
+        opened.running -= 1
     function = bound_in_both_modes(attachment, "after")[1][False]
     found = function(p, bare, x)
     if not close(found.float() if found.dtype.is_floating_point else found, expected.to(found.dtype).float()):

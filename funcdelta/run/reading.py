@@ -2,15 +2,13 @@
 
 A layer whose weight is passed to a function instead of being called (a table read for the logits, a convolution in
 decoding, attention's output projection) would leave a delta on its hidden values without effect. So the module at a
-site of a skeleton has properties in the place of its parameters. Its own forward, for which the formula on hidden
-values holds, gets the tensor itself; anybody else gets :class:`Rewritten`, which looks like the tensor and becomes the
+site of a skeleton has properties in the place of its parameters. While its own forward runs, for which the formula on
+hidden values holds, it has the tensor itself; at any other time whoever reads it gets :class:`Rewritten`, which looks like the tensor and becomes the
 rewritten one when something is computed from it. Many models read a weight's dtype alone, which costs nothing.
 """
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -61,28 +59,27 @@ def rewritten_when_read(tensor: Tensor, compute: Callable[[], Tensor]) -> Tensor
     return found
 
 
-def watch_reads(module: nn.Module, outside: Callable[[str, Tensor], Tensor]) -> None:
-    """Let ``outside(name, tensor)`` answer whoever reads a parameter of ``module``, except for its own forward.
+def watch_reads(
+    module: nn.Module, inside: Callable[[], bool], outside: Callable[[str, Tensor], Tensor]
+) -> None:
+    """Let ``outside(name, tensor)`` answer whoever reads a parameter of ``module`` while it is not ``inside``.
 
     >>> layer = nn.Linear(2, 2)
-    >>> watch_reads(layer, lambda name, tensor: torch.zeros_like(tensor))
-    >>> float(layer.weight.sum()), float(layer(torch.ones(1, 2)).abs().sum()) > 0
-    (0.0, True)
+    >>> watch_reads(layer, lambda: False, lambda name, tensor: torch.zeros_like(tensor))
+    >>> float(layer.weight.sum()), type(layer).__name__
+    (0.0, 'Linear')
     """
     kind = type(module)
-    own = getattr(inspect.unwrap(kind.forward), "__code__", None)
     names = [name for name, parameter in module._parameters.items() if parameter is not None and name.isidentifier()]
-    reading = {name: _property(name, own, outside) for name in names}
+    reading = {name: _property(name, inside, outside) for name in names}
     namespace = {**reading, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     module.__class__ = type(kind.__name__, (kind,), namespace)
 
 
-def _property(name: str, own: Any, outside: Callable[[str, Tensor], Tensor]) -> property:
+def _property(name: str, inside: Callable[[], bool], outside: Callable[[str, Tensor], Tensor]) -> property:
     def read(module: nn.Module) -> Any:
         tensor = module._parameters[name]
-        if tensor is None or torch.compiler.is_compiling() or sys._getframe(1).f_code is own:
-            return tensor
-        return outside(name, tensor)
+        return tensor if tensor is None or inside() else outside(name, tensor)
 
     def write(module: nn.Module, value: Any) -> None:
         module._parameters[name] = value

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import MatchError
+from ..errors import MatchError, UnreachedWarning
 from ..functional.attention import attention_for_this_call
 from .attention import attention_mark
 from .call import Call, Params, read_mark
@@ -70,6 +70,7 @@ def tell_missed(program: Program, given: Iterable[str], reached: set[str]) -> No
             f"adds nothing there in this call. That is right for experts without tokens, layers skipped at random or a "
             f"batch without images. Where a site never runs, name another module, or leave it out: "
             f'exclude_modules=["{missed[0]}"].',
+            UnreachedWarning,
             stacklevel=4,
         )
 

@@ -75,6 +75,7 @@ class Skeleton:
         self.call: Call | None = None
         self.kept: weakref.ref[Call] | None = None
         self.recomputing = recomputing(self.module)
+        self.nesting = [m for m in self.module.modules() if isinstance(m, nn.TransformerEncoder)]
         require_grad_outside_transforms(self.module)
         self.opened: dict[str, Opened] = {}
         self.sharing: set[str] = set()
@@ -110,9 +111,9 @@ class Skeleton:
         if path not in self.opened:
             module = self.module.get_submodule(path)
             self.opened[path] = Opened(self, path, module)
-            if self.memory is not None:
-                self.memory.give(module, vars(module)["forward"])
             module.register_forward_hook(_stand_aside)
+            if self.memory is not None:
+                self.memory.note()
         return self.opened[path]
 
     def _open_site(self, path: str, attachments: list[Attachment], begun: list[Attachment]) -> None:
@@ -128,7 +129,7 @@ class Skeleton:
             return self._read_outside(path, name, tensor)
 
         if attachments:
-            watch_reads(opened.module, outside)
+            watch_reads(opened.module, lambda: opened.running > 0, outside)
 
     def _open_attention(self, path: str, attachments: list[Attachment]) -> None:
         """Let keys and values be added to those of the attention module at ``path``."""
@@ -167,6 +168,9 @@ class Skeleton:
         if call is None or plan is None:
             return tensor
         acting = [a for a in plan.attachments.get(path, ()) if a.has_two_forms and a.among(call.params)]
+        if torch.compiler.is_compiling() and call.lift is not None:
+            # Who computes with it runs once per member, as the probe has seen to: only facts are asked here.
+            return tensor
         if not acting:
             if call.reached is not None:
                 call.reached.add(read_mark(path))
@@ -185,7 +189,7 @@ class Skeleton:
                 changed.update(rewritten(attachment, attachment.of(call.params), own, self.training_at(path)))
             return changed[f"{path}.{name}"]
 
-        return rewritten_when_read(tensor, compute)
+        return compute() if torch.compiler.is_compiling() else rewritten_when_read(tensor, compute)
 
     def check_unit(self, path: str, call: Call) -> None:
         """Note that a module of a sharded backbone runs with tensors of the member's own; refuse where it cannot."""
@@ -220,6 +224,10 @@ class Skeleton:
                 cut = len(entry) + 1 if entry else 0
                 named = {name[cut:]: tensor for name, tensor in overrides.items()}
                 return functional_call(target, named, args, kwargs, tie_weights=False)
+        if self.nesting and inside_transform():
+            # Nested tensors save work on padding, and no transform knows them. The memory puts the mark back.
+            for module in self.nesting:
+                module.use_nested_tensor = False
         restore = self.swap(overrides) if overrides else None
         outer, self.call = self.call, call
         try:
@@ -247,8 +255,12 @@ class Skeleton:
                 cut = len(path) + 1 if path else 0
                 named = {"module." + name[cut:]: tensor for name, tensor in overrides.items()}
                 return functional_call(bypass, named, args, kwargs, tie_weights=False)
-            with self.swapped(overrides):
-                return forward(*args, **kwargs)
+            try:
+                with self.swapped(overrides):
+                    return forward(*args, **kwargs)
+            finally:
+                if not (self.units or call.never_ends):
+                    self.memory.restore_inside(path)
 
     @contextmanager
     def _during(self, call: Call) -> Iterator[None]:
@@ -320,11 +332,9 @@ class Skeleton:
     def settle(self) -> None:
         """A call is over: the skeleton is as it was."""
         if self.units:
-            with outside_transforms():
-                self.memory.follow()
+            self.memory.follow()
         else:
-            with outside_transforms():
-                self.memory.restore()
+            self.memory.restore()
 
 
 def runner_candidates(plan: Plan) -> set[str]:

@@ -76,10 +76,12 @@ class Trunk:
 
 def install(skeleton: Skeleton, trunk: Trunk) -> None:
     """Hook the trunk's modules in ``skeleton``; the hooks do nothing in calls that share nothing."""
-    for path in trunk.modules:
-        if path not in skeleton.sharing:
-            skeleton.sharing.add(path)
-            _hook(skeleton, path)
+    new = [path for path in trunk.modules if path not in skeleton.sharing]
+    for path in new:
+        skeleton.sharing.add(path)
+        _hook(skeleton, path)
+    if new:
+        skeleton.memory.note()
 
 
 def _hook(skeleton: Skeleton, path: str) -> None:

@@ -2,7 +2,7 @@
 
 A formula on activations holds for one forward, so a class name, ``in_features`` or ``isinstance`` is not enough: a
 subclass may scale its output, pad its input or return a tuple. Torch's own forwards are known by the function object.
-A class that is no layer of torch's is asked what it computes: a copy of it runs on random inputs, large ones and in
+A class that is not a layer of torch's is asked what it computes: a copy of it runs on random inputs, large ones and in
 both modes, because that is where clipped, gated and noisy layers differ from a linear one.
 """
 
@@ -180,7 +180,7 @@ class Shown:
 
 
 def shown(module: nn.Module) -> Shown:
-    """What a class that is no layer of torch's computes.
+    """What a class that is not a layer of torch's computes.
 
     >>> class Own(nn.Module):
     ...     def __init__(self):

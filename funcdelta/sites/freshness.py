@@ -79,6 +79,10 @@ class Fingerprint:
         self._aliases = [given.get(name, _alias(parameter)) for name, parameter in named.items()]
         self._settle()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy, here or in another process, is of a copied backbone, where nothing lies at the same places.
+        return Fingerprint, (self.backbone,)
+
     def check(self) -> bool:
         """Raises `StaleBackboneError` where the backbone is another, with what changed.
 

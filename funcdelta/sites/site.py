@@ -62,7 +62,8 @@ class Site:
         module_type: the module's class name.
         weight, bias: shapes of the module's own ``weight`` and ``bias``, ``None`` where there is none.
         in_features, out_features: widths of the hidden input and output.
-        channel_axis: axis of the hidden output that holds the features (-1, or 1 after convolutions).
+        channel_axis: axis of the hidden output that holds the features (-1, or 1 after convolutions); of a value that
+            may come without rows see ``features_axis``.
         dtype, device: of the module's tensors.
         options: the arguments that a convolution or an embedding was made with.
         training: whether the call is made in training mode.
@@ -74,8 +75,8 @@ class Site:
         own_forward: whether the module computes something else than the kind says, or something that is not known
             (a subclass that scales or pads, a patched forward, a hook, a layer whose weight the module above reads
             without calling it), so that formulas on activations do not hold and only its weights can be changed.
-        packed: whether the weight does not hold the numbers of the matrix (quantised layers), so that only
-            activations can be changed.
+        packed: whether the weight does not hold the numbers of the matrix (quantised layers, weights that a hook
+            computes), so that only activations can be changed.
         why: of a module that looks like a layer and is ``other``, what is in the way.
 
     >>> site_of("0", torch.nn.Linear(3, 5, bias=False)).out_features
@@ -131,6 +132,17 @@ class Site:
             )
         return self.in_features
 
+    def features_axis(self, value: Tensor) -> int:
+        """Which axis of a hidden value holds the features: of a convolution the one before those that it runs over.
+
+        >>> conv = site_of("conv", torch.nn.Conv1d(3, 8, 3))
+        >>> conv.features_axis(torch.zeros(2, 8, 5)), conv.features_axis(torch.zeros(8, 5))
+        (-2, -2)
+        """
+        if "conv" in self.kind and self.weight is not None:
+            return 1 - len(self.weight)
+        return self.channel_axis % value.ndim - value.ndim
+
     def option(self, name: str) -> Any:
         """The argument ``name`` that the module was made with."""
         return dict(self.options)[name]
@@ -145,9 +157,10 @@ def site_of(path: str, module: nn.Module) -> Site:
     """
     kind, tensors = family(module), [*module.parameters(), *module.buffers()]
     own = module._parameters.values()
-    # Where its own parameters are complex, real leaves beside them are no use.
-    like = next((t for t in own if t is not None and t.is_complex()), None)
-    like = next((t for t in tensors if t.is_floating_point()), None) if like is None else like
+    # A layer that computes in complex numbers is one, whatever else it keeps.
+    candidates = [t for t in own if t is not None and t.is_complex()]
+    candidates += [t for t in tensors if t.is_floating_point()] or [t for t in tensors if t.is_complex()]
+    like = candidates[0] if candidates else None
     facts: dict[str, Any] = {
         "path": path,
         "module_type": type(module).__name__,
@@ -172,6 +185,8 @@ def site_of(path: str, module: nn.Module) -> Site:
         channel_axis=axis,
         options=options,
         own_forward=not known,
+        # A hook computes it anew before each call, from tensors of other names.
+        packed=isinstance(vars(module).get("weight"), Tensor),
         **facts,
     )
 
@@ -203,7 +218,7 @@ def _is_laid_out(module: Any, kind: str) -> bool:
 
 
 def _by_evidence(module: nn.Module, kind: str | None, facts: dict[str, Any]) -> Site:
-    """The site of a module that is no layer of torch's, or whose weight is packed."""
+    """The site of a module that is not a layer of torch's, or whose weight is packed."""
     looks = Shown(why="its weight is packed") if kind == "embedding" else shown(module)
     told = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if kind == "embedding":
