@@ -69,7 +69,7 @@ def scale(tree: Tree, s: float | Tensor, per_member: bool = False) -> Tree:
     >>> scale({"w": torch.ones(2, 3)}, torch.tensor([1.0, 10.0]), per_member=True)["w"][:, 0]
     tensor([ 1., 10.])
     """
-    return _map_named(lambda name, leaf: _dense(name, leaf) * _factor(s, name, leaf, per_member), tree)
+    return _map_named(lambda name, leaf: dense(name, leaf) * _factor(s, name, leaf, per_member), tree)
 
 
 def lerp(a: Tree, b: Any, t: float | Tensor, per_member: bool = False) -> Tree:
@@ -195,7 +195,7 @@ def randn_like(tree: Tree, seed: int | Sequence[int]) -> Tree:
         raise ParamsError(f"randn_like needs one seed a member: {len(seed)} seeds for {leading(tree)} members.")
 
     def draw(name: str, leaf: Tensor) -> Tensor:
-        _real(name, _dense(name, leaf), "randn_like")
+        _real(name, dense(name, leaf), "randn_like")
         dtype = compute_dtype(leaf.dtype)
         if isinstance(seed, Sequence) and not seed:
             return torch.zeros_like(leaf)
@@ -228,12 +228,12 @@ def _flat(leaf: Tensor, per_member: bool) -> Tensor:
 def _together(tree: Any) -> list[tuple[str, Tensor]]:
     """The tensor leaves with their names, which become one tensor: all dense and on one device."""
     check_tree(tree)
-    pairs = [(name, _dense(name, leaf)) for name, leaf in named(tree) if isinstance(leaf, Tensor)]
+    pairs = [(name, dense(name, leaf)) for name, leaf in named(tree) if isinstance(leaf, Tensor)]
+    place = pairs[0][1].device if pairs else None
     for name, leaf in pairs:
-        if leaf.device != pairs[0][1].device:
+        if leaf.device != place:
             raise ParamsError(
-                f"Leaf {pairs[0][0]!r} is on {pairs[0][1].device}, {name!r} on {leaf.device}. Move one: "
-                f"leaf.to({str(leaf.device)!r})."
+                f"Leaf {pairs[0][0]!r} is on {place}, {name!r} on {leaf.device}. Move one: leaf.to({str(place)!r})."
             )
     return pairs
 
@@ -261,10 +261,6 @@ def _real(name: str, leaf: Tensor, function: str) -> None:
         )
 
 
-def _dense(name: str, leaf: Tensor) -> Tensor:
-    return leaf if leaf.layout == torch.strided and not leaf.is_nested else dense(name, leaf)
-
-
 def _alike(a: Any, b: Any, function: str) -> None:
     """Raise unless ``b`` has the structure, shapes and devices of ``a``; torch would broadcast without a word."""
     check_tree(a)
@@ -285,12 +281,12 @@ def _unlike(x: Tensor, y: Any, function: str) -> str:
             f"has shape {tuple(x.shape)} in the first tree and {found} in the second. "
             "For one member beside a stack write fd.broadcast(params, n)."
         )
-    if torch.strided not in (x.layout, y.layout) or x.layout != y.layout or x.is_nested or y.is_nested:
+    if x.layout is not torch.strided or y.layout is not torch.strided or x.is_nested or y.is_nested:
         return f"is {x.layout} in the first tree and {y.layout} in the second. Write leaf.to_dense()."
     if x.device != y.device:
         place = str(x.device)
         return f"is on {place} in the first tree and on {y.device} in the second. Move one: leaf.to({place!r})."
-    if function == "vdot":
+    if function == "vdot" or (x.dtype is y.dtype and x.dtype is not torch.bool):
         return ""
     common = torch.promote_types(x.dtype, y.dtype)
     if common != x.dtype or (function == "lerp" and y.dtype != x.dtype):

@@ -12,9 +12,9 @@ import funcdelta
 
 ROOT = Path(funcdelta.__file__).parent
 FROM_BELOW = (
-    *("errors", "match", "metrics", "transforms", "pytrees", "tree", "functional"),
-    *("sites", "structures", "config", "planning", "calls", "deltas"),
-    *("stacks", "executors", "views", "files", "derivatives", "habits", "fresh", "merge", "model"),
+    *("errors", "locks", "randomness", "match", "metrics", "transforms", "pytrees", "tree", "functional"),
+    *("sites", "structures", "config", "planning", "fresh", "stacks", "run", "deltas"),
+    *("merge", "views", "files", "derivatives", "habits", "model"),
     *("from_module", "packing", "optim", "algebra", "distributed", "inspect", "picker", "auto", "interop"),
     *("recipes", "train", "bench", "costs", "cli", "__main__", "__init__"),
 )

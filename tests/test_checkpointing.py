@@ -268,7 +268,7 @@ def test_a_graph_that_is_gone_frees_what_its_call_held() -> None:
     finally:
         gc.enable()
     # One skeleton served all three: what was swapped in it has been put back.
-    (skeleton,) = delta.skeletons._local.cache["kept", None]
+    (skeleton,) = delta.program.skeletons._local.cache["kept", None]
     assert skeleton.module.head.weight.data_ptr() == model.head.weight.data_ptr()
 
 
@@ -362,7 +362,7 @@ def test_turning_it_on_and_off_is_followed() -> None:
     params = random_params(delta)
     for turned_on in (False, True, False):
         (model.activation_checkpointing_enable if turned_on else model.activation_checkpointing_disable)()
-        assert bool(delta.skeletons.get(True).recomputing) == turned_on
+        assert bool(delta.program.skeletons.get(True).recomputing) == turned_on
         assert gradients(delta, params, lambda p: delta.apply(p, **inputs).logits)
     assert copy.deepcopy(model).training is False
 

@@ -104,18 +104,21 @@ PARAMS: dict[str, Case] = {
 CALLS: dict[str, Case] = {
     "an unknown engine": (fd.ParamsError, lambda w: w.many(engine="fast"), ("'fast'", "fold", "vmap", "loop", "auto")),
     "in_dims=1": (fd.ParamsError, lambda w: w.many(in_dims=1), ("in_dims=1", "None", "0")),
-    "in_dims of no input": (fd.ParamsError, lambda w: w.many(in_dims={"y": 0}), ("'y'", "no input", "x")),
+    "in_dims of no input": (fd.ParamsError, lambda w: w.many(in_dims={"y": 0}), ("'y'", "not an input", "x")),
     "in_dims of 2": (fd.ParamsError, lambda w: w.many(in_dims={"x": 2}), ("in_dims['x']=2", "0", "None")),
     "no member axis": (
         fd.ParamsError,
         lambda w: w.many(in_dims=0),
         ("x", "(5, 4)", "3 members", "in_dims={'x': None}"),
     ),
-    "no input": (fd.ParamsError, lambda w: w.delta.apply_many(w.stack), ("rows", "none")),
+    "no input": (fd.FoldError, lambda w: w.delta.apply_many(w.stack, engine="fold"), ("rows", "none")),
     "inputs of unlike rows": (
-        fd.ParamsError,
+        fd.FoldError,
         lambda w: fd.LoraModel(Sum(), modified_modules=["layer"]).apply_many(
-            fd.LoraModel(Sum(), modified_modules=["layer"]).init(0, n=2), torch.zeros(5, 4), torch.zeros(3, 4)
+            fd.LoraModel(Sum(), modified_modules=["layer"]).init(0, n=2),
+            torch.zeros(5, 4),
+            torch.zeros(3, 4),
+            engine="fold",
         ),
         ("other", "3", "5", "(3, 4)", "in_dims={'other': None}"),
     ),

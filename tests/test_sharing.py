@@ -34,6 +34,7 @@ def test_a_shared_leaf_stands_once_and_acts_at_every_site(x: Tensor) -> None:
     model.a.register_forward_hook(lambda module, args, output: seen.append(output))
     model(x)
     expected = seen[0] + own * gain * seen[0].tanh()
+    delta.refresh()  # a hook was added
     alone = fd.DeltaModel(nn.Sequential(model.a), SharedGainConfig(modified_modules=["0"]))
     assert_close(alone.apply({"test_shared.gain": gain, "0.test_shared.own": own}, x), expected)
     grads = torch.func.grad(lambda p: delta.apply(p, x).sum())(params)

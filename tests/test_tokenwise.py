@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import funcdelta as fd
-from funcdelta.calls import lift
+from funcdelta.run import fold as lift
 from funcdelta.config import METHODS
 from funcdelta.functional.tokenwise import all_tokens
 

@@ -54,7 +54,8 @@ def knots(pairs: Iterable[Pair] | Pair, merge: Merge = ties) -> tuple[DeltaModel
     trained = dict.fromkeys(name for part in parts for name in part.trained)
     changes = {name: _stacked([part.trained.get(name) for part in parts]) for name in trained}
     merged = merge(aligned | changes)
-    if not isinstance(merged, Mapping) or (lacking := sorted((aligned | changes).keys() - merged.keys())):
+    lacking = sorted((aligned | changes).keys() - (merged.keys() if isinstance(merged, Mapping) else ()))
+    if lacking:
         found = f"no {lacking[0]!r}" if isinstance(merged, Mapping) else type(merged).__name__
         raise ParamsError(f"merge of knots gives a dict with the names that it was given; found {found}.")
     sites: dict[str, dict[str, Factors]] = {}

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..run.check import check_member, check_stack
 from ..config import BaseDeltaConfig
 from ..errors import MergeError, ParamsError
 from ..model import DeltaModel
@@ -20,6 +19,7 @@ from ..packing.slots import exactly
 from ..planning.plan import Attachment
 from ..planning.sharing import expand_member, expand_stack
 from ..pytrees.constants import still
+from ..run.check import check_member, check_stack
 from ..transforms import outside_transforms
 
 Factors = tuple[Tensor, Tensor]

@@ -74,8 +74,9 @@ def told(trainable: Selector | None, params: Any, *moments: Mapping[str, Tensor]
     """
     if trainable is not None:
         return callable(trainable)
-    floating = [name for name, leaf in named(params) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return any(not any(name in kept for kept in moments) for name in floating)
+    known = {name for kept in moments for name in kept}
+    pairs = [(name, leaf) for name, leaf in named(params) if name not in known]
+    return any(isinstance(leaf, Tensor) and leaf.is_floating_point() for _, leaf in pairs)
 
 
 def alive(known: bool, step: Tensor, *evidence: Tensor) -> Tensor | None:
@@ -151,6 +152,8 @@ def _fits(name: str, leaf: Tensor, gradient: Any) -> None:
     if not isinstance(gradient, Tensor) or gradient.shape != leaf.shape:
         found = f"shape {tuple(gradient.shape)}" if isinstance(gradient, Tensor) else repr(gradient)
         raise ParamsError(f"The gradient of leaf {name!r} has {found}; the leaf has shape {tuple(leaf.shape)}.")
+    if gradient.dtype is leaf.dtype and gradient.device == leaf.device and gradient.layout is torch.strided:
+        return
     if gradient.is_complex():
         raise ParamsError(f"The gradient of leaf {name!r} is {gradient.dtype}; the leaf is {leaf.dtype}.")
     if gradient.device != leaf.device:

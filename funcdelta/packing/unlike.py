@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..run.check import check_member, check_stack
 from ..errors import ParamsError
 from ..model import DeltaModel
 from ..pytrees.constants import still
+from ..run.check import check_member, check_stack
 from ..stacks.params import stack, take
 from .packed import Packed
 from .shelves import stacked, taken_out

@@ -61,7 +61,8 @@ def check_tree(tree: Any) -> None:
             raise ParamsError(f"Leaves are tensors; found a {type(tree).__name__}. Write torch.as_tensor(leaf).")
         return
     for part in tree:
-        check_tree(part)
+        if not isinstance(part, Tensor):
+            check_tree(part)
 
 
 def dense(name: str, leaf: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ def dense(name: str, leaf: Tensor) -> Tensor:
     ...
     funcdelta.errors.ParamsError: Leaf 'w' is torch.sparse_coo, and params are dense tensors. Write leaf.to_dense().
     """
-    if leaf.layout != torch.strided:
+    if leaf.layout is not torch.strided:
         raise ParamsError(f"Leaf {name!r} is {leaf.layout}, and params are dense tensors. Write leaf.to_dense().")
     if leaf.is_nested:
         raise ParamsError(f"Leaf {name!r} is a nested tensor, and params are dense. Write leaf.to_padded_tensor(0.0).")

@@ -58,6 +58,8 @@ def run_first_that_can(program: Program, key: Any, ways: Mapping[str, Callable[[
             refused[name] = str(error)
         except Exception as error:
             if name == last:
+                for other, reason in refused.items():
+                    error.add_note(f"funcdelta: {other!r} could not run it: {reason}")
                 raise
             refused[name] = f"{type(error).__name__}: {error}"
         else:

@@ -34,6 +34,9 @@ MODULE = "torch.utils.checkpoint"
 SPELLINGS = ({"torch", "utils", "checkpoint"}, {MODULE}, {"checkpoint_fn"})
 """Names in code that calls it: in full, after an import inside a function, and in torch's wrapper of modules."""
 
+REQUIRE_GRADS = "make_inputs_require_grads"
+"""The name of Transformers' hooks that make embeddings require grad, for checkpointing by ``use_reentrant=True``."""
+
 FLAG, FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
 """Attributes of Transformers' modules: whether they, in training, checkpoint what they call, and by what."""
 
@@ -242,7 +245,7 @@ def require_grad_outside_transforms(module: nn.Module) -> None:
     """Let Transformers' hooks that make embeddings require grad stand aside in transforms, which refuse them."""
     for child in module.modules():
         for key, hook in child._forward_hooks.items():
-            if getattr(hook, "__name__", "") == "make_inputs_require_grads":
+            if getattr(hook, "__name__", "") == REQUIRE_GRADS:
                 child._forward_hooks[key] = functools.partial(_outside_transforms, hook)
 
 

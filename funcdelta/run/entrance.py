@@ -15,13 +15,19 @@ from torch import Tensor, nn
 
 from ..errors import MatchError, ParamsError
 from ..match import within
+from .positions import CACHES, before
 
 POSITION_TABLES = ("wpe", "position_embeddings", "position_embedding", "embed_positions")
+
+CACHES_TAKEN = frozenset({*CACHES, "use_cache"})
 
 LABELS = {"labels", "start_positions", "end_positions"}
 
 COUNTS_FROM_IDS = "create_position_ids_from_input_ids"
 """Transformers' function of the models whose positions skip padding."""
+
+SECOND_TABLE, SECOND_INPUT = "get_per_layer_inputs", "per_layer_inputs"
+"""Transformers' function of the models that look tokens up a second time, for every layer, and the input for it."""
 
 
 def entrances(backbone: nn.Module, method: str) -> list[str]:
@@ -109,6 +115,63 @@ def input_embedding(module: nn.Module) -> nn.Embedding | None:
     return found if isinstance(found, nn.Embedding) else None
 
 
+def takes_text(module: nn.Module) -> bool:
+    """Whether the module's forward takes tokens, or their embeddings, and a mask of them.
+
+    >>> takes_text(torch.nn.Linear(2, 2))
+    False
+    """
+    names = inputs_of(module)
+    return "attention_mask" in names and ("input_ids" in names or "inputs_embeds" in names)
+
+
+def caller_of(model: nn.Module, path: str) -> nn.Module | None:
+    """The outermost module above ``path`` that takes the same text; above an encoder and its decoder nothing does.
+
+    Models of images and text hand positions and masks of their own on to the model of the text.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2))
+    >>> caller_of(gpt2, "transformer") is gpt2, caller_of(gpt2, "")
+    (True, None)
+    """
+    found = None
+    for above in _prefixes(path)[1:] if path else ():
+        module = model.get_submodule(above)
+        if _is_pair(module):
+            break
+        found = module if takes_text(module) else found
+    return found
+
+
+def counts_from_mask(module: nn.Module) -> bool:
+    """Whether the module, or its table of positions, counts positions by adding up the mask.
+
+    >>> from transformers import OPTConfig, OPTModel
+    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 8}
+    >>> counts_from_mask(OPTModel(OPTConfig(vocab_size=20, word_embed_proj_dim=8, **sizes)).decoder)
+    True
+    """
+    tables = [child for name, child in module.named_children() if name in POSITION_TABLES]
+    for part in (module, *tables):
+        code = getattr(inspect.unwrap(type(part).forward), "__code__", None)
+        if code is not None and "cumsum" in code.co_names and {"attention_mask", "position_ids"} <= {*code.co_varnames}:
+            return True
+    return False
+
+
+def is_causal(module: nn.Module) -> bool:
+    """Whether positions see those before them alone: its attention says so, or, where none does, it takes a cache.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    >>> is_causal(BertModel(BertConfig(vocab_size=20, **sizes)))
+    False
+    """
+    said = [causal for part in module.modules() if isinstance(causal := getattr(part, "is_causal", None), bool)]
+    return any(said) if said else not CACHES_TAKEN.isdisjoint(inputs_of(module))
+
+
 class Entrance:
     """What stands around the entrance at ``path`` of ``model``.
 
@@ -120,6 +183,12 @@ class Entrance:
         head_counts_ids: whether the head above finds the last token of a row in ``input_ids``, and so needs hidden
             states without the prompt.
         first_position: the number of the first position (RoBERTa counts from behind its padding number).
+        padding_position: the number of padding, where positions are counted from ids.
+        causal: whether positions see those before them alone.
+        behind_padding: whether the prompt has to stand right before a padded row's text, behind the padding. Then
+            whatever counts positions finds them as in the row alone: windows, relative positions, convolutions, the
+            label of the first token. Where only the numbers of positions count, the prompt stays in front, for there
+            heads look at the first position.
 
     >>> from transformers import RobertaConfig, RobertaModel
     >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
@@ -141,8 +210,10 @@ class Entrance:
         takes_labels = [module for module in above if not LABELS.isdisjoint(inputs_of(module))]
         self.labelled = None if pair or not takes_labels else takes_labels[0]
         self.head_counts_ids = not pair and any(_counts_ids(module) for module in above)
-        self._padding = _padding_of_positions(self.module, embedding)
-        self.first_position = 0 if self._padding is None else self._padding + 1
+        self.padding_position = padding_position(self.module, embedding)
+        self.first_position = 0 if self.padding_position is None else self.padding_position + 1
+        self.causal = is_causal(self.module)
+        self.behind_padding = self.causal or not _beside(self.module, embedding)
         self._limit = _position_limit(self.module, embedding, self.first_position)
 
     def positions(self, given: dict[str, Any]) -> dict[str, Tensor]:
@@ -150,12 +221,32 @@ class Entrance:
 
         What the mask hides behind the text goes on counting, as positions of embeddings do.
         """
-        if self._padding is None or given.get("position_ids") is not None or "position_ids" not in self.inputs:
+        if self.padding_position is None or given.get("position_ids") is not None or "position_ids" not in self.inputs:
             return {}
-        tokens, mask = given["input_ids"].ne(self._padding).int(), given.get("attention_mask")
+        tokens, mask = given["input_ids"].ne(self.padding_position).int(), given.get("attention_mask")
         if isinstance(mask, Tensor) and mask.shape == tokens.shape:
             tokens = tokens | mask.ne(0).flip(1).cumsum(1).flip(1).eq(0).int()
-        return {"position_ids": (tokens.cumsum(1) * tokens).long() + self._padding}
+        return {"position_ids": (tokens.cumsum(1) * tokens).long() + self.padding_position}
+
+    def identities(self, given: dict[str, Any], rows: int) -> dict[str, Tensor]:
+        """What a model that looks tokens up a second time adds for each of them, with ``rows`` more in front.
+
+        A row of a prompt is not a token. It gets what the padding token has, as images do in such models.
+        """
+        look_up: Any = getattr(self.module, SECOND_TABLE, None)
+        used = look_up is not None and getattr(self.module, "hidden_size_per_layer_input", True)
+        if SECOND_INPUT not in self.inputs or not used:
+            return {}
+        token = getattr(getattr(self.module, "config", None), "pad_token_id", None) or 0
+        ids, known, x = given.get("input_ids"), given.get(SECOND_INPUT), given.get("inputs_embeds")
+        if ids is not None:
+            return {SECOND_INPUT: look_up(before(ids, rows, token))}
+        if known is None and "inputs_embeds" in inspect.signature(look_up).parameters:
+            known = look_up(None, x)  # which finds the tokens by their embeddings
+        if known is None:
+            return {}
+        like = torch.full((known.shape[0], rows), token, device=known.device)
+        return {SECOND_INPUT: torch.cat([look_up(like), known], 1)}
 
     def check_length(self, total: int, without: int) -> None:
         """Raise where the model has no position for the last of ``total`` tokens."""
@@ -221,7 +312,7 @@ def _beside(module: nn.Module, embedding: nn.Module) -> list[tuple[nn.Module, nn
     ]
 
 
-def _padding_of_positions(module: nn.Module, embedding: nn.Module) -> int | None:
+def padding_position(module: nn.Module, embedding: nn.Module) -> int | None:
     """The position number of padding, where positions are counted from ids."""
     for holder, table in _beside(module, embedding):
         source = sys.modules.get(type(holder).__module__)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..errors import FoldError, FuncdeltaError
+from ..errors import EngineError, FoldError, FuncdeltaError
 from ..functional.dropout import dropout
 from ..match import within
 from ..planning.sharing import expand_stack
@@ -228,6 +228,11 @@ class Probe:
             for name, leaf, expected, dim in zip(layout.names, found, leaves, layout.outputs, strict=True):
                 if isinstance(leaf, Tensor) and isinstance(expected, Tensor):
                     own = leaf if dim is None else leaf.unflatten(dim, (MEMBERS, -1)).select(dim, i)
+                    if not close(own, expected) and self.unused:
+                        raise FoldError(
+                            f"{self.unused} differs by member and is used by the model itself, outside of any module "
+                            f"that could run once per member."
+                        )
                     if not close(own, expected):
                         raise FoldError(
                             f"Two members in one batch do not give what each gives alone (output {name}): rows are "
@@ -247,7 +252,10 @@ class Probe:
             path = owner
             while path and path not in self.visited:
                 path = path.rpartition(".")[0]
-            if keys and (path or owner):
+            if keys and owner and not path:
+                # Not used in this call; or by the model itself, and then the comparison fails.
+                self.unused = keys[0]
+            elif keys:
                 needed.setdefault(path, []).extend(keys)
         for site, reader in self.reads.items():
             keys = [key for a in self.plan.attachments[site] if a.among(self.members) for key in a.leaves.values()]
@@ -282,7 +290,7 @@ class Probe:
         """The first thing that mixed rows, for a message."""
         return f" ({self.why})" if self.why else ""
 
-    why = ""
+    why = unused = ""
 
     # -- modules ---------------------------------------------------------------------------------------------------
 
@@ -339,6 +347,10 @@ class Probe:
                 self._mark_trusted(output, args, kwargs)
                 return output
             output = forward(*args, **kwargs)
+        except FuncdeltaError as failure:
+            if not isinstance(failure, EngineError):
+                raise  # a method's or a caller's mistake
+            error, visit.reason = failure, visit.reason or str(failure)
         except Exception as failure:
             error = failure
             visit.reason = visit.reason or str(failure)

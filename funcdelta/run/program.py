@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import StaleBackboneError
 from ..fresh import random_members
 from ..locks import fork_safe_lock
 from ..planning.plan import Plan
 from ..sites.freshness import Fingerprint
 from ..transforms import eager
 from .call import Params, Prepare
-from .checkpointing import changed, flags_of
+from .checkpointing import REQUIRE_GRADS, changed, flags_of
 from .fsdp import Shards, refuse_sharded, settle
 from .input_key import Bounded
 from .skeleton import Skeleton
@@ -103,7 +104,13 @@ class Skeletons:
         """
         if changed(self._checkpointing):
             self.refresh()
-        self._fingerprint.check()
+        try:
+            if self._fingerprint.check():
+                self.refresh()  # buffers were replaced: the skeletons copy from those that are there now
+        except StaleBackboneError:
+            if not self._fingerprint.differs_by_hooks(REQUIRE_GRADS):
+                raise
+            self.refresh()
 
 
 class Program:

@@ -91,6 +91,24 @@ class Fingerprint:
         """
         return (self._now() != self._then or any(map(self._has, self._unused))) and self._look()
 
+    def differs_by_hooks(self, name: str) -> bool:
+        """Whether nothing changed but forward hooks of that name, which came or went.
+
+        >>> backbone = nn.Sequential(nn.Linear(2, 2))
+        >>> fingerprint = Fingerprint(backbone)
+        >>> def noted(module, args, output): ...
+        >>> _ = backbone[0].register_forward_hook(noted)
+        >>> fingerprint.differs_by_hooks("noted"), fingerprint.differs_by_hooks("other")
+        (True, False)
+        """
+        if not all(change.startswith("a forward hook was") for change in self._changes()):
+            return False
+        for facts in self._facts:
+            was, found = facts.parts["_forward_hooks"], facts.module._forward_hooks
+            if any(getattr(hook, "__name__", "") != name for _, *pair in _differences(was, found) for hook in pair if hook):
+                return False
+        return True
+
     def _now(self) -> tuple[list[Any], ...]:
         """What is compared: lists, because those are made and compared in C."""
         return (

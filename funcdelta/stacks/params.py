@@ -241,7 +241,7 @@ def _difference(first: Any, leaf: Any, first_is: str, skip: int) -> str:
         if type(first) is type(leaf) and first == leaf:
             return ""
         return f"is {_kind(leaf)}; {first_is} is {_kind(first)}. Only tensors may differ between members."
-    if leaf.layout != torch.strided or leaf.is_nested:
+    if leaf.layout is not torch.strided or leaf.is_nested:
         return f"is {leaf.layout}, and params are dense tensors. Write leaf.to_dense()."
     if leaf.shape[skip:] != first.shape[skip:]:
         after = " after the member axis" if skip else ""

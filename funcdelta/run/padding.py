@@ -1,0 +1,130 @@
+"""Proof that a row padded in front gives what the row alone gives, where that does not follow from its numbers.
+
+Numbers of positions are not all that tells how far two tokens are apart: a model may number them itself, add a bias a
+distance, see a window, or read the first position of every row. Such a model is run on one row of the call, with its
+padding and without. What it gives for the text agrees, or the call is refused, with what to write instead.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ParamsError
+from ..sites.structure import named_tensors
+from ..transforms import concrete, is_wrapped, outside_transforms
+from .call import Call, Params
+from .containers import flatten
+from .layout import close
+from .positions import CACHES
+
+if TYPE_CHECKING:
+    from .skeleton import Skeleton
+
+NOT_FOR_CHECKS = (*CACHES, "labels")
+
+
+def check_padding(
+    skeleton: Skeleton,
+    module: nn.Module,
+    given: Mapping[str, Any],
+    lead: Tensor,
+    hidden: Callable[[int], slice],
+    params: Params,
+    what: str,
+    made: tuple[str, ...] = (),
+) -> bool:
+    """Whether a row of ``given`` was padded in front; if so, that with most padding was compared with itself alone.
+
+    Args:
+        given: what ``module`` will be given, by name.
+        lead: how much padding each row has; ``hidden`` tells where so much padding is.
+        params: of the member that acts meanwhile.
+        what: the delta and the module's path, for the message.
+        made: names of inputs that the caller did not give, which the row alone goes without.
+
+    Raises :class:`ParamsError` where the two differ by more than rounding.
+    """
+    with outside_transforms(), torch.no_grad():
+        leads = concrete(lead)
+        row = int(leads.argmax())
+        padding = int(leads[row])
+        if padding == 0:
+            return False
+        wrapped = {name: concrete(t) for name, t in named_tensors(skeleton.module) if is_wrapped(t)}
+        padded = _one_row(given, row, len(leads))
+        length = padded["attention_mask"].shape[1]
+        kept = torch.ones(length, dtype=torch.bool)
+        kept[hidden(padding)] = False
+        alone = {name: _kept(name, value, kept) for name, value in padded.items() if name not in made}
+        with skeleton.swapped(wrapped):
+            try:
+                found, expected = (_run(skeleton, module, inputs, params) for inputs in (padded, alone))
+            except Exception as error:  # whatever a model says of inputs that it was not made for
+                raise ParamsError(_refusal(what, f"cannot be checked ({str(error).splitlines()[0]})")) from error
+    for place, tensor in found.items():
+        cut = _kept(place, tensor, kept)
+        if place in expected and cut.shape == expected[place].shape and not close(cut, expected[place]):
+            gap = float((cut - expected[place]).abs().max())
+            raise ParamsError(_refusal(what, f"is {gap:.2g} off in {place or 'its output'}"))
+    return True
+
+
+def checkable(skeleton: Skeleton, call: Call, lead: Tensor) -> bool:
+    """Whether the module can be run beside the call: not while it is traced or followed, nor where it is sharded."""
+    if torch.compiler.is_compiling() or call.watch is not None or skeleton.units:
+        return False
+    plain = concrete(lead)
+    return type(plain) is Tensor and plain.device.type != "meta"
+
+
+def _refusal(what: str, problem: str) -> str:
+    return (
+        f"{what}: this call has rows that are padded in front, and what the module gives for the text of such a row "
+        f"{problem} from what it gives without the padding: it tells positions apart by more than its mask and "
+        f'position_ids. Pad behind the text (tokenizer.padding_side = "right"), or call it with rows of one length.'
+    )
+
+
+def _one_row(given: Mapping[str, Any], row: int, rows: int) -> dict[str, Any]:
+    """The inputs of one of ``rows`` rows, without caches, which it would fill."""
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in NOT_FOR_CHECKS:
+            continue
+        if isinstance(value, Tensor):
+            value = concrete(value)
+            axis = -2 if name == "position_ids" else 0
+            if value.ndim > 1 and value.shape[axis] > 1:
+                value = value.narrow(axis, row if value.shape[axis] == rows else 0, 1)
+        found[name] = value
+    return found | ({"use_cache": False} if "use_cache" in given else {})
+
+
+def _kept(name: str, value: Any, kept: Tensor) -> Any:
+    """The positions that are kept, of what has one for each."""
+    if not isinstance(value, Tensor) or value.ndim < 2 or name.startswith("encoder_"):
+        return value
+    axis = value.ndim - 1 if name == "position_ids" else 1
+    return value if value.shape[axis] != len(kept) else value.index_select(axis, kept.nonzero().flatten().to(value.device))
+
+
+def _run(skeleton: Skeleton, module: nn.Module, inputs: dict[str, Any], params: Params) -> dict[str, Tensor]:
+    """The tensors that the module gives in evaluation mode, by name, with nothing else of the call under way."""
+    before, training = skeleton.call, [part for part in module.modules() if part.training]
+    skeleton.call = Call(params)
+    for part in training:
+        part.training = False
+    try:
+        # Transformers collects hidden states for whoever asked in this context.
+        output = contextvars.Context().run(lambda: module(**inputs))
+    finally:
+        skeleton.call = before
+        for part in training:
+            part.training = True
+    leaves, tree = flatten(output)
+    return {place: leaf for place, leaf in zip(tree.places(), leaves, strict=True) if isinstance(leaf, Tensor)}
