@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .run.call import Prepare
 from .config import AutoDeltaConfig, BaseDeltaConfig
 from .deltas import (
     AdapterConfig,
@@ -22,8 +21,11 @@ from .deltas import (
     SoftPromptConfig,
 )
 from .errors import ConfigError
+from .files.checkpoint import check_backbone
+from .loading import load
 from .model import DeltaModel
 from .picker.interactive import picked
+from .run.call import Prepare
 
 
 class MethodModel(DeltaModel):
@@ -210,9 +212,7 @@ class AutoDeltaModel:
             made = AutoDeltaConfig.from_dict(config, **fields)
         delta = DeltaModel(backbone_model, made, example=example, prepare=prepare)
         if check_hash:
-            from .files.checkpoint import check_origin
-
-            check_origin(made, delta)
+            check_backbone("The config", made.to_dict(), {}, backbone_model, delta.shapes)
         return delta
 
     @staticmethod
@@ -249,8 +249,6 @@ class AutoDeltaModel:
         >>> loaded.configs[0].lora_r, list(params) == list(delta.names)
         (8, True)
         """
-        from .files.checkpoint import load
-
         return load(
             path,
             backbone_model,

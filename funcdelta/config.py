@@ -8,20 +8,19 @@ method.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import math
-import numbers
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError
+from .files.configfile import VERSION_FIELDS, data_at, naming_the_file, parts, save_alone, warn_if_newer
+from .kinds import check_kind
 from .match import near
 
 if TYPE_CHECKING:
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
 METHODS: dict[str, type[BaseDeltaConfig]] = {}
 """Every registered method by its ``delta_type``."""
 
-PACKED = "packed."
-"""Before the delta type of the method that unlike members share in one stack (:mod:`funcdelta.packing.packed`)."""
+DERIVED: dict[str, Callable[[type[BaseDeltaConfig]], type[BaseDeltaConfig]]] = {}
+"""What makes a method of another one, by what stands before the dot in its delta type, as in ``packed.lora``."""
 
 Config = TypeVar("Config", bound="type[BaseDeltaConfig]")
 
@@ -46,19 +45,6 @@ ELSEWHERE = {
 
 # Arguments of OpenDelta's from_dict and from_finetuned that have nothing to do here.
 GONE = {"return_unused_kwargs": "unknown fields are errors, so none is left over: leave it out"}
-
-KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "int": ((int,), "a whole number"),
-    "float": ((numbers.Real,), "a number"),
-    "bool": ((bool,), "True or False"),
-    "int | None": ((int, NoneType), "a whole number or None (null in JSON)"),
-    "str | None": ((str, NoneType), "a text or None (null in JSON)"),
-    "bool | None": ((bool, NoneType), "True, False or None (null in JSON)"),
-}
-"""What a field of an annotated type may hold; other types check themselves."""
-
-# Versions describe the file, not the delta; readers of every age have to pass over them.
-VERSION_FIELDS = ("transformers_version", "funcdelta_version", "opendelta_version")
 
 
 def register(delta_type: str) -> Callable[[Config], Config]:
@@ -406,9 +392,7 @@ class BaseDeltaConfig:
         >>> (folder / "config.json").exists()
         True
         """
-        from .files.configfile import save_config
-
-        return save_config(self, path, push_to_hub, creating)
+        return save_alone(type(self).__name__, self.to_dict(), path, push_to_hub, creating)
 
     @classmethod
     def from_finetuned(
@@ -433,10 +417,12 @@ class BaseDeltaConfig:
         >>> config.lora_r, config.lora_alpha
         (4, 8)
         """
-        from .files.configfile import load_config
-
         fetching = {"cache_dir": cache_dir, "force_download": force_download, "local_files_only": local_files_only}
-        config = load_config(path, changes, revision=revision, token=token, **fetching)
+        configs = load_configs(path, revision=revision, token=token, **fetching)
+        if len(configs) != 1:
+            kinds = ", ".join(config.delta_type for config in configs)
+            raise ConfigError(f"{path} holds {len(configs)} configs ({kinds}): load them with their delta.")
+        config = configs[0].replace(**changes)
         if not isinstance(config, cls):
             raise ConfigError(f"{path} holds a {type(config).__name__}, not a {cls.__name__}.")
         return config
@@ -475,20 +461,6 @@ def packed_weight(site: Site) -> str:
     )
 
 
-def check_kind(name: str, value: Any, kind: str) -> None:
-    """Raises `ConfigError` unless ``value``, of the field ``name``, is of the annotated type ``kind`` (`KINDS`).
-
-    >>> check_kind("backbone_class", 5, "str | None")
-    Traceback (most recent call last):
-    ...
-    funcdelta.errors.ConfigError: backbone_class=5: write a text or None (null in JSON).
-    """
-    if kind in KINDS:
-        allowed, words = KINDS[kind]
-        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            raise ConfigError(f"{name}={value!r}: write {words}.")
-
-
 def _tuple_of_names(field: str, given: Any) -> tuple[str, ...]:
     names = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
     for name in names:
@@ -511,10 +483,9 @@ class AutoDeltaConfig:
         >>> AutoDeltaConfig.for_type("lora").__name__
         'LoraConfig'
         """
-        if isinstance(delta_type, str) and delta_type.startswith(PACKED):
-            from .packing.packed import packed_class
-
-            return packed_class(AutoDeltaConfig.for_type(delta_type.removeprefix(PACKED)))
+        prefix, dot, rest = delta_type.partition(".") if isinstance(delta_type, str) else ("", "", "")
+        if dot and prefix in DERIVED:
+            return DERIVED[prefix](AutoDeltaConfig.for_type(rest))
         if not isinstance(delta_type, str) or delta_type not in METHODS:
             raise ConfigError(f"There is no delta type {delta_type!r}.{near(str(delta_type), list(METHODS))}")
         return METHODS[delta_type]
@@ -557,10 +528,28 @@ class AutoDeltaConfig:
         )
 
 
-def funcdelta_version() -> str:
-    """The installed version of funcdelta, for saved files.
+def load_configs(path: str | os.PathLike[str], **fetching: Any) -> tuple[BaseDeltaConfig, ...]:
+    """The configs at ``path``, with the class, name and fingerprint of the backbone they were made for.
 
-    >>> funcdelta_version()[0].isdigit()
-    True
+    ``path`` is a folder, a JSON file, a url to one, or a hub id; ``fetching`` as in :func:`funcdelta.files.hub.locate`.
+
+    >>> import tempfile
+    >>> delta = fd.LoraModel(nn.Sequential(nn.Linear(4, 4)), modified_modules=["0"])
+    >>> folder = delta.save_finetuned(delta.init(0), tempfile.mkdtemp() + "/run")
+    >>> [config.backbone_class for config in load_configs(folder)]
+    ['Sequential']
     """
-    return importlib.metadata.version("funcdelta")
+    where, data = data_at(path, **fetching)
+    configs = configs_of(where, data, provenance=True)
+    warn_if_newer(where, data)
+    return configs
+
+
+def configs_of(where: str, data: Mapping[str, Any], *, provenance: bool) -> tuple[BaseDeltaConfig, ...]:
+    """The configs that the data of a ``config.json`` describes; ``provenance``: with what it says of the backbone.
+
+    >>> configs_of("config.json", {"delta_type": "lora", "lora_r": 4, "members": 3}, provenance=False)[0].lora_r
+    4
+    """
+    with naming_the_file(where, data):
+        return tuple(AutoDeltaConfig.from_dict(part) for part in parts(data, provenance=provenance))

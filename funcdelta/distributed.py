@@ -21,6 +21,8 @@ torch.Size([8])
 from __future__ import annotations
 
 import hashlib
+import os
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -29,8 +31,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils import _pytree as pytree
 
-from .errors import ParamsError
-from .files.shards import load_shards, save_shard
+from .errors import CheckpointError, ParamsError
+from .files.shards import read_shards, write_shard
+from .loading import load
+from .model import DeltaModel
 from .pytrees.leaves import named
 from .stacks.params import members
 
@@ -93,6 +97,66 @@ def mean(tree: Tree, mesh: DeviceMesh | None = None) -> Tree:
 
         tree = pytree.tree_map_only(Tensor, average, tree)
     return tree
+
+
+def save_shard(
+    delta: DeltaModel,
+    stack: dict[str, Tensor],
+    path: str | os.PathLike[str],
+    mine: slice,
+    state: Any = None,
+    *,
+    hash_backbone: bool = True,
+) -> Path:
+    """Write the members ``mine`` (a slice of all, as :func:`shard` gives it) to ``path/members-<first>-<last>``.
+
+    ``state`` is any pytree of tensors with the member axis first, the optimiser's for example. A kill leaves what was
+    there before. Returns the folder. Raises ``CheckpointError`` where the folder of another part overlaps.
+
+    >>> import tempfile
+    >>> delta = fd.LoraModel(nn.Sequential(nn.Linear(4, 3)), lora_r=2, modified_modules=["0"])
+    >>> folder = save_shard(delta, delta.init(0, n=4), tempfile.mkdtemp(), slice(4, 8))
+    >>> folder.name
+    'members-4-7'
+    """
+
+    def write(folder: Path) -> None:
+        delta.save_finetuned(stack, folder, hash_backbone=hash_backbone)
+
+    return write_shard(write, stack, path, mine, state)
+
+
+def load_shards(
+    delta: DeltaModel, path: str | os.PathLike[str], wanted: int | slice, like: Any = None, *, check_hash: bool = True
+) -> Any:
+    """The members ``wanted`` as one stack, joined from the folders in ``path``: all n (a number), or a slice of them.
+
+    With ``like``, a state of the structure that was saved, gives ``(stack, state)``. The parts may be other ones than
+    were saved, as on another number of processes.
+
+    Raises ``CheckpointError`` naming the members that are missing, and folders that do not fit.
+
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp()
+    >>> delta = fd.LoraModel(nn.Sequential(nn.Linear(4, 3)), lora_r=2, modified_modules=["0"])
+    >>> stack = delta.init(0, n=8)
+    >>> for mine in (slice(0, 4), slice(4, 8)):
+    ...     folder = save_shard(delta, fd.take(stack, mine), path, mine)
+    >>> all(torch.equal(leaf, stack[name]) for name, leaf in load_shards(delta, path, 8).items())
+    True
+    >>> load_shards(delta, path, 12)
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.CheckpointError: ... lacks the members 8 to 11 of 0 to 11 ...
+    """
+
+    def read(folder: Path) -> dict[str, Tensor]:
+        found, stack = load(folder, delta.backbone, check_hash=check_hash, example=delta.example)
+        if found.names != delta.names or found.shapes != delta.shapes:
+            raise CheckpointError(f"'{folder}' is of another delta: expected {delta!r}, found {found!r}.")
+        return stack
+
+    return read_shards(read, path, wanted, like)
 
 
 def _place(mesh: DeviceMesh | None) -> tuple[int, int]:

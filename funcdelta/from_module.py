@@ -19,6 +19,7 @@ from torch.func import functional_call
 from .config import BaseDeltaConfig, register
 from .errors import ConfigError
 from .match import near
+from .randomness import private_random
 from .sites.site import Site
 from .transforms import outside_transforms
 
@@ -40,9 +41,7 @@ class ModuleConfig(BaseDeltaConfig):
         for training in (False, True):
             self._reserve(dataclasses.replace(site, training=training))
         seed = int(torch.randint(2**62, (), generator=rng))
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            # Not torch.manual_seed, which would seed every other device too.
-            torch.default_generator.manual_seed(seed)
+        with private_random(seed), torch.device("cpu"):
             return {name: tensor.detach() for name, tensor in tensors_of(self._build(site)).items()}
 
     def constants(self, site: Site) -> tuple[str, ...]:

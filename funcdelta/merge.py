@@ -7,14 +7,13 @@ written under every name, so that a state dict, whichever of its keys a loader r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .errors import MergeError
-from .planning.plan import Attachment, Plan
+from .planning.plan import Attachment, Plan, Planned
 from .run.bound import rewritten
 from .sites.structure import copy_module, is_quantised
 from .transforms import is_wrapped
@@ -22,17 +21,7 @@ from .transforms import is_wrapped
 Params = Mapping[str, Tensor]
 
 
-class Merging(Protocol):
-    """What has a backbone and a plan: a delta, or its program."""
-
-    @property
-    def backbone(self) -> nn.Module: ...
-
-    @property
-    def plan(self) -> Plan: ...
-
-
-def merge(delta: Merging, params: Params, untie: bool = False) -> dict[str, Tensor]:
+def merge(delta: Planned, params: Params, untie: bool = False) -> dict[str, Tensor]:
     """:func:`merged_state` of a delta's backbone and plan.
 
     >>> delta = fd.BitFitModel(torch.nn.Sequential(torch.nn.Linear(4, 2)), modified_modules=["0"])
@@ -42,7 +31,7 @@ def merge(delta: Merging, params: Params, untie: bool = False) -> dict[str, Tens
     return merged_state(delta.backbone, delta.plan, params, untie)
 
 
-def changes(delta: Merging, params: Params, untie: bool = False) -> dict[str, Tensor]:
+def changes(delta: Planned, params: Params, untie: bool = False) -> dict[str, Tensor]:
     """:func:`written` of a delta's backbone and plan.
 
     >>> delta = fd.BitFitModel(torch.nn.Sequential(torch.nn.Linear(4, 2)), modified_modules=["0"])
@@ -52,7 +41,7 @@ def changes(delta: Merging, params: Params, untie: bool = False) -> dict[str, Te
     return written(delta.backbone, delta.plan, params, untie)
 
 
-def merged(delta: Merging, params: Params, untie: bool = False) -> nn.Module:
+def merged(delta: Planned, params: Params, untie: bool = False) -> nn.Module:
     """:func:`merged_module` of a delta's backbone and plan.
 
     >>> delta = fd.BitFitModel(torch.nn.Sequential(torch.nn.Linear(4, 2)), modified_modules=["0"])

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import operator
 import os
-import threading
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +13,16 @@ from torch.utils import _pytree as pytree
 
 from .config import BaseDeltaConfig
 from .errors import ConfigError, ParamsError
+from .files.checkpoint import Facts, push, save
+from .files.configfile import storable
 from .fresh import fresh_member
 from .habits import Habits, need_dict, without_dead_options
+from .inspect import DeltaStatistics, log
 from .match import as_names
 from .merge import merge, merged
 from .planning.naming import named_leaves
-from .planning.plan import Plan, build_plan
+from .planning.plan import Plan, build_plan, shapes_of
 from .planning.sharing import expand_member, expand_stack
-from .pytrees.constants import declare_leaves
 from .run.auto import Explanation, explain, run_many
 from .run.call import Params, Prepare
 from .run.check import check_member, check_stack
@@ -39,10 +39,8 @@ from .transforms import inside_transform
 from .views.bound import bind
 from .views.routed import bind_rows
 
-if TYPE_CHECKING:
-    from .inspect import DeltaStatistics
-
 ENGINES = ("auto", "fold", "trunk", "vmap", "loop")
+
 
 class DeltaModel(Habits):
     """What to change and where in ``backbone_model``, as pure functions of params; the backbone is never modified.
@@ -90,14 +88,11 @@ class DeltaModel(Habits):
             lambda paths: measure_attention(backbone_model, paths, example),
         )
         self.program = Program(backbone_model, plan, axes.pop(), prepare)
-        self._shapes = self.plan.shapes
-        parameters = dict(backbone_model.named_parameters())
-        self._shapes |= {name: tuple(parameters[name].shape) for name in self.plan.trained}
+        self._shapes = shapes_of(self.program)
         self.constants: tuple[str, ...] = self.plan.constants
         self._constants = frozenset(self.constants)
         self._groups = self.plan.keys()
         self._read_backbone()
-        declare_leaves(trainable=filter(self.trainable, self._shapes), constants=self.constants)
 
     def _read_backbone(self) -> None:
         """The backbone's tensors as detached aliases, each once; what ``attach`` lists."""
@@ -529,12 +524,10 @@ class DeltaModel(Habits):
         >>> all(torch.equal(loaded[name], stack[name]) for name in delta.names)
         True
         """
-        from .files.checkpoint import save
-
         options = without_dead_options("save_finetuned", options)
         if path is None or not isinstance(params, Mapping):
             raise ParamsError("params are no state of a delta here: write delta.save_finetuned(params, path).")
-        return save(self, params, path, **options)
+        return save(self._facts(), params, path, **options)
 
     def log(
         self,
@@ -559,9 +552,7 @@ class DeltaModel(Habits):
         >>> stats.delta_parameters, stats.constant_parameters
         (24, 1)
         """
-        from .inspect import log
-
-        return log(self, params, delta_ratio, trainable_ratio, visualization, cuda_memory)
+        return log(self.program, params, delta_ratio, trainable_ratio, visualization, cuda_memory)
 
     def push_to_hub(self, params: Params | None = None, repo_id: str | None = None, **options: Any) -> str:
         """Upload what :meth:`save_finetuned` writes to the hub repository ``"user/name"``; returns its full name.
@@ -575,14 +566,16 @@ class DeltaModel(Habits):
         ...
         funcdelta.errors.CheckpointError: 'not/a/name' is no name of a hub repository: write "user/name".
         """
-        from .files.checkpoint import push
-
         options = without_dead_options("push_to_hub", options)
         if repo_id is None or not isinstance(params, Mapping):
             raise ParamsError('params are no state of a delta here: write delta.push_to_hub(params, "user/name").')
-        return push(self, params, repo_id, **options)
+        return push(self._facts(), params, repo_id, **options)
 
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _facts(self) -> Facts:
+        configs = [storable(type(config).__name__, config.to_dict()) for config in self.configs]
+        return Facts(configs, self.backbone, self._shapes)
 
     def _member(self, params: Params) -> dict[str, Tensor]:
         check_member(params, self._shapes, self._groups, self._backbone_shapes)

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 import funcdelta as fd
+from funcdelta.config import load_configs
 from funcdelta.errors import CheckpointError, ConfigError, ParamsError
-from funcdelta.files.checkpoint import load, save
-from funcdelta.files.configfile import load_configs
+from funcdelta.loading import load
+
+save = fd.DeltaModel.save_finetuned
 
 
 def backbone(seed: int = 0) -> nn.Sequential:
@@ -312,7 +314,7 @@ def killed(when, folder):
     if when == "after the swap":
         atomic._swap_folders = lambda *names: (swap(*names), kill())
     delta = lora(backbone())
-    checkpoint.save(delta, delta.init(5), folder)
+    delta.save_finetuned(delta.init(5), folder)
 
 for when in sys.argv[3:]:
     child = os.fork()

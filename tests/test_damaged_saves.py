@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import backbone, edit_config, lora
 
 import funcdelta as fd
-from funcdelta.config import VERSION_FIELDS, funcdelta_version
-from funcdelta.files.checkpoint import load, save
-from funcdelta.files.configfile import PROVENANCE, load_configs
+from funcdelta.config import load_configs
+from funcdelta.files.configfile import PROVENANCE, VERSION_FIELDS, funcdelta_version
+from funcdelta.loading import load
 
 INSTALLED = funcdelta_version()
 
@@ -26,7 +26,7 @@ INSTALLED = funcdelta_version()
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     delta = lora(backbone())
-    return save(delta, delta.init(0, n=3), tmp_path / "run")
+    return delta.save_finetuned(delta.init(0, n=3), tmp_path / "run")
 
 
 def load_config_alone(folder: Path) -> None:

@@ -248,7 +248,7 @@ def greedy(
 def test_generate_with_a_cache_is_greedy_decoding_by_hand(name: str) -> None:
     model = ZOO[name].build()
     delta, params, _ = prompted(model)
-    ids, mask = left_padded()
+    ids, mask = left_padded() if name != "bart" else (tokens(2), padding(2))
     options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
     if name in ("t5", "bart"):
         options["decoder_start_token_id"] = 2

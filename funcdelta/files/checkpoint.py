@@ -16,42 +16,50 @@ import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..config import BaseDeltaConfig, funcdelta_version
 from ..errors import CheckpointError, ParamsError
 from .atomic import replace_folder
-from .configfile import (
-    PROVENANCE,
-    changed,
-    check_same_save,
-    configs_of,
-    newer,
-    parse_config,
-    read_config,
-    storable,
-    warn_if_newer,
-    write_config,
-)
+from .configfile import check_same_save, data_at, funcdelta_version, newer, read_config, write_config
 from .fingerprint import differences, survey
-from .hub import CONFIG, TENSORS, check_repository, config_text_at, locate, upload
+from .hub import CONFIG, TENSORS, check_repository, locate, upload
+from .resumable import SAYS_WHAT_IT_IS, write_resumable
 from .tensorfile import read_tensors, write_tensors
 
-if TYPE_CHECKING:
-    from ..model import DeltaModel
-
-__all__ = ["backbone_facts", "check_origin", "home", "load", "push", "save"]
+__all__ = ["Facts", "Saved", "backbone_facts", "check_backbone", "fitted", "home", "load", "push", "save"]
 
 _SHOWN = 5
 KIND_OF_HASH = "fd1:"
 _HASH_OF_OPENDELTA = re.compile(r"[0-9a-f]{32}")
 
 
+class Facts(NamedTuple):
+    """What is saved of a delta beside params.
+
+    Attributes:
+        configs: as :func:`funcdelta.files.configfile.storable` gives them.
+        backbone: what the delta is for.
+        shapes: of every leaf of one member, in their order.
+    """
+
+    configs: Sequence[Mapping[str, Any]]
+    backbone: nn.Module
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+class Saved(NamedTuple):
+    """What was found in a saved delta: the folder, the data of its ``config.json``, and its tensors by name."""
+
+    folder: Path
+    data: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
 def save(
-    delta: DeltaModel,
+    facts: Facts,
     params: Mapping[str, Tensor],
     path: str | os.PathLike[str],
     *,
@@ -61,31 +69,32 @@ def save(
     token: str | bool | None = None,
     commit_message: str | None = None,
     temp_dir: bool = False,
+    resumable: bool = False,
 ) -> Path:
-    """The folder ``path`` with ``delta`` and ``params`` (one member or a stack), replaced as a whole.
+    """The folder ``path`` with the configs and ``params`` (one member or a stack), replaced as a whole.
 
     Each leaf is stored with its own dtype and shape, detached and contiguous. Other files in the folder stay.
     A kill leaves what was there before. With ``push_to_hub`` the two files are uploaded after that, to the
     repository of that name (``True``: the name of the folder). ``hash_backbone=False`` writes no fingerprint,
     for a backbone without readable bytes. ``temp_dir`` is OpenDelta's: an upload never needs a clone at ``path``, so
-    that both values do the same.
+    that both values do the same. With ``resumable`` the folder may be one that others write into as well, and
+    Transformers' Trainer can resume from it (see :mod:`funcdelta.files.resumable`).
 
-    Returns the folder. Raises `ParamsError` unless the names are those of ``delta.names`` and the shapes
-    those of ``delta.shapes``, all with the same member axis or all without.
+    Returns the folder. Raises `ParamsError` unless names and shapes are those of ``facts.shapes``, all with the same
+    member axis or all without. Buffers of the backbone may be among one member's (statistics that a view has learned).
 
     >>> import tempfile
-    >>> import funcdelta as fd
-    >>> backbone = nn.Sequential(nn.Linear(4, 4))
-    >>> delta = fd.DeltaModel(backbone, fd.LoraConfig(lora_r=2, modified_modules=["0"]))
-    >>> folder = save(delta, delta.init(0, n=3), tempfile.mkdtemp() + "/run")
+    >>> facts = Facts([{"delta_type": "bitfit"}], nn.Sequential(nn.Linear(4, 2)), {"0.bitfit.bias": (2,)})
+    >>> folder = save(facts, {"0.bitfit.bias": torch.zeros(3, 2)}, tempfile.mkdtemp() + "/run")
     >>> sorted(file.name for file in folder.iterdir())
     ['config.json', 'delta.safetensors']
     """
-    members = _check_params(delta, params)
-    backbone_hash, description = survey(delta.backbone, delta.names) if hash_backbone else (None, None)
-    configs = [storable(config) for config in delta.configs]
+    configs, backbone = facts.configs, facts.backbone
+    shapes = with_buffers(facts.shapes, backbone, params)
+    members = _check_params(shapes, params)
+    backbone_hash, description = survey(backbone, shapes) if hash_backbone else (None, None)
     about = {
-        **backbone_facts(delta.backbone),
+        **backbone_facts(backbone),
         "backbone_hash": backbone_hash,
         "members": members,
         "funcdelta_version": funcdelta_version(),
@@ -97,10 +106,12 @@ def save(
     }
 
     def write(folder: Path) -> None:
-        write_tensors(folder / TENSORS, {name: params[name] for name in delta.names}, metadata)
+        write_tensors(folder / TENSORS, {name: params[name] for name in shapes}, metadata)
         write_config(folder / CONFIG, configs, about)
 
-    folder = replace_folder(path, write, carry=True)
+    if resumable:
+        about |= SAYS_WHAT_IT_IS
+    folder = write_resumable(path, write) if resumable else replace_folder(path, write, carry=True)
     if push_to_hub:
         repository = folder.name if push_to_hub is True else push_to_hub
         said = f"{folder} is saved, but "
@@ -109,21 +120,21 @@ def save(
 
 
 def push(
-    delta: DeltaModel, params: Mapping[str, Tensor], repository: str, *, hash_backbone: bool = True, **creating: Any
+    facts: Facts, params: Mapping[str, Tensor], repository: str, *, hash_backbone: bool = True, **creating: Any
 ) -> str:
     """Saves to a temporary folder and uploads it to the hub repository ``"user/name"``; returns its full name.
 
     ``creating`` may have ``private``, ``token`` and ``commit_message``. Raises `CheckpointError` like
     :func:`funcdelta.files.hub.upload`, before anything is written where the name is none.
 
-    >>> push(None, {}, "a/b/c")
+    >>> push(Facts([], nn.Linear(4, 2), {}), {}, "a/b/c")
     Traceback (most recent call last):
     ...
     funcdelta.errors.CheckpointError: 'a/b/c' is no name of a hub repository: write "user/name".
     """
     check_repository(repository)
     with tempfile.TemporaryDirectory() as kept:
-        folder = save(delta, params, Path(kept) / "delta", hash_backbone=hash_backbone)
+        folder = save(facts, params, Path(kept) / "delta", hash_backbone=hash_backbone)
         return upload(folder, repository, so_far="Nothing is saved here, and ", **creating)
 
 
@@ -132,88 +143,88 @@ def load(
     backbone: nn.Module,
     *,
     check_hash: bool = True,
-    delta_config: BaseDeltaConfig | Sequence[BaseDeltaConfig] | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
-    device: torch.device | str | None = None,
-    example: Any = None,
-    prepare: Any = None,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    force_download: bool = False,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
-    **overrides: Any,
-) -> tuple[DeltaModel, dict[str, Tensor]]:
-    """``(delta, params)`` as saved at ``path``, a folder or a hub id: one member or a stack, bit for bit.
+    **fetching: Any,
+) -> Saved:
+    """What was saved at ``path``, a folder or a hub id; with ``state_dict`` its tensors, and a config is enough.
 
-    ``overrides`` change fields of the saved config, and ``delta_config`` takes its place; constants that depend on
-    a changed field (LoRA's scale on ``lora_alpha``) get their new value. With ``state_dict`` its tensors are taken
-    instead of the saved ones, and ``path`` needs no more than a config. Leaves are put on ``device``, or
-    where the backbone's tensors at their site are. ``example`` and ``prepare`` go to `DeltaModel`.
-
-    Raises `CheckpointError` when anything is missing, left over, damaged or of another shape, or, unless
-    ``check_hash=False``, when the backbone's fingerprint is not the saved one or cannot be compared with it; it names
-    what differs. Warns where a newer funcdelta than the installed one wrote the files.
+    ``fetching`` goes to :func:`funcdelta.files.hub.locate`. Raises `CheckpointError` when anything is missing or
+    damaged or, unless ``check_hash=False``, when the fingerprint of ``backbone`` is not the saved one or cannot be
+    compared with it; it names what differs.
 
     >>> import tempfile
-    >>> import funcdelta as fd
-    >>> backbone = nn.Sequential(nn.Linear(4, 4))
-    >>> delta = fd.DeltaModel(backbone, fd.LoraConfig(lora_r=2, modified_modules=["0"]))
-    >>> folder = save(delta, delta.init(0, n=3), tempfile.mkdtemp() + "/run")
-    >>> loaded, stack = load(folder, backbone)
-    >>> loaded.configs == delta.configs, fd.members(stack)
-    (True, 3)
+    >>> delta = fd.BitFitModel(nn.Sequential(nn.Linear(4, 2)), modified_modules=["0"])
+    >>> folder = delta.save_finetuned(delta.init(0, n=3), tempfile.mkdtemp() + "/run")
+    >>> saved = load(folder, delta.backbone)
+    >>> saved.data["members"], saved.tensors["0.bitfit.bias"].shape
+    (3, torch.Size([3, 2]))
     """
-    from ..model import DeltaModel
-
-    fetching: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download}
-    fetching |= {"local_files_only": local_files_only, "token": token}
     if state_dict is None:
         folder = locate(path, **fetching)
         data = read_config(folder / CONFIG)
         tensors, metadata = read_tensors(folder / TENSORS)
         check_same_save(folder, data, metadata)
     else:
-        where, text = config_text_at(path, **fetching)
-        folder, data, tensors, metadata = Path(where).parent, parse_config(where, text), dict(state_dict), {}
+        where, data = data_at(path, **fetching)
+        folder, tensors, metadata = Path(where).parent, dict(state_dict), {}
         data.pop("members", None)
     if check_hash:
-        _check_backbone(f"'{path}'", data, metadata, backbone, tensors)
-    saved = configs_of(str(folder / CONFIG), data, provenance=False)
-    configs = changed(folder, saved, delta_config, overrides)
-    delta = DeltaModel(backbone, *configs, example=example, prepare=prepare)
-    members, problems = _account(delta, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        check_backbone(f"'{path}'", data, metadata, backbone, tensors)
+    return Saved(folder, data, tensors)
+
+
+def fitted(
+    saved: Saved,
+    backbone: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    device: torch.device | str | None = None,
+) -> dict[str, Tensor]:
+    """The tensors as params of a delta whose leaves have these ``shapes``: one member or a stack, bit for bit.
+
+    Leaves are put on ``device``, or where the tensors of ``backbone`` at their site are. Raises `CheckpointError` when
+    anything is missing, left over or of another shape.
+
+    >>> saved = Saved(Path("run"), {"delta_type": "bitfit", "members": 3}, {"bitfit.bias": torch.zeros(3, 2)})
+    >>> fitted(saved, nn.Linear(4, 2), {"bitfit.bias": (2,)})["bitfit.bias"].shape
+    torch.Size([3, 2])
+    >>> fitted(saved, nn.Linear(4, 5), {"bitfit.bias": (5,)})
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.CheckpointError: 'run' does not fit the delta that its config describes:
+    1 of another shape: bitfit.bias (expected (5,) or (n, 5), found (3, 2))
+    """
+    data, shapes = saved.data, with_buffers(shapes, backbone, saved.tensors)
+    members, problems = _account(shapes, {name: tuple(tensor.shape) for name, tensor in saved.tensors.items()})
     if not problems and members != data.get("members", members):
         problems = [f"members: {CONFIG} says {data['members']}, the leaves have {members}"]
     if problems:
-        what = f"'{folder}' does not fit the delta that its config describes:\n"
+        what = f"'{saved.folder}' does not fit the delta that its config describes:\n"
         raise CheckpointError(what + "\n".join(problems) + newer(data))
-    params = {name: tensors[name].to(device or home(backbone, name)) for name in delta.names}
-    if configs != saved:
-        before = DeltaModel(backbone, *saved, example=example, prepare=prepare)
-        _renew_constants(before, delta, params)
-    warn_if_newer(str(path), data)
-    return delta, params
-
-
-def _renew_constants(before: DeltaModel, after: DeltaModel, params: dict[str, Tensor]) -> None:
-    """Gives constants whose initial value the changed config changes that value, in every member."""
-    old, new = before.init(0), after.init(0)
-    for name in after.constants:
-        if name not in old or not torch.equal(old[name], new[name]):
-            params[name] = new[name].to(params[name]).expand_as(params[name]).clone()
+    return {name: saved.tensors[name].to(device or home(backbone, name)) for name in shapes}
 
 
 # --- the leaves ------------------------------------------------------------------------------------
 
 
-def _check_params(delta: DeltaModel, params: Mapping[str, Tensor]) -> int | None:
+def with_buffers(
+    shapes: Mapping[str, tuple[int, ...]], backbone: nn.Module, given: Iterable[str]
+) -> dict[str, tuple[int, ...]]:
+    """``shapes`` with those of the backbone's buffers that are ``given`` beside the delta's leaves.
+
+    >>> with_buffers({"0.bitfit.bias": (2,)}, nn.BatchNorm1d(4), ["0.bitfit.bias", "running_mean", "other"])
+    {'0.bitfit.bias': (2,), 'running_mean': (4,)}
+    """
+    buffers = dict(backbone.named_buffers())
+    return {**shapes, **{name: tuple(buffers[name].shape) for name in given if name in buffers and name not in shapes}}
+
+
+def _check_params(shapes: Mapping[str, tuple[int, ...]], params: Mapping[str, Tensor]) -> int | None:
     if not isinstance(params, Mapping) or not all(isinstance(leaf, Tensor) for leaf in params.values()):
         raise ParamsError(
             "save: expected params, a dict of tensors by name as delta.init gives it: "
             "write delta.save_finetuned(params, path)."
         )
-    members, problems = _account(delta, {name: tuple(leaf.shape) for name, leaf in params.items()})
+    members, problems = _account(shapes, {name: tuple(leaf.shape) for name, leaf in params.items()})
     if problems:
         raise ParamsError(
             "save: the params are not those of the delta:\n"
@@ -223,20 +234,22 @@ def _check_params(delta: DeltaModel, params: Mapping[str, Tensor]) -> int | None
     return members
 
 
-def _account(delta: DeltaModel, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int | None, list[str]]:
+def _account(
+    expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[int | None, list[str]]:
     """How many members the shapes have (None: one, without an axis), and all that does not fit, in words."""
-    missing = [name for name in delta.names if name not in shapes]
-    unexpected = sorted(set(shapes) - set(delta.names))
+    missing = [name for name in expected if name not in shapes]
+    unexpected = sorted(set(shapes) - set(expected))
     wrong, counts = [], {}
-    for name in delta.names:
-        expected, found = tuple(delta.shapes[name]), shapes.get(name)
-        if found == expected:
+    for name, shape in expected.items():
+        found = shapes.get(name)
+        if found == shape:
             counts.setdefault(None, name)
-        elif found is not None and found[1:] == expected and len(found) == len(expected) + 1:
+        elif found is not None and found[1:] == shape and len(found) == len(shape) + 1:
             counts.setdefault(found[0], name)
         elif found is not None:
-            stacked = ", ".join(map(str, ("n", *expected)))
-            wrong.append(f"{name} (expected {expected} or ({stacked}), found {found})")
+            stacked = ", ".join(map(str, ("n", *shape)))
+            wrong.append(f"{name} (expected {shape} or ({stacked}), found {found})")
     problems = []
     found = {"missing": missing, "not known to the delta": unexpected, "of another shape": wrong}
     for kind, names in found.items():
@@ -299,25 +312,20 @@ def _transformers_version() -> str | None:
         return None
 
 
-def check_origin(config: BaseDeltaConfig, delta: DeltaModel) -> None:
-    """Raises `CheckpointError` if ``config`` was saved with another backbone than that of ``delta``.
-
-    OpenDelta's hashes are of other things and are passed over; a hash of any other kind cannot be checked, and raises.
-
-    >>> delta = fd.LoraModel(nn.Sequential(nn.Linear(4, 4)), modified_modules=["0"])
-    >>> check_origin(delta.configs[0], delta)
-    """
-    data = {key: getattr(config, key) for key in PROVENANCE}
-    _check_backbone("The config", data, {}, delta.backbone, delta.shapes)
-
-
-def _check_backbone(
+def check_backbone(
     what: str,
     data: Mapping[str, Any],
     metadata: Mapping[str, str],
     backbone: nn.Module,
     replaced: Iterable[str],
 ) -> None:
+    """Raises `CheckpointError` if ``what``, with the fields ``data``, was saved with another backbone.
+
+    ``metadata`` is that of the tensors, ``replaced`` names those of ``backbone`` that params replace. OpenDelta's
+    hashes are of other things and are passed over; a hash of any other kind cannot be checked, and raises.
+
+    >>> check_backbone("The config", {"backbone_hash": None}, {}, nn.Linear(4, 4), [])
+    """
     saved = data.get("backbone_hash")
     if saved is None or _HASH_OF_OPENDELTA.fullmatch(saved):  # saved with hash_backbone=False, or by OpenDelta
         return

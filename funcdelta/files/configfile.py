@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import VERSION_FIELDS, AutoDeltaConfig, BaseDeltaConfig, check_kind, funcdelta_version
 from ..errors import CheckpointError, ConfigError
+from ..kinds import check_kind
 from .atomic import write_file
 from .hub import CONFIG, TENSORS, config_text_at, upload
+from .resumable import SAYS_WHAT_IT_IS
 
 __all__ = [
-    "changed",
     "check_same_save",
     "config_text",
-    "configs_of",
-    "load_config",
-    "load_configs",
+    "data_at",
+    "naming_the_file",
     "newer",
     "parse_config",
+    "parts",
     "read_config",
-    "save_config",
+    "save_alone",
     "storable",
     "warn_if_newer",
     "write_config",
@@ -34,61 +36,61 @@ __all__ = [
 PROVENANCE = ("backbone_class", "backbone_checkpoint_name", "backbone_hash")
 """Fields of a config that say where it was made, not what it does."""
 
+# Versions describe the file, not the delta; readers of every age have to pass over them.
+VERSION_FIELDS = ("transformers_version", "funcdelta_version", "opendelta_version")
+
 _ABOUT_THE_FILE = {"members": "int | None", **dict.fromkeys((*VERSION_FIELDS, *PROVENANCE), "str | None")}
+_ABOUT_THE_FILE |= dict.fromkeys(SAYS_WHAT_IT_IS, "str | None")
 # Digits without the zeros that end them; what follows (rc1, .dev2, +local) is passed over.
 _VERSION = re.compile(r"(\d+(?:\.\d+)*?)(?:\.0+)*(?:[-_.+]?[a-z].*)?")
 
 
-def load_configs(path: str | os.PathLike[str], **fetching: Any) -> tuple[BaseDeltaConfig, ...]:
-    """The configs at ``path``, with the class, name and fingerprint of the backbone they were made for.
+def funcdelta_version() -> str:
+    """The installed version of funcdelta, for saved files.
 
-    ``path`` is a folder, a JSON file, a url to one, or a hub id; ``fetching`` as in :func:`funcdelta.files.hub.locate`.
-
-    >>> import tempfile
-    >>> import funcdelta as fd
-    >>> from torch import nn
-    >>> from funcdelta.files.checkpoint import save
-    >>> delta = fd.DeltaModel(nn.Sequential(nn.Linear(4, 4)), fd.LoraConfig(lora_r=2, modified_modules=["0"]))
-    >>> folder = save(delta, delta.init(0), tempfile.mkdtemp() + "/run")
-    >>> [config.backbone_class for config in load_configs(folder)]
-    ['Sequential']
+    >>> funcdelta_version()[0].isdigit()
+    True
     """
-    where, text = config_text_at(path, **fetching)
-    data = parse_config(where, text)
-    configs = configs_of(where, data, provenance=True)
-    warn_if_newer(where, data)
-    return configs
+    return importlib.metadata.version("funcdelta")
 
 
-def load_config(path: str | os.PathLike[str], changes: Mapping[str, Any], **fetching: Any) -> BaseDeltaConfig:
-    """The one config at ``path`` with the fields of ``changes``; raises `ConfigError` where there are several.
+def storable(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``fields`` of a config of the class ``name`` as JSON gives them back, without `PROVENANCE`.
 
-    >>> import tempfile
-    >>> load_config(BaseDeltaConfig.save_finetuned(fd.BitFitConfig(), tempfile.mkdtemp()), {"batch_dim": 1}).batch_dim
-    1
+    >>> storable("LoraConfig", fd.LoraConfig(modified_modules=["query"]).to_dict())["modified_modules"]
+    ['query']
     """
-    configs = load_configs(path, **fetching)
-    if len(configs) != 1:
-        kinds = ", ".join(config.delta_type for config in configs)
-        raise ConfigError(f"{path} holds {len(configs)} configs ({kinds}): load them with their delta.")
-    return configs[0].replace(**changes)
+    if not fields["delta_type"]:
+        raise ConfigError(f'{name} could never be loaded again: register it, @fd.register("a_name") above the class.')
+    stored = {key: value for key, value in fields.items() if key not in PROVENANCE}
+    for key, value in stored.items():
+        try:
+            stored[key] = json.loads(json.dumps(value))
+        except TypeError as error:
+            raise ConfigError(f"{name}.{key}={value!r} cannot be saved: JSON has no such value ({error}).") from error
+    return stored
 
 
-def save_config(
-    config: BaseDeltaConfig, path: str | os.PathLike[str], push_to_hub: bool | str, creating: Mapping[str, Any]
+def save_alone(
+    name: str,
+    fields: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    push_to_hub: bool | str,
+    creating: Mapping[str, Any],
 ) -> Path:
-    """The folder ``path`` with ``config.json`` in it, written whole; uploaded as :meth:`BaseDeltaConfig.save_finetuned`
-    says.
+    """The folder ``path`` with one config as its ``config.json``, written whole; uploaded with ``push_to_hub``.
+
+    ``name`` and ``fields`` as for :func:`storable`, the rest as for :meth:`BaseDeltaConfig.save_finetuned`.
 
     >>> import tempfile
-    >>> save_config(fd.BitFitConfig(), tempfile.mkdtemp() + "/run", False, {}).name
+    >>> save_alone("BitFitConfig", fd.BitFitConfig().to_dict(), tempfile.mkdtemp() + "/run", False, {}).name
     'run'
     """
     if unknown := sorted(creating.keys() - {"private", "token", "commit_message"}):
         raise ConfigError(
             f"save_finetuned takes no {unknown[0]}: a config is written whole, as {CONFIG} in the folder."
         )
-    text = config_text([{**storable(config), **{key: getattr(config, key) for key in PROVENANCE}}], {})
+    text = config_text([{**storable(name, fields), **{key: fields[key] for key in PROVENANCE}}], {})
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / CONFIG, text)
@@ -96,25 +98,6 @@ def save_config(
         repository = folder.resolve().name if push_to_hub is True else push_to_hub
         upload(folder, repository, so_far=f"{folder} is saved, but ", **creating)
     return folder
-
-
-def storable(config: BaseDeltaConfig) -> dict[str, Any]:
-    """The config's fields as JSON gives them back, without those that the file has once (`PROVENANCE`).
-
-    >>> storable(fd.LoraConfig(modified_modules=["query"]))["modified_modules"]
-    ['query']
-    """
-    if not config.delta_type:
-        name = type(config).__name__
-        raise ConfigError(f'{name} could never be loaded again: register it, @fd.register("a_name") above the class.')
-    fields = {key: value for key, value in config.to_dict().items() if key not in PROVENANCE}
-    for key, value in fields.items():
-        try:
-            fields[key] = json.loads(json.dumps(value))
-        except TypeError as error:
-            name = f"{type(config).__name__}.{key}"
-            raise ConfigError(f"{name}={value!r} cannot be saved: JSON has no such value ({error}).") from error
-    return fields
 
 
 def write_config(file: Path, configs: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
@@ -143,7 +126,7 @@ def read_config(file: Path) -> dict[str, Any]:
     """The data of ``config.json``, an object with a ``delta_type``.
 
     Raises `CheckpointError` for anything else, for facts about the file that are of a wrong type and for a
-    ``funcdelta_version`` that is none. The fields of configs are checked by `configs_of`.
+    ``funcdelta_version`` that is none. The fields of a config are checked where it is made of them.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "config.json"
@@ -208,16 +191,42 @@ def warn_if_newer(where: str, data: Mapping[str, Any]) -> None:
         warnings.warn(f"'{where}' was read as this funcdelta understands it.{sentence}", stacklevel=4)
 
 
-def configs_of(where: str, data: Mapping[str, Any], *, provenance: bool) -> tuple[BaseDeltaConfig, ...]:
-    """The configs that the data of a ``config.json`` describes; ``provenance``: with the fields `PROVENANCE`.
+def data_at(path: str | os.PathLike[str], **fetching: Any) -> tuple[str, dict[str, Any]]:
+    """``(where, data)`` of the ``config.json`` at ``path``: a folder, a JSON file, a url to one, or a hub id.
 
-    >>> configs_of("config.json", {"delta_type": "lora", "lora_r": 4, "members": 3}, provenance=False)[0].lora_r
+    ``fetching`` as in :func:`funcdelta.files.hub.locate`.
+
+    >>> import tempfile
+    >>> data_at(fd.LoraConfig(lora_r=4).save_finetuned(tempfile.mkdtemp()))[1]["lora_r"]
     4
+    """
+    where, text = config_text_at(path, **fetching)
+    return where, parse_config(where, text)
+
+
+def parts(data: Mapping[str, Any], *, provenance: bool) -> list[dict[str, Any]]:
+    """Each config's own fields in the data of a ``config.json``; ``provenance``: with the fields `PROVENANCE`.
+
+    >>> parts({"delta_type": "lora", "lora_r": 4, "members": 3}, provenance=False)
+    [{'delta_type': 'lora', 'lora_r': 4}]
     """
     origin = {key: data.get(key) for key in PROVENANCE} if provenance else {}
     origin |= {key: data[key] for key in ("opendelta_version",) if key in data}
+    return [part | origin for part in _described(data)]
+
+
+@contextlib.contextmanager
+def naming_the_file(where: str, data: Mapping[str, Any]) -> Iterator[None]:
+    """What is wrong with the fields in ``data`` becomes a `CheckpointError` that says ``where`` they were read.
+
+    >>> with naming_the_file("config.json", {}):
+    ...     fd.LoraConfig(lora_r="2")
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.CheckpointError: 'config.json': lora_r='2': write a whole number. ...
+    """
     try:
-        return tuple(AutoDeltaConfig.from_dict(part | origin) for part in _described(data))
+        yield
     except ConfigError as error:
         hint = "A method of your own has to be registered (@fd.register) before its files are loaded."
         raise CheckpointError(f"'{where}': {error} {hint}{newer(data)}") from error
@@ -244,28 +253,6 @@ def check_same_save(folder: Path, data: Mapping[str, Any], metadata: Mapping[str
             "field of a saved config, leave the file as it is and pass the field when loading: "
             f"from_finetuned(path, backbone_model=backbone, field=value).{newer(data)}"
         )
-
-
-def changed(
-    folder: Path,
-    saved: tuple[BaseDeltaConfig, ...],
-    config: BaseDeltaConfig | Sequence[BaseDeltaConfig] | None,
-    overrides: Mapping[str, Any],
-) -> tuple[BaseDeltaConfig, ...]:
-    """The configs to load with: the saved ones or ``config`` instead, with the fields of ``overrides``.
-
-    >>> changed(Path("run"), (BaseDeltaConfig(),), None, {"batch_dim": 1})[0].batch_dim
-    1
-    """
-    configs = saved if config is None else (config,) if isinstance(config, BaseDeltaConfig) else tuple(config)
-    if not overrides:
-        return configs
-    if len(configs) != 1:
-        raise CheckpointError(
-            f"'{folder}' has {len(configs)} configs, so it is not clear in which of them to change "
-            f"{', '.join(overrides)}: pass delta_config=[...] with all of them."
-        )
-    return (configs[0].replace(**overrides),)
 
 
 def _described(data: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -18,35 +19,27 @@ from ..errors import CheckpointError, ParamsError
 from ..pytrees.leaves import named
 from ..stacks.params import cat, members, take
 from .atomic import recover, replace_folder
-from .checkpoint import load, save
 from .tensorfile import read_tensors, write_tensors
-
-if TYPE_CHECKING:
-    from ..model import DeltaModel
 
 STATE = "state.safetensors"
 FOLDER = re.compile(r"members-(\d+)-(\d+)")
 MOVED = re.compile(r"\.(members-\d+-\d+)\.old")
 
 
-def save_shard(
-    delta: DeltaModel,
+def write_shard(
+    write: Callable[[Path], Any],
     stack: dict[str, Tensor],
     path: str | os.PathLike[str],
     mine: slice,
     state: Any = None,
-    *,
-    hash_backbone: bool = True,
 ) -> Path:
-    """Write the members ``mine`` (a slice of all, as ``shard`` gives it) to ``path/members-<first>-<last>``.
+    """Have ``write`` fill the folder ``path/members-<first>-<last>`` of the members ``mine``, and ``state`` beside it.
 
-    ``state`` is any pytree of tensors with the member axis first, the optimiser's for example. A kill leaves what was
-    there before. Returns the folder. Raises ``CheckpointError`` where the folder of another part overlaps.
+    See :func:`funcdelta.distributed.save_shard`.
 
     >>> import tempfile
-    >>> delta = fd.LoraModel(nn.Sequential(nn.Linear(4, 3)), lora_r=2, modified_modules=["0"])
-    >>> folder = save_shard(delta, delta.init(0, n=4), tempfile.mkdtemp(), slice(4, 8))
-    >>> folder.name
+    >>> stack = {"w": torch.zeros(4, 3)}
+    >>> write_shard(lambda folder: (folder / "w").touch(), stack, tempfile.mkdtemp(), slice(4, 8)).name
     'members-4-7'
     """
     first, count = int(mine.start or 0), members(stack)
@@ -64,36 +57,28 @@ def save_shard(
                 f"run over another number of processes goes to a folder of its own."
             )
 
-    def write(folder: Path) -> None:
-        save(delta, stack, folder, hash_backbone=hash_backbone)
+    def fill(folder: Path) -> None:
+        write(folder)
         if state is not None:
             write_tensors(folder / STATE, dict(named(state)), {})
 
-    return replace_folder(Path(path) / f"members-{first}-{mine.stop - 1}", write)
+    return replace_folder(Path(path) / f"members-{first}-{mine.stop - 1}", fill)
 
 
-def load_shards(
-    delta: DeltaModel, path: str | os.PathLike[str], wanted: int | slice, like: Any = None, *, check_hash: bool = True
+def read_shards(
+    read: Callable[[Path], dict[str, Tensor]], path: str | os.PathLike[str], wanted: int | slice, like: Any = None
 ) -> Any:
-    """The members ``wanted`` as one stack, joined from the folders in ``path``: all n (a number), or a slice of them.
+    """The members ``wanted`` as one stack, joined from what ``read`` gives of the folders in ``path``.
 
-    With ``like``, a state of the structure that was saved, gives ``(stack, state)``. The parts may be other ones than
-    were saved, as on another number of processes.
-
-    Raises ``CheckpointError`` naming the members that are missing, and folders that do not fit.
+    See :func:`funcdelta.distributed.load_shards`.
 
     >>> import tempfile
     >>> path = tempfile.mkdtemp()
-    >>> delta = fd.LoraModel(nn.Sequential(nn.Linear(4, 3)), lora_r=2, modified_modules=["0"])
-    >>> stack = delta.init(0, n=8)
-    >>> for mine in (slice(0, 4), slice(4, 8)):
-    ...     folder = save_shard(delta, fd.take(stack, mine), path, mine)
-    >>> all(torch.equal(leaf, stack[name]) for name, leaf in load_shards(delta, path, 8).items())
-    True
-    >>> load_shards(delta, path, 12)
-    Traceback (most recent call last):
-    ...
-    funcdelta.errors.CheckpointError: ... lacks the members 8 to 11 of 0 to 11 ...
+    >>> for mine in (slice(0, 4), slice(4, 6)):
+    ...     folder = write_shard(Path.touch, {"w": torch.zeros(mine.stop - mine.start)}, path, mine)
+    >>> parts = {"members-0-3": torch.arange(4), "members-4-5": torch.arange(4, 6)}
+    >>> read_shards(lambda folder: {"w": parts[folder.name]}, path, slice(2, 5))
+    {'w': tensor([2, 3, 4])}
     """
     first, stop = (0, wanted) if isinstance(wanted, int) else (wanted.start or 0, wanted.stop)
     parts, here = [], first
@@ -118,9 +103,10 @@ def load_shards(
     stacks, states = [], []
     for begin, last in parts:
         folder = Path(path) / f"members-{begin}-{last}"
-        found, stack = load(folder, delta.backbone, check_hash=check_hash, example=delta.example)
-        if found.names != delta.names or found.shapes != delta.shapes or members(stack) != last - begin + 1:
-            raise CheckpointError(f"'{folder}' is of another delta: expected {delta!r}, found {found!r}.")
+        stack = read(folder)
+        found, named_so = members(stack), last - begin + 1
+        if found != named_so:
+            raise CheckpointError(f"'{folder}' holds {found} members, but its name says {named_so}.")
         cut = slice(max(first - begin, 0), min(stop, last + 1) - begin)
         stacks.append(take(stack, cut))
         if like is not None:

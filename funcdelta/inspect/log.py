@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ..habits import need_dict
+from ..planning.plan import Planned
 from .folding import folded
 from .nodes import pruned, tree
 from .render import bytes_text, show
 from .statistics import DeltaStatistics, count_members, statistics
 
-if TYPE_CHECKING:
-    from ..model import DeltaModel
-
 
 def log(
-    delta: DeltaModel,
+    delta: Planned,
     params: Mapping[str, Tensor] | None = None,
     delta_ratio: bool = True,
     trainable_ratio: bool = True,
     visualization: bool = True,
     cuda_memory: bool = True,
 ) -> DeltaStatistics:
-    """Print the folded tree of the backbone with ``params`` in it, ratios and memory; see :meth:`DeltaModel.log`.
+    """Print the folded tree of the backbone with ``params`` in it, ratios and memory; see ``delta.log``.
 
     >>> from funcdelta.inspect import log
     >>> delta = fd.BitFitModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])

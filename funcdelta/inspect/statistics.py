@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..planning.plan import Planned, shapes_of
 from ..run.check import check_member, check_stack
 from .nodes import Node, tree
-
-if TYPE_CHECKING:
-    from ..model import DeltaModel
 
 GIB = 1024**3
 
@@ -66,7 +63,7 @@ class DeltaStatistics:
         return asdict(self)
 
 
-def count_members(delta: DeltaModel, params: Mapping[str, Tensor] | None) -> int | None:
+def count_members(delta: Planned, params: Mapping[str, Tensor] | None) -> int | None:
     """n if ``params`` is a stack of n members, ``None`` for one member; errors as for ``delta.apply``.
 
     >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
@@ -75,7 +72,7 @@ def count_members(delta: DeltaModel, params: Mapping[str, Tensor] | None) -> int
     """
     if params is None:
         return None
-    shapes = delta.shapes
+    shapes = shapes_of(delta)
     named = [*delta.backbone.named_parameters(), *delta.backbone.named_buffers()]
     others = {name: tuple(tensor.shape) for name, tensor in named if name not in shapes}
     if isinstance(params, Mapping) and any(
@@ -86,9 +83,7 @@ def count_members(delta: DeltaModel, params: Mapping[str, Tensor] | None) -> int
     return None
 
 
-def statistics(
-    delta: DeltaModel, params: Mapping[str, Tensor] | None = None, root: Node | None = None
-) -> DeltaStatistics:
+def statistics(delta: Planned, params: Mapping[str, Tensor] | None = None, root: Node | None = None) -> DeltaStatistics:
     """The figures of ``params`` (a member, a stack, ``None``: fresh ones); ``root`` is their tree if it is at hand.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
@@ -133,7 +128,7 @@ def cuda_memory() -> tuple[float, float]:
     return now / GIB, at_most / GIB
 
 
-def trainable_parameters_names(delta: DeltaModel, params: Mapping[str, Tensor] | None = None) -> list[str]:
+def trainable_parameters_names(delta: Planned, params: Mapping[str, Tensor] | None = None) -> list[str]:
     """The names in ``params`` (default: all of the delta's) that train: delta leaves and trained backbone leaves.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
@@ -141,10 +136,11 @@ def trainable_parameters_names(delta: DeltaModel, params: Mapping[str, Tensor] |
     ['0.lora.lora_A', '0.lora.lora_B']
     """
     count_members(delta, params)
-    return [name for name in delta.names if (params is None or name in params) and delta.trainable(name)]
+    constants = frozenset(delta.plan.constants)
+    return [name for name in delta.plan.order if (params is None or name in params) and name not in constants]
 
 
-def frozen_parameters_names(delta: DeltaModel, params: Mapping[str, Tensor] | None = None) -> list[str]:
+def frozen_parameters_names(delta: Planned, params: Mapping[str, Tensor] | None = None) -> list[str]:
     """The names that do not train: the backbone's parameters, each tied one once, then the delta's constants.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
@@ -153,10 +149,10 @@ def frozen_parameters_names(delta: DeltaModel, params: Mapping[str, Tensor] | No
     """
     trained = set(trainable_parameters_names(delta, params))
     own = [name for name, _ in delta.backbone.named_parameters() if name not in trained]
-    return own + [name for name in delta.constants if params is None or name in params]
+    return own + [name for name in delta.plan.constants if params is None or name in params]
 
 
-def num_trainable_parameters(delta: DeltaModel, params: Mapping[str, Tensor] | None = None) -> int:
+def num_trainable_parameters(delta: Planned, params: Mapping[str, Tensor] | None = None) -> int:
     """How many numbers of one member train.
 
     >>> fd.num_trainable_parameters(fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"]))
@@ -165,7 +161,7 @@ def num_trainable_parameters(delta: DeltaModel, params: Mapping[str, Tensor] | N
     return statistics(delta, params).trainable_parameters
 
 
-def num_total_parameters(delta: DeltaModel, params: Mapping[str, Tensor] | None = None) -> int:
+def num_total_parameters(delta: Planned, params: Mapping[str, Tensor] | None = None) -> int:
     """How many parameters the backbone has together with one member, without constants.
 
     >>> fd.num_total_parameters(fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"]))

@@ -20,9 +20,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ..config import PACKED, AutoDeltaConfig, BaseDeltaConfig
+from ..config import DERIVED, AutoDeltaConfig, BaseDeltaConfig
 from ..errors import ConfigError
 from ..sites.site import Site
+
+PACKED = "packed."
+"""Before the delta type of the method that members share."""
 
 SIZE = "size."
 OWN_LEAVES = ("present", "source")
@@ -242,6 +245,9 @@ def packed_class(method: type[BaseDeltaConfig]) -> type[Packed]:
     made.delta_type = PACKED + method.delta_type if method.delta_type else ""
     made.method = method
     return dataclass(frozen=True)(made)
+
+
+DERIVED[PACKED.removesuffix(".")] = packed_class
 
 
 def _made_again(method: type[BaseDeltaConfig], fields: dict[str, Any]) -> Packed:

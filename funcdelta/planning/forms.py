@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import BaseDeltaConfig
 from ..errors import ConfigError
+from ..pytrees.drawing import own_defaults
 from ..sites.forwards import is_plain
 from ..sites.site import Site
 from ..sites.structure import copy_structure
@@ -38,13 +39,14 @@ def compare_forms(
     >>> site = site_of("0", layer)
     >>> compare_forms(config, site, layer, config.init(site, torch.Generator()), frozenset({"scale"}))
     """
-    x = _input(site)
+    with own_defaults():
+        x = _input(site)
     own = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
     known = x is not None and not site.own_forward and not site.packed and config.unmergeable(site) is None
     plain = all(is_plain(t) for t in own.values()) and not any(t.is_meta for t in own.values())
     if x is None or not known or not plain or not own or sum(t.numel() for t in own.values()) > LARGEST:
         return
-    with torch.inference_mode(False), torch.no_grad(), outside_transforms():
+    with torch.inference_mode(False), torch.no_grad(), outside_transforms(), own_defaults():
         found = _both(config, dataclasses.replace(site, training=False), module, _moved(p, constants), x)
     if found is None:
         return

@@ -6,7 +6,7 @@ import dataclasses
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..config import BaseDeltaConfig
 from ..errors import ConfigError, MatchError
 from ..match import within
+from ..pytrees.drawing import own_defaults
+from ..randomness import refuse_draws
 from ..sites.site import AttentionShape, Shapes, Site, site_of
 from ..sites.structure import is_quantised
 from ..structures import Names, Parts
@@ -40,7 +42,6 @@ class Attachment:
         prompt_rows: how many positions it adds before the input.
         read_by_parent: whether the module above reads the site's tensors and never calls it.
         has_two_forms: whether it acts on hidden values, and could as well by rewriting the site's tensors.
-        proof: filled once the two forms have been found to agree.
     """
 
     name: str
@@ -56,7 +57,6 @@ class Attachment:
     prompt_rows: int = 0
     has_two_forms: bool = False
     read_by_parent: bool = False
-    proof: list[bool] = field(default_factory=list, compare=False)
 
     @property
     def adds_keys(self) -> bool:
@@ -166,6 +166,27 @@ class Plan:
     def all(self) -> list[Attachment]:
         """Every attachment, site by site."""
         return [attachment for group in self.attachments.values() for attachment in group]
+
+
+class Planned(Protocol):
+    """What has a backbone and a plan: a delta, or its program."""
+
+    @property
+    def backbone(self) -> nn.Module: ...
+
+    @property
+    def plan(self) -> Plan: ...
+
+
+def shapes_of(planned: Planned) -> dict[str, tuple[int, ...]]:
+    """The shape of every leaf of one member, in their one order: the deltas' own, then the backbone's trained ones.
+
+    >>> delta = fd.BitFitModel(nn.Sequential(nn.Linear(4, 2)), modified_modules=["0"])
+    >>> shapes_of(delta.program)
+    {'0.bitfit.bias': (2,)}
+    """
+    plan, parameters = planned.plan, dict(planned.backbone.named_parameters())
+    return plan.shapes | {name: tuple(parameters[name].shape) for name in plan.trained}
 
 
 ShapeProbe = Callable[[list[str]], Mapping[str, Shapes]]
@@ -350,14 +371,8 @@ def _attach(
     compared: set[tuple[BaseDeltaConfig, Site]],
 ) -> Attachment:
     """The delta of ``config`` at ``site``; ``compared`` are the sites but for their paths whose forms agree."""
-    before = torch.get_rng_state()
-    leaves = config.init(site, torch.Generator().manual_seed(0))
-    if not torch.equal(before, torch.get_rng_state()):
-        torch.set_rng_state(before)
-        raise ConfigError(
-            f"{type(config).__name__}.init drew from torch's global generator, so members could not be reproduced: "
-            f"pass generator=rng to every random call."
-        )
+    with refuse_draws(f"{type(config).__name__}.init"), own_defaults():
+        leaves = config.init(site, torch.Generator().manual_seed(0))
     common = group.leaves if group is not None else {}
     constants = config.constants(site)
     if not (leaves or common) or set(constants) - leaves.keys() - common.keys():
@@ -455,7 +470,8 @@ def _leaves_at(
 
 def _prompt_rows(config: BaseDeltaConfig, site: Site, leaves: dict[str, Tensor], group: Shared | None) -> int:
     """How many rows the method's prompt has, as its leaves at their start tell."""
-    rows = config.prompt(site, _leaves_at(config, site, leaves, group))
+    with own_defaults():
+        rows = config.prompt(site, _leaves_at(config, site, leaves, group))
     if not isinstance(rows, Tensor) or rows.ndim != 2:
         found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
         raise ConfigError(f"{type(config).__name__}.prompt gave {found} at {site.path}; expected rows (P, d).")

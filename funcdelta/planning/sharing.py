@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..config import BaseDeltaConfig
 from ..errors import ConfigError
+from ..pytrees.drawing import own_defaults
+from ..randomness import refuse_draws
 from ..sites.site import Site
 from ..transforms import inside_backward
 
@@ -53,7 +55,8 @@ class Shared:
 
 def share(config: BaseDeltaConfig, name: str, sites: tuple[Site, ...]) -> Shared | None:
     """The shared leaves that ``config`` has for its sites; ``None`` if it has none."""
-    leaves = config.shared(sites, torch.Generator().manual_seed(0))
+    with refuse_draws(f"{type(config).__name__}.shared"), own_defaults():
+        leaves = config.shared(sites, torch.Generator().manual_seed(0))
     if not leaves:
         return None
     keys = {leaf: f"{name}.{leaf}" for leaf in leaves}

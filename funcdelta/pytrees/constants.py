@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["declare_leaves", "is_constant", "marked", "still"]
+__all__ = ["is_constant", "marked", "still"]
 
 MARK = "_funcdelta_constant"
 
@@ -55,10 +55,3 @@ def _alias(leaf: Tensor) -> Tensor:
     alias = leaf.detach()
     setattr(alias, MARK, True)
     return alias
-
-
-def declare_leaves(trainable: Iterable[str], constants: Iterable[str]) -> None:
-    """Do nothing: what ``DeltaModel`` still calls when it is built, to be removed together with that call.
-
-    >>> declare_leaves(trainable=["q.lora.lora_A"], constants=["q.lora.scale"])
-    """

@@ -1,4 +1,8 @@
-"""What methods add at an attention site of a skeleton: a member's keys and values, for each row of the call."""
+"""What methods add at an attention site of a skeleton: a member's keys and values, for each row of the call.
+
+Added keys have no position, so that the queries' own positions decide how they are seen: a row that is padded in front
+needs the numbers that its text has alone. The module that takes the text gets them before its attention runs.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FoldError
+from ..transforms import concrete
 from .attention import Added, attend_with, attention_mark, by_head
 from .bound import Bound
 from .call import Call, Params
+from .counting import Counting
+from .entrance import is_causal, takes_text
 from .opened import act
+from .padding import check_padding, checkable
+from .positions import named, seen_length
 
 if TYPE_CHECKING:
     from .skeleton import Skeleton
@@ -21,6 +30,7 @@ if TYPE_CHECKING:
 
 def attention_of(skeleton: Skeleton, path: str, attended: list[Bound]) -> Callable[..., Any]:
     """The attention function of the module at ``path``: its own, with what the methods add for the call under way."""
+    Numbered.below(skeleton, path, attended)
 
     def attention(original: Any, implementation: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = skeleton.under_way(path)
@@ -33,6 +43,71 @@ def attention_of(skeleton: Skeleton, path: str, attended: list[Bound]) -> Callab
         return attend_with(added, path, original, implementation, module, *args, **kwargs)
 
     return attention
+
+
+class Numbered:
+    """The hook by which the module at ``path``, which takes the text, gets numbers of positions without padding.
+
+    ``attended`` are the methods that act in it.
+    """
+
+    def __init__(self, skeleton: Skeleton, path: str) -> None:
+        self.skeleton, self.path = skeleton, path
+        self.counting = Counting(skeleton, path)
+        # What sees both ways is often read at its first position, which may be padding.
+        self.settled = self.counting.settles and is_causal(self.counting.module)
+        self.attended: list[Bound] = []
+        self.checked = False
+
+    @classmethod
+    def below(cls, skeleton: Skeleton, path: str, attended: list[Bound]) -> None:
+        """Have the nearest module above the attention at ``path`` that takes the text numbered, if there is one."""
+        above = path
+        while above:
+            above = above.rpartition(".")[0]
+            module = skeleton.module.get_submodule(above)
+            if takes_text(module):
+                hooks = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
+                known = next((owner for owner in hooks if isinstance(owner, cls)), None)
+                if known is None:
+                    known = cls(skeleton, above)
+                    known.counting.open()
+                    module.register_forward_pre_hook(known.enter, with_kwargs=True)
+                known.attended += attended
+                return
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Give the numbers of the positions, or make sure that the module needs none."""
+        call = self.skeleton.under_way(self.path)
+        if not any(attachment.among(call.params) for attachment, _ in self.attended):
+            return None
+        given = named(self.counting.inputs, args, kwargs, self.path)
+        text = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
+        mask = self.counting.mask(call, given)
+        lead = self.counting.lead(call, mask)
+        if lead is None or not isinstance(text, Tensor):
+            return None
+        seen = seen_length(given)
+        numbers = self.counting.numbers(call, given, lead, seen, text.shape[1])
+        if not (self.settled or seen or self.checked) and checkable(self.skeleton, call, lead):
+            self._check(call, {**given, **numbers}, lead, tuple(numbers))
+        return ((), {**given, **numbers}) if numbers else None
+
+    def _check(self, call: Call, given: dict[str, Any], lead: Tensor, made: tuple[str, ...]) -> None:
+        """Compare a padded row with itself alone, heads and all, where numbers of positions do not settle it."""
+        acting = [attachment for attachment, _ in self.attended if attachment.among(call.params)]
+        keys = [key for attachment in acting for key in attachment.leaves.values()]
+        params = {key: call.params[key] for key in keys}
+        params = {key: concrete(leaf if call.lift is None else leaf[0]) for key, leaf in params.items()}
+        module, asked = self.counting.module, self.counting.asked(call)
+        if asked is not None and self.counting.caller is not None and asked.get("attention_mask") is not None:
+            module, given, made = self.counting.caller, asked, ()
+        what = f"{acting[0].name} at {self.path or type(module).__name__}"
+        self.checked, found = True, False  # it is entered again while it is compared
+        try:
+            found = check_padding(self.skeleton, module, given, lead, lambda n: slice(0, n), params, what, made)
+        finally:
+            self.checked = found
 
 
 def _added(call: Call, path: str, bound: Bound, training: bool, query: Tensor, key: Tensor) -> Added:

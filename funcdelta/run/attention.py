@@ -54,7 +54,7 @@ def attention_below(path: str, module: nn.Module) -> list[str]:
     []
     """
     found = [below for below, child in module.named_modules() if uses_interface(child)]
-    return [f"{path}.{below}" if below else path for below in found]
+    return [".".join(filter(None, (path, below))) for below in found]
 
 
 def uses_interface(module: nn.Module) -> bool:

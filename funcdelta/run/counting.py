@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..transforms import is_wrapped
-from .entrance import caller_of, counts_from_mask, input_embedding, inputs_of, padding_position
+from .entrance import caller_of, counts_from_mask, input_embedding, inputs_of, only_attends, padding_position
 from .positions import counted, leading, named
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Counting:
         inputs: names of the module's inputs.
         takes: whether it takes the numbers of positions.
         itself: whether it counts what the mask shows, without being told.
+        settles: whether the numbers of positions and the mask settle how a row is computed, padded or not.
     """
 
     def __init__(self, skeleton: Skeleton, path: str) -> None:
@@ -39,6 +40,7 @@ class Counting:
         self.inputs = inputs_of(self.module)
         self.takes = "position_ids" in self.inputs
         self.itself = counts_from_mask(self.module)
+        self.settles = self.takes and only_attends(self.module)
         embedding = input_embedding(self.module)
         self.padding = None if embedding is None else padding_position(self.module, embedding)
         self.caller: nn.Module | None = caller_of(skeleton.module, path)

@@ -18,6 +18,7 @@ from ..errors import EngineError, FoldError
 from ..functional.attention import attention_for_this_call
 from ..pytrees.opaque import spare
 from ..stacks.params import take
+from ..transforms import inside_transform
 from .call import TENSOR, Call, Params
 from .checkpointing import kept_run, needs_keeping
 from .fold import Folded
@@ -25,6 +26,7 @@ from .inputs import Inputs
 from .layout import Layout, LayoutMismatch
 from .layouts import layout_of, learned_anew
 from .outputs import check_visible, flatten, stack_members
+from .probe import undisturbed
 from .program import Program
 from .single import call_single
 from .trunk import TRUNK, WORTH, Trunk, install, members_of
@@ -57,10 +59,22 @@ def call_vmap(program: Program, stack: Params, inputs: Inputs, reached: set[str]
     except RuntimeError as error:
         reason = known_vmap_limit(str(error))
         if reason is None:
-            raise
-        raise EngineError(f'{reason}. Use engine="fold" (or "loop").') from error
+            if torch.compiler.is_compiling() or inside_transform() or not _runs_alone(program, stack, inputs):
+                raise
+            reason = f"torch.vmap cannot map this model ({str(error).splitlines()[0][:160]})"
+        raise EngineError(f'{reason}. Use engine="auto" or "loop".') from error
     rebuild, others = found
     return rebuild([next(results) if other is TENSOR else other for other in others])
+
+
+def _runs_alone(program: Program, stack: Params, inputs: Inputs) -> bool:
+    """Whether the first member runs by itself, so that what failed is the map and not the model."""
+    try:
+        with undisturbed():
+            call_single(program, take(stack, 0), *spare(inputs.member(0)))
+    except Exception:  # the error of the map is the one to tell
+        return False
+    return True
 
 
 def visible(output: Any) -> tuple[list[Any], Any]:
@@ -211,8 +225,9 @@ def folded_run(
     if trunk is not None:
         install(skeleton, trunk)
     call = Call(stack, lift=lift, layout=layout, runs=layout.runs, reached=reached)
-    for path in layout.runs:
-        skeleton.open(path)
+    if not torch.compiler.is_compiling():
+        for path in layout.runs:
+            skeleton.open(path)
     if trunk is not None:
         call.notes[TRUNK] = trunk
     if needs_keeping(skeleton):

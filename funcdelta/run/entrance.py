@@ -145,23 +145,32 @@ def caller_of(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def counts_from_mask(module: nn.Module) -> bool:
-    """Whether the module, or its table of positions, counts positions by adding up the mask.
+    """Whether the module's forward counts positions by adding up the mask, where nobody tells their numbers.
 
     >>> from transformers import OPTConfig, OPTModel
     >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 8}
     >>> counts_from_mask(OPTModel(OPTConfig(vocab_size=20, word_embed_proj_dim=8, **sizes)).decoder)
     True
     """
-    tables = [child for name, child in module.named_children() if name in POSITION_TABLES]
-    for part in (module, *tables):
-        code = getattr(inspect.unwrap(type(part).forward), "__code__", None)
-        if code is not None and "cumsum" in code.co_names and {"attention_mask", "position_ids"} <= {*code.co_varnames}:
-            return True
-    return False
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if code is None or "cumsum" not in code.co_names:
+        return False
+    return {"attention_mask", "position_ids"} <= {*code.co_varnames}
+
+
+def only_attends(module: nn.Module) -> bool:
+    """Whether positions meet in attention alone, which a mask closes; a convolution or recurrence sees what is hidden.
+
+    >>> only_attends(torch.nn.Linear(2, 2)), only_attends(torch.nn.Sequential(torch.nn.Conv1d(2, 2, 3)))
+    (True, False)
+    """
+    return not any(isinstance(part, (nn.Conv1d, nn.RNNBase)) for part in module.modules())
 
 
 def is_causal(module: nn.Module) -> bool:
-    """Whether positions see those before them alone: its attention says so, or, where none does, it takes a cache.
+    """Whether positions see those before them alone.
+
+    Its attention says so, by a flag or a triangle that it keeps; where it says nothing, taking a cache does.
 
     >>> from transformers import BertConfig, BertModel
     >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
@@ -169,7 +178,16 @@ def is_causal(module: nn.Module) -> bool:
     False
     """
     said = [causal for part in module.modules() if isinstance(causal := getattr(part, "is_causal", None), bool)]
-    return any(said) if said else not CACHES_TAKEN.isdisjoint(inputs_of(module))
+    if said:
+        return any(said)
+    triangles = any(_is_triangle(buffer) for name, buffer in module.named_buffers() if name.endswith(".bias"))
+    return triangles or not CACHES_TAKEN.isdisjoint(inputs_of(module))
+
+
+def _is_triangle(tensor: Tensor) -> bool:
+    if tensor.ndim < 2 or tensor.shape[-1] != tensor.shape[-2] or tensor.is_meta or tensor.shape[-1] < 2:
+        return False
+    return bool((tensor == torch.ones_like(tensor).tril()).all())
 
 
 class Entrance:

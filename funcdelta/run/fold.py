@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import FoldError
 from ..functional.tokenwise import Tokenwise, all_tokens
-from .layout import LayoutMismatch, Run, scalar_message, split_rows
+from .layout import Ends, LayoutMismatch, Run, scalar_message, split_rows
 
 
 class Folded:
@@ -71,7 +71,20 @@ class Folded:
             for value, at in zip(values, ends.inputs, strict=True)
         ]
         each = self._mapped if run.how == "map" else self._in_turn
-        outputs = each(function, p, split, ends.inputs)
+        joined = self._all_joined(each(function, p, split, ends.inputs), run, ends, site)
+        if self.present is None:
+            return [out for out, _ in joined]
+        if run.how == "loop":
+            # What runs in turn would mix rows in one batch, those of the bare backbone too.
+            plain = [out for out, _ in self._all_joined(self._in_turn(function, {}, split, ends.inputs), run, ends, site)]
+        else:
+            plain = bare()
+        return [torch.where(self._mask(out, dim), out, base) for (out, dim), base in zip(joined, plain, strict=True)]
+
+    def _all_joined(
+        self, outputs: list[Tensor], run: Run, ends: Ends, site: str
+    ) -> list[tuple[Tensor, int | None]]:
+        """Outputs with the member axis in front, each joined to one batch, with its axis of rows."""
         if len(outputs) != len(ends.outputs):
             raise LayoutMismatch(f"{site} returned {len(outputs)} tensors, but {len(ends.outputs)} before.")
         if ends.dtypes:
@@ -82,9 +95,7 @@ class Folded:
                 joined.append((out[0], None))  # found equal for all members
             else:
                 joined.append(self._join(out if dim is None else out.movedim(0, dim), dim, site))
-        if self.present is None:
-            return [out for out, _ in joined]
-        return [torch.where(self._mask(out, dim), out, base) for (out, dim), base in zip(joined, bare(), strict=True)]
+        return joined
 
     def _mapped(self, function: Any, p: Any, split: list[Tensor], dims: Any) -> list[Tensor]:
         """One mapped call; every output with the member axis in front."""
@@ -117,7 +128,7 @@ class Folded:
             return out.expand(self.n, self.rows, *out.shape[2:]).flatten(0, 1), 0
         raise FoldError(
             f"The output of {site} has no batch axis (shape {tuple(out.shape[1:])}), but its delta differs by "
-            f'member, so members cannot share a batch. Use engine="vmap" or "loop", or leave {site} out.'
+            f'member, so members cannot share a batch. Use engine="auto" or "loop", or leave {site} out.'
         )
 
     def _mask(self, out: Tensor, dim: int | None) -> Tensor:

@@ -21,7 +21,7 @@ from .rows import Reading, join_members, read_rows, rows_of_cache, sizes, some_m
 InDims = int | None | Mapping[str, int | None]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-OTHERS = 'Use engine="vmap" or "loop", which need not know the rows'
+OTHERS = 'Use engine="auto" or "loop", which need not know the rows'
 
 
 class Inputs:

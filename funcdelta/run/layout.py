@@ -125,7 +125,7 @@ def scalar_message(name: str) -> str:
     return (
         f"The output {name} is a scalar: it cannot be split by member when members share a batch. Leave out labels= "
         f"and compute one loss a member from the logits: torch.vmap(F.cross_entropy)(outs.logits, labels), with "
-        f'logits (n, b, classes) and labels (n, b). Or use engine="vmap".'
+        f'logits (n, b, classes) and labels (n, b). Or use engine="loop".'
     )
 
 

@@ -76,7 +76,7 @@ def _learn(program: Program, stack: Params, inputs: Inputs, by_row: bool, entry:
     with undisturbed():
         one, together = [picked(inputs, end) for end in ends], picked(inputs, *ends)
     present = program.plan.present(stack)
-    return learn(program, present, one, together, inputs.row_axis, len(first), entry)
+    return learn(program, present, one, together, inputs.row_axis, len(first), entry, by_row)
 
 
 def picked(inputs: Inputs, *which: tuple[int, Sequence[int]]) -> Arguments:
@@ -126,6 +126,7 @@ def _learn_while_tracing(
     """Learn a layout in the middle of a compilation, from made-up rows of the same shapes: tracing has no values."""
     program = program_of(handle)
     if key in program.layouts:
+        _open_traced(program, key)
         return True
     positional, keywords, row_axis = form
     if len(shapes) != positional + len(keywords):
@@ -148,7 +149,14 @@ def _learn_while_tracing(
     args, kwargs = tuple(leaves[:positional]), dict(zip(keywords, leaves[positional:], strict=True))
     inputs = Inputs(program.backbone, 2, args, kwargs, None, program.batch_dim)
     program.layouts[key] = _learn(program, dict.fromkeys(names, torch.zeros(())), inputs, by_row, "")
+    _open_traced(program, key)
     return True
+
+
+def _open_traced(program: Program, key: Any) -> None:
+    """Open the modules that run once per member in the skeleton that compiled code uses: tracing cannot."""
+    for path in program.layouts[key].runs:
+        program.skeletons.traced(program.training).open(path)
 
 
 def _while_tracing(program: Program, key: Any, stack: Params, inputs: Inputs, by_row: bool) -> Layout:

@@ -47,7 +47,6 @@ class Opened:
         original: the forward that the module had.
         befores, afters: methods that act on what enters and leaves it.
         begun: spans that begin here and end elsewhere.
-        unproved: methods with two forms, which are compared the first time that they act.
         running: how many calls of the module are under way; meanwhile its tensors are read by itself.
     """
 
@@ -57,7 +56,6 @@ class Opened:
         self.befores: list[Bound] = []
         self.afters: list[Bound] = []
         self.begun: list[Attachment] = []
-        self.unproved: list[Attachment] = []
         self.running = 0
         forward = functools.partial(_forward, self)
         functools.update_wrapper(forward, self.original)
@@ -81,7 +79,7 @@ def _forward(opened: Opened, /, *args: Any, **kwargs: Any) -> Any:
         return run_members(opened, call, run, args, kwargs)
     befores, afters, begun = opened.befores, opened.afters, opened.begun
     if not (befores or afters or begun):
-        return opened.original(*args, **kwargs) if run is None else run_members(opened, call, run, args, kwargs)
+        return _inner(opened, call, run, args, kwargs)
     if call.reached is not None:
         call.reached.add(path)
     x, put_back = (args[0], None) if args and isinstance(args[0], Tensor) else hidden_input(path, args, kwargs)
@@ -103,22 +101,13 @@ def _forward(opened: Opened, /, *args: Any, **kwargs: Any) -> Any:
         for attachment in begun:
             if attachment.key in call.params:
                 keep(call.note("spans"), attachment.key, attachment.site, x, x_dim, call.never_ends or call.ended)
-    opened.running += 1
-    try:
-        if run is None:
-            output = opened.original(*args, **kwargs)
-        else:
-            output = run_members(opened, call, run, args, kwargs)
-    finally:
-        opened.running -= 1
+    output = _inner(opened, call, run, args, kwargs)
     if not afters and (call.watch is None or call.lift is None):
         return output
     y, put_back = (output, None) if isinstance(output, Tensor) else hidden_output(path, output)
     if call.watch is not None and call.lift is not None:
         y_dim = call.watch.axis(path, y)
         call.watch.site(path, x_dim, y_dim)
-    if opened.unproved:
-        opened.skeleton.prove(opened, call, args, kwargs, x, y)
     changed = False
     for attachment, function in afters:
         if attachment.key in call.params:
@@ -131,6 +120,15 @@ def _forward(opened: Opened, /, *args: Any, **kwargs: Any) -> Any:
     if not changed:
         return output
     return y if put_back is None else put_back(y)
+
+
+def _inner(opened: Opened, call: Call, run: Run | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The module's own forward; while it runs, its tensors are read by itself."""
+    opened.running += 1
+    try:
+        return opened.original(*args, **kwargs) if run is None else run_members(opened, call, run, args, kwargs)
+    finally:
+        opened.running -= 1
 
 
 def act(

@@ -30,18 +30,19 @@ def cached_length(given: dict[str, Any]) -> int:
     0
     """
     cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
-    if getattr(cache, "is_compileable", False):
-        raise EngineError(
-            f"{type(cache).__name__} was made for the text without the prompt, and so were the masks that go with it: "
-            f"use a dynamic cache (in generate, leave out cache_implementation)."
-        )
     try:
-        return seen_length(given)
+        seen = seen_length(given)
     except ValueError as error:  # a cache of states alone, without positions
         raise EngineError(
             f"{type(cache).__name__} does not tell whether the prompt was read already ({error}) Call the "
             f"model on the whole text: use_cache=False, in generate too."
         ) from error
+    if getattr(cache, "is_compileable", False):
+        raise EngineError(
+            f"{type(cache).__name__} was made for the text without the prompt, and so were the masks that go with it: "
+            f"use a dynamic cache (in generate, leave out cache_implementation)."
+        )
+    return seen
 
 
 def seen_length(given: dict[str, Any]) -> int:

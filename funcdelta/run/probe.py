@@ -43,11 +43,14 @@ from .layout import Ends, Hidden, Layout, Run, close, scalar_message
 from .outputs import flatten
 from .program import Program
 from .skeleton import Skeleton
-from .tracking import MIXED, Readings, Rows, Tracking
+from .tracking import DRAWN, MIXED, Readings, Rows, Tracking
 
 MEMBERS = 2
 
-OTHER_ENGINES = 'Use engine="vmap" or "loop".'
+OTHER_ENGINES = 'Use engine="auto", which takes the next one that can, or "loop".'
+
+UNCLEAR = (MIXED, DRAWN)
+"""Whose the rows of such a tensor are cannot be told."""
 
 Picked = Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]
 """``pick(0)``: the inputs of one member, ``pick(0, 1)``: of two, folded; with the places of those that have rows."""
@@ -99,11 +102,12 @@ def learn(
     axes: Mapping[int, int],
     rows: int,
     entry: str = "",
+    rows_are_members: bool = False,
 ) -> Layout:
     """The layout of the inputs of two members: ``one[i]`` those of each alone, ``together`` those of both folded.
 
     ``axes`` tells the axis of rows of every input leaf that has some; each member has ``rows``. The module at
-    ``entry`` is what is called.
+    ``entry`` is what is called; ``rows_are_members`` where each row is a member of its own.
 
     Raises :class:`FoldError` where the members cannot share a batch, with the place and the reason.
     """
@@ -114,7 +118,8 @@ def learn(
     try:
         return probe.learn(one, together, axes)
     except FoldError as error:
-        advice = "" if "engine=" in str(error) else f" {OTHER_ENGINES}"
+        # Rows that are routed run one after the other instead.
+        advice = "" if entry or rows_are_members or "engine=" in str(error) else f" {OTHER_ENGINES}"
         raise FoldError(f"{error}{advice}{_why_rows_mix(skeleton.module, program.batch_dim)}") from error
     finally:
         skeleton.settle()
@@ -171,7 +176,7 @@ class Probe:
         params = {name: leaf[member] for name, leaf in self.members.items()}
         call = Call(params, watch=self)
         if self.skeleton.units and self.skeleton.plan is not None:
-            call.runs = self.skeleton.plan.unit_runs(params)
+            call.runs = {path: Run(keys) for path, keys in self.plan.outermost(params).items()}
         try:
             with undisturbed():
                 return self.skeleton.run(self.entry, params, *given, call)
@@ -201,7 +206,7 @@ class Probe:
         dims: list[int | None] = []
         for name, leaf in zip(_names(output), found, strict=True):
             tag = self.tracking.of(leaf) if isinstance(leaf, Tensor) else None
-            if tag is MIXED or (tag is not None and tag.outer != 1):
+            if tag in UNCLEAR or (tag is not None and tag.outer != 1):
                 reason = self.reason()
                 raise FoldError(f"The output {name} mixes rows of several members{reason}.")
             dims.append(None if tag is None else tag.axis)
@@ -382,11 +387,11 @@ class Probe:
 
     def _is_clean(self, args: Any, kwargs: Any) -> bool:
         tags = [self.tracking.of(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        return all(tag is None or (tag is not MIXED and tag.outer == 1) for tag in tags)
+        return all(tag is None or (tag not in UNCLEAR and tag.outer == 1) for tag in tags)
 
     def _mixed(self, output: Any) -> bool:
         tags = [self.tracking.of(t) for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-        return any(tag is MIXED for tag in tags)
+        return any(tag in UNCLEAR for tag in tags)
 
     def _mark_trusted(self, output: Any, args: Any, kwargs: Any) -> None:
         """Of a module known to treat rows by themselves: outputs that are as long as its rows have them there."""
@@ -470,7 +475,7 @@ class Probe:
     def axis(self, site: str, value: Tensor) -> int | None:
         """The axis of a hidden value that counts rows."""
         tag = self.tracking.of(value)
-        if tag is MIXED or (tag is not None and tag.outer != 1):
+        if tag in UNCLEAR or (tag is not None and tag.outer != 1):
             raise FoldError(f"{site or 'the model'} is given or returns values that mix rows of several members")
         return None if tag is None else tag.axis
 

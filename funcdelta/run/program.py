@@ -84,6 +84,10 @@ class Skeletons:
         free.memory.follow()
         return free
 
+    def traced(self, training: bool | None) -> Skeleton:
+        """The skeleton that compiled code uses."""
+        return self._traced[training]
+
     def reserve(self, training: bool | None) -> None:
         """Build the skeleton that compiled code uses: tracing cannot build one."""
         if training not in self._traced:

@@ -149,10 +149,10 @@ class Prompts:
             given = _reordered(given, behind_padding(lead, rows, length), length)
             if not (self.entrance.causal or self.entrance.decoders):
                 entered = Entered(rows, length, in_front(lead, rows, length))
-        if lead is not None:
-            self._check_padding(call, given, lead, rows, present[0][0].name, tuple(numbers))
         if made is not None:
             given["attention_mask"] = self._masks(made, given, rows, lead)
+        elif lead is not None:
+            self._check_padding(call, given, lead, rows, present[0][0].name, tuple(numbers))
         call.note(PROMPTED)[self.path] = entered
         return (), given
 
@@ -295,16 +295,13 @@ class Prompts:
             new[name] = before(tensor, rows, value) if tensor.shape[1] == length else tensor
         for name in self.entrance.inputs:
             other = given.get(name)
-            counts = isinstance(other, Tensor) and 2 <= other.ndim <= 3 and other.shape[1] == length
-            if (
-                isinstance(other, Tensor)
-                and counts
-                and name not in (*values, *EXTENDED)
-                and not name.startswith("encoder_")
-            ):
+            if not isinstance(other, Tensor) or name in (*values, *EXTENDED) or name.startswith("encoder_"):
+                continue
+            if length in (other.shape[1:2] if other.ndim <= 3 else other.shape[-2:-1]):
+                advice = "call the model without it" if other.ndim > 3 else f'add ("{name}", value) to other_expand_ids'
                 raise ParamsError(
                     f"{name} has the shape {tuple(other.shape)}, as if for each of the {length} positions, and it is "
-                    f'not known what the prompt\'s are to have: add ("{name}", value) to other_expand_ids.'
+                    f"not known what the prompt's are to have: {advice}."
                 )
         return new
 
@@ -356,7 +353,7 @@ class Prompts:
     ) -> None:
         """Compare a padded row with itself alone, where the numbers of positions do not settle that they agree."""
         length = given["inputs_embeds"].shape[1]
-        settled = self.entrance.causal and self.counting.takes
+        settled = self.entrance.causal and self.counting.settles
         if settled or length <= self.checked or not checkable(self.skeleton, call, lead):
             return
         start = 0 if self.entrance.behind_padding else rows

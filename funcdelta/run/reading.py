@@ -3,8 +3,9 @@
 A layer whose weight is passed to a function instead of being called (a table read for the logits, a convolution in
 decoding, attention's output projection) would leave a delta on its hidden values without effect. So the module at a
 site of a skeleton has properties in the place of its parameters. While its own forward runs, for which the formula on
-hidden values holds, it has the tensor itself; at any other time whoever reads it gets :class:`Rewritten`, which looks like the tensor and becomes the
-rewritten one when something is computed from it. Many models read a weight's dtype alone, which costs nothing.
+hidden values holds, it has the tensor itself; at any other time whoever reads it gets :class:`Rewritten`, which looks
+like the tensor and becomes the rewritten one when something is computed from it. Many models read a weight's dtype
+alone, which costs nothing.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def rewritten_when_read(tensor: Tensor, compute: Callable[[], Tensor]) -> Tensor
         return compute()
     found = Tensor._make_subclass(Rewritten, tensor.detach())
     found._compute = compute
+    setattr(found, STANDS_FOR, tensor)
     return found
 
 
@@ -70,21 +72,59 @@ def watch_reads(
     (0.0, 'Linear')
     """
     kind = type(module)
-    names = [name for name, parameter in module._parameters.items() if parameter is not None and name.isidentifier()]
+    names = [name for name in own_parameters(module) if name.isidentifier()]
     reading = {name: _property(name, inside, outside) for name in names}
     namespace = {**reading, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    module.__class__ = type(kind.__name__, (kind,), namespace)
+    module.__class__ = type(kind.__name__, (kind,), {**namespace, ORIGINAL: kind})
 
 
 def _property(name: str, inside: Callable[[], bool], outside: Callable[[str, Tensor], Tensor]) -> property:
     def read(module: nn.Module) -> Any:
-        tensor = module._parameters[name]
+        tensor = held(module, name)
         return tensor if tensor is None or inside() else outside(name, tensor)
 
     def write(module: nn.Module, value: Any) -> None:
-        module._parameters[name] = value
+        _table(module, name)[name] = getattr(value, STANDS_FOR, value)
 
     def delete(module: nn.Module) -> None:
-        del module._parameters[name]
+        del _table(module, name)[name]
 
     return property(read, write, delete)
+
+
+# -- where a module holds its parameters -------------------------------------------------------------------------------
+
+KEPT = "_funcdelta_kept"
+"""Where a module of a view has the names of its parameters, of which it holds the frozen ones as plain attributes."""
+
+ORIGINAL = "_funcdelta_original"
+"""Where a class that was made of a module's class has that one."""
+
+STANDS_FOR = "_funcdelta_stands_for"
+"""Where what is shown instead of a tensor has the tensor itself."""
+
+
+def held(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter ``name`` that ``module`` holds: registered, or, in a view, as a plain attribute.
+
+    >>> held(nn.Linear(2, 3), "weight").shape
+    torch.Size([3, 2])
+    """
+    tensor = module._parameters.get(name)
+    return module.__dict__.get(name) if tensor is None else tensor
+
+
+def own_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """All parameters that ``module`` itself holds, by name and in order.
+
+    >>> list(own_parameters(nn.Linear(2, 3, bias=False)))
+    ['weight']
+    """
+    names = module.__dict__.get(KEPT, module._parameters)
+    found = {name: held(module, name) for name in names}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _table(module: nn.Module, name: str) -> dict[str, Any]:
+    """The dict of ``module`` that holds the parameter ``name``."""
+    return module._parameters if name in module._parameters else module.__dict__

@@ -33,8 +33,7 @@ from .layout import LayoutMismatch
 from .memory import Memory
 from .opened import Opened, act
 from .prompt import Prompts
-from .proof import prove
-from .reading import rewritten_when_read, watch_reads
+from .reading import own_parameters, rewritten_when_read, watch_reads
 
 # torch runs these by one kernel that calls no submodule and has few derivatives, unless they have hooks.
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
@@ -79,6 +78,7 @@ class Skeleton:
         require_grad_outside_transforms(self.module)
         self.opened: dict[str, Opened] = {}
         self.sharing: set[str] = set()
+        self.read_outside: Callable[[str, str, Tensor], Tensor] = self._read_outside
         self._slots: dict[str, Slot] = {}
         self.memory: Any = None
         if plan is not None:
@@ -100,6 +100,8 @@ class Skeleton:
             if prompts is not None:
                 prompts.open()
             self._open_site(path, [a for a in attachments if a.by_values], [a for a in begun if a.site.path == path])
+            if any(a.by_values or a.by_weights for a in attachments):
+                self._watch_reads(path)
             self._open_attention(path, [a for a in attachments if a.adds_keys])
             if prompts is not None:
                 prompts.close()
@@ -123,13 +125,14 @@ class Skeleton:
         opened.befores = [bound_in_both_modes(a, "before") for a in attachments if a.config.gives("before")]
         opened.afters = [bound_in_both_modes(a, "after") for a in attachments if a.config.gives("after")]
         opened.begun = begun
-        opened.unproved = [a for a in attachments if a.has_two_forms and not a.proof]
+
+    def _watch_reads(self, path: str) -> None:
+        opened = self.open(path)
 
         def outside(name: str, tensor: Tensor) -> Tensor:
-            return self._read_outside(path, name, tensor)
+            return self.read_outside(path, name, tensor)
 
-        if attachments:
-            watch_reads(opened.module, lambda: opened.running > 0, outside)
+        watch_reads(opened.module, lambda: opened.running > 0, outside)
 
     def _open_attention(self, path: str, attachments: list[Attachment]) -> None:
         """Let keys and values be added to those of the attention module at ``path``."""
@@ -156,18 +159,18 @@ class Skeleton:
             note_reentrant(True)
         return call
 
-    def prove(self, opened: Opened, call: Call, args: Any, kwargs: Any, x: Tensor, y: Tensor) -> None:
-        """Compare the methods' two forms at a site, once, where values can be read."""
-        if not torch.compiler.is_compiling():
-            prove(self, opened, call, args, kwargs, x, y)
-
     def _read_outside(self, path: str, name: str, tensor: Tensor) -> Tensor:
         """The parameter ``name`` of a site, as whoever reads it outside of the site's own forward gets it."""
         call = self.call or (self.kept and self.kept())
         plan = self.plan
-        if call is None or plan is None:
+        if call is None or plan is None or self.units:
             return tensor
-        acting = [a for a in plan.attachments.get(path, ()) if a.has_two_forms and a.among(call.params)]
+        # In a call that ends tensors are rewritten before it begins; a view rewrites them when they are read.
+        acting = [
+            a
+            for a in plan.attachments.get(path, ())
+            if (a.has_two_forms or (a.by_weights and call.never_ends)) and a.among(call.params)
+        ]
         if torch.compiler.is_compiling() and call.lift is not None:
             # Who computes with it runs once per member, as the probe has seen to: only facts are asked here.
             return tensor
@@ -298,7 +301,7 @@ class Skeleton:
         if name not in self._slots:
             path, _, own = name.rpartition(".")
             owner = self.module.get_submodule(path)
-            table: dict[str, Any] = owner._parameters if own in owner._parameters else owner._buffers
+            table = next((t for t in (owner._parameters, owner._buffers) if own in t), vars(owner))
             self._slots[name] = table, own
         return self._slots[name]
 
@@ -322,8 +325,7 @@ class Skeleton:
     def own_tensors(self, path: str, replaced: Params) -> dict[str, Tensor]:
         """The site's own tensors by their own names, as replaced so far."""
         module = self.module.get_submodule(path)
-        own = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
-        return {name: replaced.get(f"{path}.{name}", tensor) for name, tensor in own.items()}
+        return {name: replaced.get(f"{path}.{name}", tensor) for name, tensor in own_parameters(module).items()}
 
     def training_at(self, path: str) -> bool:
         """Whether the module at ``path`` is in training mode."""

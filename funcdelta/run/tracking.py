@@ -46,6 +46,9 @@ class Rows:
 MIXED = Rows(-1)
 """Depends on rows, and whose they are cannot be told."""
 
+DRAWN = Rows(-2)
+"""Random numbers: no two rows agree on them, and whose they are does not matter while each row has its own."""
+
 Tag = Rows | None
 
 SAME = {
@@ -117,8 +120,13 @@ class Tracking(ThreadMode):
             return func(*args, **kwargs)
         given = [t for t in _flat(args, kwargs) if isinstance(t, Tensor)]
         tags = [self.of(t) for t in given]
-        if not any(tags):
-            return func(*args, **kwargs)
+        if not any(tags) or all(tag is None or tag is DRAWN for tag in tags):
+            out = func(*args, **kwargs)
+            if any(tags) or torch.Tag.nondeterministic_seeded in func.tags:
+                for result in pytree.tree_leaves(out):
+                    if isinstance(result, Tensor):
+                        self.mark(result, DRAWN)
+            return out
         name = func._overloadpacket.__name__
         if name in READS:
             self.read(name)
@@ -184,7 +192,8 @@ class Tracking(ThreadMode):
 
     def _pointwise(self, given: list[Tensor], tags: list[Tag], result: Tensor) -> Tag:
         """All that have rows have them on the same axis, counted from the last; the others say nothing of members."""
-        places = {(result.ndim - t.ndim + tag.axis, tag.outer, t.shape[tag.axis]) for t, tag in _marked(given, tags)}
+        rows = [(t, tag) for t, tag in _marked(given, tags) if tag is not DRAWN]
+        places = {(result.ndim - t.ndim + tag.axis, tag.outer, t.shape[tag.axis]) for t, tag in rows}
         if len(places) != 1:
             return MIXED
         axis, outer, size = next(iter(places))
@@ -239,7 +248,7 @@ class Tracking(ThreadMode):
         before: dict[int, Tensor],
     ) -> list[Tag]:
         """The operation on the blocks of each member: do they give the blocks of its result?"""
-        marked = _marked(given, tags)
+        marked = [(t, tag) for t, tag in _marked(given, tags) if tag is not DRAWN]
         outers = list(dict.fromkeys([1, *(tag.outer for _, tag in marked)]))
         found: list[Tag] = [MIXED] * len(results)
         # What is as long as the rows and the same for all of them may be one constant for each row, or not.
@@ -269,6 +278,8 @@ class Tracking(ThreadMode):
             if not isinstance(t, Tensor):
                 return t
             tag, value = self.of(t), before.get(id(t), t)
+            if tag is DRAWN:
+                return value.clone() if id(t) in before else value
             if tag is None:
                 long = [axis for axis, size in axes if t.ndim > axis and t.shape[axis] == size]
                 tag = Rows(long[0]) if long and self.uniform(value, Rows(long[0])) else None
@@ -295,7 +306,7 @@ class Tracking(ThreadMode):
     def _mark_base(self, view: Tensor, tag: Tag) -> None:
         """What is written through a view is in its base, too."""
         base = view._base
-        if base is None or tag is None:
+        if base is None or tag is None or tag is DRAWN:
             return
         known = self.of(base)
         if tag is not MIXED:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..config import funcdelta_version
 from ..files.atomic import replace_folder
+from ..files.configfile import funcdelta_version
 from ..files.fingerprint import fingerprint
 from . import backbones, loop, progress, resume
 from .data import load_news, read_file

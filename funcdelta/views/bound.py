@@ -1,34 +1,51 @@
 """Views: a bound delta as an ordinary module of the backbone's class, for ``generate``, ``Trainer`` and pipelines.
 
 A view is a skeleton whose call never ends. Its leaves are parameters of its own, copied from params; everything else
-aliases the backbone's storage and does not train. Its state dict holds the delta's leaves and nothing else, so
-loading one can never write into the backbone.
+shares the backbone's storage and is held where nobody who iterates a module's parameters finds it (:mod:`.frozen`). So
+it holds what it trains and nothing else: in an optimiser, in a parent's state dict, in a copy, between processes.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import ParamsError, StaleBackboneError
+from ..match import near, within
+from ..planning.sharing import Expanding
 from ..run.call import Call, Params
 from ..run.fsdp import check_bound
 from ..run.layout import Run
-from ..run.single import missed_sites
+from ..run.program import Program
+from ..pytrees.constants import still
+from ..run.reading import ORIGINAL
+from ..run.single import tell_missed
 from ..run.skeleton import Skeleton
-from ..errors import MatchError, ParamsError, StaleBackboneError
-from ..match import near, within
-from ..planning.sharing import Expanding
+from ..sites.references import holders
+from .calls import Calls, MemberCalls
+from .copies import give, given_since, hold, note_attributes, tensors_held
+from .frozen import BUFFERS, Leaves, building, dress, show, take_out
+from .saving import Counted, Saved
 
-if TYPE_CHECKING:
-    from ..model import DeltaModel
+
+class Bindable(Protocol):
+    """What a view needs of a delta."""
+
+    names: Any
+    constants: Any
+    program: Program
+
+    def save_finetuned(self, params: Any, path: Any, **options: Any) -> Any:
+        """Write a folder that :class:`AutoDeltaModel` reads."""
+        ...
 
 
-class Leaves(Mapping[str, Tensor]):
-    """The view's leaves by their key in params, looked up where they stand now: ``view.to(...)`` replaces tensors."""
+class Held(Mapping[str, Tensor]):
+    """The view's leaves by their key in params, looked up where they are now: ``view.to(...)`` replaces tensors."""
 
     def __init__(self, root: nn.Module, names: list[str]) -> None:
         self._owners = {name: (root.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names}
@@ -51,123 +68,241 @@ class Leaves(Mapping[str, Tensor]):
         return len(self._owners)
 
 
-class View(nn.Module):
-    """What a view has besides its backbone's class: a state dict of the delta alone."""
+class Viewlike:
+    """What every view has, whatever it holds."""
 
-    _delta: Any
-    _leaves: Any  # Transformers evaluates the annotations of its classes where these names are unknown
+    _delta: Any  # Transformers evaluates the annotations of its classes, where other names are unknown
+    _leaves: Any
     _aliases: Any
+    _calls: Any
+    _skeleton: Any
 
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:  # type: ignore[override]
-        """The delta's leaves under their names in params."""
-        found = OrderedDict() if destination is None else destination
-        for name, leaf in self._leaves.items():
-            found[prefix + name] = leaf if keep_vars else leaf.detach()
+
+class View(Viewlike, nn.Module):
+    """What a view has besides its backbone's class: what it holds, and how it is filled and copied."""
+
+    def params(self) -> dict[str, Tensor]:
+        """What :func:`unbind` gives."""
+        return unbind(self)
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The delta's leaves under their names in params, and the view's running statistics."""
+        found = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        at = prefix or (args[1] if len(args) > 1 else "")
+        known = set(self._leaves) | set(_statistics(self))
+        for key in [key for key in found if key.startswith(at) and key[len(at) :] not in known]:
+            del found[key]  # other names of a tied leaf; shards of a sharded backbone
+        found.update({at + name: tensor for name, tensor in learned(self).items() if name not in known})
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Copy values into the delta's leaves; the backbone's tensors are never written."""
-        missing = [name for name in self._leaves if name not in state_dict]
-        unexpected = [name for name in state_dict if name not in self._leaves]
+        """Copy values into the delta's leaves and the running statistics; the backbone's tensors are never written."""
+        leaves, buffers = self._leaves, _persistent(self)
+        missing = [name for name in leaves if name not in state_dict]
+        unexpected = [name for name in state_dict if name not in leaves and name not in buffers]
         if strict and (missing or unexpected):
             raise ParamsError(
                 f"A view holds the delta's leaves only. Missing: {missing[:3]}; unexpected: {unexpected[:3]}."
-                f"{near(unexpected[0], list(self._leaves)) if unexpected else ''}"
+                f"{near(unexpected[0], list(leaves)) if unexpected else ''}"
             )
-        with torch.no_grad():
-            for name, leaf in self._leaves.items():
-                if name in state_dict:
-                    if state_dict[name].shape != leaf.shape:
-                        raise ParamsError(
-                            f"{name} has the shape {tuple(state_dict[name].shape)}; the view has {tuple(leaf.shape)}."
-                        )
-                    leaf.copy_(state_dict[name])
+        for name in state_dict:
+            own = leaves[name] if name in leaves else buffers.get(name)
+            if own is not None and state_dict[name].shape != own.shape:
+                raise ParamsError(
+                    f"{name} has the shape {tuple(state_dict[name].shape)}; the view has {tuple(own.shape)}."
+                )
+        if len(leaves) == len(missing) and not any(name in buffers for name in state_dict):
+            raise ParamsError(_nothing(list(state_dict), list(leaves)))
+        super().load_state_dict(state_dict, strict=False, assign=assign)
         return nn.modules.module._IncompatibleKeys(missing, unexpected)
 
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        """The same through a parent, whose own ``load_state_dict`` comes by here."""
+        given = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
+        buffers, registered = _persistent(self), _statistics(self)
+        if given and not any(name in self._leaves or name in buffers for name in given) and self._leaves:
+            errors.append(_nothing(given, list(self._leaves)))
+        for name, ends in self._delta.program.plan.ends.items():
+            for end in ends[1:] if name in self._leaves and name in given else ():
+                state_dict[prefix + end] = state_dict[prefix + name]
+        for name, buffer in buffers.items():
+            if name in registered:
+                # What learned nothing is not saved, and what is not saved stays as it is.
+                state_dict.setdefault(prefix + name, buffer)
+            elif name in given:
+                with torch.no_grad():
+                    buffer.copy_(state_dict.pop(prefix + name))
+        super()._load_from_state_dict(state_dict, prefix, local, strict, missing, unexpected, errors)
+
+
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        """A view of its own: the hooks of a plain copy would still compute with this one's leaves."""
-        other = bind(self._delta, {name: leaf.detach() for name, leaf in self._leaves.items()})
-        for mine, its in zip(self.modules(), other.modules(), strict=True):
-            its.training = mine.training
-        for (_, mine), (_, its) in zip(self.named_parameters(), other.named_parameters(), strict=True):
-            if (mine.dtype, mine.device) != (its.dtype, its.device):  # after view.to(...)
-                its.data = mine.detach().clone()
+        """Another view, with leaves and statistics of its own and the same share of the backbone."""
+        other = _bound(self._delta, {name: leaf.detach() for name, leaf in self._leaves.items()}, self._skeleton.dtypes)
         memo[id(self)] = other
-        return other
+        modules = dict(other.named_modules())
+        memo.update({id(module): modules[path] for path, module in self.named_modules() if path in modules})
+        memo.update({id(leaf): other._leaves[name] for name, leaf in self._leaves.items()})
+        for _, module, name, tensor, frozen in tensors_held(self):
+            hold(memo[id(module)], name, tensor if frozen else tensor.clone())
+        return _given(other, copy.deepcopy(given_since(self), memo), self._leaves)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise ParamsError("A view holds hooks on the backbone and cannot be pickled: save fd.unbind(view) instead.")
+        """A view travels as its delta, with the whole backbone, and what it holds."""
+        fresh = dict(self._delta.program.backbone.named_parameters(remove_duplicate=False))
+        moved, buffers = {}, {}
+        for name, _, _, tensor, frozen in tensors_held(self):
+            if not frozen:
+                buffers[name] = tensor
+            elif (tensor.dtype, tensor.device) != (fresh[name].dtype, fresh[name].device):
+                moved[name] = tensor.dtype, tensor.device
+        trains = {name: leaf.requires_grad for name, leaf in self._leaves.items()}
+        leaves = {name: leaf.detach() for name, leaf in self._leaves.items()}
+        return _unpickled, (self._delta, leaves, trains, self._skeleton.dtypes, moved, buffers, given_since(self))
 
 
-def bind(delta: DeltaModel, params: Params) -> nn.Module:
-    """A module of the backbone's class that runs with ``params``; see :meth:`DeltaModel.bind`."""
-    skeleton = delta.program.skeletons.build(delta.mode_flag, view=True)
+def _given(other: Any, since: Any, leaves: Mapping[str, Tensor]) -> nn.Module:
+    give(other, since)
+    for name, leaf in leaves.items():
+        if other._leaves[name].is_floating_point():
+            other._leaves[name].requires_grad_(leaf.requires_grad)
+    return other
+
+
+def _unpickled(
+    delta: Bindable, leaves: Params, trains: Any, dtypes: Any, moved: Any, buffers: Any, since: Any
+) -> nn.Module:
+    view = _bound(delta, leaves, dtypes)
+    for name, module, own, tensor, frozen in list(tensors_held(view)):
+        if frozen and name in moved:
+            hold(module, own, tensor.to(*reversed(moved[name])))
+        elif not frozen:
+            hold(module, own, buffers[name])
+    return _given(view, since, {n: leaf.detach().requires_grad_(trains[n]) for n, leaf in leaves.items() if trains[n]})
+
+
+def _nothing(given: list[str], leaves: list[str]) -> str:
+    return (
+        f"Nothing of this state dict is the view's: it has {', '.join(given[:3]) or 'no keys'}, and the view holds "
+        f"{', '.join(leaves[:3])}. Give what view.state_dict() or fd.unbind(view) gave."
+    )
+
+
+def bind(delta: Bindable, params: Params) -> nn.Module:
+    """A module of the backbone's class that runs with ``params``; see :meth:`DeltaModel.bind`.
+
+    ``params`` may hold other tensors of the backbone's, trained ones and running statistics among them.
+    """
+    return _bound(delta, params)
+
+
+def _bound(delta: Bindable, params: Params, dtypes: Mapping[str, torch.dtype] | None = None) -> nn.Module:
+    """The same, where the model's tensors have been converted to ``dtypes``."""
+    program = delta.program
+    with torch.inference_mode(False), torch.no_grad():
+        skeleton = program.skeletons.build(program.training, view=True)
+        skeleton.dtypes.update(dtypes or {})
+        module, plan = skeleton.module, program.plan
+        names = [name for name in delta.names if name in params]
+        others = [name for name in params if name not in delta.names]
+        check_bound(skeleton.units, [name for name in (*names, *others) if name in plan.ends])
+        kept = holders(module) if any(name in plan.ends for name in (*names, *others)) else {}
+        for name in (*names, *others):
+            value = params[name].detach().clone()
+            if name in plan.ends:
+                _replace(skeleton, plan.ends[name], value, name in plan.trained, kept.get(name, []))
+            else:
+                _place(module, name, value, trains=name not in delta.constants)
+        buffers = _persistent(module)
+        own = [name for name in (*names, *others) if name not in buffers]
+        leaves = Held(module, own)
+        given = Expanding(plan.shared, leaves)
+        call = Call(given, runs={path: Run(keys) for path, keys in _runners(skeleton, given).items()}, never_ends=True)
+        if "" in call.runs:
+            skeleton.open("")
+        known = program.is_verified(leaves)
+        calls = MemberCalls(call, given, len(given) > len(leaves), None if known else lambda call: _verify(program, call))
+        skeleton.call = call
+        return as_view(delta, skeleton, View, calls, leaves)
+
+
+def as_view(
+    delta: Bindable, skeleton: Skeleton, view: type[nn.Module], calls: Calls, leaves: Mapping[str, Tensor]
+) -> nn.Module:
+    """The skeleton's module as a ``view`` of the backbone's class, which holds ``leaves`` and nothing else."""
     module = skeleton.module
-    names = [name for name in delta.names if name in params]
-    check_bound(skeleton.units, [name for name in names if name in delta.plan.trained])
-    for name in names:
-        value = params[name].detach().clone()
-        if name in delta.plan.trained:
-            parameter = nn.Parameter(value)
-            for end in delta.plan.trained[name]:
-                path, _, own = end.rpartition(".")
-                module.get_submodule(path)._parameters[own] = parameter
-        else:
-            _place(module, name, value, trains=name not in delta.constants)
-    leaves = Leaves(module, names)
-    given = Expanding(delta.plan.shared, leaves)
-    if len(given) > len(leaves):
-        module.register_forward_pre_hook(given.begin, prepend=True)
-        module.register_forward_hook(given.end, always_call=True)
-    runners = _runners(delta, given)
-    if "" in runners:
-        skeleton.open("")
-    skeleton.call = Call(given, runs={path: Run(keys) for path, keys in runners.items()}, never_ends=True)
-    return as_view(delta, skeleton, View, leaves)
-
-
-def as_view(delta: DeltaModel, skeleton: Skeleton, view: type[View], leaves: Mapping[str, Tensor]) -> nn.Module:
-    """The skeleton's module as a ``view`` of the backbone's class over ``leaves``; its first call is verified."""
-    module, kind = skeleton.module, type(delta.backbone)
-    module.__class__ = type(kind.__name__, (view, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
-    object.__setattr__(module, "_delta", delta)
-    object.__setattr__(module, "_leaves", leaves)
-    aliases = [(name, p, p._version) for name, p in module.named_parameters() if name not in leaves]
-    object.__setattr__(module, "_aliases", aliases)
-    if not delta.program.is_verified(leaves):
-        _verify_first_call(delta, skeleton)
+    aliases = take_out(module, leaves, buffers=isinstance(calls, MemberCalls))
+    _guard_sites(skeleton, calls)
+    dress(module, calls, lambda path, child, fn: _follow_dtypes(skeleton, path, child, fn))
+    kind: Any = type(module)
+    bases = (view, *[mixin for mixin, method in MIXINS if hasattr(kind, method)], kind)
+    namespace = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    module.__class__ = type(kind.__name__, bases, {**namespace, "__init__": building(kind), ORIGINAL: kind})
+    about: dict[str, Any] = {"_delta": delta, "_leaves": leaves, "_calls": calls, "_skeleton": skeleton}
+    about["_aliases"] = [(name, alias, alias._version) for name, alias in aliases.items() if not alias.is_inference()]
+    vars(module).update(about)
+    note_attributes(module)
     return module
 
 
-def _verify_first_call(delta: DeltaModel, skeleton: Skeleton) -> None:
-    """After the view's first call: was every site passed through, then or before (an encoder called by itself)?"""
-    call = skeleton.call
-    assert call is not None
-    call.reached = reached = set()
+MIXINS: tuple[tuple[type, str], ...] = ((Saved, "save_pretrained"), (Counted, "num_parameters"))
+"""What a view has where its backbone's class has a method of that name."""
 
-    def verify(module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        hook.remove()
-        call.reached = None
-        missed = missed_sites(delta.plan, call.params, reached)
-        if missed:
-            raise MatchError(
-                f"{missed[0]} was not called by the view's first call, so the delta there would do nothing. Call "
-                f"delta.apply(params, ...) once and bind again: it finds out whether the module above reads its "
-                f"tensors."
-            )
 
-    hook = skeleton.module.register_forward_hook(verify)
+def _guard_sites(skeleton: Skeleton, calls: Calls) -> None:
+    """Show the tensors of sites guarded, too, where no delta is written into them."""
+    read = skeleton.read_outside
+
+    def outside(path: str, name: str, tensor: Tensor) -> Tensor:
+        found = read(path, name, tensor)
+        if found is not tensor or calls.sees_all():
+            return found
+        return show(tensor, skeleton.module.get_submodule(path), name, calls.guards)
+
+    skeleton.read_outside = outside
+
+
+def _follow_dtypes(skeleton: Skeleton, path: str, module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """The precision that leaves are lowered to where they take the place of the backbone's tensors."""
+    for own in module._parameters:
+        name = f"{path}.{own}" if path else own
+        if module._parameters[own] is not None and name in skeleton.dtypes:
+            like = torch.empty(0, dtype=skeleton.dtypes[name], device=module._parameters[own].device)  # pyright: ignore[reportOptionalMemberAccess]
+            skeleton.dtypes[name] = fn(like).dtype
+
+
+def _verify(program: Program, call: Call) -> None:
+    """After the view's first call: which sites nothing has passed through, then or before."""
+    assert call.reached is not None
+    tell_missed(program, call.params, call.reached)
+
+
+def _replace(skeleton: Skeleton, ends: tuple[str, ...], value: Tensor, trains: bool, places: list[Any]) -> None:
+    """Put ``value`` in the place of one of the backbone's tensors, under all of its names and wherever it is held."""
+    made: Any = None
+    for end in ends:
+        path, _, own = end.rpartition(".")
+        owner = skeleton.module.get_submodule(path)
+        if own in owner._buffers:
+            made = value.to(skeleton.dtypes.get(end, value.dtype)) if made is None else made
+            owner._buffers[own] = made
+        else:
+            if made is None:
+                value = value if trains else value.to(skeleton.dtypes[end])
+                made = nn.Parameter(value, requires_grad=trains and value.is_floating_point())
+            owner._parameters[own] = made
+    for place, key in places:
+        place[key] = made
 
 
 def _place(module: nn.Module, name: str, value: Tensor, trains: bool) -> None:
-    """Register ``value`` under its dotted name, with empty modules for the tokens that the backbone does not have."""
+    """Register ``value`` under its dotted name, with modules for the tokens that the backbone does not have."""
     *path, own = name.split(".")
     owner = module
     for token in path:
         if token not in owner._modules:
-            owner.add_module(token, nn.Module())
+            owner.add_module(token, Leaves())
         owner = owner.get_submodule(token)
     if trains and value.is_floating_point():
         owner.register_parameter(own, nn.Parameter(value))
@@ -175,42 +310,109 @@ def _place(module: nn.Module, name: str, value: Tensor, trains: bool) -> None:
         owner.register_buffer(own, value)
 
 
-def _runners(delta: DeltaModel, leaves: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+def _runners(skeleton: Skeleton, leaves: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
     """Modules whose tensors are rewritten at each call, with the keys that say how."""
+    plan: Any = skeleton.plan
     found: dict[str, list[str]] = {}
-    for attachment in delta.plan.all():
+    for attachment in plan.all():
         if attachment.by_weights and attachment.among(leaves):
             found.setdefault(attachment.site.path, []).extend(attachment.leaves.values())
-    for name, ends in delta.plan.trained.items():
-        # A leaf of another precision than its module is lowered at each call; others stand in their place.
-        if name in leaves and leaves[name].dtype != delta.backbone.get_parameter(name).dtype:
-            for end in ends:
-                found.setdefault(end.rpartition(".")[0], []).append(name)
+    for name, ends in plan.trained.items():
+        # A leaf of another precision than its module is lowered at each call; others have taken its place.
+        for end in ends if name in leaves and leaves[name].dtype != skeleton.dtypes[name] else ():
+            found.setdefault(end.rpartition(".")[0], []).append(name)
     outermost = {path for path in found if not any(path != other and within(path, other) for other in found)}
     keys: dict[str, tuple[str, ...]] = {}
     for path in outermost:
-        reached = [a for a in delta.plan.all() if any(within(end, path) for end in a.ends)]
+        reached = [a for a in plan.all() if any(within(end, path) for end in a.ends)]
         inside = [key for a in reached for key in a.leaves.values()]
         keys[path] = tuple(key for key in dict.fromkeys(found[path] + inside) if key in leaves)
     return keys
 
 
+# -- what a view has learned -------------------------------------------------------------------------------------------
+
+
+def _buffers(root: nn.Module, wanted: Callable[[nn.Module, str], bool]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for path, module in root.named_modules():
+        for own in vars(module).get(BUFFERS, ()):
+            tensor = module._buffers.get(own, vars(module).get(own))
+            if tensor is not None and wanted(module, own):
+                found[f"{path}.{own}" if path else own] = tensor
+    return found
+
+
+def _persistent(root: nn.Module) -> dict[str, Tensor]:
+    """The buffers of the backbone's structure that a state dict has, as the view has them now."""
+    return _buffers(root, lambda module, own: own not in module._non_persistent_buffers_set)
+
+
+def _statistics(root: nn.Module) -> dict[str, Tensor]:
+    """Those of them that are registered, for they may learn."""
+    return _buffers(root, lambda module, own: own in module._buffers and own not in module._non_persistent_buffers_set)
+
+
+def learned(view: Any) -> dict[str, Tensor]:
+    """What a view's buffers have become, by the backbone's names: those that differ from the backbone's.
+
+    >>> delta = fd.LoraModel(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), modified_modules=["0"])
+    >>> view = delta.bind(delta.init(0)).train()
+    >>> y = view(torch.randn(8, 4))
+    >>> list(learned(view))
+    ['1.running_mean', '1.running_var', '1.num_batches_tracked']
+    """
+    own = _persistent(view)
+    if not own:
+        return {}
+    before = dict(view._delta.program.backbone.named_buffers(remove_duplicate=False))
+    found = {name: tensor for name, tensor in own.items() if name in before}
+    return {name: t for name, t in found.items() if not _is_equal(t, before[name])}
+
+
+def _is_equal(own: Tensor, before: Tensor) -> bool:
+    return own.shape == before.shape and torch.equal(own, before.to(own))
+
+
 def unbind(view: nn.Module) -> dict[str, Tensor]:
     """The params of a view as they are now, detached copies in the delta's order.
+
+    Running statistics that it has learned are among them, under the backbone's names. ``view`` may stand in a wrapper
+    that has one module (``DistributedDataParallel``, ``torch.compile``, an average of models).
 
     >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 3))
     >>> delta = fd.LoraModel(backbone, lora_r=2, modified_modules=["0"])
     >>> view = delta.bind(delta.init(0))
     >>> list(fd.unbind(view)) == list(delta.names)
     True
+    >>> fd.unbind(torch.optim.swa_utils.AveragedModel(view)).keys() == fd.unbind(view).keys()
+    True
     """
-    if not isinstance(view, View):
-        raise ParamsError(f"{type(view).__name__} is no view: unbind takes what delta.bind(params) returned.")
-    for name, alias, version in view._aliases:
+    found = within_wrappers(view)
+    if not isinstance(found, Viewlike):
+        raise ParamsError(f"{type(view).__name__} is not a view: unbind takes what delta.bind(params) returned.")
+    for name, alias, version in found._aliases:
         if alias._version != version:
             raise StaleBackboneError(
-                f"{name} was written in place since the view was bound, and it is the backbone's own storage. A "
-                f"view trains "
-                f"its delta only: name {name} in unfrozen_modules to train a copy."
+                f"{name} was written in place since the view was bound, and it is the backbone's own storage. A view "
+                f"trains its delta only: name {name} in unfrozen_modules to train a copy."
             )
-    return {name: leaf.detach().clone() for name, leaf in view._leaves.items()}
+    held = {**found._leaves, **learned(found)}
+    constants = [name for name in held if name in found._delta.constants or name not in found._leaves]
+    return still({name: leaf.detach().clone() for name, leaf in held.items()}, constants)
+
+
+def within_wrappers(module: nn.Module) -> nn.Module:
+    """The view inside of modules that wrap one other; ``module`` itself where there is none.
+
+    >>> within_wrappers(nn.Linear(2, 2))
+    Linear(in_features=2, out_features=2, bias=True)
+    """
+    found = module
+    while not isinstance(found, Viewlike):
+        inner = [found._modules.get(name) for name in ("module", "_orig_mod")]
+        inner = [child for child in inner if child is not None]
+        if not inner:
+            return module
+        found = inner[0]
+    return found

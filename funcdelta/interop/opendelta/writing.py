@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...run.check import check_member
-from ...config import PACKED
 from ...errors import CheckpointError, MatchError, ParamsError
 from ...files.checkpoint import backbone_facts
 from ...match import within
 from ...model import DeltaModel
+from ...packing.packed import PACKED
 from ...planning.plan import Attachment
+from ...run.check import check_member
 from .common_names import EXCLUDED, named_sites
 from .fields import COMPAT, data_of, refuse_fields
 from .folder import write_folder

@@ -1,0 +1,146 @@
+"""The calls of one view: one at a time, whoever makes them and however they end.
+
+A call has state in the view's modules (what entered a span, whose members the rows are), so it holds a lock, and what
+it leaves behind is put away when it ends, also by ``KeyboardInterrupt`` or a cancelled task. Only the outermost call of
+any of the view's modules counts: ``generate`` calls the encoder by itself, people call a head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..locks import fork_safe_lock
+from ..planning.sharing import Expanding
+from ..run.call import Call
+from ..transforms import inside_backward
+
+Function = Callable[..., Any]
+
+
+class Calls:
+    """Who is inside of a view: one thread, or nobody.
+
+    While a thread is inside, the view's modules show it what the backbone's would: raw tensors, and all of them.
+
+    >>> calls = Calls()
+    >>> calls.inside(), calls.enter(torch.nn.Identity(), "", lambda module: calls.inside(), (), {})
+    (False, True)
+    """
+
+    def __init__(self) -> None:
+        self.lock = fork_safe_lock()
+        self.thread: int | None = None
+        self.guards: dict[int, Tensor] = {}
+        self._own = threading.local()
+
+    def inside(self) -> bool:
+        """Whether this thread is inside of a call, or compiles one."""
+        return torch.compiler.is_compiling() or self.thread == threading.get_ident()
+
+    def sees_all(self) -> bool:
+        """Whether this thread is shown all of the model's tensors, as they are."""
+        return self.inside() or getattr(self._own, "looking", False)
+
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        """A block in which this thread is shown what it would be inside of a call."""
+        before = getattr(self._own, "looking", False)
+        self._own.looking = True
+        try:
+            yield
+        finally:
+            self._own.looking = before
+
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[dict[int, Any]]:
+        """One conversion of modules and all below them: what was made of each tensor, by the tensor's id."""
+        known = getattr(self._own, "moved", None)
+        if known is not None:
+            yield known
+            return
+        self._own.moved = {}
+        try:
+            with self.looking():
+                yield self._own.moved
+        finally:
+            del self._own.moved
+
+    # Where compiled code breaks off this is plain Python, which the compiler need not look into.
+    @torch.compiler.disable(recursive=False)
+    def enter(self, module: nn.Module, path: str, function: Function, args: Any, kwargs: Any) -> Any:
+        """``function(module, ...)`` as the outermost call, or as a part of the one that this thread is inside of."""
+        if self.thread == threading.get_ident():
+            return function(module, *args, **kwargs)
+        if inside_backward() and isinstance(threading.current_thread(), threading._DummyThread):
+            # One of autograd's own threads recomputes something; who holds the lock may be waiting for just that.
+            return function(module, *args, **kwargs)
+        with self.lock:
+            try:
+                self.thread = threading.get_ident()
+                return self.make(module, path, function, args, kwargs)
+            finally:
+                self.thread = None
+
+    def make(self, module: nn.Module, path: str, function: Function, args: Any, kwargs: Any) -> Any:
+        """One outermost call, of the module at ``path``."""
+        return function(module, *args, **kwargs)
+
+    def trace(self, module: nn.Module, path: str, function: Function, args: Any, kwargs: Any) -> Any:
+        """The same where code is compiled: it holds no lock, and leaves nothing behind."""
+        return function(module, *args, **kwargs)
+
+
+class MemberCalls(Calls):
+    """The calls of a view of one member, whose :class:`Call` never ends."""
+
+    def __init__(self, call: Call, given: Expanding, expands: bool, verify: Callable[[Call], None] | None) -> None:
+        super().__init__()
+        self.call, self.given, self.expands, self.verify = call, given, expands, verify
+        if verify is not None:
+            call.reached = set()
+
+    def make(self, module: nn.Module, path: str, function: Function, args: Any, kwargs: Any) -> Any:
+        """What is left of an earlier call goes when the whole model is called, or a call fails."""
+        call = self.call
+        if path:
+            return self._part(module, function, args, kwargs)
+        try:
+            call.notes = {}
+            self.given.begin()
+            output = function(module, *args, **kwargs)
+            if self.verify is not None:
+                self.verify(call)
+                self.verify = call.reached = None
+            return output
+        finally:
+            self.given.end()
+            call.notes = {}
+
+    def trace(self, module: nn.Module, path: str, function: Function, args: Any, kwargs: Any) -> Any:
+        """What is computed once a call is a part of the graph."""
+        if path or not self.expands:
+            return function(module, *args, **kwargs)
+        self.given.begin()
+        try:
+            return function(module, *args, **kwargs)
+        finally:
+            self.given.end()
+
+    def _part(self, module: nn.Module, function: Function, args: Any, kwargs: Any) -> Any:
+        """One of the modules by itself. People may call layer by layer, so notes last, each thread's its own."""
+        whole, own = self.call.notes, vars(self._own).setdefault("notes", {})
+        try:
+            self.call.notes = own
+            return function(module, *args, **kwargs)
+        except BaseException:
+            own.clear()
+            raise
+        finally:
+            self.call.notes = whole
+

@@ -1,0 +1,119 @@
+"""What the owner of a view has done to it since it was bound: what a copy or a pickle of it has besides the leaves.
+
+The hooks and functions in a view's modules belong to it: a plain copy of them would still compute with the leaves of
+the view that was copied. So a copy is bound anew, and is given the modes, converted tensors, attributes, settings of
+its config and hooks of the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..run.memory import FUNCTIONS, OWN, PLAIN
+from ..run.reading import KEPT
+from .frozen import BUFFERS, MOVED, PATH, Leaves
+
+BORN = "_funcdelta_born"
+"""Where a module of a view has its attributes, its hooks' keys and its parameters' names, as they were when bound."""
+
+OF_VIEWS = {KEPT, BUFFERS, PATH, MOVED, BORN, "forward", "_delta", "_leaves", "_calls", "_skeleton", "_aliases"}
+OF_VIEWS |= OWN - {"training"}
+"""Attributes that every view has of its own."""
+
+HOOKS = tuple(name for name in OWN if "hooks" in name)
+
+
+def note_attributes(root: nn.Module) -> None:
+    """Note what the modules of a view are like when it is bound."""
+    for module in root.modules():
+        own = vars(module)
+        hooks = {name: frozenset(own[name]) for name in HOOKS if own.get(name)}
+        own[BORN] = dict(own), hooks, frozenset(module._parameters)
+
+
+def given_since(root: nn.Module) -> dict[str, dict[str, Any]]:
+    """By path, what the modules of a view were given since: attributes, what objects there have become, hooks.
+
+    >>> delta = fd.LoraModel(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), modified_modules=["0"])
+    >>> view = delta.bind(delta.init(0))
+    >>> view[1].inplace = True
+    >>> given_since(view)["1"]["attributes"]
+    {'training': True, 'inplace': True}
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for path, module in root.named_modules():
+        own = vars(module)
+        if BORN not in own:
+            continue  # a module that the view was given: it goes with the one above it
+        before, hooks, registered = own[BORN]
+        held = {*own.get(KEPT, ()), *own.get(BUFFERS, ()), *OF_VIEWS}
+        named = {name: value for name, value in own.items() if name not in held}
+        found[path] = {
+            "attributes": {k: v for k, v in named.items() if k == "training" or v is not before.get(k, OWN)},
+            "objects": {k: vars(v) for k, v in named.items() if v is before.get(k, OWN) and _is_object(v)},
+            "hooks": {
+                name: {key: hook for key, hook in own[name].items() if key not in hooks.get(name, ())}
+                for name in HOOKS
+                if own.get(name)
+            },
+            "children": {name: child for name, child in _others(module._modules) if BORN not in vars(child)},
+            "parameters": {k: p for k, p in module._parameters.items() if p is not None and k not in registered},
+        }
+    return found
+
+
+def _others(children: Any) -> Iterator[tuple[str, nn.Module]]:
+    for name in dict.keys(children):
+        child = dict.__getitem__(children, name)
+        if child is not None and not isinstance(child, Leaves):
+            yield name, child
+
+
+def _is_object(value: Any) -> bool:
+    """Whether a value has settings of its own, as a config has."""
+    if isinstance(value, (*PLAIN, *FUNCTIONS, Tensor, nn.Module)) or type(value).__module__.startswith("torch"):
+        return False
+    return isinstance(getattr(value, "__dict__", None), dict)
+
+
+def give(root: nn.Module, since: dict[str, dict[str, Any]]) -> None:
+    """Give the modules of another view the same."""
+    done: set[int] = set()
+    modules = dict(root.named_modules())
+    for path, given in since.items():
+        module = modules[path]
+        vars(module).update(given["attributes"])
+        for name, state in given["objects"].items():
+            mine = vars(module).get(name)
+            if _is_object(mine) and id(mine) not in done:
+                done.add(id(mine))
+                vars(mine).clear()
+                vars(mine).update(state)
+        for name, hooks in given["hooks"].items():
+            vars(module)[name].update(hooks)
+        for name, child in given["children"].items():
+            module._modules[name] = child
+        for name, parameter in given["parameters"].items():
+            module.register_parameter(name, parameter)
+
+
+def tensors_held(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor, bool]]:
+    """``(name, module, own name, tensor, frozen)`` of what is held beside the leaves: frozen parameters, and buffers."""
+    for path, module in root.named_modules():
+        own = vars(module)
+        for name in own.get(KEPT, ()):
+            if isinstance(own.get(name), Tensor):
+                yield (f"{path}.{name}" if path else name), module, name, own[name], True
+        for name in own.get(BUFFERS, ()):
+            tensor = module._buffers.get(name, own.get(name))
+            if isinstance(tensor, Tensor):
+                yield (f"{path}.{name}" if path else name), module, name, tensor, False
+
+
+def hold(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor where a module of a view holds the one of that name."""
+    table: dict[str, Any] = module._buffers if name in module._buffers else vars(module)
+    table[name] = tensor

@@ -1,0 +1,131 @@
+"""What a view shows of the backbone's tensors to whoever reads them outside of a call: to compute with, not to write.
+
+A view shares the storage of everything that it does not train. A write through ``view.head.weight``, by an
+initialiser, a soft update or ``.data``, would be a write into the backbone and into every other view of it. So the
+attribute gives :class:`Guarded`, which is the tensor for every operation but those that change it; and so is whatever
+shares its storage (a slice, ``.data``, ``.detach()``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..errors import StaleBackboneError
+from ..run.reading import FACTS, STANDS_FOR
+from ..transforms import is_wrapped
+
+IN_PLACE = frozenset(f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split())
+WRITES = frozenset(("__setitem__", "__set__", *IN_PLACE))
+"""Methods that change their first argument; every other one that does ends with an underscore."""
+
+
+class Guarded(Tensor):
+    """A tensor that refuses to be written; see :func:`guarded`."""
+
+    _place: str
+    _is_param: bool
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in FACTS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        _refuse(_written(func, args, kwargs))
+        return _computed(func, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # Operators called from C++ (a broadcast between processes): their schemas tell what they change.
+        kwargs = kwargs or {}
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                _refuse(next((leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Guarded)), None))
+        return _computed(func, args, kwargs)
+
+
+def guarded(tensor: Tensor, place: str) -> Tensor:
+    """What computes as ``tensor`` and raises where it would be written; ``place`` names it in the error.
+
+    >>> weight = torch.ones(2)
+    >>> shown = guarded(weight, "head.weight")
+    >>> (shown * 3).sum(), shown.shape
+    (tensor(6.), torch.Size([2]))
+    >>> shown.data.zero_()
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.StaleBackboneError: head.weight is the backbone's own, which a view shares and never writes. ...
+    """
+    # A wrapper, without numbers of its own: nothing that passes by the operations finds any to write.
+    found = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
+        Guarded,
+        tensor.shape,
+        strides=tensor.stride(),
+        storage_offset=tensor.storage_offset(),
+        dtype=tensor.dtype,
+        layout=tensor.layout,
+        device=tensor.device,
+    )
+    setattr(found, STANDS_FOR, tensor)
+    found._place = place
+    # It passes for a parameter, as the backbone's own does: it can be tied to another layer and read there.
+    found._is_param = True
+    return found
+
+
+def _written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Guarded | None:
+    """The guarded tensor that a call would change."""
+    name = getattr(func, "__name__", "")
+    targets: list[Any] = [kwargs.get("out")]
+    if name in WRITES or (name.endswith("_") and not name.endswith("__")):
+        given = [*args[1:], *kwargs.values()]
+        # To say once more that it does not train, or that it has no gradient, changes nothing.
+        harmless = name in ("requires_grad_", "__set__") and all(value is None or value is False for value in given)
+        targets += [] if harmless and given else [args[:1], *(kwargs.get(key) for key in ("input", "self", "tensor"))]
+    return next((leaf for leaf in pytree.tree_leaves(targets) if isinstance(leaf, Guarded)), None)
+
+
+def _refuse(written: Guarded | None) -> None:
+    if written is not None:
+        place = written._place
+        raise StaleBackboneError(
+            f"{place} is the backbone's own, which a view shares and never writes. To train a copy of it name it in "
+            f'the config, unfrozen_modules=["deltas", "{place}"]; to compute with other numbers take a copy, .clone().'
+        )
+
+
+def _computed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The operation on the tensors themselves."""
+    guards = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Guarded)]
+    args, kwargs = pytree.tree_map_only(Guarded, lambda t: getattr(t, STANDS_FOR), (args, kwargs))
+    return pytree.tree_map(lambda made: _guarded_too(made, guards), func(*args, **kwargs))
+
+
+def _guarded_too(made: Any, guards: list[Guarded]) -> Any:
+    """What shares a guarded tensor's storage is guarded as well."""
+    for guard in guards:
+        own = getattr(guard, STANDS_FOR)
+        if made is own:
+            return guard
+        if isinstance(made, Tensor) and _place_of(made) == _place_of(own) is not None:
+            return guarded(made, guard._place)
+        if isinstance(made, np.ndarray) and own.device.type == "cpu" and np.shares_memory(made, own.numpy()):
+            made.flags.writeable = False
+    return made
+
+
+def _place_of(tensor: Tensor) -> int | None:
+    """What identifies the storage of a tensor that has one."""
+    if tensor.layout != torch.strided or tensor.is_meta or is_wrapped(tensor) or isinstance(tensor, Guarded):
+        return None
+    return tensor.untyped_storage()._cdata

@@ -1,0 +1,59 @@
+"""``view.save_pretrained``: the delta's folder, from which Transformers' Trainer can resume as well.
+
+A view's class is the backbone's, so whatever saves a model (Trainer, SentenceTransformer, a pipeline) calls its
+``save_pretrained``. It has the delta's leaves only, and Transformers would write them as if they were the model, under
+names that some classes rename. So the folder is the one of :meth:`DeltaModel.save_finetuned`, which says what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+class Saved:
+    """Of views whose backbone has ``save_pretrained``."""
+
+    _delta: Any
+    params: Callable[[], dict[str, Tensor]]
+
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Any] | None = None,
+        push_to_hub: bool | str = False,
+        **options: Any,
+    ) -> None:
+        """Write the delta's folder, for :meth:`AutoDeltaModel.from_finetuned` and for resuming with a Trainer.
+
+        ``state_dict`` holds the leaves' values where a trainer has gathered them from several processes. What else
+        ``options`` say of a model's files does not concern a delta's. ``from_pretrained`` refuses the folder.
+        """
+        if not is_main_process:
+            return
+        params = self.params()
+        params |= {name: tensor for name, tensor in (state_dict or {}).items() if name in params}
+        creating = {key: options[key] for key in ("private", "token", "commit_message") if options.get(key) is not None}
+        to = options.get("repo_id") if push_to_hub is True and options.get("repo_id") else push_to_hub
+        self._delta.save_finetuned(params, save_directory, resumable=True, push_to_hub=to, **creating)
+
+
+class Counted:
+    """Of views whose backbone counts its parameters."""
+
+    _calls: Any
+    _leaves: Any
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """The numbers of the backbone and of the delta, as of a model with both; the delta's that train."""
+        counts: Any = super()
+        own = counts.num_parameters(only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
+        if only_trainable:
+            return own
+        with self._calls.looking():
+            names = dict(self.named_parameters())  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+            whole = counts.num_parameters(exclude_embeddings=exclude_embeddings)
+        return whole + sum(leaf.numel() for name, leaf in self._leaves.items() if name not in names)
