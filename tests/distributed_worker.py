@@ -183,7 +183,7 @@ def backbone(rank: int, world: int, folder: Path) -> dict[str, Any]:
                 results |= {f"view {key}": p.grad for key, p in view.named_parameters() if p.requires_grad}
             found.setdefault(kind, {}).update({(name, key): value.detach() for key, value in results.items()})
         if name == "lora":
-            first, second = sharded.skeletons.get(None).module, sharded.skeletons.build(None).module
+            first, second = sharded.program.skeletons.get(None).module, sharded.program.skeletons.build(None).module
             pairs = zip(first.parameters(), second.parameters(), strict=True)
             found["shared"] = all(a.to_local().data_ptr() == b.to_local().data_ptr() for a, b in pairs)
             found["part"] = (

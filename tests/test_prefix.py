@@ -23,6 +23,7 @@ from zoo_architecture import randomise
 from zoo_transformers import GPT_SIZES, LLAMA_SIZES, SPECIAL
 
 import funcdelta as fd
+from funcdelta.errors import UnreachedWarning
 
 PREFIX = 3
 # Head size 8 where width / heads is 4: keys are as wide as queries' heads say only by chance.
@@ -484,10 +485,10 @@ def test_a_site_that_its_example_or_a_call_leaves_out_is_named() -> None:
     with raises_saying(fd.MatchError, "encoder.block.0.layer.0.SelfAttention", "did not go through", "exclude_modules"):
         plain_prefix(model, example=example)
     delta, params = plain_prefix(model)
-    decoder = {name: leaf for name, leaf in params.items() if name.startswith("decoder")}
-    with pytest.warns(fd.errors.UnreachedWarning, match=r"did not pass through encoder.block.0.layer.0.SelfAttention"):
+    with pytest.warns(UnreachedWarning, match=r"did not pass through encoder.block.0.layer.0.SelfAttention"):
         found = delta.apply(params, **example).logits
-    assert_close(found, delta.apply(decoder, **example).logits)
+    decoder, _ = plain_prefix(model, "[r]decoder.+SelfAttention")
+    assert_close(found, decoder.apply({name: params[name] for name in decoder.names}, **example).logits)
     with raises_saying(fd.ConfigError, "attend gave keys (3, 5)", "expected (P, 24)", "4 heads of 6"):
         fd.DeltaModel(model, NarrowConfig(modified_modules=["SelfAttention"])).apply(
             {name: torch.zeros(3, 5) for name in [f"{site}.narrow.k" for site in delta.sites]},

@@ -125,7 +125,7 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
 
     def noise(like: Tensor, deviation: float) -> Tensor:
-        return torch.randn(like.shape, generator=generator) * deviation
+        return torch.randn(like.shape, generator=generator, dtype=torch.float32) * deviation
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -184,7 +184,7 @@ def numbers(keyword: str | None, *shape: int) -> Callable[..., dict[str, Any]]:
 
     def inputs(rows: int, seed: int = 0, mask: bool = True) -> dict[str, Any]:
         del mask  # no such input here
-        value = _by_row(rows, seed, lambda g: torch.randn(*shape, generator=g))
+        value = _by_row(rows, seed, lambda g: torch.randn(*shape, generator=g, dtype=torch.float32))
         return {"args": (value,)} if keyword is None else {keyword: value}
 
     return inputs

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-TABLES = ("members", "memory", "routed", "trunk", "single", "meta")
+TABLES = ("members", "memory", "routed", "trunk", "single", "meta", "core", "experts")
+ASKED_FOR = ("routed", "core", "experts")
+"""Tables that are measured only where they are named."""
 DEFAULT_SHAPES = ("64,1,16", "32,2,32", "8,8,64")
 
 
@@ -47,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
         description="Time one training step of n LoRA members by fold, vmap, loop and PEFT against the bare "
         "backbone's forward and input gradient on the same tokens, and a single step against PEFT and "
         "hand-written LoRA; rows that each have a member of their own, in a forward and in greedy decoding; a "
-        "second-order MAML step over tasks; an ensemble on one batch with deltas on the last layers; and memory. "
+        "second-order MAML step over tasks; an ensemble on one batch with deltas on the last layers; memory; what a "
+        "call costs besides its arithmetic (core); and models with experts. "
         "Ratios are medians of ratios paired within a round; a table whose yardstick spreads by more than 10 % is "
         "measured again, and marked if it stays so.",
     )
@@ -55,9 +58,9 @@ def parser() -> argparse.ArgumentParser:
         "--table",
         nargs="+",
         choices=TABLES,
-        default=[name for name in TABLES if name != "routed"],
+        default=[name for name in TABLES if name not in ASKED_FOR],
         metavar="NAME",
-        help=f"of {', '.join(TABLES)} (all but routed, which takes as long as the others together)",
+        help=f"of {', '.join(TABLES)} (all but {', '.join(ASKED_FOR)})",
     )
     result.add_argument(
         "--model",
@@ -109,7 +112,7 @@ def _run(options: argparse.Namespace) -> None:
     sizes = tables.Sizes()
     if options.quick:
         shapes, effort = shapes[:1], measure.Effort(3, 1)
-        sizes = replace(sizes, singles=sizes.singles[:1], routed=sizes.routed[:1], points=1)
+        sizes = replace(sizes, singles=sizes.singles[:1], routed=sizes.routed[:1], points=1, widths=sizes.widths[:1])
     if options.thousand:
         shapes.append(Shape(1024, 1, 8))
     names = {"all": ("minilm", "llama", "smollm"), "minilm": ("minilm", "smollm")}.get(options.model, (options.model,))

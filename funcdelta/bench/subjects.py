@@ -240,6 +240,86 @@ def narrowed(subject: Subject) -> Subject:
     return Subject(subject.name, frozen(backbone), subject.targets, 64, config.hidden_size)
 
 
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def tiny_bert() -> Subject:
+    """A BERT of 2 layers and width 16, which LoRA on query and value gives 4 sites.
+
+    >>> tiny_bert().width
+    16
+    """
+    from transformers import BertConfig, BertModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+        )
+        return Subject("bert", frozen(BertModel(config)), ("query", "value"), 50, 16)
+
+
+def narrow_llama(layers: int) -> Subject:
+    """A Llama of width 64, to be adapted at all of its linear layers: many sites, and next to no arithmetic.
+
+    >>> narrow_llama(2).name
+    'llama of 2 layers, width 64'
+    """
+    subject = _llama(f"llama of {layers} layers, width 64", vocabulary=64, width=64, layers=layers, heads=4)
+    return dataclasses.replace(subject, targets=LINEARS)
+
+
+def switch(width: int) -> Subject:
+    """The encoder of a Switch Transformer of random weights: 4 layers, 8 experts in every second one.
+
+    >>> switch(16).targets
+    ('q', 'v')
+    """
+    from transformers import SwitchTransformersConfig, SwitchTransformersEncoderModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = SwitchTransformersConfig(
+            vocab_size=256,
+            d_model=width,
+            d_kv=width // 4,
+            d_ff=2 * width,
+            num_layers=4,
+            num_sparse_encoder_layers=2,
+            num_heads=4,
+            num_experts=8,
+            expert_capacity=64,
+        )
+        backbone = SwitchTransformersEncoderModel(config)
+    return Subject(f"switch of width {width}", frozen(backbone), ("q", "v"), 256, width)
+
+
+def mixtral(width: int) -> Subject:
+    """A Mixtral of random weights: 4 layers, 8 experts in each, two of them for a token.
+
+    >>> mixtral(16).targets
+    ('q_proj', 'v_proj')
+    """
+    from transformers import MixtralConfig, MixtralModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = MixtralConfig(
+            vocab_size=256,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=8,
+            max_position_embeddings=512,
+        )
+        backbone = MixtralModel(config)
+    return Subject(f"mixtral of width {width}", frozen(backbone), ("q_proj", "v_proj"), 256, width)
+
+
 SUBJECTS: dict[str, Callable[[], Subject]] = {"minilm": minilm, "llama": llama, "tiny": tiny}
 SPEAKERS: dict[str, Callable[[], Subject]] = {"smollm": smollm, "tiny": tiny_lm}
 """Language models for the routed table."""
+EXPERTS: dict[str, Callable[[int], Subject]] = {"switch": switch, "mixtral": mixtral}
+"""Models with experts, by width."""

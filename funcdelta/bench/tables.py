@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from funcdelta.bench.core import core_tables
+from funcdelta.bench.experts import SHAPE as EXPERTS_SHAPE
+from funcdelta.bench.experts import experts_tables
 from funcdelta.bench.measure import Effort, Notify, Table, members_table, single_table
 from funcdelta.bench.memory import memory_table
 from funcdelta.bench.meta import meta_table
@@ -27,6 +30,8 @@ class Sizes:
         residents: members of the stacks that rows are picked from.
         meta: tasks, rows and tokens of a MAML step.
         points: of the cost curve of members that see one batch; `None`: all.
+        layers: of the narrow Llama whose calls are measured besides their arithmetic.
+        experts, widths: members, rows and tokens of a step of models with experts, and their widths.
     """
 
     shapes: tuple[Shape, ...] = ()
@@ -35,6 +40,9 @@ class Sizes:
     residents: tuple[int, ...] = (5, 100, 1000)
     meta: Shape = META
     points: int | None = None
+    layers: int = 40
+    experts: Shape = EXPERTS_SHAPE
+    widths: tuple[int, ...] = (64, 256)
 
 
 def run(
@@ -69,7 +77,7 @@ def _each(
     # A pass of a language model or of a MAML step takes long: fewer rounds keep the whole command to minutes.
     fewer = replace(effort, repeats=max(1, effort.repeats // 2), attempts=1)
     for number, (name, load) in enumerate(subjects.items()):
-        if not {"members", "memory", "single", "meta"} & set(names):
+        if not {"members", "memory", "single", "meta", "core"} & set(names):
             break
         notify(f"loading {name}")
         subject = load()
@@ -85,6 +93,10 @@ def _each(
                 yield single_table(subject, rows, length, effort, notify, overhead=index == 0)
         if "meta" in names and number == 0:
             yield meta_table(subject, sizes.meta, fewer, notify)
+        if "core" in names and number == 0 and sizes.shapes:
+            yield from core_tables(subject, sizes.shapes[0], sizes.layers, effort, notify)
+    if "experts" in names:
+        yield from experts_tables(sizes.widths, sizes.experts, effort, notify)
     if "trunk" in names:
         yield from trunk_tables(subjects, fewer, sizes.points, notify)
     for name, load in speakers.items() if "routed" in names else ():

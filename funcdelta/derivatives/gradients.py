@@ -5,6 +5,7 @@ Members are summed, never averaged: an average would divide every member's gradi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..run.checkpointing import gradients_of, note_reentrant
-from ..errors import EngineError, ParamsError, RecomputeError, StackError
+from ..errors import EngineError, EngineWarning, FuncdeltaError, ParamsError, RecomputeError, StackError
 from ..run.engines import known_vmap_limit
 from ..stacks.params import members, slices, take
 from ..transforms import inside_transform
@@ -84,13 +85,28 @@ def _one_pass(loss: Callable[..., Any], stack: Any, data: Sequence[Any], dims: l
     except StackError:
         # The loss calls delta.apply, so it is one member's loss.
         pass
+    if torch.compiler.is_compiling() or inside_transform():
+        return _mapped(loss, stack, data, dims, has_aux)
     try:
         return _mapped(loss, stack, data, dims, has_aux)
-    except RecomputeError:
-        # What autograd has to recompute cannot be mapped: members in turn.
-        if torch.compiler.is_compiling() or inside_transform():
+    except FuncdeltaError as error:
+        if not isinstance(error, EngineError):
             raise
-    return _in_turn(loss, stack, data, dims, has_aux)
+        refused: Exception = error
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        refused = error
+    # What torch cannot map, and what autograd has to recompute, runs member by member; so does a mistake of the loss
+    # itself, which then raises again.
+    found = _in_turn(loss, stack, data, dims, has_aux)
+    if not isinstance(refused, RecomputeError):
+        warnings.warn(
+            f"The loss of one member runs for each of {members(stack)} members in turn, which is slower: it cannot be "
+            f"mapped. {str(refused)[:200]} Write the loss for the whole stack, with delta.apply_many(stack, ...), one "
+            f"loss a member, where a fold can run it.",
+            EngineWarning,
+            stacklevel=3,
+        )
+    return found
 
 
 def _in_turn(loss: Callable[..., Any], stack: Any, data: Sequence[Any], dims: list[int | None], has_aux: bool) -> Any:

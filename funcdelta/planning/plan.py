@@ -143,7 +143,9 @@ class Plan:
                 found.setdefault(end.rpartition(".")[0], []).append(name)
         for attachment in self.all():
             if attachment.by_weights and attachment.among(params):
-                found.setdefault(attachment.site.path, []).extend(attachment.leaves.values())
+                path = attachment.site.path
+                reader = path.rpartition(".")[0] if attachment.read_by_parent else path
+                found.setdefault(reader, []).extend(attachment.leaves.values())
         return found
 
     def outermost(self, params: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +17,15 @@ from ..errors import FoldError
 from ..transforms import concrete
 from .attention import Added, attend_with, attention_mark, by_head
 from .bound import Bound
-from .call import Call, Params
+from .call import Call, Host, Params
 from .counting import Counting
 from .entrance import is_causal, takes_text
 from .opened import act
 from .padding import check_padding, checkable
 from .positions import named, seen_length
 
-if TYPE_CHECKING:
-    from .skeleton import Skeleton
 
-
-def attention_of(skeleton: Skeleton, path: str, attended: list[Bound]) -> Callable[..., Any]:
+def attention_of(skeleton: Host, path: str, attended: list[Bound]) -> Callable[..., Any]:
     """The attention function of the module at ``path``: its own, with what the methods add for the call under way."""
     Numbered.below(skeleton, path, attended)
 
@@ -51,7 +48,7 @@ class Numbered:
     ``attended`` are the methods that act in it.
     """
 
-    def __init__(self, skeleton: Skeleton, path: str) -> None:
+    def __init__(self, skeleton: Host, path: str) -> None:
         self.skeleton, self.path = skeleton, path
         self.counting = Counting(skeleton, path)
         # What sees both ways is often read at its first position, which may be padding.
@@ -60,7 +57,7 @@ class Numbered:
         self.checked = False
 
     @classmethod
-    def below(cls, skeleton: Skeleton, path: str, attended: list[Bound]) -> None:
+    def below(cls, skeleton: Host, path: str, attended: list[Bound]) -> None:
         """Have the nearest module above the attention at ``path`` that takes the text numbered, if there is one."""
         above = path
         while above:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from ..errors import FoldError
+from ..planning.plan import Plan
 from .layout import Hidden, Layout, Run
 
 TENSOR = object()
@@ -133,3 +136,60 @@ class Call:
         if found is None:
             found = self.notes[key] = default()
         return found
+
+
+class Host(Protocol):
+    """What is installed in a skeleton sees of it (:class:`funcdelta.run.skeleton.Skeleton`).
+
+    Attributes:
+        module: the copy of the backbone's structure.
+        plan: what it is opened for; ``None``: for nothing.
+        units: the modules of it that are sharded.
+        call: the call under way; ``kept``: one that has ended, whose checkpointed modules may run again.
+        recomputing: the modules that checkpoint what they call.
+    """
+
+    call: Call | None
+    kept: weakref.ref[Call] | None
+    recomputing: frozenset[str]
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def plan(self) -> Plan | None: ...
+
+    @property
+    def units(self) -> tuple[str, ...]: ...
+
+    def under_way(self, path: str) -> Call:
+        """The call that the module at ``path`` runs in."""
+        ...
+
+    def swap(self, overrides: Mapping[str, Tensor]) -> Callable[[], None]:
+        """Put tensors in the place of the module's own; the function that puts those back."""
+        ...
+
+    def swapped(self, overrides: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """The same inside a block."""
+        ...
+
+    def run_inside(
+        self,
+        path: str,
+        forward: Callable[..., Any],
+        params: Params,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        call: Call,
+    ) -> Any:
+        """``forward`` of the module at ``path``, within a call, with tensors of one member."""
+        ...
+
+    def check_unit(self, path: str, call: Call) -> None:
+        """Refuse a sharded module that cannot run with tensors of the member's own."""
+        ...
+
+    def check_runner(self, path: str) -> None:
+        """Refuse to map a module that checkpoints inside of itself."""
+        ...

@@ -15,7 +15,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,7 @@ from ..errors import RecomputeError
 from ..functional.attention import needs_mathematical_attention
 from ..match import within
 from ..transforms import inside_transform
-
-if TYPE_CHECKING:
-    from .skeleton import Call, Skeleton
+from .call import Call, Host
 
 MODULE = "torch.utils.checkpoint"
 
@@ -120,7 +118,7 @@ def changed(flags: Flags) -> bool:
     return any(own.get(FLAG) is not flag or own.get(FUNCTION) is not function for own, flag, function in flags)
 
 
-def needs_keeping(skeleton: Skeleton) -> bool:
+def needs_keeping(skeleton: Host) -> bool:
     """Whether a call on ``skeleton`` has to stay for recomputation; raises where torch could not recompute it."""
     if not skeleton.recomputing or not torch.is_grad_enabled():
         return False
@@ -140,7 +138,7 @@ def needs_keeping(skeleton: Skeleton) -> bool:
 
 
 @contextlib.contextmanager
-def named_refusal(skeleton: Skeleton) -> Iterator[None]:
+def named_refusal(skeleton: Host) -> Iterator[None]:
     """Say what torch's refusal to checkpoint inside a transform means."""
     try:
         yield
@@ -173,7 +171,7 @@ def gradients_of(loss: Tensor, leaves: list[Tensor]) -> Sequence[Tensor]:
 TURN_OFF = "Turn checkpointing off for it: backbone.activation_checkpointing_disable(), or as your model has it."
 
 
-def _first(skeleton: Skeleton) -> str:
+def _first(skeleton: Host) -> str:
     return min(skeleton.recomputing) or "The backbone"
 
 
@@ -187,7 +185,7 @@ def _no_transform(path: str) -> str:
 
 
 def kept_run(
-    skeleton: Skeleton, call: Call, overrides: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    skeleton: Host, call: Call, overrides: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """The skeleton's module in ``call``, with ``overrides`` in the place of its tensors until the graph is gone.
 
@@ -218,7 +216,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
         yield from (tensor for tensor in held if isinstance(tensor, Tensor))
 
 
-def _check_reentrant(skeleton: Skeleton, call: Call) -> None:
+def _check_reentrant(skeleton: Host, call: Call) -> None:
     """Raise where several modules would each go back through what one computation made for all of them."""
     expanded = [s for s in skeleton.plan.shared if s.expanded and s.among(call.params)] if skeleton.plan else []
     for path in sorted(skeleton.recomputing) if expanded else []:
@@ -231,7 +229,7 @@ def _check_reentrant(skeleton: Skeleton, call: Call) -> None:
             )
 
 
-def check_runner(skeleton: Skeleton, path: str) -> None:
+def check_runner(skeleton: Host, path: str) -> None:
     """Raise if the module at ``path`` checkpoints inside of itself, for it is to run mapped over members."""
     inner = [other for other in skeleton.recomputing if within(other, path)]
     if inner and needs_keeping(skeleton):

@@ -8,17 +8,15 @@ does not count that way itself.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..transforms import is_wrapped
+from .call import Call, Host
 from .entrance import caller_of, counts_from_mask, input_embedding, inputs_of, only_attends, padding_position
 from .positions import counted, leading, named
-
-if TYPE_CHECKING:
-    from .skeleton import Call, Skeleton
 
 CALLERS = "callers"
 """Where a call keeps what was given to the outermost model around a module that takes the text."""
@@ -34,7 +32,7 @@ class Counting:
         settles: whether the numbers of positions and the mask settle how a row is computed, padded or not.
     """
 
-    def __init__(self, skeleton: Skeleton, path: str) -> None:
+    def __init__(self, skeleton: Host, path: str) -> None:
         self.skeleton, self.path = skeleton, path
         self.module = skeleton.module.get_submodule(path)
         self.inputs = inputs_of(self.module)

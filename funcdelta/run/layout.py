@@ -64,12 +64,14 @@ class Layout:
         runs: by path, the modules that run once per member.
         outputs: of the leaves of the model's output.
         names: what these leaves are called.
+        unused: modules with leaves of the members' own that are not called; where one is, nothing is known.
     """
 
     sites: Mapping[str, tuple[Hidden, ...]] = field(default_factory=dict)
     runs: Mapping[str, Run] = field(default_factory=dict)
     outputs: Dims = ()
     names: tuple[str, ...] = ()
+    unused: frozenset[str] = frozenset()
 
     def site(self, path: str, index: int | None) -> Hidden:
         """The axes at the ``index``-th call of the site at ``path``; ``None``: at every one."""
@@ -84,7 +86,9 @@ class Layout:
         """
         sites = {**other.sites, **{path: known for path, known in self.sites.items() if path not in other.sites}}
         runs = {**other.runs, **{path: run for path, run in self.runs.items() if path not in other.runs}}
-        return replace(other, sites=sites, runs=runs)
+        # What ran alone in one of them, ran inside of a module of the other that does, or is still unknown.
+        unused = frozenset(path for path in self.unused & other.unused if path not in runs)
+        return replace(other, sites=sites, runs=runs, unused=unused)
 
 
 def _visit(known: tuple[Any, ...], path: str, index: int | None) -> Any:

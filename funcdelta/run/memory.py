@@ -72,6 +72,11 @@ class Memory:
                     noted.follow(value, seen, DEPTH)
         self._all = Noted.together(self._noted.values())
 
+    def note_changes(self) -> None:
+        """What the skeleton's owner has changed since is meant to stay: note it."""
+        if self._all.differs() or list(map(len, self._hooks)) != self._hook_counts:
+            self.note()
+
     def give(self, module: nn.Module, forward: Any) -> Any:
         """Another forward for a module, which stays; ``None``: its class's. Gives the one that it had of its own."""
         own = vars(module)
@@ -180,14 +185,18 @@ class Noted:
         for item in list(inside):
             self.follow(item, seen, depth - 1)
 
-    def restore(self) -> None:
-        """Put back what has changed."""
+    def differs(self) -> bool:
+        """Whether anything has changed."""
         try:
             # In C: identical values are equal without a look at them, and no tensor is compared by its numbers.
-            if not any(map(operator.ne, self.now, self.before)):
-                return
-        except Exception:  # noqa: S110  (what cannot be compared, as tensors cannot, is another object: looked for below)
-            pass
+            return any(map(operator.ne, self.now, self.before))
+        except Exception:  # what cannot be compared, as tensors cannot, is another object
+            return True
+
+    def restore(self) -> None:
+        """Put back what has changed."""
+        if not self.differs():
+            return
         for now, before in zip(self.now, self.before, strict=True):
             if not _differs(now, before):
                 continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,9 @@ from ..planning.plan import Attachment
 from ..planning.spans import keep, take
 from ..transforms import is_wrapped
 from .bound import Bound
-from .call import TENSOR, Call, Function, Params
+from .call import TENSOR, Call, Function, Host, Params
 from .hidden import hidden_input, hidden_output
-from .layout import Run
-
-if TYPE_CHECKING:
-    from .skeleton import Skeleton
+from .layout import LayoutMismatch, Run
 
 
 class Bypass(nn.Module):
@@ -50,7 +47,7 @@ class Opened:
         running: how many calls of the module are under way; meanwhile its tensors are read by itself.
     """
 
-    def __init__(self, skeleton: Skeleton, path: str, module: nn.Module) -> None:
+    def __init__(self, skeleton: Host, path: str, module: nn.Module) -> None:
         self.skeleton, self.path, self.module = skeleton, path, module
         self.original: Callable[..., Any] = module.forward
         self.befores: list[Bound] = []
@@ -75,6 +72,8 @@ def _forward(opened: Opened, /, *args: Any, **kwargs: Any) -> Any:
     if call.watch is not None:
         call.watch.called(path)
     run = call.runs.get(path) if call.runs else None
+    if call.layout is not None and path in call.layout.unused:
+        raise LayoutMismatch(f"{path} is called, but was not when the layout of these inputs was learned.")
     if run is not None and run.how == "loop" and call.lift is not None:
         return run_members(opened, call, run, args, kwargs)
     befores, afters, begun = opened.befores, opened.afters, opened.begun

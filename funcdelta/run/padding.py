@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +17,16 @@ from torch import Tensor, nn
 from ..errors import ParamsError
 from ..sites.structure import named_tensors
 from ..transforms import concrete, is_wrapped, outside_transforms
-from .call import Call, Params
+from .call import Call, Host, Params
 from .containers import flatten
 from .layout import close
 from .positions import CACHES
-
-if TYPE_CHECKING:
-    from .skeleton import Skeleton
 
 NOT_FOR_CHECKS = (*CACHES, "labels")
 
 
 def check_padding(
-    skeleton: Skeleton,
+    skeleton: Host,
     module: nn.Module,
     given: Mapping[str, Any],
     lead: Tensor,
@@ -74,7 +71,7 @@ def check_padding(
     return True
 
 
-def checkable(skeleton: Skeleton, call: Call, lead: Tensor) -> bool:
+def checkable(skeleton: Host, call: Call, lead: Tensor) -> bool:
     """Whether the module can be run beside the call: not while it is traced or followed, nor where it is sharded."""
     if torch.compiler.is_compiling() or call.watch is not None or skeleton.units:
         return False
@@ -110,10 +107,12 @@ def _kept(name: str, value: Any, kept: Tensor) -> Any:
     if not isinstance(value, Tensor) or value.ndim < 2 or name.startswith("encoder_"):
         return value
     axis = value.ndim - 1 if name == "position_ids" else 1
-    return value if value.shape[axis] != len(kept) else value.index_select(axis, kept.nonzero().flatten().to(value.device))
+    return (
+        value if value.shape[axis] != len(kept) else value.index_select(axis, kept.nonzero().flatten().to(value.device))
+    )
 
 
-def _run(skeleton: Skeleton, module: nn.Module, inputs: dict[str, Any], params: Params) -> dict[str, Tensor]:
+def _run(skeleton: Host, module: nn.Module, inputs: dict[str, Any], params: Params) -> dict[str, Tensor]:
     """The tensors that the module gives in evaluation mode, by name, with nothing else of the call under way."""
     before, training = skeleton.call, [part for part in module.modules() if part.training]
     skeleton.call = Call(params)

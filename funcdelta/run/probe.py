@@ -20,7 +20,7 @@ Dropout is off while a probe runs, and random numbers come from a generator of i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
@@ -34,10 +34,12 @@ from ..errors import EngineError, FoldError, FuncdeltaError
 from ..functional.dropout import dropout
 from ..match import within
 from ..planning.sharing import expand_stack
+from ..pytrees.opaque import spare, tensors_in
 from ..randomness import private_random
 from ..structures.rowwise import is_rowwise
 from ..transforms import eager, outside_transforms
 from .call import TENSOR, Call, Params
+from .containers import is_cache
 from .fold import Folded
 from .layout import Ends, Hidden, Layout, Run, close, scalar_message
 from .outputs import flatten
@@ -114,7 +116,7 @@ def learn(
     skeleton = program.skeletons.get(program.training)
     with undisturbed():
         members = expand_stack(program.plan.shared, program.random_members(MEMBERS, present))
-    probe = Probe(program.plan, skeleton, members, rows, entry)
+    probe = Probe(program.plan, skeleton, members, rows, entry, rows_are_members)
     try:
         return probe.learn(one, together, axes)
     except FoldError as error:
@@ -136,13 +138,16 @@ class Visit:
 class Probe:
     """What is seen of two members; its methods from ``axis`` on are what the skeleton tells (:class:`.call.Watch`)."""
 
-    def __init__(self, plan: Any, skeleton: Skeleton, members: Params, rows: int, entry: str) -> None:
+    def __init__(
+        self, plan: Any, skeleton: Skeleton, members: Params, rows: int, entry: str, rows_are_members: bool = False
+    ) -> None:
         self.plan, self.skeleton, self.members, self.entry = plan, skeleton, members, entry
-        self.rows = rows
+        self.rows, self.rows_are_members = rows, rows_are_members
         self.lift = Folded(MEMBERS, rows)
         self.tracking = Tracking(MEMBERS, self._on_read, self._on_mix)
         self.stack: list[Visit] = []
         self.visited: set[str] = set()
+        self.idle: set[str] = set()
         self.reads: dict[str, str] = {}
         self.sites: dict[str, list[Hidden]] = {}
         self.runs: dict[str, Run] = {}
@@ -152,13 +157,14 @@ class Probe:
 
     def learn(self, one: Any, together: Any, axes: Mapping[int, int]) -> Layout:
         """The layout; see :func:`learn`."""
+        again = spare(one[0]) if self.plan.owners(self.members) else None
         with self._watched_modules():
             alone = [self._alone(i, one[i]) for i in range(MEMBERS)]
         names = _names(alone[0])
         for name, leaf in zip(names, flatten(alone[0])[0], strict=True):
             if isinstance(leaf, Tensor) and leaf.ndim == 0:
                 raise FoldError(scalar_message(name))
-        self.runs = self.owners()
+        self.runs = self.owners(lambda keys: self._is_used(keys, again, alone[0]))
         for path in self.runs:
             self.skeleton.open(path)
         with self._watched_modules():
@@ -168,6 +174,7 @@ class Probe:
             dict(self.runs),
             dims,
             tuple(names),
+            frozenset(self.idle),
         )
         self._compare(alone, found, layout)
         return layout
@@ -219,6 +226,9 @@ class Probe:
         for i, axis in axes.items():
             if isinstance(leaves[i], Tensor):
                 self.tracking.mark(leaves[i], Rows(axis))
+        for tensor in (tensor for leaf in leaves if is_cache(leaf) for tensor in tensors_in(leaf)):
+            if tensor.ndim and tensor.shape[0] == MEMBERS * self.rows:
+                self.tracking.mark(tensor, Rows(0))
         members = {name: leaf.clone() for name, leaf in self.members.items()}
         for leaf in members.values():
             self.tracking.mark(leaf, Rows(0))
@@ -243,11 +253,39 @@ class Probe:
                             f"Two members in one batch do not give what each gives alone (output {name}): rows are "
                             f"mixed, or numbers are drawn, where it cannot be seen."
                         )
+                elif self.rows_are_members and is_cache(leaf):
+                    self._compare_caches(name, leaf, expected, i)
                 elif not isinstance(leaf, Tensor) and _unequal(leaf, expected):
                     raise FoldError(f"The output {name} is {leaf!r} for two members and {expected!r} for one.")
 
-    def owners(self) -> dict[str, Run]:
-        """Modules that run once per member because a tensor that is used in them differs by member."""
+    def _compare_caches(self, name: str, cache: Any, expected: Any, member: int) -> None:
+        """Rows of a cache stay together, so it is handed on as it is: each has to have what it has alone."""
+        for tensor, own in zip(tensors_in(cache), tensors_in(expected), strict=False):
+            tag = self.tracking.of(tensor)
+            if tag is None and tensor.shape == own.shape:
+                continue
+            if tag is None or tag in UNCLEAR or not close(self.tracking.part(tensor, tag, member), own):
+                raise FoldError(f"The output {name} mixes rows of several members{self.reason()}.")
+
+    def _is_used(self, keys: Sequence[str], given: Any, expected: Any) -> bool:
+        """Whether the first member's call depends on leaves of a module that it does not call: NaN there shows it."""
+        params = {name: leaf[0] for name, leaf in self.members.items()}
+        poison = {key: torch.full_like(params[key], torch.nan) for key in keys if params[key].is_floating_point()}
+        try:
+            with undisturbed():
+                found = self.skeleton.run(self.entry, {**params, **poison}, *spare(given), Call({**params, **poison}))
+        except Exception:  # it fails on what it uses
+            return True
+        finally:
+            self.skeleton.settle()
+        pairs = zip(flatten(found)[0], flatten(expected)[0], strict=True)
+        return any(isinstance(a, Tensor) and not close(a, b) for a, b in pairs)
+
+    def owners(self, is_used: Callable[[Sequence[str]], bool] = lambda keys: True) -> dict[str, Run]:
+        """Modules that run once per member because a tensor that is used in them differs by member.
+
+        ``is_used`` is asked of the leaves of modules that are not called: another module may read them, or none.
+        """
         needed: dict[str, list[str]] = {}
         for owner, keys in self.plan.owners(self.members).items():
             if owner not in self.visited:
@@ -257,6 +295,9 @@ class Probe:
             path = owner
             while path and path not in self.visited:
                 path = path.rpartition(".")[0]
+            if keys and owner not in self.visited and not is_used(keys):
+                self.idle.add(owner)
+                continue
             if keys and owner and not path:
                 # Not used in this call; or by the model itself, and then the comparison fails.
                 self.unused = keys[0]

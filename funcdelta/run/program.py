@@ -158,6 +158,17 @@ class Program:
         other._register()
         return other
 
+    def flagged(self, flags: Mapping[str, bool]) -> Program:
+        """This program with a mode for each module, by its path; it learns for itself."""
+        other = copy.copy(self)
+        other.training = None
+        other.skeletons = Skeletons(self.backbone, self.plan, self.skeletons.prepare)
+        other.skeletons.flags = dict(flags)
+        other.skeletons.reserve(None)
+        other.layouts, other.trunks, other.refusals = Bounded(), Bounded(), Bounded()
+        other._register()
+        return other
+
     def refresh(self, plan: Plan) -> None:
         """Read the backbone again."""
         self.skeletons.refresh(plan)

@@ -11,7 +11,7 @@ cache nothing is inserted: the prompt is in the cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, EngineError, ParamsError
 from ..planning.plan import Attachment
 from ..transforms import concrete
+from .call import Call, Host
 from .counting import CALLERS, Counting, readable
 from .entrance import SECOND_INPUT, Entrance, inputs_of
 from .masks import with_prompt
@@ -34,9 +35,6 @@ from .positions import (
     named,
     reordered,
 )
-
-if TYPE_CHECKING:
-    from .skeleton import Call, Skeleton
 
 Act = Callable[..., tuple[Tensor, int | None]]
 
@@ -80,7 +78,7 @@ class Prompts:
     (torch.Size([1, 5, 8]), tensor([[1, 0]]))
     """
 
-    def __init__(self, skeleton: Skeleton, path: str, attachments: Sequence[Attachment], act: Act) -> None:
+    def __init__(self, skeleton: Host, path: str, attachments: Sequence[Attachment], act: Act) -> None:
         self.skeleton, self.path, self.act = skeleton, path, act
         self.attachments = [(a, (_rows_before(a, False), _rows_before(a, True))) for a in attachments]
         self.entrance = Entrance(skeleton.module, path)

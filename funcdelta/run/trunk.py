@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +19,9 @@ from torch.utils import _pytree as pytree
 
 from ..errors import FoldError
 from ..transforms import is_wrapped
+from .call import Call
 from .fold import split_members
-
-if TYPE_CHECKING:
-    from .skeleton import Call, Skeleton
+from .skeleton import Skeleton
 
 WORTH = 0.05
 """The share of the arithmetic from which ``engine="auto"`` runs the trunk once: below, the copies cost as much."""

@@ -8,6 +8,7 @@ it holds what it trains and nothing else: in an optimiser, in a parent's state d
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -27,8 +28,8 @@ from ..run.single import tell_missed
 from ..run.skeleton import Skeleton
 from ..sites.references import holders
 from .calls import Calls, MemberCalls
-from .copies import give, given_since, hold, note_attributes, tensors_held
-from .frozen import BUFFERS, Leaves, building, dress, show, take_out
+from .copies import Born, attributes_of, give, given_since, hold, tensors_held
+from .frozen import ABOUT, BUFFERS, PATH, Leaves, Moved, building, dress, show, take_out
 from .saving import Counted, Saved
 
 
@@ -68,14 +69,29 @@ class Held(Mapping[str, Tensor]):
         return len(self._owners)
 
 
+class About:
+    """What a view knows of itself; without a ``__dict__``, for it is none of the things that models remember.
+
+    Attributes:
+        leaves: what it holds, by the names in params.
+        aliases: what it shares of the backbone's, with how often it had been written.
+        born: what its modules were like when it was bound.
+    """
+
+    __slots__ = ("aliases", "born", "calls", "delta", "leaves", "skeleton")
+
+    def __init__(self, delta: Bindable, skeleton: Skeleton, calls: Calls, leaves: Mapping[str, Tensor]) -> None:
+        self.delta, self.skeleton, self.calls, self.leaves = delta, skeleton, calls, leaves
+        self.aliases: list[tuple[str, Tensor, int]] = []
+        self.born: Born = {}
+
+
 class Viewlike:
     """What every view has, whatever it holds."""
 
-    _delta: Any  # Transformers evaluates the annotations of its classes, where other names are unknown
-    _leaves: Any
-    _aliases: Any
-    _calls: Any
-    _skeleton: Any
+    @property
+    def _view(self) -> Any:
+        return self.__dict__[ABOUT]
 
 
 class View(Viewlike, nn.Module):
@@ -89,7 +105,7 @@ class View(Viewlike, nn.Module):
         """The delta's leaves under their names in params, and the view's running statistics."""
         found = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         at = prefix or (args[1] if len(args) > 1 else "")
-        known = set(self._leaves) | set(_statistics(self))
+        known = set(self._view.leaves) | set(_statistics(self))
         for key in [key for key in found if key.startswith(at) and key[len(at) :] not in known]:
             del found[key]  # other names of a tied leaf; shards of a sharded backbone
         found.update({at + name: tensor for name, tensor in learned(self).items() if name not in known})
@@ -97,7 +113,7 @@ class View(Viewlike, nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Copy values into the delta's leaves and the running statistics; the backbone's tensors are never written."""
-        leaves, buffers = self._leaves, _persistent(self)
+        leaves, buffers = self._view.leaves, _persistent(self)
         missing = [name for name in leaves if name not in state_dict]
         unexpected = [name for name in state_dict if name not in leaves and name not in buffers]
         if strict and (missing or unexpected):
@@ -122,10 +138,10 @@ class View(Viewlike, nn.Module):
         """The same through a parent, whose own ``load_state_dict`` comes by here."""
         given = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
         buffers, registered = _persistent(self), _statistics(self)
-        if given and not any(name in self._leaves or name in buffers for name in given) and self._leaves:
-            errors.append(_nothing(given, list(self._leaves)))
-        for name, ends in self._delta.program.plan.ends.items():
-            for end in ends[1:] if name in self._leaves and name in given else ():
+        if given and not any(name in self._view.leaves or name in buffers for name in given) and self._view.leaves:
+            errors.append(_nothing(given, list(self._view.leaves)))
+        for name, ends in self._view.delta.program.plan.ends.items():
+            for end in ends[1:] if name in self._view.leaves and name in given else ():
                 state_dict[prefix + end] = state_dict[prefix + name]
         for name, buffer in buffers.items():
             if name in registered:
@@ -139,34 +155,40 @@ class View(Viewlike, nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """Another view, with leaves and statistics of its own and the same share of the backbone."""
-        other = _bound(self._delta, {name: leaf.detach() for name, leaf in self._leaves.items()}, self._skeleton.dtypes)
+        own = self._view
+        other = _bound(own.delta, {name: leaf.detach() for name, leaf in own.leaves.items()}, own.skeleton.dtypes)
         memo[id(self)] = other
         modules = dict(other.named_modules())
         memo.update({id(module): modules[path] for path, module in self.named_modules() if path in modules})
-        memo.update({id(leaf): other._leaves[name] for name, leaf in self._leaves.items()})
+        memo.update({id(leaf): other._view.leaves[name] for name, leaf in own.leaves.items()})
         for _, module, name, tensor, frozen in tensors_held(self):
             hold(memo[id(module)], name, tensor if frozen else tensor.clone())
-        return _given(other, copy.deepcopy(given_since(self), memo), self._leaves)
+        return _given(other, copy.deepcopy(given_since(self, own.born), memo), _trains(self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A view travels as its delta, with the whole backbone, and what it holds."""
-        fresh = dict(self._delta.program.backbone.named_parameters(remove_duplicate=False))
+        own = self._view
+        fresh = dict(own.delta.program.backbone.named_parameters(remove_duplicate=False))
         moved, buffers = {}, {}
         for name, _, _, tensor, frozen in tensors_held(self):
             if not frozen:
                 buffers[name] = tensor
             elif (tensor.dtype, tensor.device) != (fresh[name].dtype, fresh[name].device):
                 moved[name] = tensor.dtype, tensor.device
-        trains = {name: leaf.requires_grad for name, leaf in self._leaves.items()}
-        leaves = {name: leaf.detach() for name, leaf in self._leaves.items()}
-        return _unpickled, (self._delta, leaves, trains, self._skeleton.dtypes, moved, buffers, given_since(self))
+        leaves = {name: leaf.detach() for name, leaf in own.leaves.items()}
+        since = given_since(self, own.born)
+        return _unpickled, (own.delta, leaves, _trains(self), own.skeleton.dtypes, moved, buffers, since)
 
 
-def _given(other: Any, since: Any, leaves: Mapping[str, Tensor]) -> nn.Module:
+def _trains(view: Any) -> dict[str, bool]:
+    return {name: leaf.requires_grad for name, leaf in view._view.leaves.items()}
+
+
+def _given(other: Any, since: Any, trains: Mapping[str, bool]) -> nn.Module:
     give(other, since)
-    for name, leaf in leaves.items():
-        if other._leaves[name].is_floating_point():
-            other._leaves[name].requires_grad_(leaf.requires_grad)
+    for name, leaf in other._view.leaves.items():
+        if leaf.is_floating_point():
+            leaf.requires_grad_(trains[name])
     return other
 
 
@@ -179,7 +201,7 @@ def _unpickled(
             hold(module, own, tensor.to(*reversed(moved[name])))
         elif not frozen:
             hold(module, own, buffers[name])
-    return _given(view, since, {n: leaf.detach().requires_grad_(trains[n]) for n, leaf in leaves.items() if trains[n]})
+    return _given(view, since, trains)
 
 
 def _nothing(given: list[str], leaves: list[str]) -> str:
@@ -228,21 +250,28 @@ def _bound(delta: Bindable, params: Params, dtypes: Mapping[str, torch.dtype] | 
 
 
 def as_view(
-    delta: Bindable, skeleton: Skeleton, view: type[nn.Module], calls: Calls, leaves: Mapping[str, Tensor]
+    delta: Bindable,
+    skeleton: Skeleton,
+    view: type[nn.Module],
+    calls: Calls,
+    leaves: Mapping[str, Tensor],
+    moved: Moved | None = None,
 ) -> nn.Module:
-    """The skeleton's module as a ``view`` of the backbone's class, which holds ``leaves`` and nothing else."""
+    """The skeleton's module as a ``view`` of the backbone's class, which holds ``leaves`` and nothing else.
+
+    ``moved`` is asked where others' tensors may go; without it they and the running statistics are the view's own.
+    """
     module = skeleton.module
-    aliases = take_out(module, leaves, buffers=isinstance(calls, MemberCalls))
+    aliases = take_out(module, leaves if moved is None else (), statistics=moved is None)
     _guard_sites(skeleton, calls)
-    dress(module, calls, lambda path, child, fn: _follow_dtypes(skeleton, path, child, fn))
+    dress(module, calls, moved or functools.partial(_follow_dtypes, skeleton))
     kind: Any = type(module)
     bases = (view, *[mixin for mixin, method in MIXINS if hasattr(kind, method)], kind)
     namespace = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     module.__class__ = type(kind.__name__, bases, {**namespace, "__init__": building(kind), ORIGINAL: kind})
-    about: dict[str, Any] = {"_delta": delta, "_leaves": leaves, "_calls": calls, "_skeleton": skeleton}
-    about["_aliases"] = [(name, alias, alias._version) for name, alias in aliases.items() if not alias.is_inference()]
-    vars(module).update(about)
-    note_attributes(module)
+    about = vars(module)[ABOUT] = About(delta, skeleton, calls, leaves)
+    about.aliases = [(name, alias, alias._version) for name, alias in aliases.items() if not alias.is_inference()]
+    about.born = attributes_of(module)
     return module
 
 
@@ -263,8 +292,9 @@ def _guard_sites(skeleton: Skeleton, calls: Calls) -> None:
     skeleton.read_outside = outside
 
 
-def _follow_dtypes(skeleton: Skeleton, path: str, module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+def _follow_dtypes(skeleton: Skeleton, module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
     """The precision that leaves are lowered to where they take the place of the backbone's tensors."""
+    path = vars(module)[PATH]
     for own in module._parameters:
         name = f"{path}.{own}" if path else own
         if module._parameters[own] is not None and name in skeleton.dtypes:
@@ -365,7 +395,7 @@ def learned(view: Any) -> dict[str, Tensor]:
     own = _persistent(view)
     if not own:
         return {}
-    before = dict(view._delta.program.backbone.named_buffers(remove_duplicate=False))
+    before = dict(view._view.delta.program.backbone.named_buffers(remove_duplicate=False))
     found = {name: tensor for name, tensor in own.items() if name in before}
     return {name: t for name, t in found.items() if not _is_equal(t, before[name])}
 
@@ -391,14 +421,14 @@ def unbind(view: nn.Module) -> dict[str, Tensor]:
     found = within_wrappers(view)
     if not isinstance(found, Viewlike):
         raise ParamsError(f"{type(view).__name__} is not a view: unbind takes what delta.bind(params) returned.")
-    for name, alias, version in found._aliases:
+    for name, alias, version in found._view.aliases:
         if alias._version != version:
             raise StaleBackboneError(
                 f"{name} was written in place since the view was bound, and it is the backbone's own storage. A view "
                 f"trains its delta only: name {name} in unfrozen_modules to train a copy."
             )
-    held = {**found._leaves, **learned(found)}
-    constants = [name for name in held if name in found._delta.constants or name not in found._leaves]
+    held = {**found._view.leaves, **learned(found)}
+    constants = [name for name in held if name in found._view.delta.constants or name not in found._view.leaves]
     return still({name: leaf.detach().clone() for name, leaf in held.items()}, constants)
 
 

@@ -14,41 +14,47 @@ from torch import Tensor, nn
 
 from ..run.memory import FUNCTIONS, OWN, PLAIN
 from ..run.reading import KEPT
-from .frozen import BUFFERS, MOVED, PATH, Leaves
+from .frozen import ABOUT, BUFFERS, MOVED, PATH, Leaves
 
-BORN = "_funcdelta_born"
-"""Where a module of a view has its attributes, its hooks' keys and its parameters' names, as they were when bound."""
-
-OF_VIEWS = {KEPT, BUFFERS, PATH, MOVED, BORN, "forward", "_delta", "_leaves", "_calls", "_skeleton", "_aliases"}
-OF_VIEWS |= OWN - {"training"}
+OF_VIEWS = {KEPT, BUFFERS, PATH, MOVED, ABOUT, "forward"} | OWN - {"training"}
 """Attributes that every view has of its own."""
+
+Born = dict[str, tuple[dict[str, Any], dict[str, frozenset[int]], frozenset[str]]]
+"""By path, a module's attributes, its hooks' keys and its parameters' names, as they were when the view was bound."""
 
 HOOKS = tuple(name for name in OWN if "hooks" in name)
 
 
-def note_attributes(root: nn.Module) -> None:
-    """Note what the modules of a view are like when it is bound."""
-    for module in root.modules():
+def attributes_of(root: nn.Module) -> Born:
+    """What the modules of a view are like when it is bound.
+
+    >>> sorted(attributes_of(nn.Linear(2, 2))[""][2])
+    ['bias', 'weight']
+    """
+    found: Born = {}
+    for path, module in root.named_modules():
         own = vars(module)
         hooks = {name: frozenset(own[name]) for name in HOOKS if own.get(name)}
-        own[BORN] = dict(own), hooks, frozenset(module._parameters)
+        found[path] = dict(own), hooks, frozenset(module._parameters)
+    return found
 
 
-def given_since(root: nn.Module) -> dict[str, dict[str, Any]]:
+def given_since(root: nn.Module, born: Born) -> dict[str, dict[str, Any]]:
     """By path, what the modules of a view were given since: attributes, what objects there have become, hooks.
 
     >>> delta = fd.LoraModel(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), modified_modules=["0"])
     >>> view = delta.bind(delta.init(0))
-    >>> view[1].inplace = True
-    >>> given_since(view)["1"]["attributes"]
+    >>> born, view[1].inplace = attributes_of(view), True
+    >>> given_since(view, born)["1"]["attributes"]
     {'training': True, 'inplace': True}
     """
     found: dict[str, dict[str, Any]] = {}
+    known = {id(module) for module in root.modules() if is_of_view(module)}
     for path, module in root.named_modules():
         own = vars(module)
-        if BORN not in own:
+        if id(module) not in known or path not in born:
             continue  # a module that the view was given: it goes with the one above it
-        before, hooks, registered = own[BORN]
+        before, hooks, registered = born[path]
         held = {*own.get(KEPT, ()), *own.get(BUFFERS, ()), *OF_VIEWS}
         named = {name: value for name, value in own.items() if name not in held}
         found[path] = {
@@ -59,10 +65,19 @@ def given_since(root: nn.Module) -> dict[str, dict[str, Any]]:
                 for name in HOOKS
                 if own.get(name)
             },
-            "children": {name: child for name, child in _others(module._modules) if BORN not in vars(child)},
+            "children": {name: child for name, child in _others(module._modules) if id(child) not in known},
             "parameters": {k: p for k, p in module._parameters.items() if p is not None and k not in registered},
         }
     return found
+
+
+def is_of_view(module: nn.Module) -> bool:
+    """Whether a module is one that a view was made of.
+
+    >>> is_of_view(nn.Linear(2, 2)), is_of_view(Leaves())
+    (False, True)
+    """
+    return KEPT in vars(module) or isinstance(module, Leaves)
 
 
 def _others(children: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -100,17 +115,23 @@ def give(root: nn.Module, since: dict[str, dict[str, Any]]) -> None:
             module.register_parameter(name, parameter)
 
 
+def held_by(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor, bool]]:
+    """``(module, name, tensor, frozen)`` of what a module of a view holds beside leaves: frozen parameters, buffers."""
+    own = vars(module)
+    for name in own.get(KEPT, ()):
+        if isinstance(own.get(name), Tensor):
+            yield module, name, own[name], True
+    for name in own.get(BUFFERS, ()):
+        tensor = module._buffers.get(name, own.get(name))
+        if isinstance(tensor, Tensor):
+            yield module, name, tensor, False
+
+
 def tensors_held(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor, bool]]:
-    """``(name, module, own name, tensor, frozen)`` of what is held beside the leaves: frozen parameters, and buffers."""
+    """The same of all modules of a view, each after its full name."""
     for path, module in root.named_modules():
-        own = vars(module)
-        for name in own.get(KEPT, ()):
-            if isinstance(own.get(name), Tensor):
-                yield (f"{path}.{name}" if path else name), module, name, own[name], True
-        for name in own.get(BUFFERS, ()):
-            tensor = module._buffers.get(name, own.get(name))
-            if isinstance(tensor, Tensor):
-                yield (f"{path}.{name}" if path else name), module, name, tensor, False
+        for owner, name, tensor, frozen in held_by(module):
+            yield (f"{path}.{name}" if path else name), owner, name, tensor, frozen
 
 
 def hold(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -31,6 +31,12 @@ ABOUT_TENSORS = ("dtype", "device")
 """Properties by which classes of modules tell what their parameters are."""
 
 
+ABOUT = "_funcdelta"
+"""Where the root of a view has what the view knows of itself."""
+
+Moved = Callable[[nn.Module, Callable[[Tensor], Tensor]], None]
+
+
 class Leaves(nn.Module):
     """Holds the leaves of one delta at one site, a module of a view by its name only."""
 
@@ -85,13 +91,13 @@ def learns(module: nn.Module, name: str) -> bool:
     return name in STATISTICS and name not in module._non_persistent_buffers_set
 
 
-def take_out(root: nn.Module, own: Iterable[str], buffers: bool) -> dict[str, Tensor]:
-    """Hold every parameter of ``root`` but those named ``own`` as a plain attribute; gives them by name.
+def take_out(root: nn.Module, own: Iterable[str], statistics: bool) -> dict[str, Tensor]:
+    """Hold all tensors of ``root`` but those named ``own`` as plain attributes; gives the parameters among them by name.
 
-    With ``buffers``, also the buffers that are no running statistics.
+    Running statistics stay registered if ``statistics`` are the view's own.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    >>> list(take_out(model, ["1.weight"], buffers=True))
+    >>> list(take_out(model, ["1.weight"], statistics=True))
     ['0.weight', '0.bias', '1.bias']
     >>> list(model.state_dict()), model[0].weight.shape
     (['1.weight', '1.running_mean', '1.running_var', '1.num_batches_tracked'], torch.Size([2, 2]))
@@ -114,8 +120,8 @@ def take_out(root: nn.Module, own: Iterable[str], buffers: bool) -> dict[str, Te
             alias = aliases.setdefault(id(tensor), tensor.detach() if plain else tensor)
             del module._parameters[name]
             attributes[name] = found[f"{path}.{name}" if path else name] = alias
-        for name, tensor in list(module._buffers.items()) if buffers else ():
-            if tensor is not None and id(tensor) not in kept and not learns(module, name):
+        for name, tensor in list(module._buffers.items()):
+            if tensor is not None and id(tensor) not in kept and not (statistics and learns(module, name)):
                 attributes[name] = module._buffers.pop(name)
     return found
 
@@ -129,10 +135,10 @@ class _Whole:
         self._buffers = {name: module._buffers.get(name, vars(module).get(name)) for name in buffers}
 
 
-def dress(root: nn.Module, calls: Calls, moved: Callable[[str, nn.Module, Any], None]) -> None:
+def dress(root: nn.Module, calls: Calls, moved: Moved) -> None:
     """Give every module of ``root`` a class of its own kind whose calls go through ``calls``.
 
-    ``moved(path, module, function)`` is told when tensors of a module are converted or put elsewhere.
+    ``moved(module, function)`` is told before tensors of a module are converted or put elsewhere.
     """
     kinds: dict[tuple[type, tuple[str, ...]], type] = {}
     for path, module in root.named_modules():
@@ -163,8 +169,8 @@ def _namespace(kind: Any, names: tuple[str, ...], calls: Calls) -> dict[str, Any
     def apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
         with calls.moving() as known:
             calls.guards.clear()
+            self.__dict__[MOVED](self, fn)
             _convert(self, fn, known)
-            self.__dict__[MOVED](self.__dict__[PATH], self, fn)
             return kind._apply(self, fn, recurse)
 
     found: dict[str, Any] = {

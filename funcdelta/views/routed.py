@@ -2,40 +2,53 @@
 
 A routed view is a skeleton that takes its rows' members from a stack of the caller's. Members are picked once for many
 calls (a whole ``generate``), and again when the stack was written or a graph is needed. Each new kind of call (reading
-the text, going on from a cache, the encoder alone) is probed once for where its rows stand, as a fold is.
+the text, going on from a cache, the encoder alone) is probed once for where its rows are, as a fold is. Where rows
+cannot share a batch each runs by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+import copy
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import EngineError, ParamsError
+from ..errors import EngineError, EngineWarning, FoldError, ParamsError
 from ..planning.sharing import expand_stack
+from ..pytrees.opaque import holds_tensors, spare
 from ..run.call import Call
+from ..run.engines import ATTEMPTS
 from ..run.fold import Folded
+from ..run.forward import without_cache
 from ..run.inputs import Inputs
-from ..run.layout import Layout, Run
-from ..run.layouts import layout_of
+from ..run.layout import Layout, LayoutMismatch, Run
+from ..run.layouts import key_of, layout_of, learned_anew
+from ..run.outputs import check_visible, flatten, names
+from ..run.program import Program
+from ..run.route import joined
+from ..run.single import tell_missed
 from ..run.skeleton import Skeleton, runner_candidates
 from ..stacks.resident import Resident
 from ..stacks.routing import Index, pick_rows, read_index
-from .bound import View, as_view
+from .bound import Bindable, Viewlike, as_view, unbind
+from .calls import Calls, Function
+from .copies import give, given_since, held_by
 
-if TYPE_CHECKING:
-    from ..model import DeltaModel
+Picked = tuple[Mapping[str, Tensor], Tensor | None]
 
 
 class Idle:
-    """Stands where a call keeps its layout and its lift while none is under way."""
+    """What a call has in the place of its layout and its lift while none is under way."""
 
     present = None
+    unused: frozenset[str] = frozenset()
 
-    def site(self, path: str, index: int) -> Any:
+    def site(self, path: str, index: int | None) -> Any:
         """A site outside of a call raises."""
         raise EngineError(
             f"{path} ran by itself, or again for a backward pass (gradient checkpointing). A routed view knows the "
@@ -51,129 +64,235 @@ class Idle:
         return self.site(site, 0)
 
 
-class Routes:
-    """The rows of a routed view: whose they are, and the members picked for them.
+class RoutedCalls(Calls):
+    """The calls of a routed view, and whose the rows are.
+
+    Each thread that has said whose (:meth:`route`) has its own answer, with the members picked for it.
 
     Attributes:
-        index: (m,) the member of each row; -1: the bare backbone.
         leaves: the stack, by reference.
     """
 
-    def __init__(self, delta: DeltaModel, skeleton: Skeleton, stack: Mapping[str, Tensor], index: Index) -> None:
-        self.delta, self.skeleton = delta, skeleton
-        self.source = stack
+    def __init__(self, delta: Bindable, skeleton: Skeleton, stack: Mapping[str, Tensor], index: Index) -> None:
+        super().__init__()
+        self.program, self.skeleton, self.source = delta.program, skeleton, stack
         self.leaves = dict(stack)
-        self.entries = [""]
         encoder = encoder_path(skeleton.module)
-        if encoder is not None:
-            self.entries.append(encoder)
-        self.idle: Any = Idle()
-        self.nowhere = {path: Run(()) for path in runner_candidates(delta.plan)}
-        self.call = Call(self.leaves, lift=self.idle, layout=self.idle, never_ends=True)
-        self.rest()
-        self.active: nn.Module | None = None
-        self.index: Tensor
-        self.present: Tensor | None
-        self.route(index)
-        for path in self.entries:
-            module = skeleton.module.get_submodule(path)
-            module.register_forward_pre_hook(self._begin(path), prepend=True, with_kwargs=True)
-            module.register_forward_hook(self._end, always_call=True)
-        skeleton.call = self.call
+        self.entries = ("",) if encoder is None else ("", encoder)
+        idle: Any = Idle()
+        nowhere = {path: Run(()) for path in runner_candidates(self.program.plan)}
+        skeleton.call = self.idle = Call(self.leaves, lift=idle, layout=idle, runs=nowhere)
+        self.reached: set[str] | None = None if self.program.is_verified(self.leaves) else set()
+        self._modules = list(skeleton.module.modules())
+        self._programs: dict[tuple[bool, ...], Program] = {}
+        self.home = threading.get_ident()
+        self.everywhere = self._read(index)
+
+    # -- whose the rows are ----------------------------------------------------------------------------------------
 
     def route(self, index: Index) -> None:
-        """The members of the rows of the calls to come."""
-        n = next(iter(self.leaves.values())).shape[0]
-        read, present = read_index(index, n, next(iter(self.leaves.values())).device)
+        """The members of the rows of this thread's calls to come, and of threads that say nothing if it is home."""
+        read = self._read(index)
+        self._own.index, self._own.picked = read, {}
+        if threading.get_ident() == self.home:
+            self.everywhere = read
+
+    def index(self) -> tuple[Tensor, Tensor | None]:
+        """The member of each row of this thread's calls, and which rows have one."""
+        return getattr(self._own, "index", None) or self.everywhere
+
+    def _read(self, index: Index) -> tuple[Tensor, Tensor | None]:
+        like = next(iter(self.leaves.values()))
+        resident = isinstance(self.source, Resident)
+        read, present = read_index(index, None if resident else like.shape[0], like.device)
         if not read.shape[0]:
             raise ParamsError("index is empty: give one member a row, -1 for the bare backbone.")
-        prompts = [a.name for a in self.delta.plan.all() if a.prompt_rows and a.among(self.leaves)]
+        prompts = [a.name for a in self.program.plan.all() if a.prompt_rows and a.among(self.leaves)]
         if prompts and present is not None:
             raise EngineError(
                 f"{prompts[0]} makes the input longer, so rows of the bare backbone (index -1) do not fit into one "
                 f"batch with the others: run those rows with the backbone itself, or with delta.bind({{}})."
             )
-        self._check(read)
-        self.index, self.present = read, present
-        self.forget()
-
-    def forget(self) -> None:
-        """Pick anew at the next call."""
-        self._picked: dict[int, tuple[Any, Mapping[str, Tensor], Tensor | None]] = {}
-
-    def _check(self, index: Tensor) -> None:
         if isinstance(self.source, Resident):
-            self.source.check(index)
+            self.source.check(read)
+        return read, present
+
+    def _members(self, times: int) -> Picked:
+        """The members of ``times`` rows for each entry; picked once while nothing changes and no graph is wanted."""
+        index, present = self.index()
+        if present is not None and times != 1:
+            present = present.repeat_interleave(times)
+        graph = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in self.leaves.values())
+        if graph:
+            return self._pick(index, times), present
+        known = vars(self._own).setdefault("picked", {})
+        # Nothing changes between what is compared and what is picked.
+        with self.source.lock if isinstance(self.source, Resident) else contextlib.nullcontext():
+            versions = [None if leaf.is_inference() else leaf._version for leaf in self.leaves.values()]
+            at, found_for, params = known.get(times, (None, None, None))
+            # Writes into what was made in inference mode leave no trace.
+            if found_for is not index or at != versions or None in versions:
+                # What is picked in inference mode would be spoilt for calls outside of it.
+                with torch.inference_mode(False), torch.no_grad():
+                    params = self._pick(index, times)
+                known[times] = versions, index, params
+        return params, present  # pyright: ignore[reportReturnType]
+
+    def _pick(self, index: Tensor, times: int) -> Mapping[str, Tensor]:
+        resident = isinstance(self.source, Resident)
+        rows = self.source.pick(index, times) if resident else pick_rows(self.leaves, index, times)
+        return expand_stack(self.program.plan.shared, rows)
 
     # -- one call --------------------------------------------------------------------------------------------------
 
-    def _begin(self, path: str) -> Any:
-        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.active is not None:
-                return
-            inputs = self._inputs(args, kwargs)
-            params, present = self._members(inputs.b // len(self.index))
-            layout = self._layout(path, params, inputs)
-            self.rest()
-            call = self.call
-            call.params, call.lift, call.layout = params, Folded(inputs.b, 1, present), layout
-            call.runs = layout.runs
-            for inner in layout.runs:
-                self.skeleton.open(inner)
-            self.active = module
+    def make(self, module: nn.Module, path: str, function: Function, args: Any, kwargs: Any) -> Any:
+        """A call of the whole model, or of its encoder, with members for its rows."""
+        if path not in self.entries:
+            return function(module, *args, **kwargs)
+        inputs = self._inputs(args, kwargs)
+        params, present = self._members(inputs.b // len(self.index()[0]))
+        memory = self.skeleton.memory
+        memory.note_changes()
+        try:
+            output = self._rows(module, path, function, params, present, inputs)
+        finally:
+            self.skeleton.call = self.idle
+            memory.restore()
+        if self.reached is not None and not path:
+            reached, self.reached = self.reached, None
+            tell_missed(self.program, self.leaves, reached)
+        return output
 
-        return begin
-
-    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        if module is self.active:
-            self.active = None
-            self.rest()
-
-    def rest(self) -> None:
-        """No call is under way."""
-        call = self.call
-        call.lift = call.layout = self.idle
-        call.runs = self.nowhere
-        call.visits.clear()
-        call.notes.clear()
+    @torch.compiler.disable
+    def trace(self, module: nn.Module, path: str, function: Function, args: Any, kwargs: Any) -> Any:
+        """Compiled code cannot look up members: the call is plain Python there."""
+        return self.enter(module, path, function, args, kwargs)
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         """The inputs, with their rows: one for each entry of the index, or several."""
-        m = len(self.index)
-        inputs = Inputs(self.delta.backbone, 1, args, kwargs, None, self.delta.batch_dim, entries=m)
+        m = len(self.index()[0])
+        inputs = Inputs(self.program.backbone, 1, args, kwargs, None, self.program.batch_dim, entries=m)
         if inputs.b % m or not inputs.b:
             raise ParamsError(
-                f"This batch has {inputs.b or 'no'} rows, and this view runs {m} rows, one for each entry of its index, "
-                f"or a multiple where generate makes several of each. Bind other rows: view.route(index), or "
+                f"This batch has {inputs.b or 'no'} rows, and this view runs {m} rows, one for each entry of its "
+                f"index, or a multiple where generate makes several of each. Bind other rows: view.route(index), or "
                 f"delta.bind_rows(stack, index)."
             )
         return inputs
 
-    def _members(self, times: int) -> tuple[Mapping[str, Tensor], Tensor | None]:
-        """The members of ``times`` rows for each entry; picked once while nothing changes and no graph is wanted."""
-        graph = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in self.leaves.values())
-        version = [None if leaf.is_inference() else leaf._version for leaf in self.leaves.values()]
-        known = self._picked.get(times)
-        # Writes into what was made in inference mode leave no trace.
-        if known is not None and not graph and None not in version and known[0] == version:
-            return known[1], known[2]
-        self._check(self.index)
-        # What is picked in inference mode would be spoilt for calls outside of it.
-        with contextlib.nullcontext() if graph else torch.inference_mode(False), torch.set_grad_enabled(graph):
-            params = expand_stack(self.delta.plan.shared, pick_rows(self.leaves, self.index, times))
-        present = self.present
-        present = present if present is None or times == 1 else present.repeat_interleave(times)
-        self._picked = {} if graph else {**self._picked, times: (version, params, present)}
-        return params, present
+    def _rows(
+        self, module: nn.Module, path: str, function: Function, params: Any, present: Tensor | None, inputs: Inputs
+    ) -> Any:
+        program = self._program()
+        key = "fold", "bind_rows", key_of(program, params, inputs, by_row=True, entry=path)
+        if key in program.refusals:
+            return self._in_turn(module, path, function, params, present, inputs, program.refusals[key])
+        try:
+            layout = layout_of(program, params, inputs, by_row=True, entry=path)
+            return self._together(program, module, path, function, params, present, inputs, layout)
+        except LayoutMismatch as error:
+            if _caches(inputs):
+                # What was learned does not hold, and the cache that it could be learned from is written.
+                program.layouts.pop(key[2], None)
+                raise EngineError(
+                    f"{error} The cache among the inputs has been written by now, so this call cannot be made again: "
+                    f"start anew, or generate with use_cache=False."
+                ) from error
+            refused: FoldError = error
+        except FoldError as error:
+            refused = error
+        output = self._in_turn(module, path, function, params, present, inputs, str(refused))
+        program.refusals[key] = str(refused)
+        if str(refused) not in program.warned:
+            program.warned.add(str(refused))
+            warnings.warn(
+                f"The rows of this view run one after the other, which is slower: they cannot share a batch. {refused}",
+                EngineWarning,
+                stacklevel=6,
+            )
+        return output
 
-    def _layout(self, path: str, params: Mapping[str, Tensor], inputs: Inputs) -> Layout:
-        program, training = self.delta.program, self.skeleton.module.training
-        mode = program if training == self.delta.training else program.mode(training)
-        return layout_of(mode, params, inputs, by_row=True, entry=path)
+    def _together(
+        self,
+        program: Program,
+        module: nn.Module,
+        path: str,
+        function: Function,
+        params: Any,
+        present: Tensor | None,
+        inputs: Inputs,
+        layout: Layout,
+    ) -> Any:
+        """All rows in one batch; learned anew where the call goes another way than the one that was probed."""
+        for attempt in range(ATTEMPTS):
+            for inner in layout.runs:
+                self.skeleton.open(inner)
+            lift = Folded(inputs.b, 1, present)
+            self.skeleton.call = Call(params, lift=lift, layout=layout, runs=layout.runs, reached=self.reached)
+            args, kwargs = inputs.shared()
+            try:
+                return function(module, *args, **kwargs)
+            except LayoutMismatch:
+                if attempt == ATTEMPTS - 1 or _caches(inputs):
+                    raise
+                layout = learned_anew(program, params, inputs, layout, by_row=True, entry=path)
+        raise AssertionError("every attempt returns or raises")
+
+    def _in_turn(
+        self,
+        module: nn.Module,
+        path: str,
+        function: Function,
+        params: Any,
+        present: Tensor | None,
+        inputs: Inputs,
+        why: str,
+    ) -> Any:
+        """Row by row, outputs joined where the rows of the whole are; ``why`` they do not run together."""
+        skeleton, outputs = self.skeleton, []
+        try:
+            if _caches(inputs):
+                raise EngineError("a cache cannot be taken apart by rows: generate with use_cache=False.")
+            for i in range(inputs.b):
+                bare = present is not None and not bool(present[i])
+                own = {} if bare else {key: leaf[i] for key, leaf in params.items()}
+                args, kwargs = spare(inputs.rows([i]).shared())
+                kwargs = without_cache(module, kwargs)
+                skeleton.call = Call(own, reached=self.reached)
+                with skeleton.swapped(skeleton.overrides(own, path)):
+                    output = function(module, *args, **kwargs)
+                check_visible(flatten(output)[0], names(output), kwargs)
+                outputs.append(output)
+                skeleton.memory.restore()
+            return joined(outputs, inputs)
+        except EngineError as error:
+            raise FoldError(f"{why} Nor can the rows run one after the other: {error}") from error
+
+    # -- modes -----------------------------------------------------------------------------------------------------
+
+    def _program(self) -> Program:
+        """The delta's program in the view's present mode, whose modules' modes may differ."""
+        flags = tuple([module.training for module in self._modules])
+        if flags not in self._programs:
+            self._programs[flags] = self._in_mode(flags)
+        return self._programs[flags]
+
+    def _in_mode(self, flags: tuple[bool, ...]) -> Program:
+        paths = [path for path, _ in self.skeleton.module.named_modules()]
+        by_path = dict(zip(paths, flags, strict=True))
+        own = self.program.skeletons.flags if self.program.training is None else {}
+        if by_path == {path: own.get(path, self.program.training) for path in paths}:
+            return self.program
+        return self.program.mode(flags[0]) if len(set(flags)) == 1 else self.program.flagged(by_path)
+
+
+def _caches(inputs: Inputs) -> bool:
+    """Whether a call writes into its inputs, so that it cannot be made again or row by row."""
+    return any(inputs.is_cache(i) or holds_tensors(leaf) for i, leaf in enumerate(inputs.leaves))
 
 
 def encoder_path(module: nn.Module) -> str | None:
-    """Where the encoder of an encoder-decoder stands, which ``generate`` calls by itself; ``None`` if there is none.
+    """Where the encoder of an encoder-decoder is, which ``generate`` calls by itself; ``None`` if there is none.
 
     >>> encoder_path(torch.nn.Linear(2, 2)) is None
     True
@@ -184,47 +303,66 @@ def encoder_path(module: nn.Module) -> str | None:
     return next((path for path, child in module.named_modules() if child is encoder and path), None)
 
 
-class RoutedView(View):
+class RoutedView(Viewlike, nn.Module):
     """What a routed view has besides its backbone's class."""
-
-    _routes: Any
 
     def route(self, index: Index) -> Self:
         """Other members for the rows of the calls to come; gives the view.
+
+        Threads may share a view: what one says of its rows is for its own calls, and where the thread is the one that
+        bound the view, for those of threads that have said nothing.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> view = delta.bind_rows(delta.init(0, n=5), [4, -1, 0])
         >>> view.route([2, 2])(torch.zeros(2, 4)).shape
         torch.Size([2, 8])
         """
-        self._routes.route(index)
+        self._view.calls.route(index)
         return self
+
+    def params(self) -> dict[str, Tensor]:
+        """What :func:`unbind` gives."""
+        return unbind(self)
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The leaves of the stack under their names."""
+        found: Any = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        at = prefix or (args[1] if len(args) > 1 else "")
+        found.update({at + name: leaf if keep_vars else leaf.detach() for name, leaf in self._view.leaves.items()})
+        return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Refused: the stack is the caller's."""
-        raise ParamsError(
-            "A routed view holds no params of its own, it reads the stack that it was bound to: bind another, "
-            "delta.bind_rows(stack, index), or write into the stack."
-        )
+        raise ParamsError(NOTHING_OF_ITS_OWN)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """``view.to(...)`` to where and what it is; elsewhere the backbone and the stack have to go first."""
-        tensors = [*self.parameters(), *self.buffers()]
-        with torch.no_grad():
-            if all(fn(tensor) is tensor for tensor in tensors):
-                return self
-        raise ParamsError(
-            "A routed view reads the caller's stack, which would stay behind: move the backbone and the stack, then "
-            "delta.refresh() and delta.bind_rows(stack, index)."
-        )
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        if any(key.startswith(prefix) for key in state_dict):
+            others[-1].append(NOTHING_OF_ITS_OWN)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """Another view of the same stack and rows."""
-        other = bind_rows(self._delta, self._routes.source, self._routes.index)
-        for mine, its in zip(self.modules(), other.modules(), strict=True):
-            its.training = mine.training
+        other = bind_rows(self._view.delta, self._view.calls.source, self._view.calls.index()[0])
         memo[id(self)] = other
+        modules = dict(other.named_modules())
+        memo.update({id(module): modules[path] for path, module in self.named_modules() if path in modules})
+        give(other, copy.deepcopy(given_since(self, self._view.born), memo))
         return other
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A routed view travels with its stack, its delta and the whole backbone."""
+        return _unpickled, (self._view.delta, self._view.calls.source, self._view.calls.index()[0], given_since(self, self._view.born))
+
+
+NOTHING_OF_ITS_OWN = (
+    "A routed view holds no params of its own, it reads the stack that it was bound to: bind another, "
+    "delta.bind_rows(stack, index), or write into the stack."
+)
+
+
+def _unpickled(delta: Bindable, stack: Mapping[str, Tensor], index: Tensor, since: Any) -> nn.Module:
+    view = bind_rows(delta, stack, index)
+    give(view, since)
+    return view
 
 
 class RoutedGenerator(RoutedView):
@@ -247,11 +385,27 @@ class RoutedGenerator(RoutedView):
         return generate(*args, **kwargs)
 
 
-def bind_rows(delta: DeltaModel, stack: Mapping[str, Tensor], index: Index) -> nn.Module:
+def bind_rows(delta: Bindable, stack: Mapping[str, Tensor], index: Index) -> nn.Module:
     """A module of the backbone's class whose rows run with members of ``stack``; see :meth:`DeltaModel.bind_rows`."""
-    skeleton = delta.program.skeletons.build(delta.mode_flag, view=True)
-    routes = Routes(delta, skeleton, stack, index)
-    kind = RoutedGenerator if hasattr(delta.backbone, "generate") else RoutedView
-    view = as_view(delta, skeleton, kind, routes.leaves)
-    object.__setattr__(view, "_routes", routes)
-    return view
+    with torch.inference_mode(False), torch.no_grad():
+        skeleton = delta.program.skeletons.build(delta.program.training, view=True)
+        calls = RoutedCalls(delta, skeleton, stack, index)
+        kind = RoutedGenerator if hasattr(delta.program.backbone, "generate") else RoutedView
+        view = as_view(delta, skeleton, kind, calls, calls.leaves, _stay)
+        # Of one call nothing is left for the next, whose rows may be other members'.
+        tables: dict[int, Any] = {id(module._buffers): vars(module) for module in view.modules()}
+        for copied in skeleton.memory.copies:
+            copied.holders = [(tables.get(id(table), table), name) for table, name in copied.holders]
+        skeleton.memory.note()
+        return view
+
+
+def _stay(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """``view.to(...)`` to where and what it is; elsewhere the backbone and the stack have to go first."""
+    with torch.no_grad():
+        if all(fn(tensor) is tensor for _, _, tensor, _ in held_by(module)):
+            return
+    raise ParamsError(
+        "A routed view reads the caller's stack, which would stay behind: move the backbone and the stack, then "
+        "delta.refresh() and delta.bind_rows(stack, index)."
+    )
