@@ -36,7 +36,7 @@ from .stacks.params import partition, seeds, slices, stack, take
 from .stacks.resident import Resident
 from .stacks.routing import Index
 from .transforms import inside_transform
-from .views.bound import bind
+from .views.bound import bind, refuse_views
 from .views.routed import bind_rows
 
 ENGINES = ("auto", "fold", "trunk", "vmap", "loop")
@@ -71,6 +71,7 @@ class DeltaModel(Habits):
     ) -> None:
         if not isinstance(backbone_model, nn.Module):
             raise ConfigError(f"backbone_model is a {type(backbone_model).__name__}; expected an nn.Module.")
+        refuse_views(backbone_model)
         if not configs or not all(isinstance(config, BaseDeltaConfig) for config in configs):
             found = ", ".join(type(config).__name__ for config in configs) or "nothing"
             raise ConfigError(f"Give one or more configs, DeltaModel(backbone, fd.LoraConfig(...)); found {found}.")

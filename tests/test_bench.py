@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from funcdelta import bench
-from funcdelta.bench import contenders, measure, memory, meta, report, routed, subjects, tables, timing
+from funcdelta.bench import (
+    calls,
+    checks,
+    contenders,
+    core,
+    experts,
+    measure,
+    memory,
+    meta,
+    report,
+    rivals,
+    routed,
+    subjects,
+    tables,
+    timing,
+)
 from funcdelta.bench.rivals import HandWritten, Peft, bare_step
 from funcdelta.bench.subjects import BenchError, Shape, Subject
 from funcdelta.bench.timing import Ratio, Samples
@@ -58,7 +75,8 @@ def tiny_subjects(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_llama = replace(subjects.tiny(), name="llama", judged=True)
     monkeypatch.setattr(subjects, "SUBJECTS", {"minilm": tiny_bert, "llama": lambda: tiny_llama})
     monkeypatch.setattr(subjects, "SPEAKERS", {"smollm": lambda: replace(subjects.tiny_lm(), name="smollm")})
-    monkeypatch.setattr(tables, "Sizes", functools.partial(tables.Sizes, residents=(2, 3)))
+    small = {"residents": (2, 3), "layers": 1, "experts": Shape(2, 1, 4), "widths": (16,)}
+    monkeypatch.setattr(tables, "Sizes", functools.partial(tables.Sizes, **small))
 
 
 # timing
@@ -312,6 +330,117 @@ def test_memory_is_the_backbone_once_and_four_numbers_a_trained_one():
     assert table.unit == "MiB"
 
 
+# what a call costs besides arithmetic
+
+
+def test_a_later_call_passes_through_few_functions_and_files():
+    table = calls.calls_table()
+    assert [row.label for row in table.rows] == ["apply, calls", "apply, files", "fold, calls", "fold, files"]
+    missed = [
+        f"{row.label}: {row.value:g}, {row.target.text}" for row in table.rows if row.target and not row.target.met
+    ]
+    assert missed == []
+    assert [row.target.text for row in table.rows if row.target] == [
+        "<= 60 calls",
+        "<= 8 files",
+        "<= 120 calls",
+        "<= 12 files",
+    ]
+
+
+def test_calls_are_counted_of_this_library_alone():
+    x = torch.ones(2, 3)
+    linear = contenders.fd.linear
+    bare = functools.partial(torch.nn.functional.linear, x, x)
+    assert calls.counted(bare, bare) == calls.Count(0, 0, 0)
+    assert calls.counted(lambda: [linear(x, x), linear(x, x)], bare) == calls.Count(2, 1, 1)  # the test's own function
+    assert calls.counted(lambda: timing.spread([1.0]), lambda: None) == calls.Count(0, 0, 0)
+    before = sys.getprofile()
+    with pytest.raises(ZeroDivisionError):
+        calls.called(lambda: 1 / 0)
+    assert sys.getprofile() is before
+
+
+def test_the_core_tables_have_their_targets_and_the_figures_before():
+    found = list(core.core_tables(replace(subjects.tiny(), judged=True), Shape(2, 1, 4), 2, measure.Effort(1, 1)))
+    targets = [[row.target.text for row in table.rows if row.target] for table in found]
+    assert targets[1:] == [
+        ["<= 4 x a later fold"],
+        ["<= 1.3 x what is written by hand"],
+        ["<= 1.3 x what is written by hand"],
+        ["<= 3 % of a step"],
+    ]
+    notes = [row.note for table in found[1:4] for row in table.rows if row.target]
+    assert [note.rpartition("before: ")[2] for note in notes] == ["15 x", "1.5 x", "1.9 x"]
+    assert all("14 sites" in note for note in notes)
+    assert all(row.value > 0 for table in found for row in table.rows)
+    *parts, every = found[-1].rows[1:]
+    assert every.value == pytest.approx(sum(row.value for row in parts))
+    assert not any(
+        row.target for row in checks.checks_table(subjects.tiny(), Shape(2, 1, 4), measure.Effort(1, 1)).rows
+    )
+
+
+def test_what_is_added_is_paired_with_the_yardstick_beside_it():
+    samples = Samples((), {"a": (3.0, 8.0, 9.0)}, {"a": (1.0, 2.0, 8.0)})
+    assert core._added(samples, "a") == 2.0
+
+
+def test_a_hand_written_fold_gives_every_member_what_it_gives_alone():
+    subject, shape = subjects.narrow_llama(2), Shape(3, 2, 4)
+    stack = contenders.random_stack(contenders.lora(subject), 3)
+    tokens = subject.tokens(shape)
+    found = core.many_by_hand(subject, stack)(input_ids=tokens.flatten(0, 1)).last_hidden_state
+    for index, member in enumerate(contenders.fd.unstack(stack)):
+        alone = HandWritten(subject, member).hidden(tokens[index])
+        torch.testing.assert_close(found[2 * index : 2 * index + 2], alone)
+
+
+@pytest.mark.parametrize(("module", "way"), [(rivals, "one member"), (core, "a fold of 8")])
+def test_ways_that_disagree_have_no_overhead(monkeypatch: pytest.MonkeyPatch, module: Any, way: str):
+    monkeypatch.setattr(module, "ALPHA", 17)
+    with pytest.raises(measure.DisagreementError, match=f"{way}, .*: outputs differ from hand-written LoRA by"):
+        list(core.overhead_tables(1, measure.Effort(1, 1)))
+
+
+def test_the_checks_that_are_timed_are_those_that_refuse():
+    subject, shape = subjects.tiny(), Shape(2, 1, 4)
+    delta = contenders.lora(subject)
+    stack, tokens = contenders.random_stack(delta, 2), subject.tokens(shape)
+    timed = checks.checks_of(delta, stack, tokens)
+    for check in timed.values():
+        check()
+    stack["stray"] = torch.zeros(2)
+    with pytest.raises(contenders.fd.ParamsError, match="stray"):
+        timed["the stack's leaves"]()
+    subject.backbone.layers[0].mlp.act_fn = torch.nn.Tanh()
+    with pytest.raises(contenders.fd.StaleBackboneError, match="act_fn"):
+        timed["whether the backbone is the same"]()
+
+
+@pytest.mark.parametrize(("load", "inside"), [(subjects.switch, 32), (subjects.mixtral, 0)])
+def test_experts_are_trained_by_every_engine_that_can(load: Callable[[int], Subject], inside: int):
+    subject = load(16)
+    linears = experts.expert_linears(subject)
+    assert len(linears) == inside
+    for targets in filter(None, (subject.targets, linears)):
+        table = experts.experts_table(replace(subject, targets=targets), "x", Shape(3, 1, 6), measure.Effort(1, 1))
+        labels = [row.label for row in table.rows]
+        assert labels[:2] == [measure.BARE, contenders.FOLD]
+        assert labels[-1] == contenders.LOOP
+        assert (contenders.VMAP in labels) != ("vmap cannot run it" in table.rows[0].note)
+        assert "once per member" in table.rows[1].note
+        assert table.disagreement < 1e-4
+
+
+def test_gradients_of_experts_that_are_wrong_are_not_timed(monkeypatch: pytest.MonkeyPatch):
+    by_hand = experts.by_hand
+    monkeypatch.setattr(experts, "by_hand", lambda *given: {k: 1.01 * v for k, v in by_hand(*given).items()})
+    monkeypatch.setattr(experts, "interleave", lambda *_: pytest.fail("timed"))
+    with pytest.raises(measure.DisagreementError, match=r"gradients by fold differ from hand-written LoRA by 9\.9e-03"):
+        experts.experts_table(subjects.mixtral(16), "x", Shape(2, 1, 4), measure.Effort(1, 1))
+
+
 # the command
 
 
@@ -335,13 +464,18 @@ def test_the_command_prints_tables_and_writes_json_and_plot(
         "llama one batch (32,2,32), the last 1 of 2 layers",
         "smollm routed forward, 64 rows",
         "smollm greedy decode, 16 rows of 2 to 3 resident members",
+        "calls of functions in a later call, bert with 4 sites",
+        "first fold, llama of 1 layers, width 64, all linears",
+        "overhead a site, a fold of 8",
+        "minilm (2,1,4) checks of every call",
+        "switch of width 16 (2,1,4), LoRA on the experts' layers",
         "bare backbone",
         "<= 1.1 x bare",
     ):
         assert text in shown
     content = json.loads(data.read_text())
     assert content["machine"]["threads"] == 1
-    assert len(content["tables"]) == 17
+    assert len(content["tables"]) == 25
     assert content["tables"][0]["rows"][1]["to_yardstick"]["median"] > 0
     assert isinstance(content["tables"][0]["noisy"], bool)
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -143,7 +143,11 @@ def test_a_padded_row_gives_what_it_gives_alone(name: str, method: str) -> None:
 def test_all_engines_and_gradients_agree_on_padded_rows(name: str, method: str) -> None:
     delta, stack, pair = case(name, method)
     off = P if method == "soft prompt" else 0
-    inputs: dict[str, Any] = {"input_ids": IDS, "attention_mask": MASK, **{key: value.expand(2, -1) for key, value in pair.items()}}
+    inputs: dict[str, Any] = {
+        "input_ids": IDS,
+        "attention_mask": MASK,
+        **{key: value.expand(2, -1) for key, value in pair.items()},
+    }
 
     def given(output: Any) -> Tensor:
         return output.logits if "logits" in output else output.last_hidden_state
@@ -271,7 +275,11 @@ REFUSED: list[tuple[str, Callable[[], nn.Module], str]] = [
 @torch.no_grad()
 def test_what_cannot_be_right_is_refused(name: str, build: Callable[[], nn.Module], method: str) -> None:
     model = build()
-    fields: dict[str, Any] = {"modified_modules": attention_below("", model), "prefix_token_num": P, "reparameterize": False}
+    fields: dict[str, Any] = {
+        "modified_modules": attention_below("", model),
+        "prefix_token_num": P,
+        "reparameterize": False,
+    }
     delta = fd.SoftPromptModel(model, soft_token_num=P) if method == "soft prompt" else fd.PrefixModel(model, **fields)
     params = random_params(delta)
     pair: dict[str, Any] = {"decoder_input_ids": torch.tensor([[2, 30]] * 2)} if name == "bart" else {}

@@ -272,7 +272,11 @@ def test_what_a_model_prepares_in_its_own_way_is_refused_by_name() -> None:
     config = transformers.MllamaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
     model = randomise(transformers.MllamaForConditionalGeneration(config), seed=0)
     ids, one = torch.tensor([[7, IMAGE, 8, 9]]), torch.ones(1, 1, dtype=torch.long)
-    image: dict[str, Any] = {"pixel_values": pixels(1, 1, 1, 3, 8, 8), "aspect_ratio_ids": one, "aspect_ratio_mask": one.view(1, 1, 1)}
+    image: dict[str, Any] = {
+        "pixel_values": pixels(1, 1, 1, 3, 8, 8),
+        "aspect_ratio_ids": one,
+        "aspect_ratio_mask": one.view(1, 1, 1),
+    }
     seen: dict[str, Any] = {"cross_attention_mask": torch.ones(1, 4, 1, 1, dtype=torch.long)}
     delta, params, _ = prompted(model)
     with pytest.raises(fd.ParamsError, match=r"cross_attention_mask has the shape.*call the model without it"):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import funcdelta as fd
-from funcdelta.run import fold as lift
 from funcdelta.config import METHODS
 from funcdelta.functional.tokenwise import all_tokens
+from funcdelta.run import fold as lift
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ..config import BaseDeltaConfig, register
 from ..errors import ConfigError
-from ..run.entrance import embedded_tokens, entrances, input_embedding, why_not
-from ..run.prompt import EXPAND
+from ..run.entrance import embedded_tokens, entrances, why_not
+from ..run.lengthened import EXPAND
+from ..run.text_model import input_embedding
 from ..sites.site import Site
 
 

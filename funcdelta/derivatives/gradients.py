@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..run.checkpointing import gradients_of, note_reentrant
 from ..errors import EngineError, EngineWarning, FuncdeltaError, ParamsError, RecomputeError, StackError
+from ..run.checkpointing import gradients_of, note_reentrant
 from ..run.engines import known_vmap_limit
 from ..stacks.params import members, slices, take
 from ..transforms import inside_transform
@@ -200,7 +200,7 @@ def _refuse_average(loss: Callable[..., Any], stack: Any, data: Sequence[Any], v
             f"loss gave one number for a stack of {n} members, so gradients would mix them: return one loss a member, "
             f"({n},), for example torch.vmap(F.cross_entropy)(logits, labels)."
         ) from None
-    except Exception:  # noqa: S110  (params of one member whose leaves begin alike: what is taken of them is none)
+    except Exception:
         pass
 
 

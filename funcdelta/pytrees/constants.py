@@ -9,7 +9,7 @@ spares the leaf its moments and its weight decay, and one that does not sees by 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch

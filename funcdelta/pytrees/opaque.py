@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+Value = TypeVar("Value")
 
 PLAIN = (Tensor, str, int, float, bool, complex, bytes, type(None))
 """Leaves without tensors inside, or that are tensors themselves."""
@@ -41,7 +43,7 @@ def holds_tensors(leaf: Any) -> bool:
     return next(tensors_in(leaf), None) is not None
 
 
-def spare(inputs: Any) -> Any:
+def spare(inputs: Value) -> Value:
     """The inputs for a run besides the call itself: objects that a run may change (a cache) are copied.
 
     >>> cache = [object()]

@@ -19,10 +19,10 @@ from .attention import Added, attend_with, attention_mark, by_head
 from .bound import Bound
 from .call import Call, Host, Params
 from .counting import Counting
-from .entrance import is_causal, takes_text
 from .opened import act
 from .padding import check_padding, checkable
 from .positions import named, seen_length
+from .text_model import is_causal, takes_text
 
 
 def attention_of(skeleton: Host, path: str, attended: list[Bound]) -> Callable[..., Any]:

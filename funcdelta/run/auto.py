@@ -125,7 +125,11 @@ def explain(program: Program, stack: Params, inputs: Inputs) -> Explanation:
     with torch.no_grad():
         run_many(program, stack, inputs, "auto", set())
     key = key_of(program, stack, inputs)
-    refused = {name: program.refusals[(name, "apply_many", key)] for name in AUTO if (name, "apply_many", key) in program.refusals}
+    refused = {
+        name: program.refusals[(name, "apply_many", key)]
+        for name in AUTO
+        if (name, "apply_many", key) in program.refusals
+    }
     engine = next(name for name in AUTO if name not in refused)
     if engine == "loop":
         return Explanation(engine, refused, inputs.n, inputs.b, {})

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..transforms import is_wrapped
 from .call import Call, Host
-from .entrance import caller_of, counts_from_mask, input_embedding, inputs_of, only_attends, padding_position
 from .positions import counted, leading, named
+from .text_model import caller_of, counts_from_mask, input_embedding, inputs_of, only_attends, padding_position
 
 CALLERS = "callers"
 """Where a call keeps what was given to the outermost model around a module that takes the text."""
@@ -96,8 +96,8 @@ class Counting:
         self.skeleton.under_way(self.path).note(CALLERS).pop(self.path, None)
 
 
-def readable(call: Call, tensor: Tensor) -> bool:
-    """Whether Python may look at the numbers: not while they are traced, mapped, followed, or not there at all.
+def readable(call: Call, tensor: Any) -> bool:
+    """Whether this is a tensor whose numbers Python may read: not while it is traced, mapped or followed.
 
     >>> from funcdelta.run.call import Call
     >>> readable(Call({}), torch.ones(2)), readable(Call({}), torch.ones(2, device="meta"))

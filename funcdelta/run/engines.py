@@ -23,7 +23,7 @@ from .call import TENSOR, Call, Params
 from .checkpointing import kept_run, needs_keeping
 from .fold import Folded
 from .inputs import Inputs
-from .layout import Layout, LayoutMismatch
+from .layout import Layout, LayoutMismatchError
 from .layouts import layout_of, learned_anew
 from .outputs import check_visible, flatten, stack_members
 from .probe import undisturbed
@@ -152,7 +152,7 @@ def _fold(
     def run(layout: Layout) -> Any:
         try:
             return folded_run(program, stack, layout, args, kwargs, lift, reached, trunk)
-        except LayoutMismatch:
+        except LayoutMismatchError:
             raise
         except FoldError:
             if trunk is None or not otherwise_fold:
@@ -162,7 +162,7 @@ def _fold(
     def split(output: Any, layout: Layout) -> Any:
         leaves, rebuild = visible(output)
         if len(leaves) != len(layout.outputs):
-            raise LayoutMismatch(f"The output has {len(leaves)} leaves, but {len(layout.outputs)} before.")
+            raise LayoutMismatchError(f"The output has {len(leaves)} leaves, but {len(layout.outputs)} before.")
         named = zip(leaves, layout.outputs, layout.names, strict=True)
         return rebuild(
             [
@@ -186,7 +186,7 @@ def with_layout(
     for attempt in range(ATTEMPTS):
         try:
             return run(layout)
-        except LayoutMismatch:
+        except LayoutMismatchError:
             if torch.compiler.is_compiling() or attempt == ATTEMPTS - 1:
                 raise
             layout = learned_anew(program, stack, inputs, layout, by_row)

@@ -7,7 +7,6 @@ found inside wrappers too.
 from __future__ import annotations
 
 import inspect
-import sys
 from typing import Any
 
 import torch
@@ -15,19 +14,16 @@ from torch import Tensor, nn
 
 from ..errors import MatchError, ParamsError
 from ..match import within
-from .positions import CACHES, before
-
-POSITION_TABLES = ("wpe", "position_embeddings", "position_embedding", "embed_positions")
-
-CACHES_TAKEN = frozenset({*CACHES, "use_cache"})
+from .positions import before
+from .text_model import input_embedding, inputs_of, is_causal, is_pair, padding_position, position_tables, prefixes
 
 LABELS = {"labels", "start_positions", "end_positions"}
 
-COUNTS_FROM_IDS = "create_position_ids_from_input_ids"
-"""Transformers' function of the models whose positions skip padding."""
-
 SECOND_TABLE, SECOND_INPUT = "get_per_layer_inputs", "per_layer_inputs"
 """Transformers' function of the models that look tokens up a second time, for every layer, and the input for it."""
+
+SECOND_WIDTH = "hidden_size_per_layer_input"
+"""The width of what is found there, 0 in those of their family that do not."""
 
 
 def entrances(backbone: nn.Module, method: str) -> list[str]:
@@ -53,7 +49,7 @@ def entrances(backbone: nn.Module, method: str) -> list[str]:
             found.append(paths[id(entered)])
         else:
             refusals.append(refusal)
-        if refusal is None or _is_pair(module):
+        if refusal is None or is_pair(module):
             settled.append(path)
     kind = type(backbone).__name__
     if len(found) > 1:
@@ -89,107 +85,6 @@ def why_not(module: nn.Module) -> str | None:
     return None
 
 
-def inputs_of(module: nn.Module) -> tuple[str, ...]:
-    """The names of the positional inputs of the module's forward.
-
-    >>> inputs_of(torch.nn.Linear(2, 2))
-    ('input',)
-    """
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(type(module).forward).parameters.values()
-    return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)[1:]
-
-
-def input_embedding(module: nn.Module) -> nn.Embedding | None:
-    """The table of token embeddings that ``module`` reads; ``None`` where there is none.
-
-    >>> from transformers import T5Config, T5EncoderModel
-    >>> t5 = T5EncoderModel(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
-    >>> input_embedding(t5)
-    Embedding(20, 8)
-    """
-    try:
-        found = getattr(module, "get_input_embeddings")()  # noqa: B009  (typed as a tensor or a module)
-    except (NotImplementedError, AttributeError):  # how Transformers says that there is none
-        return None
-    return found if isinstance(found, nn.Embedding) else None
-
-
-def takes_text(module: nn.Module) -> bool:
-    """Whether the module's forward takes tokens, or their embeddings, and a mask of them.
-
-    >>> takes_text(torch.nn.Linear(2, 2))
-    False
-    """
-    names = inputs_of(module)
-    return "attention_mask" in names and ("input_ids" in names or "inputs_embeds" in names)
-
-
-def caller_of(model: nn.Module, path: str) -> nn.Module | None:
-    """The outermost module above ``path`` that takes the same text; above an encoder and its decoder nothing does.
-
-    Models of images and text hand positions and masks of their own on to the model of the text.
-
-    >>> from transformers import GPT2Config, GPT2LMHeadModel
-    >>> gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2))
-    >>> caller_of(gpt2, "transformer") is gpt2, caller_of(gpt2, "")
-    (True, None)
-    """
-    found = None
-    for above in _prefixes(path)[1:] if path else ():
-        module = model.get_submodule(above)
-        if _is_pair(module):
-            break
-        found = module if takes_text(module) else found
-    return found
-
-
-def counts_from_mask(module: nn.Module) -> bool:
-    """Whether the module's forward counts positions by adding up the mask, where nobody tells their numbers.
-
-    >>> from transformers import OPTConfig, OPTModel
-    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 8}
-    >>> counts_from_mask(OPTModel(OPTConfig(vocab_size=20, word_embed_proj_dim=8, **sizes)).decoder)
-    True
-    """
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    if code is None or "cumsum" not in code.co_names:
-        return False
-    return {"attention_mask", "position_ids"} <= {*code.co_varnames}
-
-
-def only_attends(module: nn.Module) -> bool:
-    """Whether positions meet in attention alone, which a mask closes; a convolution or recurrence sees what is hidden.
-
-    >>> only_attends(torch.nn.Linear(2, 2)), only_attends(torch.nn.Sequential(torch.nn.Conv1d(2, 2, 3)))
-    (True, False)
-    """
-    return not any(isinstance(part, (nn.Conv1d, nn.RNNBase)) for part in module.modules())
-
-
-def is_causal(module: nn.Module) -> bool:
-    """Whether positions see those before them alone.
-
-    Its attention says so, by a flag or a triangle that it keeps; where it says nothing, taking a cache does.
-
-    >>> from transformers import BertConfig, BertModel
-    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    >>> is_causal(BertModel(BertConfig(vocab_size=20, **sizes)))
-    False
-    """
-    said = [causal for part in module.modules() if isinstance(causal := getattr(part, "is_causal", None), bool)]
-    if said:
-        return any(said)
-    triangles = any(_is_triangle(buffer) for name, buffer in module.named_buffers() if name.endswith(".bias"))
-    return triangles or not CACHES_TAKEN.isdisjoint(inputs_of(module))
-
-
-def _is_triangle(tensor: Tensor) -> bool:
-    if tensor.ndim < 2 or tensor.shape[-1] != tensor.shape[-2] or tensor.is_meta or tensor.shape[-1] < 2:
-        return False
-    return bool((tensor == torch.ones_like(tensor).tril()).all())
-
-
 class Entrance:
     """What stands around the entrance at ``path`` of ``model``.
 
@@ -222,8 +117,8 @@ class Entrance:
         assert embedding is not None
         self.embedding = embedding
         self.inputs = inputs_of(self.module)
-        above = [model.get_submodule(part) for part in _prefixes(path)]
-        pair = [module for module in above if _is_pair(module)]
+        above = [model.get_submodule(part) for part in prefixes(path)]
+        pair = [module for module in above if is_pair(module)]
         self.decoders = _decoders(model, path) if pair else []
         takes_labels = [module for module in above if not LABELS.isdisjoint(inputs_of(module))]
         self.labelled = None if pair or not takes_labels else takes_labels[0]
@@ -231,7 +126,7 @@ class Entrance:
         self.padding_position = padding_position(self.module, embedding)
         self.first_position = 0 if self.padding_position is None else self.padding_position + 1
         self.causal = is_causal(self.module)
-        self.behind_padding = self.causal or not _beside(self.module, embedding)
+        self.behind_padding = self.causal or not position_tables(self.module, embedding)
         self._limit = _position_limit(self.module, embedding, self.first_position)
 
     def positions(self, given: dict[str, Any]) -> dict[str, Tensor]:
@@ -252,8 +147,7 @@ class Entrance:
         A row of a prompt is not a token. It gets what the padding token has, as images do in such models.
         """
         look_up: Any = getattr(self.module, SECOND_TABLE, None)
-        used = look_up is not None and getattr(self.module, "hidden_size_per_layer_input", True)
-        if SECOND_INPUT not in self.inputs or not used:
+        if look_up is None or SECOND_INPUT not in self.inputs or not getattr(self.module, SECOND_WIDTH, True):
             return {}
         token = getattr(getattr(self.module, "config", None), "pad_token_id", None) or 0
         ids, known, x = given.get("input_ids"), given.get(SECOND_INPUT), given.get("inputs_embeds")
@@ -278,7 +172,7 @@ class Entrance:
 
 def _inside(module: nn.Module) -> nn.Module:
     """The encoder of an encoder-decoder, else the transformer below the head."""
-    if _is_pair(module):
+    if is_pair(module):
         encoder = getattr(module, "get_encoder")()  # noqa: B009
         return encoder if isinstance(encoder, nn.Module) else module
     base = getattr(module, "base_model", module)
@@ -287,18 +181,6 @@ def _inside(module: nn.Module) -> nn.Module:
     stack = getattr(base, "get_decoder")() if hasattr(base, "get_decoder") else base  # noqa: B009
     same = hasattr(stack, "get_input_embeddings") and input_embedding(stack) is input_embedding(base)
     return stack if same else base
-
-
-def _is_pair(module: nn.Module) -> bool:
-    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False)) and hasattr(
-        module, "get_encoder"
-    )
-
-
-def _prefixes(path: str) -> list[str]:
-    """The path and those above it, nearest first."""
-    tokens = path.split(".") if path else []
-    return [".".join(tokens[:end]) for end in range(len(tokens), -1, -1)]
 
 
 def _decoders(model: nn.Module, path: str) -> list[nn.Module]:
@@ -319,29 +201,9 @@ def _counts_ids(module: nn.Module) -> bool:
     return code is not None and {"pad_token_id", "argmax"} <= set(code.co_names)
 
 
-def _beside(module: nn.Module, embedding: nn.Module) -> list[tuple[nn.Module, nn.Embedding]]:
-    """Tables of absolute positions with the module that holds them: it holds the table of tokens too."""
-    holders = [m for m in module.modules() if any(child is embedding for child in m.children())]
-    return [
-        (holder, table)
-        for holder in holders
-        for name, table in holder.named_children()
-        if name in POSITION_TABLES and isinstance(table, nn.Embedding)
-    ]
-
-
-def padding_position(module: nn.Module, embedding: nn.Module) -> int | None:
-    """The position number of padding, where positions are counted from ids."""
-    for holder, table in _beside(module, embedding):
-        source = sys.modules.get(type(holder).__module__)
-        if table.padding_idx is not None and (hasattr(holder, COUNTS_FROM_IDS) or hasattr(source, COUNTS_FROM_IDS)):
-            return table.padding_idx
-    return None
-
-
 def _position_limit(module: nn.Module, embedding: nn.Module, first: int) -> int | None:
     """How many positions a table of absolute positions has; ``None`` where positions are relative or computed."""
-    tables = [table for _, table in _beside(module, embedding)]
+    tables = [table for _, table in position_tables(module, embedding)]
     return min((table.num_embeddings - int(getattr(table, "offset", first)) for table in tables), default=None)
 
 

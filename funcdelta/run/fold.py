@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import FoldError
 from ..functional.tokenwise import Tokenwise, all_tokens
-from .layout import Ends, LayoutMismatch, Run, scalar_message, split_rows
+from .layout import Ends, LayoutMismatchError, Run, scalar_message, split_rows
 
 
 class Folded:
@@ -62,7 +62,7 @@ class Folded:
         """A whole module once per member, with tensors of the member's own."""
         ends = run.at(site, index)
         if len(ends.inputs) != len(values):
-            raise LayoutMismatch(
+            raise LayoutMismatchError(
                 f"{site} was given {len(values)} tensors, but {len(ends.inputs)} when the layout of these inputs was "
                 f"learned."
             )
@@ -76,17 +76,17 @@ class Folded:
             return [out for out, _ in joined]
         if run.how == "loop":
             # What runs in turn would mix rows in one batch, those of the bare backbone too.
-            plain = [out for out, _ in self._all_joined(self._in_turn(function, {}, split, ends.inputs), run, ends, site)]
+            plain = [
+                out for out, _ in self._all_joined(self._in_turn(function, {}, split, ends.inputs), run, ends, site)
+            ]
         else:
             plain = bare()
         return [torch.where(self._mask(out, dim), out, base) for (out, dim), base in zip(joined, plain, strict=True)]
 
-    def _all_joined(
-        self, outputs: list[Tensor], run: Run, ends: Ends, site: str
-    ) -> list[tuple[Tensor, int | None]]:
+    def _all_joined(self, outputs: list[Tensor], run: Run, ends: Ends, site: str) -> list[tuple[Tensor, int | None]]:
         """Outputs with the member axis in front, each joined to one batch, with its axis of rows."""
         if len(outputs) != len(ends.outputs):
-            raise LayoutMismatch(f"{site} returned {len(outputs)} tensors, but {len(ends.outputs)} before.")
+            raise LayoutMismatchError(f"{site} returned {len(outputs)} tensors, but {len(ends.outputs)} before.")
         if ends.dtypes:
             outputs = [out.to(dtype) for out, dtype in zip(outputs, ends.dtypes, strict=True)]
         joined: list[tuple[Tensor, int | None]] = []
@@ -116,7 +116,9 @@ class Folded:
         for place, outputs in enumerate(zip(*columns, strict=True)):
             if any(out.shape != outputs[0].shape for out in outputs):
                 shapes = ", ".join(str(tuple(out.shape)) for out in outputs[:3])
-                raise FoldError(f"Output {place} differs in size by member ({shapes}), so it has no place in one batch.")
+                raise FoldError(
+                    f"Output {place} differs in size by member ({shapes}), so it has no place in one batch."
+                )
             joined.append(torch.stack(outputs))
         return joined
 

@@ -14,7 +14,7 @@ from ..errors import FoldError
 Dims = tuple[int | None, ...]
 
 
-class LayoutMismatch(FoldError):
+class LayoutMismatchError(FoldError):
     """A call does not go as the one did from which its layout was learned: the layout is learned anew, once."""
 
 
@@ -100,7 +100,7 @@ def _visit(known: tuple[Any, ...], path: str, index: int | None) -> Any:
             )
         index = 0
     if index >= len(known):
-        raise LayoutMismatch(
+        raise LayoutMismatchError(
             f"{path} was called {index + 1} times, but {len(known)} times when the layout of these inputs was "
             f"learned: which modules run depends on the rows."
         )
@@ -110,14 +110,14 @@ def _visit(known: tuple[Any, ...], path: str, index: int | None) -> Any:
 def split_rows(value: Tensor, dim: int, n: int, rows: int, place: str) -> Tensor:
     """(…, n·b, …) → (…, n, b, …), where axis ``dim`` has the same whole number of entries for each row.
 
-    Raises :class:`LayoutMismatch` with the place where it has not: rows of different members are then mixed.
+    Raises :class:`LayoutMismatchError` with the place where it has not: rows of different members are then mixed.
 
     >>> split_rows(torch.zeros(6, 4), 0, n=3, rows=2, place="dense").shape
     torch.Size([3, 2, 4])
     """
     size = value.shape[dim] if dim < value.ndim else -1
     if size % (n * rows) or size < 0:
-        raise LayoutMismatch(
+        raise LayoutMismatchError(
             f"{place} has the shape {tuple(value.shape)}, whose axis {dim} should have the same number of entries for "
             f"each of the {n * rows} rows of {n} members: which rows are whose cannot be told there."
         )

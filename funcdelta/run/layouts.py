@@ -23,9 +23,7 @@ probing = fork_safe_lock()
 """Held while a layout is learned: two threads need not learn the same."""
 
 
-def layout_of(
-    program: Program, stack: Params, inputs: Inputs, by_row: bool = False, entry: str = ""
-) -> Layout:
+def layout_of(program: Program, stack: Params, inputs: Inputs, by_row: bool = False, entry: str = "") -> Layout:
     """The layout of these inputs: remembered, or learned from a few of their rows.
 
     Args:
@@ -47,7 +45,7 @@ def layout_of(
 def learned_anew(
     program: Program, stack: Params, inputs: Inputs, known: Layout, by_row: bool = False, entry: str = ""
 ) -> Layout:
-    """The layout that the very inputs tell, where a remembered one does not fit; what only one of them knows is kept."""
+    """The layout that the very inputs tell, where a remembered one does not fit; what only one knows is kept."""
     with probing:
         layout = known.joined(_learn(program, stack, inputs, by_row, entry))
         program.layouts[key_of(program, stack, inputs, by_row, entry)] = layout

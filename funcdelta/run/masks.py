@@ -27,6 +27,14 @@ def with_prompt(
         module: the text model, whose config says what its masks are.
         x, mask, positions: its longer input: embeddings (b, length, d), the mask of tokens (b, length), numbers.
         lead: how much padding each row has in front, before the prompt's rows.
+
+    >>> from transformers import GPT2Config, GPT2Model
+    >>> gpt2 = GPT2Model(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2))
+    >>> both_ways = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    >>> with_prompt(both_ways, gpt2, torch.zeros(1, 3, 8), None, None, rows=1, lead=None).int()
+    tensor([[[[1, 0, 0],
+              [1, 1, 1],
+              [1, 1, 1]]]], dtype=torch.int32)
     """
     build = getattr(sys.modules.get(BUILDERS), BUILDER, None)
     config: Any = getattr(module, "config", None)

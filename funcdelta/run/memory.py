@@ -256,9 +256,11 @@ def copied_tensors(backbone: nn.Module, skeleton: nn.Module) -> list[Copied]:
         for own, its in ((module._buffers, twin._buffers), (vars(module), vars(twin))):
             for name, tensor in own.items():
                 other = its.get(name)
+                if not isinstance(tensor, Tensor) or not isinstance(other, Tensor) or other is tensor:
+                    continue
+                plain = type(tensor) in (Tensor, nn.Buffer) and other.is_leaf
                 # Tensors made in inference mode count no versions.
-                plain = type(tensor) in (Tensor, nn.Buffer) and isinstance(other, Tensor) and other is not tensor
-                if plain and not tensor.is_inference() and not other.is_inference() and other.is_leaf:
+                if plain and not tensor.is_inference() and not other.is_inference():
                     known = found.setdefault(id(other), Copied(path, tensor, other, []))
                     known.holders.append((its, name))
     return list(found.values())

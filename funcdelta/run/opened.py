@@ -22,7 +22,7 @@ from ..transforms import is_wrapped
 from .bound import Bound
 from .call import TENSOR, Call, Function, Host, Params
 from .hidden import hidden_input, hidden_output
-from .layout import LayoutMismatch, Run
+from .layout import LayoutMismatchError, Run
 
 
 class Bypass(nn.Module):
@@ -73,7 +73,7 @@ def _forward(opened: Opened, /, *args: Any, **kwargs: Any) -> Any:
         call.watch.called(path)
     run = call.runs.get(path) if call.runs else None
     if call.layout is not None and path in call.layout.unused:
-        raise LayoutMismatch(f"{path} is called, but was not when the layout of these inputs was learned.")
+        raise LayoutMismatchError(f"{path} is called, but was not when the layout of these inputs was learned.")
     if run is not None and run.how == "loop" and call.lift is not None:
         return run_members(opened, call, run, args, kwargs)
     befores, afters, begun = opened.befores, opened.afters, opened.begun

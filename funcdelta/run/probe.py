@@ -21,7 +21,7 @@ Dropout is off while a probe runs, and random numbers come from a generator of i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -371,16 +371,16 @@ class Probe:
 
         return watched
 
-    def _visit(
-        self, path: str, forward: Callable[..., Any], rowwise: bool, call: Call, args: Any, kwargs: Any
-    ) -> Any:
+    def _visit(self, path: str, forward: Callable[..., Any], rowwise: bool, call: Call, args: Any, kwargs: Any) -> Any:
         """One call of a module in the folded run: as it is, or, where it mixes rows, once per member."""
         visit = Visit(path, self._is_clean(args, kwargs), rowwise)
         known = self.runs.get(path)
         if known is not None and known.how == "loop":
             return self._each(path, forward, args, kwargs, None, known.why)
-        trusted = rowwise and visit.clean and not any(
-            a.among(self.members) and any(within(end, path) for end in a.ends) for a in self.plan.all()
+        trusted = (
+            rowwise
+            and visit.clean
+            and not any(a.among(self.members) and any(within(end, path) for end in a.ends) for a in self.plan.all())
         )
         error: Exception | None = None
         output: Any = None
@@ -410,7 +410,7 @@ class Probe:
         if visit.mixing:
             visit.reason = f"{path or 'the model'} mixes rows of several members ({visit.mixing})"
         self.why = self.why or visit.reason
-        if visit.clean and path != self.entry and not isinstance(error, _Refused):
+        if visit.clean and path != self.entry:
             self.sites, runs = before
             self.runs.clear()
             self.runs.update(runs)
@@ -450,11 +450,15 @@ class Probe:
         trained = [name for name in self.plan.trained if name in self.members]
         used = [name for name in trained if any(within(end, path) for end in self.plan.trained[name])]
         known = self.runs.get(path)
-        keys = dict.fromkeys([*used, *(key for a in inside for key in a.leaves.values()), *(known.keys if known else ())])
+        keys = dict.fromkeys(
+            [*used, *(key for a in inside for key in a.leaves.values()), *(known.keys if known else ())]
+        )
         outputs: list[Any] = []
         with self.tracking.pause():
             for i in range(MEMBERS):
-                own = [self.tracking.part(leaf, tag, i) if tag else leaf for leaf, tag in zip(leaves, tags, strict=True)]
+                own = [
+                    self.tracking.part(leaf, tag, i) if tag else leaf for leaf, tag in zip(leaves, tags, strict=True)
+                ]
                 p = {key: self.members[key][i] for key in keys}
                 own_args, own_kwargs = pytree.tree_unflatten(own, spec)
                 outputs.append(self.skeleton.run_inside(path, forward, p, own_args, own_kwargs, Call(p)))
@@ -614,10 +618,6 @@ class _Called:
 
     def run(self, path: str, call: Call, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return forward(*args, **kwargs)
-
-
-class _Refused(FoldError):
-    """A fold that no module further out can mend."""
 
 
 def _names(output: Any) -> list[str]:

@@ -43,8 +43,8 @@ class Rewritten(Tensor):
         if func in FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        args, kwargs = pytree.tree_map_only(Rewritten, lambda t: t._compute(), (args, kwargs or {}))
-        return func(*args, **kwargs)
+        given = pytree.tree_map_only(Rewritten, lambda t: t._compute(), (args, kwargs or {}))
+        return func(*given[0], **given[1])
 
 
 def rewritten_when_read(tensor: Tensor, compute: Callable[[], Tensor]) -> Tensor:
@@ -61,9 +61,7 @@ def rewritten_when_read(tensor: Tensor, compute: Callable[[], Tensor]) -> Tensor
     return found
 
 
-def watch_reads(
-    module: nn.Module, inside: Callable[[], bool], outside: Callable[[str, Tensor], Tensor]
-) -> None:
+def watch_reads(module: nn.Module, inside: Callable[[], bool], outside: Callable[[str, Tensor], Tensor]) -> None:
     """Let ``outside(name, tensor)`` answer whoever reads a parameter of ``module`` while it is not ``inside``.
 
     >>> layer = nn.Linear(2, 2)

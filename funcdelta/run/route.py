@@ -39,17 +39,14 @@ def route_rows(
 
     Where rows cannot share a batch, each runs by itself.
     """
-    resident = isinstance(stack, Resident)
-    read, present = read_index(index, None if resident else n, first_of(expanded).device)
+    read, present = read_index(index, None if isinstance(stack, Resident) else n, first_of(expanded).device)
     inputs = Inputs(program.backbone, 1, args, kwargs, None, program.batch_dim, entries=read.shape[0])
     if read.shape[0] != inputs.b:
         raise ParamsError(f"index has {read.shape[0]} entries for a batch of {inputs.b} rows: give one member a row.")
     if inputs.b == 0:
         return call_single(program, {name: leaf[0] for name, leaf in expanded.items()}, args, kwargs)
-    if resident:
-        taken = expand_stack(program.plan.shared, stack.pick(read))
-    else:
-        taken = pick_rows(expanded, read)
+    picked = stack.pick(read) if isinstance(stack, Resident) else None
+    taken = pick_rows(expanded, read) if picked is None else expand_stack(program.plan.shared, picked)
     if inputs.b == 1 and present is None:
         return call_single(program, {name: leaf[0] for name, leaf in taken.items()}, args, kwargs, reached)
 
@@ -109,4 +106,3 @@ def joined(outputs: list[Any], inputs: Inputs) -> Any:
             )
         found.append(torch.cat(column, axis))
     return rebuild(found)
-

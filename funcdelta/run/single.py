@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-
 from ..errors import MatchError, UnreachedWarning
 from ..functional.attention import attention_for_this_call
 from .attention import attention_mark

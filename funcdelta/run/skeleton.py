@@ -29,7 +29,7 @@ from .bound import added_in_both_modes, bound_in_both_modes, rewritten
 from .call import Call, Params, Prepare, read_mark
 from .checkpointing import check_runner, note_reentrant, recomputing, require_grad_outside_transforms
 from .fsdp import check_unit, units
-from .layout import LayoutMismatch
+from .layout import LayoutMismatchError
 from .memory import Memory
 from .opened import Opened, act
 from .prompt import Prompts
@@ -80,10 +80,11 @@ class Skeleton:
         self.sharing: set[str] = set()
         self.read_outside: Callable[[str, str, Tensor], Tensor] = self._read_outside
         self._slots: dict[str, Slot] = {}
-        self.memory: Any = None
+        self._remembers = False
         if plan is not None:
             self._install(plan)
-        self.memory: Memory = Memory(backbone, self.module)
+        self.memory = Memory(backbone, self.module)
+        self._remembers = True
 
     # -- installation ----------------------------------------------------------------------------------------------
 
@@ -114,7 +115,7 @@ class Skeleton:
             module = self.module.get_submodule(path)
             self.opened[path] = Opened(self, path, module)
             module.register_forward_hook(_stand_aside)
-            if self.memory is not None:
+            if self._remembers:
                 self.memory.note()
         return self.opened[path]
 
@@ -183,7 +184,7 @@ class Skeleton:
             if call.watch is not None:
                 call.watch.read(path)
             if call.lift is not None:
-                raise LayoutMismatch(f"{path}.{name} differs by member and is read outside of {path}.")
+                raise LayoutMismatchError(f"{path}.{name} differs by member and is read outside of {path}.")
             if call.reached is not None:
                 call.reached.add(path)
             changed = {f"{path}.{name}": tensor}
@@ -313,8 +314,9 @@ class Skeleton:
         found: dict[str, Tensor] = {}
         for name, tensor in params.items():
             for end in plan.ends.get(name, ()):
-                own = self.dtypes[end]
-                found[end] = tensor if tensor.dtype == own else tensor.to(own)
+                own = self.dtypes.get(end)
+                if own is not None:  # in training a skeleton keeps no running statistics
+                    found[end] = tensor if tensor.dtype == own else tensor.to(own)
         for path, attachments in plan.rewriting.items():
             for attachment in attachments:
                 if attachment.among(params):
@@ -353,4 +355,3 @@ def runner_candidates(plan: Plan) -> set[str]:
 
 def _stand_aside(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """A hook that only has to exist: fused paths skip modules with hooks."""
-

@@ -401,7 +401,9 @@ def _along(args: Any, kwargs: Any, x: Tensor, tag: Rows) -> bool:
     given = kwargs.get("dim", kwargs.get("dims"))
     dims = [given] if given is not None else numbers
     flat = [dim for entry in dims for dim in (entry if isinstance(entry, (list, tuple)) else [entry])]
-    return not flat or any(isinstance(dim, int) and -x.ndim <= dim < x.ndim and dim % x.ndim == tag.axis for dim in flat)
+    return not flat or any(
+        isinstance(dim, int) and -x.ndim <= dim < x.ndim and dim % x.ndim == tag.axis for dim in flat
+    )
 
 
 def _marked(given: list[Tensor], tags: list[Tag]) -> list[tuple[Tensor, Rows]]:

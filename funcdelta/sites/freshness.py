@@ -105,7 +105,9 @@ class Fingerprint:
             return False
         for facts in self._facts:
             was, found = facts.parts["_forward_hooks"], facts.module._forward_hooks
-            if any(getattr(hook, "__name__", "") != name for _, *pair in _differences(was, found) for hook in pair if hook):
+            if any(
+                getattr(hook, "__name__", "") != name for _, *pair in _differences(was, found) for hook in pair if hook
+            ):
                 return False
         return True
 

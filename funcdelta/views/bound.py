@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ParamsError, StaleBackboneError
+from ..errors import ConfigError, ParamsError, StaleBackboneError
 from ..match import near, within
 from ..planning.sharing import Expanding
+from ..pytrees.constants import still
 from ..run.call import Call, Params
 from ..run.fsdp import check_bound
 from ..run.layout import Run
 from ..run.program import Program
-from ..pytrees.constants import still
-from ..run.reading import ORIGINAL
+from ..run.reading import ORIGINAL, watch_reads
 from ..run.single import tell_missed
 from ..run.skeleton import Skeleton
 from ..sites.references import holders
 from .calls import Calls, MemberCalls
-from .copies import Born, attributes_of, give, given_since, hold, tensors_held
+from .copies import Born, attributes_of, give, given_since, hold, part_of, tensors_held
 from .frozen import ABOUT, BUFFERS, PATH, Leaves, Moved, building, dress, show, take_out
 from .saving import Counted, Saved
 
@@ -152,7 +152,6 @@ class View(Viewlike, nn.Module):
                     buffer.copy_(state_dict.pop(prefix + name))
         super()._load_from_state_dict(state_dict, prefix, local, strict, missing, unexpected, errors)
 
-
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """Another view, with leaves and statistics of its own and the same share of the backbone."""
         own = self._view
@@ -204,11 +203,35 @@ def _unpickled(
     return _given(view, since, trains)
 
 
+def _tie_again(view: Any, _: Any) -> None:
+    """After a load that put other tensors in the places of leaves: all names of one are one."""
+    for name, ends in view._view.delta.program.plan.ends.items():
+        for end in ends[1:] if name in view._view.leaves else ():
+            path, _, own = end.rpartition(".")
+            table = view.get_submodule(path)._parameters
+            if own in table:
+                table[own] = view._view.leaves[name]
+
+
 def _nothing(given: list[str], leaves: list[str]) -> str:
     return (
         f"Nothing of this state dict is the view's: it has {', '.join(given[:3]) or 'no keys'}, and the view holds "
         f"{', '.join(leaves[:3])}. Give what view.state_dict() or fd.unbind(view) gave."
     )
+
+
+def refuse_views(backbone: nn.Module) -> None:
+    """Raise `ConfigError` if ``backbone`` is a view of a delta or holds one: it has no weights of its own to share.
+
+    >>> refuse_views(nn.Linear(2, 2))
+    """
+    for path, module in backbone.named_modules():
+        if isinstance(module, Viewlike):
+            raise ConfigError(
+                f"{path or 'backbone_model'} is a view of a delta, which shares its weights with a backbone: give that "
+                f"backbone, with the configs of both deltas, DeltaModel(delta.backbone, *delta.configs, config), or a "
+                f"model of its own, delta.merged(fd.unbind(view))."
+            )
 
 
 def bind(delta: Bindable, params: Params) -> nn.Module:
@@ -243,8 +266,11 @@ def _bound(delta: Bindable, params: Params, dtypes: Mapping[str, torch.dtype] | 
         call = Call(given, runs={path: Run(keys) for path, keys in _runners(skeleton, given).items()}, never_ends=True)
         if "" in call.runs:
             skeleton.open("")
+        _lower_reads(skeleton, [end for name in names if name in plan.trained for end in plan.trained[name]])
         known = program.is_verified(leaves)
-        calls = MemberCalls(call, given, len(given) > len(leaves), None if known else lambda call: _verify(program, call))
+        calls = MemberCalls(
+            call, given, len(given) > len(leaves), None if known else lambda call: _verify(program, call)
+        )
         skeleton.call = call
         return as_view(delta, skeleton, View, calls, leaves)
 
@@ -264,7 +290,7 @@ def as_view(
     module = skeleton.module
     aliases = take_out(module, leaves if moved is None else (), statistics=moved is None)
     _guard_sites(skeleton, calls)
-    dress(module, calls, moved or functools.partial(_follow_dtypes, skeleton))
+    dress(module, calls, moved or functools.partial(_follow_dtypes, skeleton), part_of)
     kind: Any = type(module)
     bases = (view, *[mixin for mixin, method in MIXINS if hasattr(kind, method)], kind)
     namespace = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
@@ -272,6 +298,7 @@ def as_view(
     about = vars(module)[ABOUT] = About(delta, skeleton, calls, leaves)
     about.aliases = [(name, alias, alias._version) for name, alias in aliases.items() if not alias.is_inference()]
     about.born = attributes_of(module)
+    module.register_load_state_dict_post_hook(_tie_again)
     return module
 
 
@@ -290,6 +317,20 @@ def _guard_sites(skeleton: Skeleton, calls: Calls) -> None:
         return show(tensor, skeleton.module.get_submodule(path), name, calls.guards)
 
     skeleton.read_outside = outside
+
+
+def _lower_reads(skeleton: Skeleton, ends: Iterable[str]) -> None:
+    """Give leaves of another precision than their module in the module's, to whoever reads them outside of it."""
+    lowered = [end for end in ends if skeleton.module.get_parameter(end).dtype != skeleton.dtypes[end]]
+    for path in dict.fromkeys(end.rpartition(".")[0] for end in lowered):
+        opened = skeleton.open(path)
+
+        def outside(name: str, tensor: Tensor, path: str = path) -> Tensor:
+            dtype = skeleton.dtypes.get(f"{path}.{name}" if path else name, tensor.dtype)
+            found = skeleton.read_outside(path, name, tensor)
+            return found if found.dtype == dtype else found.to(dtype)
+
+        watch_reads(opened.module, lambda opened=opened: opened.running > 0, outside)
 
 
 def _follow_dtypes(skeleton: Skeleton, module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:

@@ -143,4 +143,3 @@ class MemberCalls(Calls):
             raise
         finally:
             self.call.notes = whole
-

@@ -7,14 +7,16 @@ its config and hooks of the other.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import ParamsError
 from ..run.memory import FUNCTIONS, OWN, PLAIN
 from ..run.reading import KEPT
-from .frozen import ABOUT, BUFFERS, MOVED, PATH, Leaves
+from .frozen import ABOUT, BUFFERS, MOVED, PATH, Leaves, original_kind
 
 OF_VIEWS = {KEPT, BUFFERS, PATH, MOVED, ABOUT, "forward"} | OWN - {"training"}
 """Attributes that every view has of its own."""
@@ -138,3 +140,43 @@ def hold(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Put a tensor where a module of a view holds the one of that name."""
     table: dict[str, Any] = module._buffers if name in module._buffers else vars(module)
     table[name] = tensor
+
+
+def part_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy of a part of a view: an ordinary module of the model's class, with tensors of its own.
+
+    Raises `ParamsError` where the part holds leaves or a delta acts in it.
+
+    >>> delta = fd.LoraModel(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), modified_modules=["0"])
+    >>> view = delta.bind(delta.init(0))
+    >>> list(copy.deepcopy(view[1]).state_dict())
+    ['weight', 'bias']
+    >>> copy.deepcopy(view[0])
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.ParamsError: 0 is a part of a view in which a delta acts...
+    """
+    own = vars(module)
+    kept = own.get(KEPT, ())
+    acts = "forward" in own or any(isinstance(child, Leaves) for child in dict.values(module._modules))
+    if acts or any(module._parameters.get(name) is not None for name in kept):
+        raise ParamsError(
+            f"{own.get(PATH) or 'This'} is a part of a view in which a delta acts: copy the whole view, or take the part "
+            f"of a merged model, delta.merged(fd.unbind(view))."
+        )
+    kind = original_kind(type(module))
+    made = memo[id(module)] = kind.__new__(kind)
+    held = {*kept, *own.get(BUFFERS, ())}
+    rest = {k: v for k, v in own.items() if k not in held and k not in (KEPT, BUFFERS, PATH, MOVED)}
+    vars(made).update(copy.deepcopy(rest, memo))
+    made._parameters = dict.fromkeys(kept)
+    for _, name, tensor, frozen in held_by(module):
+        table: dict[str, Any] = made._parameters if frozen else made._buffers
+        table[name] = memo[id(tensor)] if id(tensor) in memo else _own(tensor, frozen)
+        memo[id(tensor)] = table[name]
+    return made
+
+
+def _own(tensor: Tensor, parameter: bool) -> Tensor:
+    plain = type(tensor) is Tensor and parameter
+    return nn.Parameter(tensor.detach().clone(), requires_grad=False) if plain else copy.deepcopy(tensor)

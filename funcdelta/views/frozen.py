@@ -35,6 +35,7 @@ ABOUT = "_funcdelta"
 """Where the root of a view has what the view knows of itself."""
 
 Moved = Callable[[nn.Module, Callable[[Tensor], Tensor]], None]
+Part = Callable[[nn.Module, dict[int, Any]], nn.Module]
 
 
 class Leaves(nn.Module):
@@ -135,10 +136,11 @@ class _Whole:
         self._buffers = {name: module._buffers.get(name, vars(module).get(name)) for name in buffers}
 
 
-def dress(root: nn.Module, calls: Calls, moved: Moved) -> None:
+def dress(root: nn.Module, calls: Calls, moved: Moved, part_of: Part) -> None:
     """Give every module of ``root`` a class of its own kind whose calls go through ``calls``.
 
-    ``moved(module, function)`` is told before tensors of a module are converted or put elsewhere.
+    ``moved(module, function)`` is told before tensors of a module are converted or put elsewhere, and
+    ``part_of(module, memo)`` copies one module without the others.
     """
     kinds: dict[tuple[type, tuple[str, ...]], type] = {}
     for path, module in root.named_modules():
@@ -147,7 +149,7 @@ def dress(root: nn.Module, calls: Calls, moved: Moved) -> None:
             continue
         names = tuple(name for name in attributes[KEPT] if isinstance(attributes.get(name), Tensor))
         if (kind, names) not in kinds:
-            kinds[kind, names] = type(kind.__name__, (kind,), _namespace(kind, names, calls))
+            kinds[kind, names] = type(kind.__name__, (kind,), _namespace(kind, names, calls, part_of))
         attributes[PATH], attributes[MOVED] = path, moved
         module.__class__ = kinds[kind, names]
         own = [isinstance(child, Leaves) for child in module._modules.values()]
@@ -155,7 +157,7 @@ def dress(root: nn.Module, calls: Calls, moved: Moved) -> None:
             attributes["_modules"] = Children(module._modules, calls.inside)
 
 
-def _namespace(kind: Any, names: tuple[str, ...], calls: Calls) -> dict[str, Any]:
+def _namespace(kind: Any, names: tuple[str, ...], calls: Calls, part_of: Part) -> dict[str, Any]:
     """What the modules of one class have besides it."""
     enter, trace, sees_all = calls.enter, calls.trace, calls.sees_all
 
@@ -181,6 +183,7 @@ def _namespace(kind: Any, names: tuple[str, ...], calls: Calls) -> dict[str, Any
         "__call__": call,
         "_named_members": members,
         "_apply": apply,
+        "__deepcopy__": lambda self, memo: part_of(self, memo),
         ORIGINAL: kind,
     }
     # Modules at sites have properties already.

@@ -20,7 +20,10 @@ from ..errors import StaleBackboneError
 from ..run.reading import FACTS, STANDS_FOR
 from ..transforms import is_wrapped
 
-IN_PLACE = frozenset(f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split())
+IN_PLACE = frozenset(
+    f"__i{name}__"
+    for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"]
+)
 WRITES = frozenset(("__setitem__", "__set__", *IN_PLACE))
 """Methods that change their first argument; every other one that does ends with an underscore."""
 
@@ -29,7 +32,6 @@ class Guarded(Tensor):
     """A tensor that refuses to be written; see :func:`guarded`."""
 
     _place: str
-    _is_param: bool
 
     @classmethod
     def __torch_function__(
@@ -78,8 +80,6 @@ def guarded(tensor: Tensor, place: str) -> Tensor:
     )
     setattr(found, STANDS_FOR, tensor)
     found._place = place
-    # It passes for a parameter, as the backbone's own does: it can be tied to another layer and read there.
-    found._is_param = True
     return found
 
 

@@ -26,7 +26,7 @@ from ..run.engines import ATTEMPTS
 from ..run.fold import Folded
 from ..run.forward import without_cache
 from ..run.inputs import Inputs
-from ..run.layout import Layout, LayoutMismatch, Run
+from ..run.layout import Layout, LayoutMismatchError, Run
 from ..run.layouts import key_of, layout_of, learned_anew
 from ..run.outputs import check_visible, flatten, names
 from ..run.program import Program
@@ -190,7 +190,7 @@ class RoutedCalls(Calls):
         try:
             layout = layout_of(program, params, inputs, by_row=True, entry=path)
             return self._together(program, module, path, function, params, present, inputs, layout)
-        except LayoutMismatch as error:
+        except LayoutMismatchError as error:
             if _caches(inputs):
                 # What was learned does not hold, and the cache that it could be learned from is written.
                 program.layouts.pop(key[2], None)
@@ -232,7 +232,7 @@ class RoutedCalls(Calls):
             args, kwargs = inputs.shared()
             try:
                 return function(module, *args, **kwargs)
-            except LayoutMismatch:
+            except LayoutMismatchError:
                 if attempt == ATTEMPTS - 1 or _caches(inputs):
                     raise
                 layout = learned_anew(program, params, inputs, layout, by_row=True, entry=path)
@@ -350,7 +350,12 @@ class RoutedView(Viewlike, nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A routed view travels with its stack, its delta and the whole backbone."""
-        return _unpickled, (self._view.delta, self._view.calls.source, self._view.calls.index()[0], given_since(self, self._view.born))
+        return _unpickled, (
+            self._view.delta,
+            self._view.calls.source,
+            self._view.calls.index()[0],
+            given_since(self, self._view.born),
+        )
 
 
 NOTHING_OF_ITS_OWN = (
