@@ -84,7 +84,7 @@ from .stacks.params import take as take
 from .stacks.params import unstack as unstack
 from .stacks.resident import Resident as Resident
 from .structures import common_names as common_names
-from .views.bound import unbind as unbind
+from .views.unbound import unbind as unbind
 
 DeltaBase = DeltaModel
 

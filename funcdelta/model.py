@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .config import BaseDeltaConfig
 from .errors import ConfigError, ParamsError
@@ -28,6 +27,7 @@ from .run.call import Params, Prepare
 from .run.check import check_member, check_stack
 from .run.forward import without_cache
 from .run.inputs import InDims, Inputs
+from .run.outputs import flatten
 from .run.program import Program
 from .run.route import route_rows
 from .run.single import call_single, tell_missed
@@ -36,7 +36,8 @@ from .stacks.params import partition, seeds, slices, stack, take
 from .stacks.resident import Resident
 from .stacks.routing import Index
 from .transforms import inside_transform
-from .views.bound import bind, refuse_views
+from .views.bound import bind
+from .views.held import refuse_views
 from .views.routed import bind_rows
 
 ENGINES = ("auto", "fold", "trunk", "vmap", "loop")
@@ -617,4 +618,6 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 
 def _cat_outputs(parts: list[Any]) -> Any:
-    return pytree.tree_map(lambda *leaves: torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *parts)
+    """The outputs of several chunks of members as one; numbers that were stacked by member are tensors by now."""
+    leaves, trees = zip(*map(flatten, parts), strict=True)
+    return trees[0]([torch.cat(own) if isinstance(own[0], Tensor) else own[0] for own in zip(*leaves, strict=True)])

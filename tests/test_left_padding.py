@@ -225,6 +225,37 @@ def test_labels_of_a_padded_row_begin_behind_the_prompt(name: str) -> None:
     assert_close(found, torch.cat(losses).mean())
 
 
+def test_labels_of_padding_stay_with_the_padding() -> None:
+    """Who trains on padding too trains its own logits: by hand, ``[padding; prompt; text]`` in the plain backbone."""
+    model: Any = CAUSAL["llama"]()
+    delta, params, rows = prompted(model)
+    ids, mask = IDS[:1], MASK[:1]
+    found = delta.apply(params, input_ids=ids, attention_mask=mask, labels=ids).loss
+    x = model.get_input_embeddings()(ids)
+    x = torch.cat([x[:, :PADDING], rows.unsqueeze(0), x[:, PADDING:]], 1)
+    longer = torch.cat([mask[:, :PADDING], torch.ones(1, P, dtype=torch.long), mask[:, PADDING:]], 1)
+    labels = torch.cat([ids[:, :PADDING], torch.full((1, P), -100), ids[:, PADDING:]], 1)
+    at = (longer.cumsum(1) - 1).clamp(min=0)
+    logits = model(inputs_embeds=x, attention_mask=longer, position_ids=at).logits
+    assert_close(found, F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+
+
+@torch.no_grad()
+def test_numbers_that_count_the_padding_are_the_callers_word() -> None:
+    """The prompt leads up to the text's first number: with relative positions the row is still what it is alone."""
+    delta, stack, _ = case("llama", "soft prompt")
+    params = fd.take(stack, 0)
+    alone = delta.apply(params, TEXT).logits
+    at = torch.arange(IDS.shape[1]).expand(2, -1)
+    assert_close(delta.apply(params, IDS, attention_mask=MASK, position_ids=at).logits[:1, PADDING + P :], alone[:, P:])
+    absolute: Any = CAUSAL["gpt2"]()
+    delta, params, rows = prompted(absolute)
+    found = delta.apply(params, IDS[:1], attention_mask=MASK[:1], position_ids=at[:1]).logits[:, PADDING + P :]
+    x = torch.cat([rows.unsqueeze(0), absolute.get_input_embeddings()(TEXT)], 1)
+    moved = torch.arange(PADDING, PADDING + P + TEXT.shape[1]).unsqueeze(0)
+    assert_close(found, absolute(inputs_embeds=x, position_ids=moved).logits[:, P:])
+
+
 @torch.no_grad()
 def test_the_first_position_of_what_sees_both_ways_is_the_prompts() -> None:
     """Heads and poolers of encoders read it: it is that of the row alone, not padding."""
@@ -252,8 +283,11 @@ def test_a_prompt_that_its_mask_hides_changes_nothing(hidden: int) -> None:
     for mask in (None, MASK[1:]):
         assert torch.allclose(delta.apply(params, IDS[1:], attention_mask=mask).logits, bare, atol=1e-5) == (not hidden)
         assert torch.equal(view.generate(IDS[1:], attention_mask=mask, **options), same) == (not hidden)
-    padded = delta.apply(params, IDS, attention_mask=MASK).logits[:1, PADDING:]
-    assert torch.allclose(padded, model(TEXT).logits, atol=1e-5) == (not hidden)
+    whole = delta.apply(params, IDS, attention_mask=MASK, use_cache=False).logits
+    assert torch.allclose(whole[:1, PADDING:], model(TEXT).logits, atol=1e-5) == (not hidden)
+    first = delta.apply(params, IDS[:, :6], attention_mask=MASK[:, :6], use_cache=True)
+    cache = "cache" if "cache" in first else "past_key_values"
+    assert_close(delta.apply(params, IDS[:, 6:], attention_mask=MASK, **{cache: first[cache]}).logits, whole[:, 6:])
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------

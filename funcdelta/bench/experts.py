@@ -73,6 +73,19 @@ def by_hand(subject: Subject, stack: dict[str, torch.Tensor], shape: Shape) -> c
     return c.stacked(found)
 
 
+def disagreement(found: c.Gradients, expected: c.Gradients) -> float:
+    """As for other tables, over the leaves of `expected`; where no member's tokens meet an expert, both have to be 0.
+
+    >>> none = {"a": torch.zeros(2)}
+    >>> disagreement(none, none), disagreement({"a": torch.ones(2)}, none)
+    (0.0, inf)
+    """
+    met = {name: leaf for name, leaf in expected.items() if leaf.any()}
+    if any(found[name].any() for name in expected.keys() - met.keys()):
+        return float("inf")
+    return c.disagreement({name: found[name] for name in met}, met)
+
+
 def experts_table(subject: Subject, where: str, shape: Shape, effort: Effort, notify: Notify = lambda _: None) -> Table:
     """One training step of n members by the engines that can run it, against the bare backbone.
 

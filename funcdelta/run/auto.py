@@ -46,6 +46,7 @@ def run_first_that_can(program: Program, key: Any, ways: Mapping[str, Callable[[
     is not about engines.
     """
     refused: dict[str, str] = {}
+    ours = False
     last = list(ways)[-1]
     for name, run in ways.items():
         if name != last and (name, call, key) in program.refusals:
@@ -55,8 +56,14 @@ def run_first_that_can(program: Program, key: Any, ways: Mapping[str, Callable[[
         except FuncdeltaError as error:
             if name == last or not isinstance(error, EngineError):
                 raise
-            refused[name] = str(error)
+            refused[name], ours = str(error), True
         except Exception as error:
+            if name == last and call == "apply_rows" and ours:
+                raise EngineError(
+                    f"Rows of these inputs cannot run with members of their own. They cannot share a batch: "
+                    f"{next(iter(refused.values()))} And a row alone fails ({type(error).__name__}: {error}). Call "
+                    f"delta.apply(params, ...) for each member."
+                ) from error
             if name == last:
                 for other, reason in refused.items():
                     error.add_note(f"funcdelta: {other!r} could not run it: {reason}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import ParamsError, StackError
@@ -42,6 +43,8 @@ def check_stack(params: Any, shapes: Shapes, groups: Mapping[str, frozenset[str]
                 f"{name} is the backbone's own; in a stack only trained leaves may stand beside the deltas: name it in "
                 f"unfrozen_modules=['deltas', '{name}'], or leave it out."
             )
+    if n == 0:
+        raise StackError("A stack needs at least one member; this one has none, so there is nothing to run.")
     _check(params, shapes, groups, {}, n if n is not None else -1)
     assert n is not None
     return n
@@ -55,6 +58,13 @@ def _check(params: Any, shapes: Shapes, groups: Mapping[str, frozenset[str]], ot
         )
     found = 0
     for name, leaf in params.items():
+        if not isinstance(name, str):
+            raise ParamsError(f"params has the key {name!r}; keys are the dotted names of leaves, as in delta.names.")
+        if isinstance(leaf, Tensor) and (leaf.is_meta or leaf.layout != torch.strided or leaf.is_nested):
+            kind = (
+                "on the device meta" if leaf.is_meta else "nested" if leaf.is_nested else f"of the layout {leaf.layout}"
+            )
+            raise ParamsError(f"{name} is {kind}; expected a dense tensor with numbers.")
         shape = shapes.get(name)
         if shape is None:
             shape = others.get(name)

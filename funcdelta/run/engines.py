@@ -18,15 +18,15 @@ from ..errors import EngineError, FoldError
 from ..functional.attention import attention_for_this_call
 from ..pytrees.opaque import spare
 from ..stacks.params import take
-from ..transforms import inside_transform
+from ..transforms import concrete, inside_transform
 from .call import TENSOR, Call, Params
 from .checkpointing import kept_run, needs_keeping
 from .fold import Folded
 from .inputs import Inputs
-from .layout import Layout, LayoutMismatchError
-from .layouts import layout_of, learned_anew
+from .layout import Layout, LayoutMismatchError, close
+from .layouts import key_of, layout_of, learned_anew
 from .outputs import check_visible, flatten, stack_members
-from .probe import undisturbed
+from .probe import OTHER_ENGINES, undisturbed
 from .program import Program
 from .single import call_single
 from .trunk import TRUNK, WORTH, Trunk, install, members_of
@@ -38,7 +38,11 @@ ATTEMPTS = 6
 
 def call_loop(program: Program, stack: Params, inputs: Inputs, reached: set[str] | None = None) -> Any:
     """Members in turn, outputs stacked."""
-    outputs = [call_single(program, take(stack, i), *spare(inputs.member(i)), reached) for i in range(inputs.n)]
+    outputs = []
+    for i in range(inputs.n):
+        # What one member's call writes into its inputs is not for the next.
+        args, kwargs = spare(inputs.private().member(i))
+        outputs.append(call_single(program, take(stack, i), args, kwargs, reached))
     return stack_members(outputs)
 
 
@@ -185,12 +189,62 @@ def with_layout(
     """``run(layout)``; where the call goes another way than the probe did, the layout is learned from its inputs."""
     for attempt in range(ATTEMPTS):
         try:
+            check_sizes(program, stack, inputs, layout, by_row)
             return run(layout)
         except LayoutMismatchError:
             if torch.compiler.is_compiling() or attempt == ATTEMPTS - 1:
                 raise
             layout = learned_anew(program, stack, inputs, layout, by_row)
     raise AssertionError("every attempt returns or raises")
+
+
+def check_sizes(program: Program, stack: Params, inputs: Inputs, layout: Layout, by_row: bool) -> None:
+    """The first time that inputs have these sizes: the last member gets in the batch what it gets alone.
+
+    A layout is learned from a few rows. A model that takes another branch for many of them, or for long ones, is seen
+    here, on all rows at hand; the members are moved away from each other first.
+
+    Raises :class:`FoldError` where the numbers differ.
+    """
+    if torch.compiler.is_compiling():
+        return
+    shapes = tuple(tuple(leaf.shape) for leaf in inputs.leaves if isinstance(leaf, Tensor))
+    key = (key_of(program, stack, inputs, by_row), inputs.n, inputs.b, shapes)
+    if key in program.checked:
+        return
+    n, rows = (inputs.b, 1) if by_row else (inputs.n, inputs.b)
+    plain = inputs.concrete()
+    stack = {name: concrete(leaf) for name, leaf in stack.items()}
+    with undisturbed():
+        moved = _moved_apart(program, stack, n)
+        args, kwargs = spare(plain.shared() if by_row else plain.folded())
+        together, _ = flatten(folded_run(program, moved, layout, args, kwargs, Folded(n, rows)))
+        own = plain.rows([n - 1]).shared() if by_row else plain.member(n - 1)
+        alone, _ = flatten(call_single(program, take(moved, n - 1), *spare(own)))
+        for name, leaf, dim, expected in zip(layout.names, together, layout.outputs, alone, strict=True):
+            if isinstance(leaf, Tensor) and isinstance(expected, Tensor):
+                block = leaf if dim is None else members_of(leaf, dim, n, rows, name)[-1]
+                if not close(block, expected):
+                    raise FoldError(
+                        f"{n} members with {rows} rows in one batch do not give what one gives alone (output {name}): "
+                        f"what the model computes depends on how many rows there are, or how long. {OTHER_ENGINES}"
+                    )
+    program.checked[key] = True
+
+
+def _moved_apart(program: Program, stack: Params, n: int) -> Params:
+    """The members, each moved in one direction by a length of its own: fresh ones would all give the same."""
+    constants, moved = frozenset(program.plan.constants), {}
+    lengths = torch.linspace(-0.1, 0.1, n, dtype=torch.float64)
+    for i, (name, leaf) in enumerate(stack.items()):
+        if name in constants or not leaf.is_floating_point():
+            moved[name] = leaf
+            continue
+        rng = torch.Generator().manual_seed(i)
+        direction = torch.randn(leaf.shape[1:], generator=rng, dtype=torch.float32, device="cpu")
+        steps = lengths.to(leaf.device, leaf.dtype).view(-1, *[1] * direction.ndim)
+        moved[name] = leaf + steps * direction.to(leaf.device, leaf.dtype)
+    return moved
 
 
 def _trunk(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import operator
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, TypeVar
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..locks import fork_safe_lock
 from ..pytrees.opaque import PLAIN
 from .containers import is_cache
 
@@ -111,7 +111,7 @@ class Bounded(MutableMapping[Key, Value]):
     def __init__(self, limit: int = 256) -> None:
         self.limit = limit
         self._entries: OrderedDict[Key, Value] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = fork_safe_lock()
 
     def __getitem__(self, key: Key) -> Value:
         if torch.compiler.is_compiling():
@@ -161,4 +161,4 @@ class Bounded(MutableMapping[Key, Value]):
             return {"limit": self.limit, "_entries": OrderedDict(self._entries)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+        self.__dict__.update(state, _lock=fork_safe_lock())

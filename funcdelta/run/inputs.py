@@ -204,6 +204,12 @@ class Inputs:
         """The inputs with plain tensors in the place of those that belong to a transform."""
         return self._with([concrete(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves])
 
+    def private(self) -> Inputs:
+        """The inputs with copies of the tensors that all members share."""
+        dense = [isinstance(t, Tensor) and t.layout == torch.strided and not t.is_nested for t in self.leaves]
+        shared = zip(self.leaves, dense, self.is_mapped, strict=True)
+        return self._with([leaf.clone() if is_dense and not mapped else leaf for leaf, is_dense, mapped in shared])
+
     # -- the inputs of each engine ---------------------------------------------------------------------------------
 
     def filled(self, leaves: list[Any]) -> Arguments:

@@ -56,7 +56,8 @@ def key_of(program: Program, stack: Params, inputs: Inputs, by_row: bool = False
     """What decides where the batch is: the mode, the precision, which leaves are given, and facts of the inputs."""
     present = "|".join(sorted(program.plan.present(stack)))
     single = True if by_row or inputs.has_single_rows else False  # noqa: SIM210  (symbolic while torch.compile traces)
-    return inputs.key(program.training, _precision(inputs.leaves), present, single, by_row, entry)
+    grads = True if torch.is_grad_enabled() else False  # noqa: SIM210  (models may ask)
+    return inputs.key(program.training, _precision(inputs.leaves), present, single, by_row, entry, grads)
 
 
 def _precision(leaves: Sequence[Any]) -> str:

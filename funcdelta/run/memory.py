@@ -65,7 +65,7 @@ class Memory:
         for path, module in self.skeleton.named_modules():
             noted = self._noted[path] = Noted()
             own = vars(module)
-            for table in (own, module._buffers):
+            for table in (own, module._buffers, module._modules):
                 self._before[id(table)] = noted.keep(table)
             for name, value in own.items():
                 if name not in OWN:

@@ -84,11 +84,15 @@ class WithoutDropout(TorchFunctionMode):
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """A block that runs beside everything else: no transform, no graph, no dropout, no global random numbers."""
+    """A block that runs beside everything else: no transform, no dropout, no global random numbers.
+
+    Whether gradients are wanted stays as it is, for models may ask; nothing in the block requires any.
+    """
+    wanted = torch.is_grad_enabled()
     with (
         torch.inference_mode(False),
         outside_transforms(),
-        torch.no_grad(),
+        torch.set_grad_enabled(wanted),
         WithoutDropout(),
         private_random(0),
     ):
@@ -117,6 +121,7 @@ def learn(
     with undisturbed():
         members = expand_stack(program.plan.shared, program.random_members(MEMBERS, present))
     probe = Probe(program.plan, skeleton, members, rows, entry, rows_are_members)
+    clean, skeleton.clean = skeleton.clean, False
     try:
         return probe.learn(one, together, axes)
     except FoldError as error:
@@ -125,6 +130,7 @@ def learn(
         raise FoldError(f"{error}{advice}{_why_rows_mix(skeleton.module, program.batch_dim)}") from error
     finally:
         skeleton.settle()
+        skeleton.clean = clean
 
 
 class Visit:
@@ -144,7 +150,7 @@ class Probe:
         self.plan, self.skeleton, self.members, self.entry = plan, skeleton, members, entry
         self.rows, self.rows_are_members = rows, rows_are_members
         self.lift = Folded(MEMBERS, rows)
-        self.tracking = Tracking(MEMBERS, self._on_read, self._on_mix)
+        self.tracking = Tracking(MEMBERS, self._on_read, self._on_mix, rows)
         self.stack: list[Visit] = []
         self.visited: set[str] = set()
         self.idle: set[str] = set()
@@ -426,6 +432,14 @@ class Probe:
             raise FoldError(f"{self.why[:1].upper()}{self.why[1:]}.")
         return output
 
+    def _constant_rows(self, value: Tensor) -> Rows | None:
+        """The first axis of what nobody has marked, where it has as many entries as there are rows, all of them equal."""
+        total = MEMBERS * self.rows
+        if total == 1 or not value.ndim or value.shape[0] != total or value.layout != torch.strided:
+            return None
+        with self.tracking.pause():
+            return Rows(0) if self.tracking.uniform(value, Rows(0)) else None
+
     def _is_clean(self, args: Any, kwargs: Any) -> bool:
         tags = [self.tracking.of(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         return all(tag is None or (tag not in UNCLEAR and tag.outer == 1) for tag in tags)
@@ -445,7 +459,7 @@ class Probe:
     def _each(self, path: str, forward: Any, args: Any, kwargs: Any, whole: Any, why: str) -> Any:
         """The module once per member, each with its own rows; noted as a run of the layout."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        tags = [self.tracking.of(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
+        tags = [self.tracking.of(t) or self._constant_rows(t) if isinstance(t, Tensor) else None for t in leaves]
         inside = [a for a in self.plan.all() if a.among(self.members) and self._acts_inside(a, path, itself=True)]
         trained = [name for name in self.plan.trained if name in self.members]
         used = [name for name in trained if any(within(end, path) for end in self.plan.trained[name])]
@@ -518,8 +532,8 @@ class Probe:
         """Noted by the watched forwards."""
 
     def axis(self, site: str, value: Tensor) -> int | None:
-        """The axis of a hidden value that counts rows."""
-        tag = self.tracking.of(value)
+        """The axis of a hidden value that counts rows; also of a constant that has one entry for each."""
+        tag = self.tracking.of(value) or self._constant_rows(value)
         if tag in UNCLEAR or (tag is not None and tag.outer != 1):
             raise FoldError(f"{site or 'the model'} is given or returns values that mix rows of several members")
         return None if tag is None else tag.axis

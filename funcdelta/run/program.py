@@ -59,11 +59,11 @@ class Skeletons:
             self._local.cache, self._local.generation = {}, self._generation
         key = (training, hooked)
         skeleton = self._local.cache.get(key)
-        if skeleton is None:
-            skeleton = self._local.cache[key] = self.build(training, hooked)
-        if skeleton.call is not None:
+        if skeleton is not None and skeleton.call is not None:
             # A call within a call: a hook or a method calls the same delta again.
             return self.build(training, hooked)
+        if skeleton is None or not skeleton.clean:
+            skeleton = self._local.cache[key] = self.build(training, hooked)
         skeleton.memory.follow()
         return skeleton
 
@@ -81,7 +81,7 @@ class Skeletons:
         free = next((skeleton for skeleton in skeletons if skeleton.kept is None or skeleton.kept() is None), None)
         if free is None:
             skeletons.append(free := self.build(training))
-        free.memory.follow()
+        free.memory.restore()
         return free
 
     def traced(self, training: bool | None) -> Skeleton:
@@ -124,6 +124,7 @@ class Program:
         training: the mode; ``None``: the backbone's own flags when the delta was built.
         layouts, trunks: what was learned, by input key.
         refusals: why an engine cannot run inputs of a key, ``{(engine, key): reason}``.
+        checked: sizes of inputs for which a fold was found right.
         verified: with which leaves, in which mode, a call has been made.
     """
 
@@ -135,6 +136,7 @@ class Program:
         self.layouts: Bounded[Any, Any] = Bounded()
         self.trunks: Bounded[Any, Any] = Bounded()
         self.refusals: Bounded[Any, str] = Bounded()
+        self.checked: Bounded[Any, bool] = Bounded(1024)
         self.warned: set[Any] = set()
         self.verified: set[Any] = set()
         self.lock = fork_safe_lock()
@@ -172,7 +174,7 @@ class Program:
     def refresh(self, plan: Plan) -> None:
         """Read the backbone again."""
         self.skeletons.refresh(plan)
-        for known in (self.layouts, self.trunks, self.refusals, self._members):
+        for known in (self.layouts, self.trunks, self.refusals, self.checked, self._members):
             known.clear()
         self.verified.clear()
 

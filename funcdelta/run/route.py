@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import EngineError, FuncdeltaError, ParamsError
+from ..errors import EngineError, ParamsError
 from ..planning.sharing import expand_stack
 from ..pytrees.opaque import spare
 from ..stacks.resident import Resident
@@ -64,15 +64,7 @@ def route_rows(
         outputs = []
         for i in range(inputs.b):
             own = {} if present is not None and not bool(present[i]) else {k: leaf[i] for k, leaf in taken.items()}
-            try:
-                outputs.append(call_single(program, own, *spare(inputs.rows([i]).shared()), reached))
-            except FuncdeltaError:
-                raise
-            except Exception as error:
-                raise EngineError(
-                    f"Rows of these inputs cannot run with members of their own: they cannot share a batch, and row "
-                    f"{i} alone fails ({type(error).__name__}: {error}). Call delta.apply(params, ...) for each member."
-                ) from error
+            outputs.append(call_single(program, own, *spare(inputs.rows([i]).shared()), reached))
         return joined(outputs, inputs)
 
     if torch.compiler.is_compiling():

@@ -80,7 +80,7 @@ class Skeleton:
         self.sharing: set[str] = set()
         self.read_outside: Callable[[str, str, Tensor], Tensor] = self._read_outside
         self._slots: dict[str, Slot] = {}
-        self._remembers = False
+        self._remembers, self.clean = False, True
         if plan is not None:
             self._install(plan)
         self.memory = Memory(backbone, self.module)
@@ -232,6 +232,8 @@ class Skeleton:
             # Nested tensors save work on padding, and no transform knows them. The memory puts the mark back.
             for module in self.nesting:
                 module.use_nested_tensor = False
+        # An interrupt may come between any two lines. What it leaves half restored is never used again.
+        clean, self.clean = self.clean, False
         restore = self.swap(overrides) if overrides else None
         outer, self.call = self.call, call
         try:
@@ -241,6 +243,7 @@ class Skeleton:
             if restore is not None:
                 restore()
             self.settle()
+            self.clean = clean
 
     def run_inside(
         self,

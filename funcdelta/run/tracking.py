@@ -71,7 +71,7 @@ DYNAMIC = {"nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecu
 class Tracking(ThreadMode):
     """Follows the rows of ``n`` members through everything that is computed inside the block.
 
-    ``on_read`` is called where Python reads values that depend on rows, ``on_mix`` where an operation first mixes
+    Each has ``rows`` rows. ``on_read`` is called where Python reads values that depend on rows, ``on_mix`` where an operation first mixes
     them; both get its name.
 
     >>> x = torch.arange(6.0).view(6, 1)
@@ -82,9 +82,9 @@ class Tracking(ThreadMode):
     (Rows(axis=0, outer=1), Rows(axis=0, outer=1), True)
     """
 
-    def __init__(self, n: int, on_read: Callable[[str], Any], on_mix: Callable[[str], Any]) -> None:
+    def __init__(self, n: int, on_read: Callable[[str], Any], on_mix: Callable[[str], Any], rows: int = 1) -> None:
         super().__init__()
-        self.n, self.on_read, self.on_mix = n, on_read, on_mix
+        self.n, self.on_read, self.on_mix, self.rows = n, on_read, on_mix, rows
         self.paused = 0
 
     # -- marks -----------------------------------------------------------------------------------------------------
@@ -184,13 +184,14 @@ class Tracking(ThreadMode):
         masked = any(index is not None and index.dtype == torch.bool for index in args[1]) if name == "index" else True
         if name in DYNAMIC or (masked and torch.Tag.dynamic_output_shape in func.tags):
             return [MIXED] * len(results)
-        if name in ALONG and one is not None and _along(args, kwargs, given[0], one):
+        if name in ALONG and one is not None and _along(name, args, kwargs, given[0], one):
             return [MIXED] * len(results)
         if torch.Tag.pointwise in func.tags or name in ("copy_", "fill_", "masked_fill_", "masked_fill", "where"):
-            return [self._pointwise(given, tags, result) for result in results]
+            read = [before.get(id(t), t) for t in given]
+            return [self._pointwise(given, read, tags, result) for result in results]
         return self._by_parts(func, args, kwargs, given, tags, results, before)
 
-    def _pointwise(self, given: list[Tensor], tags: list[Tag], result: Tensor) -> Tag:
+    def _pointwise(self, given: list[Tensor], read: list[Tensor], tags: list[Tag], result: Tensor) -> Tag:
         """All that have rows have them on the same axis, counted from the last; the others say nothing of members."""
         rows = [(t, tag) for t, tag in _marked(given, tags) if tag is not DRAWN]
         places = {(result.ndim - t.ndim + tag.axis, tag.outer, t.shape[tag.axis]) for t, tag in rows}
@@ -200,14 +201,19 @@ class Tracking(ThreadMode):
         if result.shape[axis] != size:
             return MIXED
         tag = Rows(axis, outer)
-        for t, known in zip(given, tags, strict=True):
+        for t, known in zip(read, tags, strict=True):
             own = axis - result.ndim + t.ndim
             if known is None and own >= 0 and t.shape[own] == size and not self.uniform(t, Rows(own, outer)):
                 return MIXED
         return tag
 
     def uniform(self, tensor: Tensor, tag: Rows) -> bool:
-        """Whether all members have the same block of a tensor that nobody has marked."""
+        """Whether all rows have the same numbers in a tensor that nobody has marked."""
+        size, total = tensor.shape[tag.axis], self.n * self.rows
+        if tag.outer == 1 and size % total == 0:
+            split = tensor.unflatten(tag.axis, (total, size // total))
+            first = split.narrow(tag.axis, 0, 1)
+            return _equal(first.expand_as(split), split)
         first = self.part(tensor, tag, 0)
         return all(_equal(first, self.part(tensor, tag, i)) for i in range(1, self.n))
 
@@ -232,8 +238,11 @@ class Tracking(ThreadMode):
         shape = torch.broadcast_shapes(*(index.shape for index in asked))
         at = len(shape) - own.ndim + counts[0]
         for index in asked:
-            known = self.of(index)
-            if known is not None and (known is MIXED or len(shape) - index.ndim + known.axis != at):
+            known, here = self.of(index), at - len(shape) + index.ndim
+            if known is not None and (known is MIXED or known.axis != here):
+                return None
+            long = known is None and index is not own and here >= 0 and index.shape[here] == own.numel()
+            if long and not self.uniform(index, Rows(here)):
                 return None
         return Rows(positions[0] + at)
 
@@ -395,10 +404,12 @@ def _cut(name: str, x: Tensor, tag: Rows, args: Any, kwargs: Any, results: list[
     return [Rows(tag.axis - gone, tag.outer)] * len(results)
 
 
-def _along(args: Any, kwargs: Any, x: Tensor, tag: Rows) -> bool:
+def _along(name: str, args: Any, kwargs: Any, x: Tensor, tag: Rows) -> bool:
     """Whether an operation along one axis goes along that of the rows."""
-    numbers = [a for a in args[1:] if isinstance(a, (int, list, tuple)) and not isinstance(a, bool)]
-    given = kwargs.get("dim", kwargs.get("dims"))
+    # What counts entries comes before the axis, which is the last one where nothing says which.
+    places = args[2:] if name in ("topk", "kthvalue") else args[1:]
+    numbers = [a for a in places if isinstance(a, (int, list, tuple)) and not isinstance(a, bool)]
+    given = kwargs.get("dim", kwargs.get("dims", None if numbers or name == "median" else -1))
     dims = [given] if given is not None else numbers
     flat = [dim for entry in dims for dim in (entry if isinstance(entry, (list, tuple)) else [entry])]
     return not flat or any(

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import EngineError, StaleBackboneError
 from ..locks import fork_safe_lock
 from ..planning.sharing import Expanding
 from ..run.call import Call
+from ..run.memory import VERSION
 from ..transforms import inside_backward
 
 Function = Callable[..., Any]
@@ -28,6 +30,9 @@ class Calls:
 
     While a thread is inside, the view's modules show it what the backbone's would: raw tensors, and all of them.
 
+    Attributes:
+        shared: the tensors of the backbone's that the view has, by name.
+
     >>> calls = Calls()
     >>> calls.inside(), calls.enter(torch.nn.Identity(), "", lambda module: calls.inside(), (), {})
     (False, True)
@@ -37,6 +42,7 @@ class Calls:
         self.lock = fork_safe_lock()
         self.thread: int | None = None
         self.guards: dict[int, Tensor] = {}
+        self.shared: dict[str, Tensor] = {}
         self._own = threading.local()
 
     def inside(self) -> bool:
@@ -81,11 +87,34 @@ class Calls:
             # One of autograd's own threads recomputes something; who holds the lock may be waiting for just that.
             return function(module, *args, **kwargs)
         with self.lock:
+            if self.thread is not None:
+                raise EngineError(
+                    "This process was forked while another thread was inside of a call of this view, which is left as "
+                    "it was in the middle of that call: bind another, delta.bind(fd.unbind(view))."
+                )
+            before = list(map(VERSION, self.shared.values()))
             try:
                 self.thread = threading.get_ident()
-                return self.make(module, path, function, args, kwargs)
+                output = self.make(module, path, function, args, kwargs)
             finally:
                 self.thread = None
+            if list(map(VERSION, self.shared.values())) != before:
+                self._tell_written(before)
+            return output
+
+    def reading(self) -> contextlib.AbstractContextManager[Any]:
+        """A block in which what the view holds is not changed by a call."""
+        return self.lock
+
+    def _tell_written(self, before: list[int]) -> None:
+        """The model wrote tensors of the backbone's in its forward (or somebody else did at that time)."""
+        named = zip(self.shared.items(), before, strict=True)
+        written = [name for (name, tensor), version in named if tensor._version != version]
+        raise StaleBackboneError(
+            f"{written[0]} was written in place during a call of this view, and it is the backbone's own. A view "
+            f"trains its delta only: to train a copy of it name it in the config, "
+            f'unfrozen_modules=["deltas", "{written[0]}"].'
+        )
 
     def make(self, module: nn.Module, path: str, function: Function, args: Any, kwargs: Any) -> Any:
         """One outermost call, of the module at ``path``."""

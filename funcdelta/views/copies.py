@@ -36,8 +36,10 @@ def attributes_of(root: nn.Module) -> Born:
     found: Born = {}
     for path, module in root.named_modules():
         own = vars(module)
+        held = {*own.get(KEPT, ()), *own.get(BUFFERS, ()), *OF_VIEWS}
         hooks = {name: frozenset(own[name]) for name in HOOKS if own.get(name)}
-        found[path] = dict(own), hooks, frozenset(module._parameters)
+        named = {name: value for name, value in own.items() if name not in held}
+        found[path] = named, hooks, frozenset(module._parameters)
     return found
 
 
@@ -161,8 +163,8 @@ def part_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     acts = "forward" in own or any(isinstance(child, Leaves) for child in dict.values(module._modules))
     if acts or any(module._parameters.get(name) is not None for name in kept):
         raise ParamsError(
-            f"{own.get(PATH) or 'This'} is a part of a view in which a delta acts: copy the whole view, or take the part "
-            f"of a merged model, delta.merged(fd.unbind(view))."
+            f"{own.get(PATH) or 'This'} is a part of a view in which a delta acts: copy the whole view, or take the "
+            f"part of a merged model, delta.merged(fd.unbind(view))."
         )
     kind = original_kind(type(module))
     made = memo[id(module)] = kind.__new__(kind)

@@ -93,7 +93,7 @@ def learns(module: nn.Module, name: str) -> bool:
 
 
 def take_out(root: nn.Module, own: Iterable[str], statistics: bool) -> dict[str, Tensor]:
-    """Hold all tensors of ``root`` but those named ``own`` as plain attributes; gives the parameters among them by name.
+    """Hold all tensors of ``root`` but those named ``own`` as plain attributes; gives the parameters among them.
 
     Running statistics stay registered if ``statistics`` are the view's own.
 

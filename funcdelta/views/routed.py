@@ -35,9 +35,10 @@ from ..run.single import tell_missed
 from ..run.skeleton import Skeleton, runner_candidates
 from ..stacks.resident import Resident
 from ..stacks.routing import Index, pick_rows, read_index
-from .bound import Bindable, Viewlike, as_view, unbind
+from .bound import as_view
 from .calls import Calls, Function
 from .copies import give, given_since, held_by
+from .held import Bindable, Viewlike
 
 Picked = tuple[Mapping[str, Tensor], Tensor | None]
 
@@ -142,6 +143,10 @@ class RoutedCalls(Calls):
         resident = isinstance(self.source, Resident)
         rows = self.source.pick(index, times) if resident else pick_rows(self.leaves, index, times)
         return expand_stack(self.program.plan.shared, rows)
+
+    def reading(self) -> contextlib.AbstractContextManager[Any]:
+        """Whoever shares the stack may change it meanwhile."""
+        return self.source.lock if isinstance(self.source, Resident) else self.lock
 
     # -- one call --------------------------------------------------------------------------------------------------
 
@@ -317,18 +322,14 @@ class RoutedView(Viewlike, nn.Module):
         >>> view.route([2, 2])(torch.zeros(2, 4)).shape
         torch.Size([2, 8])
         """
-        self._view.calls.route(index)
+        self._funcdelta.calls.route(index)
         return self
-
-    def params(self) -> dict[str, Tensor]:
-        """What :func:`unbind` gives."""
-        return unbind(self)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The leaves of the stack under their names."""
         found: Any = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         at = prefix or (args[1] if len(args) > 1 else "")
-        found.update({at + name: leaf if keep_vars else leaf.detach() for name, leaf in self._view.leaves.items()})
+        found.update({at + name: leaf if keep_vars else leaf.detach() for name, leaf in self._funcdelta.leaves.items()})
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -341,20 +342,20 @@ class RoutedView(Viewlike, nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """Another view of the same stack and rows."""
-        other = bind_rows(self._view.delta, self._view.calls.source, self._view.calls.index()[0])
+        other = bind_rows(self._funcdelta.delta, self._funcdelta.calls.source, self._funcdelta.calls.index()[0])
         memo[id(self)] = other
         modules = dict(other.named_modules())
         memo.update({id(module): modules[path] for path, module in self.named_modules() if path in modules})
-        give(other, copy.deepcopy(given_since(self, self._view.born), memo))
+        give(other, copy.deepcopy(given_since(self, self._funcdelta.born), memo))
         return other
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A routed view travels with its stack, its delta and the whole backbone."""
         return _unpickled, (
-            self._view.delta,
-            self._view.calls.source,
-            self._view.calls.index()[0],
-            given_since(self, self._view.born),
+            self._funcdelta.delta,
+            self._funcdelta.calls.source,
+            self._funcdelta.calls.index()[0],
+            given_since(self, self._funcdelta.born),
         )
 
 

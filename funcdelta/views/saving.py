@@ -7,17 +7,14 @@ names that some classes rename. So the folder is the one of :meth:`DeltaModel.sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-from torch import Tensor
 
 
 class Saved:
     """Of views whose backbone has ``save_pretrained``."""
 
-    _view: Any
-    params: Callable[[], dict[str, Tensor]]
+    _funcdelta: Any
 
     def save_pretrained(
         self,
@@ -34,17 +31,17 @@ class Saved:
         """
         if not is_main_process:
             return
-        params = self.params()
+        params = self._funcdelta.params()
         params |= {name: tensor for name, tensor in (state_dict or {}).items() if name in params}
         creating = {key: options[key] for key in ("private", "token", "commit_message") if options.get(key) is not None}
         to = options.get("repo_id") if push_to_hub is True and options.get("repo_id") else push_to_hub
-        self._view.delta.save_finetuned(params, save_directory, resumable=True, push_to_hub=to, **creating)
+        self._funcdelta.delta.save_finetuned(params, save_directory, resumable=True, push_to_hub=to, **creating)
 
 
 class Counted:
     """Of views whose backbone counts its parameters."""
 
-    _view: Any
+    _funcdelta: Any
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """The numbers of the backbone and of the delta, as of a model with both; the delta's that train."""
@@ -52,7 +49,7 @@ class Counted:
         own = counts.num_parameters(only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
         if only_trainable:
             return own
-        with self._view.calls.looking():
+        with self._funcdelta.calls.looking():
             names = dict(self.named_parameters())  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
             whole = counts.num_parameters(exclude_embeddings=exclude_embeddings)
-        return whole + sum(leaf.numel() for name, leaf in self._view.leaves.items() if name not in names)
+        return whole + sum(leaf.numel() for name, leaf in self._funcdelta.leaves.items() if name not in names)

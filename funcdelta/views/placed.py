@@ -1,0 +1,104 @@
+"""Leaves put into the modules of a view, and who finds them there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..match import within
+from ..run.reading import watch_reads
+from ..run.skeleton import Skeleton
+from .calls import Calls
+from .frozen import PATH, Leaves, show
+
+
+def replace(skeleton: Skeleton, ends: tuple[str, ...], value: Tensor, trains: bool, places: list[Any]) -> None:
+    """Put ``value`` in the place of one of the backbone's tensors, under all of its names and wherever it is held."""
+    made: Any = None
+    for end in ends:
+        path, _, own = end.rpartition(".")
+        owner = skeleton.module.get_submodule(path)
+        if own in owner._buffers:
+            made = value.to(skeleton.dtypes.get(end, value.dtype)) if made is None else made
+            owner._buffers[own] = made
+        else:
+            if made is None:
+                value = value if trains else value.to(skeleton.dtypes[end])
+                made = nn.Parameter(value, requires_grad=trains and value.is_floating_point())
+            owner._parameters[own] = made
+    for place, key in places:
+        place[key] = made
+
+
+def place(module: nn.Module, name: str, value: Tensor, trains: bool) -> None:
+    """Register ``value`` under its dotted name, with modules for the tokens that the backbone does not have."""
+    *path, own = name.split(".")
+    owner = module
+    for token in path:
+        if token not in owner._modules:
+            owner.add_module(token, Leaves())
+        owner = owner.get_submodule(token)
+    if trains and value.is_floating_point():
+        owner.register_parameter(own, nn.Parameter(value))
+    else:
+        owner.register_buffer(own, value)
+
+
+def runners(skeleton: Skeleton, leaves: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """Modules whose tensors are rewritten at each call, with the keys that say how."""
+    plan: Any = skeleton.plan
+    found: dict[str, list[str]] = {}
+    for attachment in plan.all():
+        if attachment.by_weights and attachment.among(leaves):
+            found.setdefault(attachment.site.path, []).extend(attachment.leaves.values())
+    for name, ends in plan.trained.items():
+        # A leaf of another precision than its module is lowered at each call; others have taken its place.
+        for end in ends if name in leaves and leaves[name].dtype != skeleton.dtypes[name] else ():
+            found.setdefault(end.rpartition(".")[0], []).append(name)
+    outermost = {path for path in found if not any(path != other and within(path, other) for other in found)}
+    keys: dict[str, tuple[str, ...]] = {}
+    for path in outermost:
+        reached = [a for a in plan.all() if any(within(end, path) for end in a.ends)]
+        inside = [key for a in reached for key in a.leaves.values()]
+        keys[path] = tuple(key for key in dict.fromkeys(found[path] + inside) if key in leaves)
+    return keys
+
+
+def guard_sites(skeleton: Skeleton, calls: Calls) -> None:
+    """Show the tensors of sites guarded, too, where no delta is written into them."""
+    read = skeleton.read_outside
+
+    def outside(path: str, name: str, tensor: Tensor) -> Tensor:
+        found = read(path, name, tensor)
+        if found is not tensor or calls.sees_all():
+            return found
+        return show(tensor, skeleton.module.get_submodule(path), name, calls.guards)
+
+    skeleton.read_outside = outside
+
+
+def lower_reads(skeleton: Skeleton, ends: Iterable[str]) -> None:
+    """Give leaves of another precision than their module in the module's, to whoever reads them outside of it."""
+    lowered = [end for end in ends if skeleton.module.get_parameter(end).dtype != skeleton.dtypes[end]]
+    for path in dict.fromkeys(end.rpartition(".")[0] for end in lowered):
+        opened = skeleton.open(path)
+
+        def outside(name: str, tensor: Tensor, path: str = path) -> Tensor:
+            dtype = skeleton.dtypes.get(f"{path}.{name}" if path else name, tensor.dtype)
+            found = skeleton.read_outside(path, name, tensor)
+            return found if found.dtype == dtype else found.to(dtype)
+
+        watch_reads(opened.module, lambda opened=opened: opened.running > 0, outside)
+
+
+def follow_dtypes(skeleton: Skeleton, module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """The precision that leaves are lowered to where they take the place of the backbone's tensors."""
+    path = vars(module)[PATH]
+    for own in module._parameters:
+        name = f"{path}.{own}" if path else own
+        if module._parameters[own] is not None and name in skeleton.dtypes:
+            like = torch.empty(0, dtype=skeleton.dtypes[name], device=module._parameters[own].device)  # pyright: ignore[reportOptionalMemberAccess]
+            skeleton.dtypes[name] = fn(like).dtype

@@ -1,0 +1,49 @@
+"""Params taken out of a view again, wherever it stands."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..errors import ParamsError
+from ..pytrees.constants import still
+from .held import Viewlike, learned
+
+
+def unbind(view: nn.Module) -> dict[str, Tensor]:
+    """The params of a view as they are now, detached copies in the delta's order.
+
+    Running statistics that it has learned are among them, under the backbone's names. ``view`` may stand in a wrapper
+    that has one module (``DistributedDataParallel``, ``torch.compile``, an average of models).
+
+    >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    >>> delta = fd.LoraModel(backbone, lora_r=2, modified_modules=["0"])
+    >>> view = delta.bind(delta.init(0))
+    >>> list(fd.unbind(view)) == list(delta.names)
+    True
+    >>> fd.unbind(torch.optim.swa_utils.AveragedModel(view)).keys() == fd.unbind(view).keys()
+    True
+    """
+    found = within_wrappers(view)
+    if not isinstance(found, Viewlike):
+        raise ParamsError(f"{type(view).__name__} is not a view: unbind takes what delta.bind(params) returned.")
+    about = found._funcdelta
+    with about.calls.reading():
+        held = {**about.leaves, **(learned(found) if about.learns else {})}
+        copied = {name: leaf.detach().clone() for name, leaf in held.items()}
+    return still(copied, [name for name in copied if name in about.delta.constants or name not in about.leaves])
+
+
+def within_wrappers(module: nn.Module) -> nn.Module:
+    """The view inside of modules that wrap one other; ``module`` itself where there is none.
+
+    >>> within_wrappers(nn.Linear(2, 2))
+    Linear(in_features=2, out_features=2, bias=True)
+    """
+    found = module
+    while not isinstance(found, Viewlike):
+        inner = [found._modules.get(name) for name in ("module", "_orig_mod")]
+        inner = [child for child in inner if child is not None]
+        if not inner:
+            return module
+        found = inner[0]
+    return found
