@@ -178,19 +178,24 @@ def test_law_4_gradients_agree(method: str, name: str) -> None:
 def test_law_4_rows_are_members_picked_row_by_row(method: str, name: str) -> None:
     s = subject(method, name)
     inputs, index = s.inputs(4), [2, -1, 0, 2]
-    if any(a.prompt_rows for a in s.delta.plan.all()):
-        with pytest.raises(fd.EngineError, match=r"run them by themselves, delta.apply\(\{\}, ...\)"):
-            s.architecture.call(lambda *a, **k: s.delta.apply_rows(s.stack, index, *a, **k), inputs)
-        index = [2, 1, 0, 2]
+
+    def routed() -> Tensor:
+        return s.architecture.call(lambda *a, **k: s.delta.apply_rows(s.stack, index, *a, **k), inputs)
+
     with torch.no_grad():
+        try:
+            found = routed()
+        except fd.EngineError as error:
+            if not any(a.prompt_rows for a in s.delta.plan.all()):
+                assert s.flags & {"batch_free_target", "moe"}
+                return
+            # A prompt makes outputs longer than those of the bare backbone.
+            assert "run such rows by themselves, delta.apply({}, ...)" in str(error)
+            index = [2, 1, 0, 2]
+            found = routed()
         expected = torch.cat(
             [s.apply(s.member(i) if i >= 0 else {}, take_rows(inputs, slice(r, r + 1))) for r, i in enumerate(index)]
         )
-        try:
-            found = s.architecture.call(lambda *a, **k: s.delta.apply_rows(s.stack, index, *a, **k), inputs)
-        except fd.EngineError:
-            assert s.flags & {"batch_free_target", "moe"}
-            return
     assert_close(found, expected)
 
 

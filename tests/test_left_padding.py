@@ -210,7 +210,7 @@ def prompted(model: nn.Module, **fields: Any) -> tuple[fd.DeltaModel, dict[str, 
     return delta, params, next(iter(params.values()))
 
 
-@pytest.mark.parametrize("name", ["mistral with a window", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", ["mistral with a window", "gemma3", "gpt2", "openai gpt"])
 def test_labels_of_a_padded_row_begin_behind_the_prompt(name: str) -> None:
     """By hand: the prompt's last row gives the first token, in the plain backbone, within its window."""
     model = CAUSAL[name]()
@@ -254,6 +254,19 @@ def test_numbers_that_count_the_padding_are_the_callers_word() -> None:
     x = torch.cat([rows.unsqueeze(0), absolute.get_input_embeddings()(TEXT)], 1)
     moved = torch.arange(PADDING, PADDING + P + TEXT.shape[1]).unsqueeze(0)
     assert_close(found, absolute(inputs_embeds=x, position_ids=moved).logits[:, P:])
+
+
+@pytest.mark.parametrize("name", ["opt", "roberta"])
+@torch.no_grad()
+def test_what_counts_what_it_sees_goes_on_doing_so(name: str) -> None:
+    """Holes in the mask, or padding among the ids, have no number in these models; a prefix does not give them one."""
+    delta, stack, _ = case(name, "prefix")
+    params, ids, mask = fd.take(stack, 0), IDS.clone(), MASK.clone()
+    ids[:, 6], mask[:, 6] = 1, 0
+    at = mask.cumsum(1) * mask + (1 if name == "roberta" else -1)
+    found = delta.apply(params, input_ids=ids, attention_mask=mask).logits
+    expected = delta.apply(params, input_ids=ids, attention_mask=mask, position_ids=at).logits
+    assert_close(found[mask == 1], expected[mask == 1])
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from handmade import assert_acts, assert_close, random_params
 from test_left_padding import BERT, CAUSAL, IDS, LLAMA, MASK, OTHER, PADDING, TEXT, P, family, prompted
 from torch import Tensor, nn
 from transformers import DynamicCache
-from zoo_architecture import randomise
+from zoo_architecture import builder, randomise
 from zoo_transformers import SPECIAL
 
 import funcdelta as fd
@@ -130,6 +130,28 @@ def gemma3() -> Any:
     )
 
 
+def paligemma() -> Any:
+    vision = transformers.SiglipVisionConfig(**VISION, image_size=4, patch_size=2, projection_dim=16)
+    text = transformers.GemmaConfig(**TEXT_CONFIG)
+    fields = {"projection_dim": 16, "hidden_size": 16, "image_token_id": IMAGE}
+    config = transformers.PaliGemmaConfig(vision_config=vision.to_dict(), text_config=text.to_dict(), **fields)
+    model = transformers.PaliGemmaForConditionalGeneration(config)
+    # Its fused attention forgets that the text is causal where nothing is padded, in Transformers 5.24.
+    model.set_attn_implementation("eager")
+    return model
+
+
+def gemma4() -> Any:
+    kinds = ["sliding_attention", "full_attention"]
+    per_layer = {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}
+    text = {**TEXT_CONFIG, **per_layer, "global_head_dim": 4, "sliding_window": 6, "layer_types": kinds}
+    vision = {**VISION, "num_key_value_heads": 2, "head_dim": 4, "global_head_dim": 4, "patch_size": 2}
+    vision |= {"pooling_kernel_size": 2, "position_embedding_size": 16}
+    fields = {"image_token_id": IMAGE, "video_token_id": 61, "audio_token_id": 62, "boi_token_id": 58}
+    config = transformers.Gemma4Config(text_config=text, vision_config=vision, audio_config=None, **fields)
+    return transformers.Gemma4ForConditionalGeneration(config)
+
+
 def qwen(family: str, hidden: int) -> Any:
     text = {**TEXT_CONFIG, "rope_parameters": MROPE | ({"mrope_interleaved": True} if family == "Qwen3VL" else {})}
     fields = {"video_token_id": 61, "vision_start_token_id": 58, "vision_end_token_id": 59}
@@ -159,16 +181,16 @@ SEEING: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Given]] = {
     "qwen2_vl": (lambda: qwen("Qwen2VL", 16), GRIDS, functools.partial(marks, "mm_token_type_ids")),
     "qwen3_vl": (lambda: qwen("Qwen3VL", 8), GRIDS, functools.partial(marks, "mm_token_type_ids")),
 }
+WRITTEN = {"paligemma": paligemma, "gemma4": gemma4}
 PICTURE = torch.tensor([[7, 8, 58, *[IMAGE] * TOKENS, 59, 9, 10, 11]])
 
 
 @functools.cache
 def seeing(name: str) -> Any:
-    state = torch.get_rng_state()
-    model = randomise(SEEING[name][0](), seed=0)
-    torch.set_rng_state(state)
-    # Transformers hooks its layers when it is first asked for hidden states.
-    model(PICTURE, **SEEING[name][1], **SEEING[name][2](PICTURE))
+    model = builder(SEEING[name][0] if name in SEEING else WRITTEN[name])()
+    if name in SEEING:
+        # Transformers hooks its layers when it is first asked for hidden states.
+        model(PICTURE, **SEEING[name][1], **SEEING[name][2](PICTURE))
     return model
 
 
@@ -200,12 +222,35 @@ def test_a_padded_row_with_an_image_gives_what_it_gives_alone(name: str, method:
     view: Any = delta.bind(params)
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
     options |= {"return_dict_in_generate": True, "output_logits": True}
+    options["suppress_tokens"] = [IMAGE]  # for which there is no picture
     one = view.generate(PICTURE, attention_mask=torch.ones_like(PICTURE), **image, **given(PICTURE), **options)
     two = view.generate(left, attention_mask=mask, **image, **given(left), **options)
     assert_close(torch.stack(two.logits), torch.stack(one.logits))
     assert_close(one.logits[0], alone[:, -1])
     slow = view.generate(left, attention_mask=mask, use_cache=False, **image, **given(left), **options)
     assert_close(torch.stack(two.logits), torch.stack(slow.logits))
+
+
+@pytest.mark.parametrize("method", ["soft prompt", "prefix"])
+@pytest.mark.parametrize("name", WRITTEN)
+@torch.no_grad()
+def test_numbers_that_a_model_of_images_gives_its_text_do_not_count_padding(name: str, method: str) -> None:
+    """These number positions above the text model, from 1 or from 0, whatever the mask says."""
+    delta = on_text(name, method)
+    stack, off = random_params(delta, n=2), P if method == "soft prompt" else 0
+    params = fd.take(stack, 0)
+    alone = delta.apply(params, TEXT).logits[:, off:]
+    assert_acts(alone, seeing(name)(TEXT).logits)
+    left = delta.apply(params, IDS, attention_mask=MASK, use_cache=False).logits
+    assert_close(left[:1, off + PADDING :], alone)
+    first = delta.apply(params, IDS[:, :6], attention_mask=MASK[:, :6], use_cache=True)
+    cache = "cache" if "cache" in first else "past_key_values"
+    assert_close(
+        delta.apply(params, IDS[:, 6:], attention_mask=MASK, **{cache: first[cache]}).logits, left[:, off + 6 :]
+    )
+    many = [delta.apply_many(stack, IDS, attention_mask=MASK, engine=engine).logits for engine in ("loop", "fold")]
+    assert_close(*many)
+    assert_close(many[0][0], left)
 
 
 def seen_by(length: int, image: slice, window: int | None) -> Tensor:

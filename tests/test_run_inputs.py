@@ -385,7 +385,7 @@ UNCLEAR: dict[str, tuple[tuple[Any, ...], dict[str, Any], tuple[str, ...]]] = {
     "tokens in one list, and where bags begin": (
         (torch.arange(9), torch.tensor([0, 3, 4])),
         {},
-        ("y", "(3,)", "x has 9", "in_dims={'y': None}", 'engine="vmap"'),
+        ("y", "(3,)", "x has 9", "in_dims={'y': None}", 'engine="auto"'),
     ),
     "fewer images than rows": (
         (X,),
@@ -433,7 +433,7 @@ def test_the_advice_is_right() -> None:
 
 def test_a_value_of_each_members_own_has_no_place_in_one_batch() -> None:
     inputs = read(X, scale=torch.tensor([1.0, 2.0, 3.0]), in_dims={"scale": 0})
-    with raises_saying(fd.FoldError, "scale", 'engine="vmap"'):
+    with raises_saying(fd.FoldError, "scale", 'engine="auto"'):
         inputs.folded()
     assert [inputs.member(i)[1]["scale"].item() for i in range(N)] == [1, 2, 3]
     assert inputs.mapped()[0].tolist() == [1, 2, 3]
@@ -500,7 +500,7 @@ def test_sparse_tensors_of_each_members_own_run_one_by_one() -> None:
     for i in range(N):
         assert torch.equal(inputs.member(i)[0][1].to_dense(), dense[i])
     assert torch.equal(inputs.chunk(1, 3).member(1)[0][1].to_dense(), dense[2])
-    with raises_saying(fd.FoldError, "y", 'engine="vmap" or "loop"'):
+    with raises_saying(fd.FoldError, "y", 'engine="auto" or "loop"'):
         inputs.folded()
     with raises_saying(fd.EngineError, "y", "torch.sparse_coo", 'engine="loop"'):
         inputs.mapped()

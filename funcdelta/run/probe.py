@@ -173,8 +173,9 @@ class Probe:
         self.runs = self.owners(lambda keys: self._is_used(keys, again, alone[0]))
         for path in self.runs:
             self.skeleton.open(path)
+        args, kwargs = together
         with self._watched_modules():
-            found, dims = self._folded(*together, axes)
+            found, dims = self._folded(args, kwargs, axes)
         layout = Layout(
             {path: tuple(visits) for path, visits in self.sites.items()},
             dict(self.runs),
@@ -277,9 +278,10 @@ class Probe:
         """Whether the first member's call depends on leaves of a module that it does not call: NaN there shows it."""
         params = {name: leaf[0] for name, leaf in self.members.items()}
         poison = {key: torch.full_like(params[key], torch.nan) for key in keys if params[key].is_floating_point()}
+        args, kwargs = spare(given)
         try:
             with undisturbed():
-                found = self.skeleton.run(self.entry, {**params, **poison}, *spare(given), Call({**params, **poison}))
+                found = self.skeleton.run(self.entry, {**params, **poison}, args, kwargs, Call({**params, **poison}))
         except Exception:  # it fails on what it uses
             return True
         finally:
@@ -433,7 +435,7 @@ class Probe:
         return output
 
     def _constant_rows(self, value: Tensor) -> Rows | None:
-        """The first axis of what nobody has marked, where it has as many entries as there are rows, all of them equal."""
+        """The first axis of what nobody has marked, where it has one entry a row, all of them equal."""
         total = MEMBERS * self.rows
         if total == 1 or not value.ndim or value.shape[0] != total or value.layout != torch.strided:
             return None

@@ -71,8 +71,8 @@ DYNAMIC = {"nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecu
 class Tracking(ThreadMode):
     """Follows the rows of ``n`` members through everything that is computed inside the block.
 
-    Each has ``rows`` rows. ``on_read`` is called where Python reads values that depend on rows, ``on_mix`` where an operation first mixes
-    them; both get its name.
+    Each has ``rows`` rows. ``on_read`` is called where Python reads values that depend on rows, ``on_mix`` where an
+    operation first mixes them; both get its name.
 
     >>> x = torch.arange(6.0).view(6, 1)
     >>> with Tracking(3, print, print) as tracking:

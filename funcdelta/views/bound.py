@@ -29,7 +29,7 @@ from ..sites.references import holders
 from .calls import Calls, MemberCalls
 from .copies import attributes_of, give, given_since, hold, part_of, tensors_held
 from .frozen import ABOUT, Moved, building, dress, take_out
-from .held import About, Bindable, Held, Viewlike, learned, persistent, statistics
+from .held import About, Bindable, Held, Viewlike, learned, other_names, persistent, sharded, statistics
 from .placed import follow_dtypes, guard_sites, lower_reads, place, replace, runners
 from .saving import Counted, Saved
 from .unbound import unbind
@@ -42,48 +42,44 @@ class View(Viewlike, nn.Module):
         """The delta's leaves under their names in params, and the view's running statistics."""
         found = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         at = prefix or (args[1] if len(args) > 1 else "")
-        known = set(self._funcdelta.leaves) | set(statistics(self))
-        for key in [key for key in found if key.startswith(at) and key[len(at) :] not in known]:
-            del found[key]  # other names of a tied leaf; shards of a sharded backbone
-        found.update({at + name: tensor for name, tensor in learned(self).items() if name not in known})
+        for name in (*other_names(self), *sharded(self)):
+            found.pop(at + name, None)
+        found.update({at + name: tensor for name, tensor in learned(self).items() if at + name not in found})
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Copy values into the delta's leaves and the running statistics; the backbone's tensors are never written."""
-        leaves, buffers = self._funcdelta.leaves, persistent(self)
-        missing = [name for name in leaves if name not in state_dict]
-        unexpected = [name for name in state_dict if name not in leaves and name not in buffers]
+        leaves, buffers, own = self._funcdelta.leaves, persistent(self), self.state_dict()
+        missing = [name for name in own if name not in state_dict and name not in buffers]
+        unexpected = [name for name in state_dict if name not in own and name not in buffers]
         if strict and (missing or unexpected):
             raise ParamsError(
                 f"A view holds the delta's leaves only. Missing: {missing[:3]}; unexpected: {unexpected[:3]}."
                 f"{near(unexpected[0], list(leaves)) if unexpected else ''}"
             )
         for name in state_dict:
-            own = leaves[name] if name in leaves else buffers.get(name)
-            if own is not None and state_dict[name].shape != own.shape:
+            mine = own[name] if name in own else buffers.get(name)
+            if mine is not None and state_dict[name].shape != mine.shape:
                 raise ParamsError(
-                    f"{name} has the shape {tuple(state_dict[name].shape)}; the view has {tuple(own.shape)}."
+                    f"{name} has the shape {tuple(state_dict[name].shape)}; the view has {tuple(mine.shape)}."
                 )
-        if len(leaves) == len(missing) and not any(name in buffers for name in state_dict):
+        if leaves and not any(name in own or name in buffers for name in state_dict):
             raise ParamsError(_nothing(list(state_dict), list(leaves)))
         super().load_state_dict(state_dict, strict=False, assign=assign)
         return nn.modules.module._IncompatibleKeys(missing, unexpected)
 
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         """The same through a parent, whose own ``load_state_dict`` comes by here."""
         given = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
-        buffers, registered = persistent(self), statistics(self)
-        if (
-            given
-            and not any(name in self._funcdelta.leaves or name in buffers for name in given)
-            and self._funcdelta.leaves
-        ):
-            errors.append(_nothing(given, list(self._funcdelta.leaves)))
-        for name, ends in self._funcdelta.delta.program.plan.ends.items():
-            for end in ends[1:] if name in self._funcdelta.leaves and name in given else ():
+        buffers, registered, leaves = persistent(self), statistics(self), self._funcdelta.leaves
+        if given and leaves and not any(name in leaves or name in buffers for name in given):
+            errors = args[-1] if args else kwargs["error_msgs"]
+            errors.append(_nothing(given, list(leaves)))
+        for end, name in other_names(self).items():
+            if name in given:
                 state_dict[prefix + end] = state_dict[prefix + name]
+        for name, shard in sharded(self).items():
+            state_dict.setdefault(prefix + name, shard)
         for name, buffer in buffers.items():
             if name in registered:
                 # What learned nothing is not saved, and what is not saved stays as it is.
@@ -91,12 +87,12 @@ class View(Viewlike, nn.Module):
             elif name in given:
                 with torch.no_grad():
                     buffer.copy_(state_dict.pop(prefix + name))
-        super()._load_from_state_dict(state_dict, prefix, local, strict, missing, unexpected, errors)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """Another view, with leaves and statistics of its own and the same share of the backbone."""
         own = self._funcdelta
-        other = _bound(own.delta, {name: leaf.detach() for name, leaf in own.leaves.items()}, own.skeleton.dtypes)
+        other: Any = _bound(own.delta, {name: leaf.detach() for name, leaf in own.leaves.items()}, own.skeleton.dtypes)
         memo[id(self)] = other
         modules = dict(other.named_modules())
         memo.update({id(module): modules[path] for path, module in self.named_modules() if path in modules})
@@ -146,12 +142,11 @@ def _unpickled(
 
 def _tie_again(view: Any, _: Any) -> None:
     """After a load that put other tensors in the places of leaves: all names of one are one."""
-    for name, ends in view._funcdelta.delta.program.plan.ends.items():
-        for end in ends[1:] if name in view._funcdelta.leaves else ():
-            path, _, own = end.rpartition(".")
-            table = view.get_submodule(path)._parameters
-            if own in table:
-                table[own] = view._funcdelta.leaves[name]
+    for end, name in other_names(view).items():
+        path, _, own = end.rpartition(".")
+        table = view.get_submodule(path)._parameters
+        if own in table:
+            table[own] = view._funcdelta.leaves[name]
 
 
 def _nothing(given: list[str], leaves: list[str]) -> str:
@@ -224,8 +219,9 @@ def as_view(
     about = vars(module)[ABOUT] = About(
         delta, skeleton, calls, leaves, functools.partial(unbind, module), moved is None
     )
+    if moved is None:
+        module.register_load_state_dict_post_hook(_tie_again)
     about.born = attributes_of(module)
-    module.register_load_state_dict_post_hook(_tie_again)
     return module
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -142,28 +143,42 @@ def dress(root: nn.Module, calls: Calls, moved: Moved, part_of: Part) -> None:
     ``moved(module, function)`` is told before tensors of a module are converted or put elsewhere, and
     ``part_of(module, memo)`` copies one module without the others.
     """
-    kinds: dict[tuple[type, tuple[str, ...]], type] = {}
+    kinds: dict[tuple[type, tuple[str, ...], bool], type] = {}
     for path, module in root.named_modules():
         attributes, kind = vars(module), type(module)
         if KEPT not in attributes:
             continue
         names = tuple(name for name in attributes[KEPT] if isinstance(attributes.get(name), Tensor))
-        if (kind, names) not in kinds:
-            kinds[kind, names] = type(kind.__name__, (kind,), _namespace(kind, names, calls, part_of))
+        key = kind, names, _is_plain_layer(module)
+        if key not in kinds:
+            kinds[key] = type(kind.__name__, (kind,), _namespace(*key, calls, part_of))
         attributes[PATH], attributes[MOVED] = path, moved
-        module.__class__ = kinds[kind, names]
+        module.__class__ = kinds[key]
         own = [isinstance(child, Leaves) for child in module._modules.values()]
         if any(own) and not all(own):
             attributes["_modules"] = Children(module._modules, calls.inside)
 
 
-def _namespace(kind: Any, names: tuple[str, ...], calls: Calls, part_of: Part) -> dict[str, Any]:
+def _is_plain_layer(module: nn.Module) -> bool:
+    """Whether a module is a layer of torch's in which nothing is done but to compute: its calls need no care."""
+    return (
+        type(module).__module__.startswith("torch.nn.modules.")
+        and not module._modules
+        and "forward" not in vars(module)
+        and not isinstance(module, nn.RNNBase)  # which keep their weights in a list as well
+    )
+
+
+def _namespace(kind: Any, names: tuple[str, ...], plain: bool, calls: Calls, part_of: Part) -> dict[str, Any]:
     """What the modules of one class have besides it."""
-    enter, trace, sees_all = calls.enter, calls.trace, calls.sees_all
+    enter, trace, sees_all, own_call = calls.enter, calls.trace, calls.sees_all, kind.__call__
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        through = trace if torch.compiler.is_compiling() else enter
-        return through(self, self.__dict__[PATH], kind.__call__, args, kwargs)
+        if torch.compiler.is_compiling():
+            return trace(self, self.__dict__[PATH], own_call, args, kwargs)
+        if calls.thread == get_ident():  # the usual case, a part of a call
+            return own_call(self, *args, **kwargs)
+        return enter(self, self.__dict__[PATH], own_call, args, kwargs)
 
     def members(self: nn.Module, get: Any, *args: Any, **kwargs: Any) -> Any:
         return kind._named_members(self, lambda module: get(_Whole(module) if sees_all() else module), *args, **kwargs)
@@ -180,12 +195,13 @@ def _namespace(kind: Any, names: tuple[str, ...], calls: Calls, part_of: Part) -
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
         "__init__": building(kind),
-        "__call__": call,
         "_named_members": members,
         "_apply": apply,
         "__deepcopy__": lambda self, memo: part_of(self, memo),
         ORIGINAL: kind,
     }
+    if not plain:
+        found["__call__"] = call
     # Modules at sites have properties already.
     found |= {name: _shown(name, calls) for name in names if not isinstance(getattr(kind, name, None), property)}
     for name in ABOUT_TENSORS:

@@ -88,6 +88,31 @@ class Viewlike:
     _funcdelta: Any  # an About; Transformers evaluates the annotations of its classes, where that name is unknown
 
 
+def other_names(view: Any) -> dict[str, str]:
+    """Every further name of a view's leaf that has several, with the one that it goes by.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> model[1].weight = model[0].weight
+    >>> delta = fd.BitFitModel(model, modified_modules=["0"], unfrozen_modules=["deltas", "0.weight"])
+    >>> other_names(delta.bind(delta.init(0)))
+    {'1.weight': '0.weight'}
+    """
+    about = view._funcdelta
+    known = {name: ends[1:] for name, ends in about.delta.program.plan.ends.items() if name in about.leaves}
+    return {end: name for name, ends in known.items() for end in ends}
+
+
+def sharded(view: Any) -> dict[str, Tensor]:
+    """Shards of a sharded backbone, which are registered where they are and not the view's.
+
+    >>> delta = fd.BitFitModel(nn.Sequential(nn.Linear(2, 2)), modified_modules=["0"])
+    >>> sharded(delta.bind(delta.init(0)))
+    {}
+    """
+    leaves = view._funcdelta.leaves
+    return {k: p for k, p in view.named_parameters() if hasattr(p, "full_tensor") and k not in leaves}
+
+
 def refuse_views(backbone: nn.Module) -> None:
     """Raise `ConfigError` if ``backbone`` is a view of a delta or holds one: it has no weights of its own to share.
 

@@ -35,6 +35,7 @@ from ..run.single import tell_missed
 from ..run.skeleton import Skeleton, runner_candidates
 from ..stacks.resident import Resident
 from ..stacks.routing import Index, pick_rows, read_index
+from ..transforms import eager
 from .bound import as_view
 from .calls import Calls, Function
 from .copies import give, given_since, held_by
@@ -140,8 +141,8 @@ class RoutedCalls(Calls):
         return params, present  # pyright: ignore[reportReturnType]
 
     def _pick(self, index: Tensor, times: int) -> Mapping[str, Tensor]:
-        resident = isinstance(self.source, Resident)
-        rows = self.source.pick(index, times) if resident else pick_rows(self.leaves, index, times)
+        source = self.source
+        rows = source.pick(index, times) if isinstance(source, Resident) else pick_rows(self.leaves, index, times)
         return expand_stack(self.program.plan.shared, rows)
 
     def reading(self) -> contextlib.AbstractContextManager[Any]:
@@ -168,7 +169,7 @@ class RoutedCalls(Calls):
             tell_missed(self.program, self.leaves, reached)
         return output
 
-    @torch.compiler.disable
+    @eager
     def trace(self, module: nn.Module, path: str, function: Function, args: Any, kwargs: Any) -> Any:
         """Compiled code cannot look up members: the call is plain Python there."""
         return self.enter(module, path, function, args, kwargs)
@@ -336,9 +337,10 @@ class RoutedView(Viewlike, nn.Module):
         """Refused: the stack is the caller's."""
         raise ParamsError(NOTHING_OF_ITS_OWN)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        """So through a parent."""
         if any(key.startswith(prefix) for key in state_dict):
-            others[-1].append(NOTHING_OF_ITS_OWN)
+            (args[-1] if args else kwargs["error_msgs"]).append(NOTHING_OF_ITS_OWN)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         """Another view of the same stack and rows."""
