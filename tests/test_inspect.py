@@ -326,8 +326,9 @@ def test_tensors_on_their_own_lines_and_what_has_no_parameters(capsys: Printed) 
 def test_the_graph_of_a_view_shows_what_trains_in_it(delta: fd.DeltaModel, capsys: Printed) -> None:
     fd.structure_graph(delta.bind(delta.init(0)))
     printed = capsys.readouterr().out
-    assert "lora (Module) lora_A*:[2, 4] lora_B*:[8, 2]" in printed
-    assert "head (Linear) weight*:[3, 8] bias*:[3]" in printed
+    # A view holds what trains in it, and nothing else.
+    assert "lora (Leaves) lora_A:[2, 4] lora_B:[8, 2]" in printed
+    assert "head (Linear) weight:[3, 8] bias:[3]" in printed
 
 
 def test_what_has_no_graph_is_said(delta: fd.DeltaModel) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 import funcdelta as fd
+from funcdelta.run import layouts
 from funcdelta.views import routed
 
 INDEX = [2, -1, 0, 2]
@@ -148,9 +149,9 @@ def test_a_plain_call_is_apply_rows(name: str) -> None:
 def test_members_are_picked_once_a_generate(monkeypatch: pytest.MonkeyPatch) -> None:
     delta, stack = subject("t5")
     calls: list[str] = []
-    for name in ("pick_rows", "learn"):
-        original = getattr(routed, name)
-        monkeypatch.setattr(routed, name, lambda *a, name=name, o=original: (calls.append(name), o(*a))[1])
+    for module, name in ((routed, "pick_rows"), (layouts, "learn")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, o=original: (calls.append(name), o(*a))[1])
     delta = fd.DeltaModel(delta.backbone, *delta.configs)  # one that has learned nothing yet
     view = delta.bind_rows(stack, INDEX)
     view.generate(**padded("t5"), **GREEDY)
@@ -210,9 +211,10 @@ def test_modes_of_a_view() -> None:
     view = delta.bind_rows(stack, INDEX)
     with torch.no_grad():
         assert_close(view(x), delta.apply_rows(stack, INDEX, x))
-        with raises_saying(fd.FoldError, "mixes rows", "delta.mode(train=False)"):
-            view.train()(x)
-        assert_close(view.eval()(x), delta.apply_rows(stack, INDEX, x))
+        alone = [delta.bind(fd.take(stack, i) if i >= 0 else {}).train()(x[r : r + 1]) for r, i in enumerate(INDEX)]
+        assert_close(view.train()(x), torch.cat(alone))
+        # What it learned of its statistics is its own.
+        assert_close(delta.bind_rows(stack, INDEX)(x), delta.apply_rows(stack, INDEX, x))
 
 
 def test_what_cannot_be_routed_says_what_to_write() -> None:

@@ -191,7 +191,9 @@ class Skeleton:
             for attachment in acting:
                 own = self.own_tensors(path, changed)
                 changed.update(rewritten(attachment, attachment.of(call.params), own, self.training_at(path)))
-            return changed[f"{path}.{name}"]
+            found = changed[f"{path}.{name}"]
+            # What a view shows of a tensor that its delta leaves as it is must not lead to the backbone's storage.
+            return tensor.clone() if found is tensor and call.never_ends else found
 
         return compute() if torch.compiler.is_compiling() else rewritten_when_read(tensor, compute)
 
