@@ -333,7 +333,7 @@ def test_memory_is_the_backbone_once_and_four_numbers_a_trained_one():
 # what a call costs besides arithmetic
 
 
-@pytest.mark.xfail(reason="the new core passes through more functions than its target; see the table core", strict=False)
+@pytest.mark.xfail(reason="the new core passes through more functions than asked: bench --table core")
 def test_a_later_call_passes_through_few_functions_and_files():
     table = calls.calls_table()
     assert [row.label for row in table.rows] == ["apply, calls", "apply, files", "fold, calls", "fold, files"]
