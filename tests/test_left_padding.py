@@ -330,7 +330,7 @@ def test_what_cannot_be_right_is_refused(name: str, build: Callable[[], nn.Modul
     delta = fd.SoftPromptModel(model, soft_token_num=P) if method == "soft prompt" else fd.PrefixModel(model, **fields)
     params = random_params(delta)
     pair: dict[str, Any] = {"decoder_input_ids": torch.tensor([[2, 30]] * 2)} if name == "bart" else {}
-    message = r"padded in front.*off in.*Pad behind the text \(tokenizer.padding_side = \"right\"\)"
+    message = r"padded in front.*differs by.*Pad behind the text \(tokenizer.padding_side = \"right\"\)"
     for _ in range(2):
         with pytest.raises(fd.ParamsError, match=message):
             delta.apply(params, input_ids=IDS, attention_mask=MASK, **pair)

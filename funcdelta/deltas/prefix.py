@@ -4,7 +4,8 @@ Shapes: ``past_key``, ``past_value`` (P, heads · size), with the heads of the k
 Reparameterised, one network writes the prefixes of all L sites of width d, in the order of the sites: leaves
 ``wte.weight`` (P, e), ``control_trans.0.weight`` (m, e), ``control_trans.0.bias`` (m), ``control_trans.2.weight``
 (2 L d, m), ``control_trans.2.bias`` (2 L d). Source: Li and Liang 2021, "Prefix-Tuning"; names and starts are
-OpenDelta's. A prefix gets no rotation and no position of its own, and its keys are never masked.
+OpenDelta's. A prefix gets no rotation and no position of its own, and its keys are never masked. A row that its mask
+hides in front gets the position numbers that its text has alone, unless ``position_ids`` says others.
 """
 
 from __future__ import annotations

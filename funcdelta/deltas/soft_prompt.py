@@ -2,9 +2,10 @@
 
 Shapes: ``soft_embeds`` (P, d), where d is the width of the token embeddings. The rows are what enters the model in a
 token's place, after the embedding's own scale. Masks, token types, position numbers and labels are extended on
-copies; outputs with one value a position are P longer unless ``strip``. BERT's pooler reads position 0, which is the
-prompt's first row, as in OpenDelta. Source: Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt
-Tuning".
+copies; outputs with one value a position are P longer unless ``strip``. The prompt is right before the text: a row
+that its mask hides in front becomes ``[0; E; text]``, and the text stays at its place from the end. Encoders keep E
+first, for BERT's pooler reads position 0, as in OpenDelta. Source: Lester et al. 2021, "The Power of Scale for
+Parameter-Efficient Prompt Tuning".
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class Numbered:
         given = named(self.counting.inputs, args, kwargs, self.path)
         text = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
         mask = self.counting.mask(call, given)
-        lead = self.counting.lead(call, mask)
+        lead = self.counting.lead(mask)
         if lead is None or not isinstance(text, Tensor):
             return None
         seen = seen_length(given)

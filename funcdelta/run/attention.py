@@ -100,7 +100,7 @@ def open_attention(path: str, module: nn.Module, attention: Callable[..., Any]) 
 
 
 def _through_seam(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The registered function: what to do stands on the skeleton's module."""
+    """The registered function: the skeleton's module says what to do."""
     return getattr(module, SEAM)(module, *args, **kwargs)
 
 
@@ -178,7 +178,7 @@ def _widen_mask(
     queries, length = query.shape[2], key.shape[2]
     if mask is None:
         if flash:
-            # It aligns the triangle with the last key, so that what stands in front is seen.
+            # It aligns the triangle with the last key, so that what is in front is seen.
             mask = None if visible is None else query.new_ones((query.shape[0], length), dtype=torch.bool)
         elif causal and queries > 1:
             at = torch.arange(length, device=query.device)

@@ -61,14 +61,12 @@ class Counting:
             mask = (self.asked(call) or {}).get("attention_mask")
         return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
-    def lead(self, call: Call, mask: Tensor | None) -> Tensor | None:
-        """How many positions are hidden in front of each row; ``None`` where it is seen that there are none in any."""
-        if mask is None or mask.shape[1] == 0:
-            return None
-        # In a fold every call has to take the same way as the one that its layout was learned from.
-        if call.lift is None and readable(call, mask) and bool(mask[:, 0].all()):
-            return None
-        return leading(mask)
+    def lead(self, mask: Tensor | None) -> Tensor | None:
+        """How many positions are hidden in front of each row; ``None`` without a mask.
+
+        Whether any are is not asked: a fold and a trunk are learned from one call and take the same way in the next.
+        """
+        return None if mask is None or mask.shape[1] == 0 else leading(mask)
 
     def numbers(
         self, call: Call, given: dict[str, Any], lead: Tensor | None, start: int, length: int

@@ -86,7 +86,7 @@ def why_not(module: nn.Module) -> str | None:
 
 
 class Entrance:
-    """What stands around the entrance at ``path`` of ``model``.
+    """What is around the entrance at ``path`` of ``model``.
 
     Attributes:
         module, embedding: the module there, and its table of tokens.

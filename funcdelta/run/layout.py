@@ -150,7 +150,7 @@ def close(a: Tensor, b: Tensor) -> bool:
     if torch.is_autocast_enabled(a.device.type):
         kinds.append(torch.get_autocast_dtype(a.device.type))
     tolerance = 4 * max(torch.finfo(kind).eps for kind in kinds) ** 0.5
-    a, b = a.double(), b.double()
+    a, b = a.detach().double(), b.detach().double()
     finite = a.isfinite()
     scale = a[finite].abs().max() if finite.any() else torch.ones(())
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(scale.clamp(min=1e-30)), equal_nan=True)

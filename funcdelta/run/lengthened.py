@@ -187,7 +187,7 @@ def continued(given: Given, attachments: Sequence[Attachment], cached: int, leng
             raise ParamsError(
                 f"attention_mask has {mask.shape[1]} positions, the cache {cached} and the input {length}: with a "
                 f"prompt of {rows} in the cache the mask has to have {cached + length - rows} (or, with the "
-                f"prompt, {cached + length}). A cache that was filled without the prompt cannot be gone on from."
+                f"prompt, {cached + length}). A cache that was filled without the prompt cannot be continued."
             )
         order = behind_padding(leading(mask[:, rows:] if counts_prompt else mask), rows, cached + length)
         mask = mask if counts_prompt else lengthened(mask, attachments)

@@ -62,12 +62,16 @@ def check_padding(
             try:
                 found, expected = (_run(skeleton, module, inputs, params) for inputs in (padded, alone))
             except Exception as error:  # whatever a model says of inputs that it was not made for
-                raise ParamsError(_refusal(what, f"cannot be checked ({str(error).splitlines()[0]})")) from error
+                said = (str(error).splitlines() or [type(error).__name__])[0]
+                problem = f"whether that changes the outputs for the text cannot be checked ({said})"
+                raise ParamsError(_refusal(what, problem)) from error
     for place, tensor in found.items():
         cut = _kept(place, tensor, kept)
         if place in expected and cut.shape == expected[place].shape and not close(cut, expected[place]):
             gap = float((cut - expected[place]).abs().max())
-            raise ParamsError(_refusal(what, f"is {gap:.2g} off in {place or 'its output'}"))
+            named = place or "the output"
+            problem = f"for the text of such a row {named} differs by {gap:.2g} from that of the row without padding"
+            raise ParamsError(_refusal(what, problem))
     return True
 
 
@@ -81,9 +85,9 @@ def checkable(skeleton: Host, call: Call, lead: Tensor) -> bool:
 
 def _refusal(what: str, problem: str) -> str:
     return (
-        f"{what}: this call has rows that are padded in front, and what the module gives for the text of such a row "
-        f"{problem} from what it gives without the padding: it tells positions apart by more than its mask and "
-        f'position_ids. Pad behind the text (tokenizer.padding_side = "right"), or call it with rows of one length.'
+        f"{what}: some rows of this call are padded in front, and {problem}. The module tells positions apart by more "
+        f'than its mask and position_ids. Pad behind the text (tokenizer.padding_side = "right"), or call it with rows '
+        f"of one length."
     )
 
 

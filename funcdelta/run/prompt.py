@@ -123,7 +123,7 @@ class Prompts:
         if cached:
             return (), self._from_cache(call, given, present, cached, length)
         given, made = self._own_mask(call, given)
-        lead = self.counting.lead(call, _of_text(given.get("attention_mask"), length, rows))
+        lead = self.counting.lead(_of_text(given.get("attention_mask"), length, rows))
         check_one_text(given, readable(call, given.get("position_ids")))
         numbers = {} if x is not None else self.entrance.positions(given)
         numbers = numbers or self.counting.numbers(call, given, lead, 0, length)
@@ -256,7 +256,7 @@ class Prompts:
         """The inputs of a call that goes on from a cache, where the entrance gets them."""
         if self.counting.asked(call) is None:
             given = continued(given, _attachments(present), cached, length, self.entrance.behind_padding)
-        lead = self.counting.lead(call, self.counting.mask(call, given))
+        lead = self.counting.lead(self.counting.mask(call, given))
         if lead is not None:
             hidden = sum(attachment.prompt_rows for attachment, _ in present if hides(attachment))
             lead = (lead - hidden).clamp(min=0)
