@@ -67,7 +67,7 @@ class Opened:
 def _forward(opened: Opened, /, *args: Any, **kwargs: Any) -> Any:
     """The opened forward; a function, for torch.compile traces it."""
     path, call = opened.path, opened.skeleton.call
-    if call is None:
+    if call is None or opened.skeleton.recomputing:
         call = opened.skeleton.under_way(path)
     if call.watch is not None:
         call.watch.called(path)
