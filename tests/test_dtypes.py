@@ -98,7 +98,7 @@ def test_autocast_is_the_same_by_every_engine(method: str, name: str) -> None:
             assert loop.dtype == bare.dtype
             for engine in ("fold", "vmap"):
                 if engine == "vmap" and name == "conv2d":
-                    with raises_saying(fd.EngineError, "out of autocast", 'engine="fold"'):
+                    with raises_saying(fd.EngineError, "out of autocast", 'engine="auto"'):
                         s.many(inputs, engine)
                     continue
                 found = s.many(inputs, engine)

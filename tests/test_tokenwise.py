@@ -160,7 +160,7 @@ def test_a_method_that_is_not_tokenwise_though_it_says_so(method: Callable[..., 
         delta.apply_many(delta.init(0, n=3), torch.ones(2, 5, 4), engine="fold")
     for piece in (
         "The method at 0",
-        "members' tokens (2, 5, 6) it made (2, 6)",
+        "members' tokens (2, 10, 6) it made (2, 6)",
         "fd.linear",
         "leave tokenwise out",
     ):

@@ -191,9 +191,10 @@ def with_layout(
         try:
             check_sizes(program, stack, inputs, layout, by_row)
             return run(layout)
-        except LayoutMismatchError:
+        except LayoutMismatchError as error:
             if torch.compiler.is_compiling() or attempt == ATTEMPTS - 1:
-                raise
+                # Rows have no ``engine=``; what reads them one by one catches this.
+                raise error if by_row else LayoutMismatchError(f"{error} {OTHER_ENGINES}") from error
             layout = learned_anew(program, stack, inputs, layout, by_row)
     raise AssertionError("every attempt returns or raises")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import operator
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,19 @@ class Memory:
         if self._all.differs() or list(map(len, self._hooks)) != self._hook_counts:
             self.note()
 
+    def left(self) -> list[Left]:
+        """What a call has left behind: of each container that it changed, the entries that are others now."""
+        found = [Left(now, before) for now, before in self._all.changed()]
+        if list(map(len, self._hooks)) != self._hook_counts:
+            pairs = zip(self._hooks, self._hooks_before, strict=True)
+            found += [Left(now, before) for now, before in pairs if now != before]
+        return found
+
+    def accept(self, table: dict[str, Any], name: str) -> None:
+        """The entry ``name`` of a module's table is meant to stay as it is."""
+        if id(table) in self._before and name in table:
+            self._before[id(table)][name] = table[name]
+
     def give(self, module: nn.Module, forward: Any) -> Any:
         """Another forward for a module, which stays; ``None``: its class's. Gives the one that it had of its own."""
         own = vars(module)
@@ -90,13 +103,16 @@ class Memory:
 
     def restore(self) -> None:
         """Put back what a call has changed, and copy the backbone's buffers again where either side was written."""
+        self.restore_attributes()
+        self.follow()
+
+    def restore_attributes(self) -> None:
+        """Put back what a call has changed but for what it wrote into tensors."""
         self._all.restore()
         if list(map(len, self._hooks)) != self._hook_counts:
             # Models install hooks in their first call, and mark that they have: neither stays.
             for hooks, before in zip(self._hooks, self._hooks_before, strict=True):
-                hooks.clear()
-                hooks.update(before)
-        self.follow()
+                _fill(hooks, before)
 
     def restore_inside(self, path: str) -> None:
         """The same for the modules at and below ``path``: what one member leaves there is not for the next."""
@@ -193,18 +209,61 @@ class Noted:
         except Exception:  # what cannot be compared, as tensors cannot, is another object
             return True
 
+    def changed(self) -> Iterator[tuple[Any, Any]]:
+        """Every container that has changed, with what was noted of it."""
+        if self.differs():
+            yield from (pair for pair in zip(self.now, self.before, strict=True) if _differs(*pair))
+
     def restore(self) -> None:
         """Put back what has changed."""
-        if not self.differs():
-            return
-        for now, before in zip(self.now, self.before, strict=True):
-            if not _differs(now, before):
-                continue
-            now.clear()
-            if isinstance(now, list):
-                now.extend(before)
-            else:
-                now.update(before)
+        for now, before in self.changed():
+            _fill(now, before)
+
+
+class Left:
+    """What a call left in a container; :meth:`bring` puts it there again, where nobody has put something else since.
+
+    >>> states = {"steps": 0}
+    >>> before, states["steps"], states["last"] = dict(states), 1, "a"
+    >>> left = Left(states, before)
+    >>> states.clear(), states.update(before)
+    (None, None)
+    >>> left.bring()
+    >>> states
+    {'steps': 1, 'last': 'a'}
+    """
+
+    def __init__(self, now: Any, before: Any) -> None:
+        self.container, self.before = now, before
+        self.entries: Any = copy.copy(now)
+        if isinstance(now, dict):
+            missing = object()
+            self.entries = {k: v for k, v in now.items() if before.get(k, missing) is not v}
+            self.before = {k: before[k] for k in self.entries if k in before}
+
+    def bring(self) -> None:
+        """Put it there again."""
+        if isinstance(self.container, dict):
+            for key, value in self.entries.items():
+                known = key in self.before
+                if (key in self.container) == known and (not known or self.container[key] is self.before[key]):
+                    self.container[key] = value
+        elif not _differs(self.container, self.before):
+            _fill(self.container, self.entries)
+
+
+def _fill(container: Any, content: Any) -> None:
+    """Make the content of a container another, without a moment in which another thread would find it empty."""
+    if not isinstance(container, dict):
+        container.clear()
+        (container.extend if isinstance(container, list) else container.update)(content)
+        return
+    for key in [key for key in container if key not in content]:
+        del container[key]
+    container.update(content)
+    if list(container) != list(content):
+        container.clear()
+        container.update(content)
 
 
 def _hooks_of(module: nn.Module) -> list[dict[Any, Any]]:

@@ -31,6 +31,7 @@ from .copies import attributes_of, give, given_since, hold, part_of, tensors_hel
 from .frozen import ABOUT, Moved, building, dress, take_out
 from .held import About, Bindable, Held, Viewlike, learned, other_names, persistent, sharded, statistics
 from .placed import follow_dtypes, guard_sites, lower_reads, place, replace, runners
+from .remembering import Remembered
 from .saving import Counted, Saved
 from .unbound import unbind
 
@@ -187,10 +188,8 @@ def _bound(delta: Bindable, params: Params, dtypes: Mapping[str, torch.dtype] | 
         if "" in call.runs:
             skeleton.open("")
         lower_reads(skeleton, [end for name in names if name in plan.trained for end in plan.trained[name]])
-        known = program.is_verified(leaves)
-        calls = MemberCalls(
-            call, given, len(given) > len(leaves), None if known else lambda call: _verify(program, call)
-        )
+        verify = None if program.is_verified(leaves) else functools.partial(_verify, program)
+        calls = MemberCalls(module, call, leaves, given, verify)
         skeleton.call = call
         return as_view(delta, skeleton, View, calls, leaves)
 
@@ -222,6 +221,8 @@ def as_view(
     if moved is None:
         module.register_load_state_dict_post_hook(_tie_again)
     about.born = attributes_of(module)
+    if not skeleton.units:
+        calls.remembered = Remembered(skeleton, calls.depends, learns=moved is None)
     return module
 
 

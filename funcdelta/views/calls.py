@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,18 @@ from ..run.memory import VERSION
 from ..transforms import inside_backward
 
 Function = Callable[..., Any]
+
+
+class Remembering(Protocol):
+    """What modules keep from call to call (:mod:`.remembering`)."""
+
+    def begin(self) -> None:
+        """A call begins."""
+        ...
+
+    def end(self, finished: bool) -> None:
+        """It ends, or has failed."""
+        ...
 
 
 class Calls:
@@ -43,6 +55,7 @@ class Calls:
         self.thread: int | None = None
         self.guards: dict[int, Tensor] = {}
         self.shared: dict[str, Tensor] = {}
+        self.remembered: Remembering | None = None
         self._own = threading.local()
 
     def inside(self) -> bool:
@@ -102,6 +115,10 @@ class Calls:
                 self._tell_written(before)
             return output
 
+    def depends(self) -> Any:
+        """What the results of a call depend on besides its inputs, to be compared with what it is later."""
+        return torch.is_grad_enabled()
+
     def reading(self) -> contextlib.AbstractContextManager[Any]:
         """A block in which what the view holds is not changed by a call."""
         return self.lock
@@ -128,13 +145,41 @@ class Calls:
 class MemberCalls(Calls):
     """The calls of a view of one member, whose :class:`Call` never ends."""
 
-    def __init__(self, call: Call, given: Expanding, expands: bool, verify: Callable[[Call], None] | None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        call: Call,
+        leaves: Mapping[str, Tensor],
+        given: Expanding,
+        verify: Callable[[Call], None] | None,
+    ) -> None:
         super().__init__()
-        self.call, self.given, self.expands, self.verify = call, given, expands, verify
+        self.module, self.call, self.leaves, self.given, self.verify = module, call, leaves, given, verify
+        self.expands = len(given) > len(leaves)
         if verify is not None:
             call.reached = set()
 
+    def depends(self) -> Any:
+        """The leaves, by which tensors they are and how often they were written."""
+        leaves = list(self.leaves.values())
+        written = [None if leaf.is_inference() else leaf._version for leaf in leaves]
+        return super().depends(), self.module.training, list(map(id, leaves)), written
+
     def make(self, module: nn.Module, path: str, function: Function, args: Any, kwargs: Any) -> Any:
+        """With what the modules remember; what is recomputed for a backward pass has it from the call itself."""
+        remembered = None if inside_backward() else self.remembered
+        if remembered is None:
+            return self._call(module, path, function, args, kwargs)
+        finished = False
+        try:
+            remembered.begin()
+            output = self._call(module, path, function, args, kwargs)
+            finished = True
+            return output
+        finally:
+            remembered.end(finished)
+
+    def _call(self, module: nn.Module, path: str, function: Function, args: Any, kwargs: Any) -> Any:
         """What is left of an earlier call goes when the whole model is called, or a call fails."""
         call = self.call
         if path:

@@ -61,6 +61,9 @@ class Children(dict[str, Any]):
         super().__init__(children)
         self._inside = inside
 
+    def __copy__(self) -> dict[str, Any]:
+        return dict(super().items())
+
     def _shown(self) -> dict[str, Any]:
         found = dict(super().items())
         return {k: v for k, v in found.items() if not isinstance(v, Leaves)} if self._inside() else found
@@ -110,8 +113,8 @@ def take_out(root: nn.Module, own: Iterable[str], statistics: bool) -> dict[str,
     aliases: dict[int, Tensor] = {}
     found: dict[str, Tensor] = {}
     for path, module in root.named_modules():
-        if not isinstance(vars(module).get("_parameters"), dict):
-            continue  # a compiled script, which has copies
+        if isinstance(module, Leaves) or not isinstance(vars(module).get("_parameters"), dict):
+            continue  # the view's own; or a compiled script, which has copies
         attributes = vars(module)
         attributes[KEPT], attributes[BUFFERS] = tuple(module._parameters), tuple(module._buffers)
         for name, tensor in list(module._parameters.items()):

@@ -53,7 +53,10 @@ def runners(skeleton: Skeleton, leaves: Mapping[str, Tensor]) -> dict[str, tuple
     found: dict[str, list[str]] = {}
     for attachment in plan.all():
         if attachment.by_weights and attachment.among(leaves):
-            found.setdefault(attachment.site.path, []).extend(attachment.leaves.values())
+            path = attachment.site.path
+            # What is read by the module above is rewritten when it is read; but shards are not whole outside of a call.
+            reader = path.rpartition(".")[0] if attachment.read_by_parent and skeleton.units else path
+            found.setdefault(reader, []).extend(attachment.leaves.values())
     for name, ends in plan.trained.items():
         # A leaf of another precision than its module is lowered at each call; others have taken its place.
         for end in ends if name in leaves and leaves[name].dtype != skeleton.dtypes[name] else ():

@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..errors import EngineError, EngineWarning, FoldError, ParamsError
+from ..errors import EngineError, EngineWarning, FoldError, FuncdeltaError, ParamsError
 from ..planning.sharing import expand_stack
 from ..pytrees.opaque import holds_tensors, spare
 from ..run.call import Call
@@ -39,6 +39,7 @@ from ..transforms import eager
 from .bound import as_view
 from .calls import Calls, Function
 from .copies import give, given_since, held_by
+from .frozen import learns
 from .held import Bindable, Viewlike
 
 Picked = tuple[Mapping[str, Tensor], Tensor | None]
@@ -86,6 +87,8 @@ class RoutedCalls(Calls):
         skeleton.call = self.idle = Call(self.leaves, lift=idle, layout=idle, runs=nowhere)
         self.reached: set[str] | None = None if self.program.is_verified(self.leaves) else set()
         self._modules = list(skeleton.module.modules())
+        named = ((module, name, tensor) for module in self._modules for name, tensor in module._buffers.items())
+        self._statistics = [(m, name) for m, name, tensor in named if tensor is not None and learns(m, name)]
         self._programs: dict[tuple[bool, ...], Program] = {}
         self.home = threading.get_ident()
         self.everywhere = self._read(index)
@@ -145,6 +148,11 @@ class RoutedCalls(Calls):
         rows = source.pick(index, times) if isinstance(source, Resident) else pick_rows(self.leaves, index, times)
         return expand_stack(self.program.plan.shared, rows)
 
+    def depends(self) -> Any:
+        """Which members of the stack the rows have, and how often it was written."""
+        written = [None if leaf.is_inference() else leaf._version for leaf in self.leaves.values()]
+        return super().depends(), self._modules[0].training, id(self.index()[0]), written
+
     def reading(self) -> contextlib.AbstractContextManager[Any]:
         """Whoever shares the stack may change it meanwhile."""
         return self.source.lock if isinstance(self.source, Resident) else self.lock
@@ -157,13 +165,22 @@ class RoutedCalls(Calls):
             return function(module, *args, **kwargs)
         inputs = self._inputs(args, kwargs)
         params, present = self._members(inputs.b // len(self.index()[0]))
-        memory = self.skeleton.memory
-        memory.note_changes()
+        finished, output = False, None
+        learning = [vars(norm)[name] for norm, name in self._statistics if norm.training]
+        before = [tensor.clone() for tensor in learning]
         try:
+            if self.remembered is not None:
+                self.remembered.begin()
             output = self._rows(module, path, function, params, present, inputs)
+            finished = True
         finally:
             self.skeleton.call = self.idle
-            memory.restore()
+            with torch.no_grad():
+                # What rows of several members teach belongs to none; batch norms write without a trace.
+                for tensor, value in zip(learning, before, strict=True):
+                    tensor.copy_(value)
+            if self.remembered is not None:
+                self.remembered.end(finished)
         if self.reached is not None and not path:
             reached, self.reached = self.reached, None
             tell_missed(self.program, self.leaves, reached)
@@ -265,8 +282,13 @@ class RoutedCalls(Calls):
                 args, kwargs = spare(inputs.rows([i]).shared())
                 kwargs = without_cache(module, kwargs)
                 skeleton.call = Call(own, reached=self.reached)
-                with skeleton.swapped(skeleton.overrides(own, path)):
-                    output = function(module, *args, **kwargs)
+                try:
+                    with skeleton.swapped(skeleton.overrides(own, path)):
+                        output = function(module, *args, **kwargs)
+                except FuncdeltaError:
+                    raise
+                except Exception as error:
+                    raise EngineError(f"row {i} alone fails ({type(error).__name__}: {error}).") from error
                 check_visible(flatten(output)[0], names(output), kwargs)
                 outputs.append(output)
                 skeleton.memory.restore()
@@ -399,13 +421,7 @@ def bind_rows(delta: Bindable, stack: Mapping[str, Tensor], index: Index) -> nn.
         skeleton = delta.program.skeletons.build(delta.program.training, view=True)
         calls = RoutedCalls(delta, skeleton, stack, index)
         kind = RoutedGenerator if hasattr(delta.program.backbone, "generate") else RoutedView
-        view = as_view(delta, skeleton, kind, calls, calls.leaves, _stay)
-        # Of one call nothing is left for the next, whose rows may be other members'.
-        tables: dict[int, Any] = {id(module._buffers): vars(module) for module in view.modules()}
-        for copied in skeleton.memory.copies:
-            copied.holders = [(tables.get(id(table), table), name) for table, name in copied.holders]
-        skeleton.memory.note()
-        return view
+        return as_view(delta, skeleton, kind, calls, calls.leaves, _stay)
 
 
 def _stay(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
