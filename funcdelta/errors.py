@@ -184,3 +184,13 @@ class UnreachedWarning(UserWarning):
     >>> issubclass(UnreachedWarning, UserWarning)
     True
     """
+
+
+def shown(value: object, most: int = 100) -> str:
+    """``repr(value)`` for a message, cut in the middle where it is longer than ``most``.
+
+    >>> shown("lora_A"), shown("z" * 1000, 20)
+    ("'lora_A'", "'zzzzzzzzz...zzzzzzzzz'")
+    """
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-(most // 2) :]}"

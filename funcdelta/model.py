@@ -24,7 +24,7 @@ from .planning.plan import Plan, build_plan, shapes_of
 from .planning.sharing import expand_member, expand_stack
 from .run.auto import Explanation, explain, run_many
 from .run.call import Params, Prepare
-from .run.check import check_member, check_stack
+from .run.checked import Checks
 from .run.forward import without_cache
 from .run.inputs import InDims, Inputs
 from .run.outputs import flatten
@@ -103,6 +103,7 @@ class DeltaModel(Habits):
         self._backbone_shapes = {
             name: tuple(tensor.shape) for name, tensor in self._tensors.items() if name not in self._shapes
         }
+        self._checks = Checks(self._shapes, self._groups, self._backbone_shapes, self.plan.kinds)
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
@@ -268,7 +269,7 @@ class DeltaModel(Habits):
         ['0.weight', '0.bias', '0.lora.lora_A', '0.lora.lora_B', '0.lora.scale']
         """
         params = need_dict(params, "attach", "full = delta.attach(params)")
-        check_member(params, self._shapes, self._groups, self._backbone_shapes)
+        self._checks.member(params)
         return self._tensors | dict(params)
 
     def detach(self, full: Params | None = None) -> dict[str, Tensor]:
@@ -374,7 +375,7 @@ class DeltaModel(Habits):
     def _given_many(
         self, stack: Params, args: Any, kwargs: Any, in_dims: InDims, inputs: Mapping[str, Any] | None
     ) -> tuple[Params, Inputs]:
-        n = check_stack(stack, self._shapes, self._groups, self._backbone_shapes)
+        n = self._checks.stack(stack)
         stack = self._ready(stack)
         args, kwargs = self._given(args, kwargs, inputs, transformed=True)
         return stack, Inputs(self.backbone, n, args, kwargs, in_dims, self.batch_dim)
@@ -421,7 +422,7 @@ class DeltaModel(Habits):
         >>> delta.apply_rows(delta.init(0, n=5), [4, -1, 0], torch.zeros(3, 4)).shape
         torch.Size([3, 8])
         """
-        n = check_stack(stack, self._shapes, self._groups, self._backbone_shapes)
+        n = self._checks.stack(stack)
         if isinstance(stack, Resident):
             stack.check(index)
         args, kwargs = self._given(args, kwargs, inputs, transformed=True)
@@ -462,7 +463,7 @@ class DeltaModel(Habits):
         >>> type(view).__name__, torch.equal(view(x), delta.apply_rows(stack, [4, -1, 0], x))
         ('Sequential', True)
         """
-        check_stack(stack, self._shapes, self._groups, self._backbone_shapes)
+        self._checks.stack(stack)
         self.program.skeletons.check()
         return bind_rows(self, stack if isinstance(stack, Resident) else self._ready(stack), index)
 
@@ -498,9 +499,14 @@ class DeltaModel(Habits):
         >>> list(params)
         ['h.0.attn.prefix.past_key', 'h.0.attn.prefix.past_value']
         """
+        given = params if isinstance(params, Mapping) else {}
+        is_stack = any(
+            isinstance(leaf, Tensor) and not leaf.is_nested and leaf.ndim > len(self._shapes[name])
+            for name, leaf in given.items()
+            if name in self._shapes
+        )
+        (self._checks.stack if is_stack else self._checks.member)(params)
         params = self._ready(params)
-        is_stack = any(params[name].ndim > len(self._shapes[name]) for name in params if name in self._shapes)
-        (check_stack if is_stack else check_member)(params, self._shapes, self._groups, self._backbone_shapes)
         expanding = {group.name for group in self.plan.shared if group.expanded}
         named = zip(self.configs, self.plan.names, strict=True)
         configs = [config.baked() if not expanding or name in expanding else config for config, name in named]
@@ -580,7 +586,7 @@ class DeltaModel(Habits):
         return Facts(configs, self.backbone, self._shapes)
 
     def _member(self, params: Params) -> dict[str, Tensor]:
-        check_member(params, self._shapes, self._groups, self._backbone_shapes)
+        self._checks.member(params)
         return self._ready(params)
 
     def _ready(self, params: Params) -> dict[str, Tensor]:

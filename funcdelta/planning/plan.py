@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from ..sites.structure import is_quantised
 from ..structures import Names, Parts
 from .axes import check_axes, sized
 from .forms import compare_forms
+from .kinds import Kinds
 from .naming import names_of_tensors, select, trained
 from .sharing import Shared, share
 from .spans import select_spans, site_between
@@ -112,6 +114,16 @@ class Plan:
     def constants(self) -> tuple[str, ...]:
         """The keys of all leaves that never train."""
         return tuple(key for part in (*self.shared, *self.all()) for key in part.constants)
+
+    @functools.cached_property
+    def kinds(self) -> Kinds:
+        """Which dtypes the leaves may have."""
+        dtypes = {key: dtype for part in (*self.shared, *self.all()) for key, dtype in part.dtypes.items()}
+        constants = set(self.constants)
+        floating = {key for key, dtype in dtypes.items() if dtype.is_floating_point and key not in constants}
+        used = [a.leaves.values() for a in self.all()] + [group.leaves.values() for group in self.shared]
+        together = dict.fromkeys(tuple(key for key in keys if key in floating) for keys in used)
+        return Kinds(dtypes | dict.fromkeys(self.trained, torch.float32), [keys for keys in together if len(keys) > 1])
 
     def keys(self) -> dict[str, frozenset[str]]:
         """``{delta name: the keys of its leaves in params}``."""

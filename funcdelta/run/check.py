@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ParamsError, StackError
+from ..errors import ParamsError, StackError, shown
 from ..match import near
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -26,11 +26,13 @@ def check_stack(params: Any, shapes: Shapes, groups: Mapping[str, frozenset[str]
             f"A stack is a dict {{name: tensor}} with a member axis on every leaf; found {type(params).__name__} with "
             f"{len(params) if isinstance(params, Mapping) else 0} leaves. Make one with delta.init(seed, n=...)."
         )
+    for name, leaf in params.items():
+        _is_dense(name, leaf)
     name = next((name for name in params if name in shapes), None)
     n = None
     if name is not None and isinstance(params[name], Tensor):
         shape = tuple(params[name].shape)
-        if shape == shapes[name] and all(tuple(params[k].shape) == shapes[k] for k in params if k in shapes):
+        if shape == shapes[name] and all(_shape(params[k]) == shapes[k] for k in params if k in shapes):
             raise StackError(
                 f"This is one member: {name} has the shape {shape}, without a member axis. Write "
                 f"delta.apply(params, ...), "
@@ -46,8 +48,13 @@ def check_stack(params: Any, shapes: Shapes, groups: Mapping[str, frozenset[str]
     if n == 0:
         raise StackError("A stack needs at least one member; this one has none, so there is nothing to run.")
     _check(params, shapes, groups, {}, n if n is not None else -1)
-    assert n is not None
+    if n is None:
+        raise ParamsError(f"A stack has leaves of this delta; found {', '.join(map(shown, [*params][:3]))}.")
     return n
+
+
+def _shape(leaf: Any) -> tuple[int, ...] | None:
+    return tuple(leaf.shape) if isinstance(leaf, Tensor) else None
 
 
 def _check(params: Any, shapes: Shapes, groups: Mapping[str, frozenset[str]], others: Shapes, n: int | None) -> None:
@@ -58,19 +65,13 @@ def _check(params: Any, shapes: Shapes, groups: Mapping[str, frozenset[str]], ot
         )
     found = 0
     for name, leaf in params.items():
-        if not isinstance(name, str):
-            raise ParamsError(f"params has the key {name!r}; keys are the dotted names of leaves, as in delta.names.")
-        if isinstance(leaf, Tensor) and (leaf.is_meta or leaf.layout != torch.strided or leaf.is_nested):
-            kind = (
-                "on the device meta" if leaf.is_meta else "nested" if leaf.is_nested else f"of the layout {leaf.layout}"
-            )
-            raise ParamsError(f"{name} is {kind}; expected a dense tensor with numbers.")
+        _is_dense(name, leaf)
         shape = shapes.get(name)
         if shape is None:
             shape = others.get(name)
             if shape is None:
                 raise ParamsError(
-                    f"params has the key {name!r}, which is no leaf of this delta.{near(name, [*shapes])}"
+                    f"params has the key {shown(name)}, which is no leaf of this delta.{near(name[-200:], [*shapes])}"
                 )
         else:
             found += 1
@@ -87,6 +88,14 @@ def _check(params: Any, shapes: Shapes, groups: Mapping[str, frozenset[str]], ot
                     f"{missing[0]!r}. Give "
                     f"all of them, or none to run without that delta."
                 )
+
+
+def _is_dense(name: Any, leaf: Any) -> None:
+    if not isinstance(name, str):
+        raise ParamsError(f"params has the key {shown(name)}; keys are the dotted names of leaves, as in delta.names.")
+    if isinstance(leaf, Tensor) and (leaf.is_meta or leaf.layout != torch.strided or leaf.is_nested):
+        kind = "on the device meta" if leaf.is_meta else "nested" if leaf.is_nested else f"of the layout {leaf.layout}"
+        raise ParamsError(f"{name} is {kind}; expected a dense tensor with numbers.")
 
 
 def _wrong_shape(name: str, leaf: Any, shape: tuple[int, ...], n: int | None) -> None:

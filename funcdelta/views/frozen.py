@@ -193,6 +193,13 @@ def _namespace(kind: Any, names: tuple[str, ...], plain: bool, calls: Calls, par
             _convert(self, fn, known)
             return kind._apply(self, fn, recurse)
 
+    def register_buffer(self: nn.Module, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        own = self.__dict__
+        if name in own.get(BUFFERS, ()) and name not in self._buffers:
+            own[name] = tensor  # a forward sets one anew, and it is held as the one before it
+            return
+        kind.register_buffer(self, name, tensor, persistent)
+
     found: dict[str, Any] = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
@@ -200,6 +207,7 @@ def _namespace(kind: Any, names: tuple[str, ...], plain: bool, calls: Calls, par
         "__init__": building(kind),
         "_named_members": members,
         "_apply": apply,
+        "register_buffer": register_buffer,
         "__deepcopy__": lambda self, memo: part_of(self, memo),
         ORIGINAL: kind,
     }

@@ -1,0 +1,69 @@
+"""Params of a delta checked before its calls: in full where one comes in a new shape, else by one look in C.
+
+What :mod:`.check` and :mod:`funcdelta.planning.kinds` find depends on the names of leaves and on their shapes, dtypes,
+layouts and on whether they have numbers. Params that have passed with the same pass again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from operator import attrgetter
+from typing import Any
+
+import torch
+
+from ..planning.kinds import Kinds
+from .check import Shapes, check_member, check_stack
+
+FACTS = attrgetter("shape", "dtype", "layout", "is_meta")
+MOST = 256
+"""How many structures are remembered: members may come in stacks of any size."""
+
+
+class Checks:
+    """The checks of one delta's params, and what has passed them.
+
+    >>> delta = fd.BitFitModel(torch.nn.Sequential(torch.nn.Linear(2, 2)), modified_modules=["0"])
+    >>> checks = Checks(delta.shapes, delta.plan.keys(), {}, delta.plan.kinds)
+    >>> checks.member(delta.init(0)), checks.stack(delta.init(0, n=3)), checks.stack(delta.init(0, n=3))
+    (None, 3, 3)
+    """
+
+    def __init__(self, shapes: Shapes, groups: Mapping[str, frozenset[str]], others: Shapes, kinds: Kinds) -> None:
+        self.shapes, self.groups, self.others, self.kinds = shapes, groups, others, kinds
+        self.passed: dict[Hashable, int] = {}
+
+    def member(self, params: Any) -> None:
+        """Raise ``ParamsError`` unless ``params`` are one member's."""
+        key = _key(params, "member")
+        if key is None or key not in self.passed:
+            check_member(params, self.shapes, self.groups, self.others)
+            self._remember(params, key, 0)
+
+    def stack(self, params: Any) -> int:
+        """The number of members; raises ``ParamsError`` unless ``params`` are a stack."""
+        key = _key(params, "stack")
+        n = None if key is None else self.passed.get(key)
+        if n is None:
+            n = check_stack(params, self.shapes, self.groups, self.others)
+            self._remember(params, key, n)
+        return n
+
+    def _remember(self, params: Any, key: Hashable | None, n: int) -> None:
+        if self.kinds.check(params) or key is None:
+            return  # what autocast lets pass does not pass without it
+        if len(self.passed) >= MOST:
+            self.passed.clear()
+        self.passed[key] = n
+
+
+def _key(params: Any, what: str) -> Hashable | None:
+    """What the checks depend on; ``None`` where it cannot be told."""
+    if torch.compiler.is_compiling() or not isinstance(params, Mapping):
+        return None
+    try:
+        key = what, tuple(params), tuple(map(FACTS, params.values()))
+        hash(key)
+    except (AttributeError, TypeError, RuntimeError):  # leaves that are no tensors, symbolic sizes, nested tensors
+        return None
+    return key
