@@ -60,6 +60,7 @@ def is_stack(delta: DeltaModel, params: Any) -> bool:
     known = [name for name in shapes if isinstance(params, Mapping) and isinstance(params.get(name), Tensor)]
     stacked = any(params[name].ndim > len(shapes[name]) for name in known)
     (check_stack if stacked else check_member)(params, shapes, delta.plan.keys(), {})
+    delta.plan.kinds.check(params)
     return stacked
 
 

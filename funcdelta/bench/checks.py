@@ -15,7 +15,6 @@ from funcdelta.bench.measure import Effort, Notify, Row, Table, Target
 from funcdelta.bench.subjects import Shape, Subject
 from funcdelta.bench.timing import Ratio, spread, timed
 from funcdelta.run.call import Call
-from funcdelta.run.check import check_stack
 from funcdelta.run.engines import visible
 from funcdelta.run.inputs import Inputs
 from funcdelta.run.layouts import key_of, layout_of
@@ -38,7 +37,6 @@ def checks_of(delta: fd.DeltaModel, stack: dict[str, Tensor], tokens: Tensor) ->
     (7, 2)
     """
     program, plan = delta.program, delta.plan
-    shapes, groups, others = delta._shapes, delta._groups, delta._backbone_shapes
 
     def read() -> Inputs:
         return Inputs(delta.backbone, tokens.shape[0], (), {"input_ids": tokens}, 0, delta.batch_dim)
@@ -62,7 +60,7 @@ def checks_of(delta: fd.DeltaModel, stack: dict[str, Tensor], tokens: Tensor) ->
         skeleton.memory.restore()
 
     return {
-        "the stack's leaves": lambda: check_stack(stack, shapes, groups, others),
+        "the stack's leaves": lambda: delta._checks.stack(stack)[0],
         "rows of the inputs": read,
         "the inputs' key": lambda: key_of(program, stack, inputs),
         "whether the backbone is the same": program.skeletons.check,

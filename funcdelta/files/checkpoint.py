@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, ParamsError
+from ..errors import CheckpointError, ParamsError, shown
+from ..pytrees.leaves import check_leaves
 from .atomic import replace_folder
 from .configfile import check_same_save, data_at, funcdelta_version, newer, read_config, write_config
 from .fingerprint import differences, survey
@@ -90,6 +91,7 @@ def save(
     ['config.json', 'delta.safetensors']
     """
     configs, backbone = facts.configs, facts.backbone
+    check_leaves(params, "save")
     shapes = with_buffers(facts.shapes, backbone, params)
     members = _check_params(shapes, params)
     backbone_hash, description = survey(backbone, shapes) if hash_backbone else (None, None)
@@ -165,6 +167,7 @@ def load(
         tensors, metadata = read_tensors(folder / TENSORS)
         check_same_save(folder, data, metadata)
     else:
+        check_leaves(state_dict, "state_dict")
         where, data = data_at(path, **fetching)
         folder, tensors, metadata = Path(where).parent, dict(state_dict), {}
         data.pop("members", None)
@@ -219,11 +222,6 @@ def with_buffers(
 
 
 def _check_params(shapes: Mapping[str, tuple[int, ...]], params: Mapping[str, Tensor]) -> int | None:
-    if not isinstance(params, Mapping) or not all(isinstance(leaf, Tensor) for leaf in params.values()):
-        raise ParamsError(
-            "save: expected params, a dict of tensors by name as delta.init gives it: "
-            "write delta.save_finetuned(params, path)."
-        )
     members, problems = _account(shapes, {name: tuple(leaf.shape) for name, leaf in params.items()})
     if problems:
         raise ParamsError(
@@ -255,11 +253,15 @@ def _account(
     for kind, names in found.items():
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            problems.append(f"{len(names)} {kind}: {', '.join(names[:_SHOWN])}{more}")
+            problems.append(f"{len(names)} {kind}: {', '.join(_short(name) for name in names[:_SHOWN])}{more}")
     if len(counts) > 1:
         each = (f"{name} has {'no member axis' if n is None else f'{n} members'}" for n, name in counts.items())
         problems.append(f"unlike numbers of members: {', '.join(each)}")
     return next(iter(counts), None), problems
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 200 else shown(name)
 
 
 def home(backbone: nn.Module, leaf: str) -> torch.device:

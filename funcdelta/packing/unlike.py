@@ -96,6 +96,7 @@ def unpack(delta: DeltaModel, stack: Mapping[str, Tensor]) -> list[tuple[DeltaMo
     """
     packed = _packed_configs(delta)
     n = check_stack(stack, delta.shapes, delta.plan.keys(), {})
+    delta.plan.kinds.check(stack)
     _need_all(delta, stack, "unpack")
     for name, config in zip(delta.plan.names, packed, strict=True):
         if len(config.origins) * torch.finfo(stack[f"{name}.source"].dtype).eps > 2:
@@ -181,6 +182,7 @@ def _check_params(number: int, delta: DeltaModel, params: Any) -> bool:
     known = [name for name in shapes if isinstance(params, Mapping) and isinstance(params.get(name), Tensor)]
     is_stack = any(params[name].ndim > len(shapes[name]) for name in known)
     (check_stack if is_stack else check_member)(params, shapes, groups, {})
+    delta.plan.kinds.check(params)
     _need_all(delta, params, f"pair {number}")
     return is_stack
 

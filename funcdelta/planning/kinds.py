@@ -8,6 +8,7 @@ inside of a method, or drop its imaginary part.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ COMPUTES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float6
 class Kinds:
     """The dtypes of a delta's leaves as they start, and which of the leaves are used together.
 
+    ``together`` are those that train, site by site; ``beside`` names one of them for each constant.
+
     >>> kinds = Kinds({"0.lora.lora_A": torch.float32, "0.lora.lora_B": torch.float32}, [])
     >>> kinds.check({"0.lora.lora_A": torch.ones(2, dtype=torch.bfloat16)})
     False
@@ -32,8 +35,13 @@ class Kinds:
     funcdelta.errors.ParamsError: 0.lora.lora_A is torch.int64; expected numbers of floating point. Write leaf.to(...
     """
 
-    def __init__(self, dtypes: Mapping[str, torch.dtype], together: Sequence[tuple[str, ...]]) -> None:
-        self.dtypes, self.together = dtypes, together
+    def __init__(
+        self,
+        dtypes: Mapping[str, torch.dtype],
+        together: Sequence[tuple[str, ...]],
+        beside: Mapping[str, str] = types.MappingProxyType({}),
+    ) -> None:
+        self.dtypes, self.together, self.beside = dtypes, together, beside
 
     def check(self, params: Mapping[str, Any]) -> bool:
         """Raise ``ParamsError`` where a leaf has numbers of another kind; gives whether leaves used together differ.
@@ -54,6 +62,18 @@ class Kinds:
                 f"dtype. Convert one: leaf.to({dtype})."
             )
         return True
+
+    def casts(self, stack: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+        """The constants of a stack that have another dtype than what trains beside them, with that dtype.
+
+        One member's scale is a single number, which takes on the dtype of whatever it meets; one a member does not.
+
+        >>> kinds = Kinds({"a": torch.float32, "scale": torch.float32}, [], {"scale": "a"})
+        >>> kinds.casts({"a": torch.ones(3, 2, dtype=torch.bfloat16), "scale": torch.ones(3)})
+        {'scale': torch.bfloat16}
+        """
+        pairs = [(name, other) for name, other in self.beside.items() if name in stack and other in stack]
+        return {name: stack[other].dtype for name, other in pairs if stack[name].dtype != stack[other].dtype}
 
     def _one(self, name: str, leaf: Tensor) -> None:
         expected, dtype = self.dtypes.get(name), leaf.dtype

@@ -120,10 +120,16 @@ class Plan:
         """Which dtypes the leaves may have."""
         dtypes = {key: dtype for part in (*self.shared, *self.all()) for key, dtype in part.dtypes.items()}
         constants = set(self.constants)
-        floating = {key for key, dtype in dtypes.items() if dtype.is_floating_point and key not in constants}
+        floating = {key for key, dtype in dtypes.items() if dtype.is_floating_point}
         used = [a.leaves.values() for a in self.all()] + [group.leaves.values() for group in self.shared]
-        together = dict.fromkeys(tuple(key for key in keys if key in floating) for keys in used)
-        return Kinds(dtypes | dict.fromkeys(self.trained, torch.float32), [keys for keys in together if len(keys) > 1])
+        together: dict[tuple[str, ...], None] = {}
+        beside: dict[str, str] = {}
+        for keys in used:
+            trains = tuple(key for key in keys if key in floating and key not in constants)
+            if trains:
+                together[trains] = None
+                beside |= {key: trains[0] for key in keys if key in floating and key in constants}
+        return Kinds(dtypes | dict.fromkeys(self.trained, torch.float32), list(together), beside)
 
     def keys(self) -> dict[str, frozenset[str]]:
         """``{delta name: the keys of its leaves in params}``."""

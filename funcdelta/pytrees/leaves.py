@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..errors import ParamsError, StackError
+from ..errors import ParamsError, StackError, shown
 
-__all__ = ["align", "check_tree", "compute_dtype", "dense", "leading", "named"]
+__all__ = ["align", "check_leaves", "check_tree", "compute_dtype", "dense", "leading", "named"]
 
 
 def named(tree: Any) -> list[tuple[str, Any]]:
@@ -52,7 +52,7 @@ def check_tree(tree: Any) -> None:
         for key in tree:
             if not isinstance(key, str):
                 raise ParamsError(
-                    f"Names of leaves are strings; found the key {key!r} ({type(key).__name__}). "
+                    f"Names of leaves are strings; found the key {shown(key)} ({type(key).__name__}). "
                     "Write {str(key): leaf ...}."
                 )
         tree = tree.values()
@@ -66,7 +66,7 @@ def check_tree(tree: Any) -> None:
 
 
 def dense(name: str, leaf: Tensor) -> Tensor:
-    """``leaf``, if it is a plain strided tensor; ``ParamsError`` for sparse and nested ones, which have no such axes.
+    """``leaf``, if it is a plain strided tensor; ``ParamsError`` for sparse, nested and quantised ones.
 
     >>> dense("w", torch.eye(2).to_sparse())
     Traceback (most recent call last):
@@ -74,10 +74,43 @@ def dense(name: str, leaf: Tensor) -> Tensor:
     funcdelta.errors.ParamsError: Leaf 'w' is torch.sparse_coo, and params are dense tensors. Write leaf.to_dense().
     """
     if leaf.layout is not torch.strided:
-        raise ParamsError(f"Leaf {name!r} is {leaf.layout}, and params are dense tensors. Write leaf.to_dense().")
+        raise ParamsError(f"Leaf {shown(name)} is {leaf.layout}, and params are dense tensors. Write leaf.to_dense().")
     if leaf.is_nested:
-        raise ParamsError(f"Leaf {name!r} is a nested tensor, and params are dense. Write leaf.to_padded_tensor(0.0).")
+        raise ParamsError(
+            f"Leaf {shown(name)} is a nested tensor, and params are dense. Write leaf.to_padded_tensor(0.0)."
+        )
+    if leaf.is_quantized:
+        raise ParamsError(
+            f"Leaf {shown(name)} is quantised, {leaf.dtype}, and params are plain numbers. Write leaf.dequantize()."
+        )
     return leaf
+
+
+def check_leaves(params: Any, what: str) -> None:
+    """Raise ``ParamsError`` unless ``params`` is a flat dict of dense tensors that have numbers, by name.
+
+    ``what`` begins the message.
+
+    >>> check_leaves({"a": torch.ones(2)}, "save")
+    >>> check_leaves({"a": [1.0]}, "save")
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.ParamsError: save: 'a' is a list; expected a tensor.
+    """
+    if not isinstance(params, Mapping):
+        raise ParamsError(
+            f"{what}: expected a dict of tensors by name, as delta.init gives it; found {type(params).__name__}."
+        )
+    for name, leaf in params.items():
+        if not isinstance(name, str):
+            raise ParamsError(
+                f"{what}: found the key {shown(name)} ({type(name).__name__}); keys are the names of leaves, as in "
+                f"delta.names."
+            )
+        if not isinstance(leaf, Tensor):
+            raise ParamsError(f"{what}: {shown(name)} is a {type(leaf).__name__}; expected a tensor.")
+        if dense(name, leaf).is_meta:
+            raise ParamsError(f"{what}: {shown(name)} is on the device meta; expected a tensor with numbers.")
 
 
 def align(first: Any, other: Any, *, first_is: str, other_is: str) -> list[Any]:
@@ -105,7 +138,7 @@ def align(first: Any, other: Any, *, first_is: str, other_is: str) -> list[Any]:
         if missing:
             name = next(name for name in names if name in missing)
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise ParamsError(f"Leaf {name!r}{more} stands in {here} but not in {there}. Both need the same keys.")
+            raise ParamsError(f"Leaf {shown(name)}{more} stands in {here} but not in {there}. Both need the same keys.")
     try:
         return spec.flatten_up_to(other)
     except ValueError as error:
@@ -135,14 +168,14 @@ def leading(tree: Any, names_of_interest: Sequence[str] | None = None) -> int:
     for name, leaf in sorted(pairs, key=lambda pair: pair[1].ndim > 0):
         if leaf.ndim == 0:
             raise StackError(
-                f"Leaf {name!r} has shape () and so no member axis; this is one member, not a stack. "
+                f"Leaf {shown(name)} has shape () and so no member axis; this is one member, not a stack. "
                 "Make a stack with fd.stack([params, ...]), delta.init(seed, n=...), or, for an optimiser's "
                 "state, opt.init(stack, n=...)."
             )
         if leaf.shape[0] != first.shape[0]:
             raise StackError(
-                f"Leaves disagree about the number of members: {first_name!r} has shape "
-                f"{tuple(first.shape)}, {name!r} has {tuple(leaf.shape)}. The first axis of every leaf of a "
+                f"Leaves disagree about the number of members: {shown(first_name)} has shape "
+                f"{tuple(first.shape)}, {shown(name)} has {tuple(leaf.shape)}. The first axis of every leaf of a "
                 "stack is the member axis."
             )
     return first.shape[0]

@@ -26,35 +26,42 @@ class Checks:
     >>> delta = fd.BitFitModel(torch.nn.Sequential(torch.nn.Linear(2, 2)), modified_modules=["0"])
     >>> checks = Checks(delta.shapes, delta.plan.keys(), {}, delta.plan.kinds)
     >>> checks.member(delta.init(0)), checks.stack(delta.init(0, n=3)), checks.stack(delta.init(0, n=3))
-    (None, 3, 3)
+    (None, (3, {}), (3, {}))
     """
 
     def __init__(self, shapes: Shapes, groups: Mapping[str, frozenset[str]], others: Shapes, kinds: Kinds) -> None:
         self.shapes, self.groups, self.others, self.kinds = shapes, groups, others, kinds
-        self.passed: dict[Hashable, int] = {}
+        self.passed: dict[Hashable, tuple[int, dict[str, torch.dtype]]] = {}
 
     def member(self, params: Any) -> None:
         """Raise ``ParamsError`` unless ``params`` are one member's."""
         key = _key(params, "member")
         if key is None or key not in self.passed:
             check_member(params, self.shapes, self.groups, self.others)
-            self._remember(params, key, 0)
+            if not self.kinds.check(params):
+                self._remember(key, (0, {}))
 
-    def stack(self, params: Any) -> int:
-        """The number of members; raises ``ParamsError`` unless ``params`` are a stack."""
+    def stack(self, params: Any) -> tuple[int, dict[str, torch.dtype]]:
+        """The number of members, and the constants to be converted, with their dtypes.
+
+        Raises ``ParamsError`` unless ``params`` are a stack.
+        """
         key = _key(params, "stack")
-        n = None if key is None else self.passed.get(key)
-        if n is None:
+        found = None if key is None else self.passed.get(key)
+        if found is None:
             n = check_stack(params, self.shapes, self.groups, self.others)
-            self._remember(params, key, n)
-        return n
+            mixed = self.kinds.check(params)
+            found = n, self.kinds.casts(params)
+            if not mixed:
+                self._remember(key, found)
+        return found
 
-    def _remember(self, params: Any, key: Hashable | None, n: int) -> None:
-        if self.kinds.check(params) or key is None:
-            return  # what autocast lets pass does not pass without it
+    def _remember(self, key: Hashable | None, found: tuple[int, dict[str, torch.dtype]]) -> None:
+        """What autocast lets pass does not pass without it, and is not remembered."""
         if len(self.passed) >= MOST:
             self.passed.clear()
-        self.passed[key] = n
+        if key is not None:
+            self.passed[key] = found
 
 
 def _key(params: Any, what: str) -> Hashable | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..errors import ParamsError
+from ..errors import ParamsError, shown
 from ..pytrees.constants import marked
 from ..pytrees.leaves import align, check_tree, dense, leading, named
 from ..pytrees.seeding import derive, seeds
@@ -230,7 +230,7 @@ def _join(trees: Iterable[Any], function: str, what: str, join: Callable[..., Te
             problem = _difference(first, leaf, f"that of {what} 0", skip)
             if problem:
                 name = named(trees[0])[position][0]
-                raise ParamsError(f"Leaf {name!r} of {what} {index} {problem}")
+                raise ParamsError(f"Leaf {shown(name)} of {what} {index} {problem}")
         joined.append(marked(join(column), *column) if isinstance(first, Tensor) else first)
     return pytree.tree_unflatten(joined, pytree.tree_structure(trees[0]))
 
@@ -243,6 +243,8 @@ def _difference(first: Any, leaf: Any, first_is: str, skip: int) -> str:
         return f"is {_kind(leaf)}; {first_is} is {_kind(first)}. Only tensors may differ between members."
     if leaf.layout is not torch.strided or leaf.is_nested:
         return f"is {leaf.layout}, and params are dense tensors. Write leaf.to_dense()."
+    if leaf.is_quantized:
+        return f"is quantised, {leaf.dtype}, and params are plain numbers. Write leaf.dequantize()."
     if leaf.shape[skip:] != first.shape[skip:]:
         after = " after the member axis" if skip else ""
         return (

@@ -17,10 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import ParamsError, StackError
+from ..errors import ParamsError, StackError, shown
 from ..locks import fork_safe_lock
+from ..pytrees.leaves import check_leaves
 from ..transforms import is_wrapped
-from .params import take
+from .params import members, take
 from .routing import Index, pick_rows, read_index
 
 
@@ -99,7 +100,8 @@ class Resident(Mapping[str, Tensor]):
         >>> fd.Resident.of(delta, delta.init(0, n=3), capacity=5).used
         (0, 1, 2)
         """
-        n = int(next(iter(stack.values())).shape[0])
+        check_leaves(stack, "Resident.of")
+        n = members(dict(stack))
         if n > capacity:
             raise ParamsError(f"A stack of {n} members does not fit into capacity={capacity}.")
         resident = cls(delta, capacity, names=tuple(stack))
@@ -188,7 +190,7 @@ class Resident(Mapping[str, Tensor]):
             room = self.leaves[name].shape[1:] if name in self.leaves else None
             if (problem := _unlike(leaf, room)) is not None:
                 raise ParamsError(
-                    f"A member of this stack has {name} of {'no shape' if room is None else tuple(room)}; found "
+                    f"A member of this stack has {shown(name)} of {'no shape' if room is None else tuple(room)}; found "
                     f"{problem}. Put one member at a time, with the leaves that the stack was made for."
                 )
         return {name: given[name] for name in self.leaves}
@@ -347,8 +349,10 @@ def _unlike(leaf: Any, room: torch.Size | None) -> str | None:
         return "nothing"
     if not isinstance(leaf, Tensor):
         return f"a {type(leaf).__name__}"
-    if leaf.shape != room:
-        return str(tuple(leaf.shape))
     if leaf.is_meta or leaf.layout != torch.strided:
         return "a meta tensor, without numbers" if leaf.is_meta else f"the layout {leaf.layout}"
+    if leaf.is_nested or leaf.is_quantized:
+        return "a nested tensor" if leaf.is_nested else f"quantised numbers, {leaf.dtype}"
+    if leaf.shape != room:
+        return str(tuple(leaf.shape))
     return "a tensor of a transform that is under way" if is_wrapped(leaf) else None

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ParamsError
+from ..errors import ParamsError, shown
 from ..match import near
 from ..planning.sharing import Expanding
+from ..pytrees.leaves import check_leaves
 from ..run.call import Call, Params
 from ..run.fsdp import check_bound
 from ..run.layout import Run
@@ -50,13 +51,14 @@ class View(Viewlike, nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Copy values into the delta's leaves and the running statistics; the backbone's tensors are never written."""
+        check_leaves(state_dict, "load_state_dict")
         leaves, buffers, own = self._funcdelta.leaves, persistent(self), self.state_dict()
         missing = [name for name in own if name not in state_dict and name not in buffers]
         unexpected = [name for name in state_dict if name not in own and name not in buffers]
         if strict and (missing or unexpected):
             raise ParamsError(
-                f"A view holds the delta's leaves only. Missing: {missing[:3]}; unexpected: {unexpected[:3]}."
-                f"{near(unexpected[0], list(leaves)) if unexpected else ''}"
+                f"A view holds the delta's leaves only. Missing: {missing[:3]}; unexpected: "
+                f"{shown(unexpected[:3], 300)}.{near(unexpected[0][-200:], list(leaves)) if unexpected else ''}"
             )
         for name in state_dict:
             mine = own[name] if name in own else buffers.get(name)

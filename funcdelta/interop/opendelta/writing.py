@@ -60,6 +60,7 @@ def save_opendelta(
             f"folder of its own, fd.save_opendelta(fd.DeltaModel(backbone, config), its_params, path)."
         )
     check_member(params, delta.shapes, delta.plan.keys(), {})
+    delta.plan.kinds.check(params)
     lacking = [name for name in delta.names if name not in params]
     if lacking:
         raise ParamsError(
