@@ -8,25 +8,24 @@ another member. So the attributes of all modules are noted once, and restored wh
 from __future__ import annotations
 
 import copy
+import ctypes
+import functools
 import operator
-import types
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..match import within
+from ..sites.code import reach_of
+from ..sites.noted import CONTAINERS, DEPTH, FUNCTIONS, OWN, PLAIN, PRIVATE, Noted, differ, fill
 from ..transforms import outside_transforms
 
 VERSION = operator.attrgetter("_version")
-OWN = frozenset(vars(nn.Module()))
-"""The dicts that every module has: parameters are swapped and hooks belong to the skeleton itself."""
-PLAIN = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size)
-FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
-DEPTH = 3
-"""How deep objects are followed: a cache object has a dict of layers."""
+SMALL = 2**16
+"""So many bytes of a buffer are compared by what they are, for ``.data`` and NumPy write without counting versions."""
 
 
 class Memory:
@@ -47,39 +46,49 @@ class Memory:
 
     def __init__(self, backbone: nn.Module, skeleton: nn.Module) -> None:
         self.skeleton = skeleton
+        kinds = frozenset(map(type, skeleton.modules()))
+        own_class_containers(skeleton, reach_of(kinds).fills)
+        self._caches = method_caches(kinds)
         self.copies = copied_tensors(backbone, skeleton)
         self.tensors = [tensor for copied in self.copies for tensor in (copied.source, copied.own)]
         self.versions = list(map(VERSION, self.tensors))
+        self.settle_small()
         self.writes_buffers = False
+        # What a copy has in common with the backbone (singletons) is not the skeleton's state.
+        theirs, ours, noted = set[int](), set[int](), Noted()
+        for root, seen in ((backbone, theirs), (skeleton, ours)):
+            for path, module in root.named_modules():
+                noted.keep_module(module, path, seen)
+        self._shared, self._alive = theirs & ours, noted.now
         self.note()
 
     def note(self) -> None:
         """Note the attributes as they are: what the skeleton's owner has changed is meant to stay."""
-        self._hooks = [hooks for module in self.skeleton.modules() for hooks in _hooks_of(module)]
+        modules = dict(self.skeleton.named_modules())
+        self._hooks = [hooks for module in modules.values() for hooks in _hooks_of(module)]
         self._hooks_before = [dict(hooks) for hooks in self._hooks]
         self._hook_counts = list(map(len, self._hooks))
-        self._before: dict[int, dict[Any, Any]] = {}
         self._noted: dict[str, Noted] = {}
-        self._inside: dict[str, tuple[Noted, list[int]]] = {}
-        seen: set[int] = set()
-        for path, module in self.skeleton.named_modules():
+        self._inside: dict[str, tuple[Noted, list[int], Noted]] = {}
+        self._registered: dict[str, Noted] = {}
+        seen = self._shared | set(map(id, modules.values()))
+        for path, module in modules.items():
             noted = self._noted[path] = Noted()
-            own = vars(module)
-            for table in (own, module._buffers, module._modules):
-                self._before[id(table)] = noted.keep(table)
-            for name, value in own.items():
-                if name not in OWN:
-                    noted.follow(value, seen, DEPTH)
+            noted.keep_module(module, path, seen)
+            registered = self._registered[path] = Noted()
+            registered.keep(module._parameters)
         self._all = Noted.together(self._noted.values())
+        self._parameters = Noted.together(self._registered.values())
+        self._before = dict(zip(map(id, self._all.now), self._all.before, strict=True))
 
     def note_changes(self) -> None:
         """What the skeleton's owner has changed since is meant to stay: note it."""
-        if self._all.differs() or list(map(len, self._hooks)) != self._hook_counts:
+        if self._all.differs() or self._parameters.differs() or list(map(len, self._hooks)) != self._hook_counts:
             self.note()
 
     def left(self) -> list[Left]:
         """What a call has left behind: of each container that it changed, the entries that are others now."""
-        found = [Left(now, before) for now, before in self._all.changed()]
+        found = [Left(now, before) for noted in (self._all, self._parameters) for now, before in noted.changed()]
         if list(map(len, self._hooks)) != self._hook_counts:
             pairs = zip(self._hooks, self._hooks_before, strict=True)
             found += [Left(now, before) for now, before in pairs if now != before]
@@ -104,120 +113,80 @@ class Memory:
     def restore(self) -> None:
         """Put back what a call has changed, and copy the backbone's buffers again where either side was written."""
         self.restore_attributes()
+        if self._all.others or self._all.iterators:
+            self._all.restore_others()
         self.follow()
 
     def restore_attributes(self) -> None:
-        """Put back what a call has changed but for what it wrote into tensors."""
+        """Put back what a call has changed but for what it wrote into tensors, arrays and random generators."""
         self._all.restore()
+        self._parameters.restore()
+        for cache in self._caches:
+            if cache.cache_info().currsize:
+                cache.cache_clear()
         if list(map(len, self._hooks)) != self._hook_counts:
             # Models install hooks in their first call, and mark that they have: neither stays.
             for hooks, before in zip(self._hooks, self._hooks_before, strict=True):
-                _fill(hooks, before)
+                fill(hooks, before)
 
     def restore_inside(self, path: str) -> None:
         """The same for the modules at and below ``path``: what one member leaves there is not for the next."""
         if path not in self._inside:
-            inside = [noted for at, noted in self._noted.items() if within(at, path)]
+            inside = [at for at in self._noted if within(at, path)]
             self._inside[path] = (
-                Noted.together(inside),
+                Noted.together([self._noted[at] for at in inside]),
                 [i for i, copied in enumerate(self.copies) if within(copied.path, path)],
+                Noted.together([self._registered[at] for at in inside]),
             )
-        noted, places = self._inside[path]
+        noted, places, registered = self._inside[path]
         noted.restore()
+        noted.restore_others()
+        for cache in self._caches:
+            cache.cache_clear()
+        if list(map(len, registered.now)) != list(map(len, registered.before)):
+            # Others may be swapped for the time of a call. What it registered goes.
+            for now, before in zip(registered.now, registered.before, strict=True):
+                for name in now.keys() - before.keys():
+                    del now[name]
         for at in places:
-            self._follow_one(at)
+            self._follow_one(at, looks=True)
 
     def follow(self) -> None:
         """Copy the backbone's buffers, and its tensors that are plain attributes, where either side was written."""
         # One pass in C over all of them, for models may have thousands.
-        if list(map(VERSION, self.tensors)) != self.versions:
+        if list(map(VERSION, self.tensors)) != self.versions or self._small_differ():
             for at in range(len(self.copies)):
-                self._follow_one(at)
+                self._follow_one(at, looks=True)
 
-    def _follow_one(self, at: int) -> None:
+    def settle_small(self) -> None:
+        """Which buffers are compared by their bytes."""
+        small = [copied for copied in self.copies if _is_small(copied.source) and _is_small(copied.own)]
+        self._sources, self._owns = [one.source for one in small], [one.own for one in small]
+        self._sizes = [one.own.numel() * one.own.element_size() for one in small]
+
+    def _small_differ(self) -> bool:
+        ours = map(Tensor.data_ptr, self._owns)
+        return any(map(_other_bytes, map(Tensor.data_ptr, self._sources), ours, self._sizes))
+
+    def _follow_one(self, at: int, looks: bool = False) -> None:
         copied, place = self.copies[at], 2 * at
         now = [copied.source._version, copied.own._version]
-        if now == self.versions[place : place + 2]:
+        if now == self.versions[place : place + 2] and not (looks and copied.differs()):
             return
         self.writes_buffers |= now[1] != self.versions[place + 1]
         with torch.inference_mode(False), torch.no_grad(), outside_transforms():
-            # Another tensor, for a graph may still need the one that was written.
-            copied.own = copied.source.clone()
+            if copied.fixed:
+                copied.own.copy_(copied.source)
+            else:
+                # Another tensor, for a graph may still need the one that was written.
+                copied.own = copied.source.clone()
         for table, name in copied.holders:
             table[name] = copied.own
             if id(table) in self._before:
                 self._before[id(table)][name] = copied.own
         self.tensors[place + 1] = copied.own
         self.versions[place : place + 2] = [now[0], copied.own._version]
-
-
-class Noted:
-    """The containers that hold what modules remember, each with what was in it.
-
-    >>> cache, noted = {}, Noted()
-    >>> noted.follow(cache, set(), 1)
-    >>> cache["bias"] = torch.ones(2)
-    >>> noted.restore()
-    >>> cache
-    {}
-    """
-
-    def __init__(self) -> None:
-        self.now: list[Any] = []
-        self.before: list[Any] = []
-
-    @classmethod
-    def together(cls, parts: Iterable[Noted]) -> Noted:
-        """All that is noted in several."""
-        found = cls()
-        for part in parts:
-            found.now += part.now
-            found.before += part.before
-        return found
-
-    def keep(self, container: Any) -> Any:
-        """Note what is in a dict, a list or a set; gives what was noted."""
-        self.now.append(container)
-        self.before.append(copy.copy(container) if type(container) is not dict else dict(container))
-        return self.before[-1]
-
-    def follow(self, value: Any, seen: set[int], depth: int) -> None:
-        """Note the containers that ``value`` is or holds."""
-        if isinstance(value, (*PLAIN, *FUNCTIONS, Tensor, nn.Module)) or id(value) in seen or not depth:
-            return
-        seen.add(id(value))
-        inside: Any = ()
-        if isinstance(value, dict):
-            self.keep(value)
-            inside = value.values()
-        elif isinstance(value, (list, set)):
-            self.keep(value)
-            inside = value
-        elif isinstance(value, tuple):
-            inside = value
-        elif isinstance(getattr(value, "__dict__", None), dict) and not _is_private_to_torch(value):
-            inside = vars(value).values()
-            self.keep(vars(value))
-        for item in list(inside):
-            self.follow(item, seen, depth - 1)
-
-    def differs(self) -> bool:
-        """Whether anything has changed."""
-        try:
-            # In C: identical values are equal without a look at them, and no tensor is compared by its numbers.
-            return any(map(operator.ne, self.now, self.before))
-        except Exception:  # what cannot be compared, as tensors cannot, is another object
-            return True
-
-    def changed(self) -> Iterator[tuple[Any, Any]]:
-        """Every container that has changed, with what was noted of it."""
-        if self.differs():
-            yield from (pair for pair in zip(self.now, self.before, strict=True) if _differs(*pair))
-
-    def restore(self) -> None:
-        """Put back what has changed."""
-        for now, before in self.changed():
-            _fill(now, before)
+        self.settle_small()
 
 
 class Left:
@@ -248,22 +217,8 @@ class Left:
                 known = key in self.before
                 if (key in self.container) == known and (not known or self.container[key] is self.before[key]):
                     self.container[key] = value
-        elif not _differs(self.container, self.before):
-            _fill(self.container, self.entries)
-
-
-def _fill(container: Any, content: Any) -> None:
-    """Make the content of a container another, without a moment in which another thread would find it empty."""
-    if not isinstance(container, dict):
-        container.clear()
-        (container.extend if isinstance(container, list) else container.update)(content)
-        return
-    for key in [key for key in container if key not in content]:
-        del container[key]
-    container.update(content)
-    if list(container) != list(content):
-        container.clear()
-        container.update(content)
+        elif not differ(self.container, self.before):
+            fill(self.container, self.entries)
 
 
 def _hooks_of(module: nn.Module) -> list[dict[Any, Any]]:
@@ -273,18 +228,6 @@ def _hooks_of(module: nn.Module) -> list[dict[Any, Any]]:
     return [own[name] for name in (*names, "_forward_hooks_always_called", "_backward_hooks") if name in own]
 
 
-def _differs(now: Any, before: Any) -> bool:
-    try:
-        return now != before
-    except Exception:  # an object that cannot be compared is another object
-        return True
-
-
-def _is_private_to_torch(value: Any) -> bool:
-    """Handles, process groups and the state of sharded modules belong to torch."""
-    return type(value).__module__.startswith(("torch.", "torch._"))
-
-
 @dataclass
 class Copied:
     """A tensor of the backbone that is no parameter, and the skeleton's copy of it.
@@ -292,34 +235,139 @@ class Copied:
     Attributes:
         path: the module that holds it.
         holders: every table and name under which the skeleton has the copy.
+        fixed: whether it stands somewhere where no other can be put in its place.
     """
 
     path: str
     source: Tensor
     own: Tensor
-    holders: list[tuple[dict[str, Any], str]]
+    holders: list[tuple[Any, Any]] = field(default_factory=list)
+    fixed: bool = False
+
+    def differs(self) -> bool:
+        """Whether both are small, and hold other numbers."""
+        if not (_is_small(self.source) and _is_small(self.own)):
+            return False
+        size = self.own.numel() * self.own.element_size()
+        return bool(_other_bytes(self.source.data_ptr(), self.own.data_ptr(), size))
 
 
 def copied_tensors(backbone: nn.Module, skeleton: nn.Module) -> list[Copied]:
-    """Every buffer of the backbone and every tensor that is a plain attribute, with the skeleton's copy.
+    """Every buffer of the backbone and every tensor that an attribute is or holds, with the skeleton's copy.
 
     >>> copied_tensors(nn.BatchNorm1d(2), nn.BatchNorm1d(2))[0].source
     tensor([0., 0.])
     """
     modules = dict(skeleton.named_modules())
     found: dict[int, Copied] = {}
+    seen = set(map(id, backbone.modules()))
     for path, module in backbone.named_modules():
         twin = modules.get(path)
         if twin is None:
             continue
-        for own, its in ((module._buffers, twin._buffers), (vars(module), vars(twin))):
-            for name, tensor in own.items():
-                other = its.get(name)
-                if not isinstance(tensor, Tensor) or not isinstance(other, Tensor) or other is tensor:
-                    continue
-                plain = type(tensor) in (Tensor, nn.Buffer) and other.is_leaf
-                # Tensors made in inference mode count no versions.
-                if plain and not tensor.is_inference() and not other.is_inference():
-                    known = found.setdefault(id(other), Copied(path, tensor, other, []))
-                    known.holders.append((its, name))
+        for tensor, own, table, name in _twins_of_modules(module, twin, seen):
+            plain = type(tensor) in (Tensor, nn.Buffer) and own.is_leaf and own.shape == tensor.shape
+            # Tensors made in inference mode count no versions.
+            if plain and own is not tensor and not tensor.is_inference() and not own.is_inference():
+                known = found.setdefault(id(own), Copied(path, tensor, own))
+                if table is None:
+                    known.fixed = True
+                else:
+                    known.holders.append((table, name))
     return list(found.values())
+
+
+Twin = tuple[Tensor, Tensor, Any, Any]
+
+
+def _twins_of_modules(module: nn.Module, twin: nn.Module, seen: set[int]) -> Iterator[Twin]:
+    """Tensors that are at the same place of both, and the table and name of the second's."""
+    yield from _twins(module._buffers, twin._buffers, seen)
+    own = vars(twin)
+    yield from _twins({name: value for name, value in vars(module).items() if name not in OWN}, own, seen, own)
+
+
+def _twins(value: Any, twin: Any, seen: set[int], table: Any = None, depth: int = DEPTH) -> Iterator[Twin]:
+    if type(value) is not type(twin) or value is twin or id(value) in seen or not depth:
+        return
+    if isinstance(value, nn.Module):
+        seen.add(id(value))
+        yield from _twins_of_modules(value, twin, seen)
+        return
+    seen.add(id(value))
+    if isinstance(value, dict):
+        pairs = [(key, entry, twin[key]) for key, entry in value.items() if key in twin]
+    elif isinstance(value, (list, tuple)):
+        pairs = [(i, *pair) for i, pair in enumerate(zip(value, twin, strict=False))]
+    elif isinstance(getattr(value, "__dict__", None), dict) and not _is_private(value):
+        yield from _twins(vars(value), vars(twin), seen, None, depth)
+        return
+    else:
+        return
+    own = None if isinstance(twin, tuple) else twin
+    for key, entry, other in pairs:
+        if isinstance(entry, Tensor) and isinstance(other, Tensor):
+            yield entry, other, own, key
+        elif not isinstance(entry, (*PLAIN, *FUNCTIONS, Tensor)):
+            yield from _twins(entry, other, seen, None, depth - 1)
+
+
+def _is_private(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] in PRIVATE
+
+
+def own_class_containers(skeleton: nn.Module, filled: set[str]) -> None:
+    """Give every module containers of its own in the place of its class's that forwards may fill.
+
+    >>> class Cached(nn.Module):
+    ...     cache = {}
+    >>> model = Cached()
+    >>> own_class_containers(model, {"cache"})
+    >>> model.cache["a"] = 1
+    >>> Cached.cache
+    {}
+    """
+    for module in skeleton.modules():
+        own = vars(module)
+        for kind in _kinds_of_their_own(type(module)):
+            for name, value in vars(kind).items():
+                if name in filled and name not in own and isinstance(value, CONTAINERS):
+                    own[name] = copy.deepcopy(value)
+
+
+def method_caches(kinds: frozenset[type]) -> list[Any]:
+    """Methods of these classes that are under ``functools.lru_cache``, whose keys have the module.
+
+    >>> class Cached(nn.Module):
+    ...     @functools.lru_cache
+    ...     def table(self): ...
+    >>> method_caches(frozenset([Cached])) == [Cached.table]
+    True
+    """
+    cache = type(functools.lru_cache(_is_private))
+    own = dict.fromkeys(base for kind in kinds for base in _kinds_of_their_own(kind))
+    return [value for kind in own for value in vars(kind).values() if isinstance(value, cache)]
+
+
+def _kinds_of_their_own(kind: type) -> list[type]:
+    """The classes of a module that are not torch's."""
+    return [base for base in kind.__mro__ if base is not object and base.__module__.partition(".")[0] != "torch"]
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Whether a tensor's bytes are compared."""
+    plain = tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.is_contiguous()
+    return plain and 0 < tensor.numel() * tensor.element_size() <= SMALL and not tensor.is_conj() and not tensor.is_neg()
+
+
+def _bytes_differ() -> Any:
+    """A function of two addresses and a number of bytes; one that always says no where the system has none."""
+    try:
+        function = ctypes.PyDLL(None).memcmp
+    except (OSError, TypeError, AttributeError):
+        return lambda one, other, size: 0
+    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_int
+    return lambda one, other, size: one and other and function(one, other, size)
+
+
+_other_bytes = _bytes_differ()

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ParamsError
-from ..run.memory import FUNCTIONS, OWN, PLAIN
+from ..sites.noted import FUNCTIONS, OWN, PLAIN
 from ..run.reading import KEPT
 from .frozen import ABOUT, BUFFERS, MOVED, PATH, Leaves, original_kind
 

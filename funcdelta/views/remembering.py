@@ -38,7 +38,8 @@ class Remembered:
         self._places: list[list[tuple[nn.Module, str]]] = []
         for copied in self.memory.copies:
             places = [(tables[id(table)], name) for table, name in copied.holders if id(table) in tables]
-            copied.holders = [(_table(module, name), name) for module, name in places]
+            if places:
+                copied.holders = [(_table(module, name), name) for module, name in places]
             self._places.append(places)
         self.memory.note()
 
@@ -76,8 +77,11 @@ class Remembered:
     # -- buffers ---------------------------------------------------------------------------------------------------
 
     def _held(self, at: int) -> Any:
-        table, name = self.memory.copies[at].holders[0]
-        return table.get(name)
+        copied = self.memory.copies[at]
+        if copied.fixed or not copied.holders:
+            return copied.own
+        table, name = copied.holders[0]
+        return table.get(name) if isinstance(table, dict) else table[name] if name < len(table) else None
 
     def _written(self) -> list[int]:
         """Buffers in whose place others are, or that were written in place."""
@@ -111,6 +115,7 @@ class Remembered:
         copied, memory = self.memory.copies[at], self.memory
         memory.tensors[2 * at : 2 * at + 2] = copied.source, copied.own
         memory.versions[2 * at : 2 * at + 2] = copied.source._version, copied.own._version
+        memory.settle_small()
 
 
 def _table(module: nn.Module, name: str) -> dict[str, Any]:

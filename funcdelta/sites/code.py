@@ -1,0 +1,173 @@
+"""What the code of forwards reads and writes, by names: told from its instructions, without running it.
+
+Whether an attribute that changed matters, and whether it is a model's own state, is a question about code: a forward
+that writes ``self.steps`` changes it in every call, and nobody's forward reads ``config.architectures``. Code is
+followed from the forwards of all classes to whatever they call by name. Names are all that is compared, so two
+attributes of one name are not told apart.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import types
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+STARTS = ("forward", "__call__")
+FILLS = frozenset(
+    ("append", "appendleft", "add", "clear", "discard", "extend", "extendleft", "insert", "pop", "popitem", "popleft")
+    + ("remove", "reverse", "rotate", "setdefault", "sort", "update")
+)
+"""What changes containers; of other objects they are methods by which an object changes itself."""
+IN_PLACE = frozenset(name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__"))
+UNSEEN = frozenset(("data", "no_grad", "inference_mode", "set_grad_enabled", "untyped_storage"))
+"""Names by which code writes to a tensor that autograd would not let it write to."""
+
+
+@dataclass
+class Reach:
+    """What is reached from some functions.
+
+    Attributes:
+        reads: every name that is read: attributes, globals, and strings, by which attributes are asked for as well.
+        writes: attributes that are set or deleted.
+        fills: names that are read where containers are changed.
+        writes_tensors: whether some function writes tensors where autograd does not look.
+        codes: the code objects, those of functions inside of functions too.
+    """
+
+    reads: set[str] = field(default_factory=set)
+    writes: set[str] = field(default_factory=set)
+    fills: set[str] = field(default_factory=set)
+    writes_tensors: bool = False
+    codes: set[types.CodeType] = field(default_factory=set)
+
+    def take(self, other: Reach) -> None:
+        """Add what another one reaches."""
+        self.reads |= other.reads
+        self.writes |= other.writes
+        self.fills |= other.fills
+        self.codes |= other.codes
+        self.writes_tensors |= other.writes_tensors
+
+
+@functools.lru_cache(maxsize=256)
+def reach_of(kinds: frozenset[type]) -> Reach:
+    """What the forwards of these classes reach, in their own methods and in functions that they name.
+
+    >>> class Counts(nn.Module):
+    ...     def forward(self, x):
+    ...         self.calls += 1
+    ...         return x * self.scale
+    >>> found = reach_of(frozenset([Counts]))
+    >>> sorted(found.reads), sorted(found.writes)
+    (['calls', 'scale'], ['calls'])
+    """
+    pool: dict[str, list[Any]] = {}
+    for kind in dict.fromkeys(base for kind in kinds for base in kind.__mro__ if base not in (object, nn.Module)):
+        for name, value in vars(kind).items():
+            if name not in ("__init__", "__new__"):
+                pool.setdefault(name, []).append(value)
+    starts = [value for name in STARTS for value in pool.get(name, ())]
+    return _reach(starts, pool)
+
+
+def reach_of_functions(functions: Iterable[Any], kinds: frozenset[type] = frozenset()) -> Reach:
+    """The same for functions that are given, such as hooks and patched forwards."""
+    return _reach(functions, {})
+
+
+def _reach(starts: Iterable[Any], pool: dict[str, list[Any]]) -> Reach:
+    found, names, seen = Reach(), set[str](), set[int]()
+    waiting = [(value, False) for value in starts]
+    while waiting:
+        value, quiet = waiting.pop()
+        for function in _functions(value):
+            if id(function) in seen:
+                continue
+            seen.add(id(function))
+            facts = facts_of(function.__code__)
+            found.take(facts)
+            found.writes_tensors |= quiet and not IN_PLACE.isdisjoint(facts.reads)
+            waiting += [(other, other_quiet) for other, other_quiet in _held(function, facts.reads)]
+            for name in (facts.reads | facts.writes) - names:
+                names.add(name)
+                waiting += [(other, False) for other in pool.get(name, ())]
+    return found
+
+
+@functools.lru_cache(maxsize=8192)
+def facts_of(code: types.CodeType) -> Reach:
+    """What one function's code itself reads and writes, with the functions that are written inside of it.
+
+    >>> def forward(self, x):
+    ...     self.cache["last"] = x
+    ...     self.weight.data.clamp_(min=0)
+    >>> found = facts_of(forward.__code__)
+    >>> sorted(found.fills & {"cache"}), found.writes_tensors
+    (['cache'], True)
+    """
+    reads, writes, changes = set(code.co_names), set[str](), False
+    found = Reach(codes={code})
+    for step in dis.get_instructions(code):
+        if step.opname in ("STORE_ATTR", "DELETE_ATTR"):
+            writes.add(step.argval)
+        elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
+            changes = True
+    for constant in code.co_consts:
+        if isinstance(constant, str) and constant.isidentifier():
+            reads.add(constant)
+        elif isinstance(constant, types.CodeType):
+            found.take(facts_of(constant))
+    if changes or not FILLS.isdisjoint(reads):
+        found.fills |= reads
+    found.writes_tensors |= "data" in writes or not (IN_PLACE.isdisjoint(reads) or UNSEEN.isdisjoint(reads))
+    found.reads |= reads
+    found.writes |= writes
+    return found
+
+
+def _functions(value: Any) -> Iterator[types.FunctionType]:
+    """The Python functions behind what stands in a class, or is held by an object."""
+    if isinstance(value, types.FunctionType):
+        yield value
+    elif isinstance(value, (staticmethod, classmethod, types.MethodType)):
+        yield from _functions(value.__func__)
+    elif isinstance(value, property):
+        yield from (f for part in (value.fget, value.fset, value.fdel) for f in _functions(part))
+    elif isinstance(value, functools.partial):
+        yield from _functions(value.func)
+    elif isinstance(value, functools.cached_property):
+        yield from _functions(value.func)
+    elif hasattr(value, "__wrapped__") and not isinstance(value, type):
+        yield from _functions(inspect.unwrap(value))
+
+
+def _held(function: types.FunctionType, names: set[str]) -> Iterator[tuple[Any, bool]]:
+    """What a function may call: what it closes over, and functions that it knows by name; torch's own end here.
+
+    Each comes with whether it runs without autograd.
+    """
+    quiet = function.__name__ == "decorate_context"
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents, quiet
+        except ValueError:  # it is not filled
+            continue
+    if _is_torchs(function.__globals__.get("__name__")):
+        return
+    for name in names:
+        value = function.__globals__.get(name)
+        if isinstance(value, types.ModuleType) and not _is_torchs(value.__name__):
+            yield from ((vars(value)[at], False) for at in names if at in vars(value))
+        elif value is not None and not _is_torchs(getattr(value, "__module__", None)):
+            yield value, False
+
+
+def _is_torchs(name: str | None) -> bool:
+    return name is not None and (name == "torch" or name.startswith("torch."))

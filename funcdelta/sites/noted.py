@@ -1,0 +1,295 @@
+"""What modules hold beside their parameters, noted so that it can be compared with what it is later, and put back.
+
+Modules hold dicts, lists and objects with more of them inside. All are compared in one pass in C: identical values are
+equal without a look at them, and no tensor is compared by its numbers.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import enum
+import operator
+import pickle
+import random
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .references import LONGEST
+
+OWN = frozenset(vars(nn.Module()))
+"""The dicts that every module has: parameters are swapped and hooks belong to the skeleton itself."""
+PLAIN = (type(None), enum.Enum, bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size)
+FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
+CONTAINERS = (dict, list, set, collections.deque, bytearray)
+"""What can be emptied and filled again."""
+DEPTH = 12
+"""How deep objects are followed."""
+PRIVATE = ("torch", "funcdelta", "logging", "threading", "_thread", "weakref", "_weakref", "concurrent", "asyncio")
+"""Packages whose objects are nobody's state: handles, locks, loggers, process groups."""
+
+
+class Owner(NamedTuple):
+    """Whose a container is: the path of the module, the attribute, and what of it the entries are."""
+
+    path: str
+    name: str = ""
+    attributes: bool = False
+    module: bool = False
+
+    @property
+    def at(self) -> str:
+        """Its dotted name."""
+        return ".".join(part for part in (self.path, self.name) if part)
+
+    def word(self, key: Any) -> str:
+        """The name of an entry.
+
+        >>> Owner("0", "scales").word(1), Owner("0", "config", True).word("k"), Owner("0", "", True).word("act")
+        ('0.scales[1]', '0.config.k', '0.act')
+        """
+        at = self.at
+        return (f"{at}.{key}" if at else str(key)) if self.attributes else f"{at}[{key!r}]"
+
+    def inner(self, key: Any) -> Owner:
+        """The owner of what the entry ``key`` holds."""
+        name = f"{self.name}.{key}" if self.name and self.attributes else str(key) if self.attributes else self.name
+        return Owner(self.path, name)
+
+
+class Other(NamedTuple):
+    """State that no container has: how it reads now and read before, and what puts it back."""
+
+    read: Callable[[], Any]
+    before: Any
+    put_back: Callable[[], Any]
+
+
+class Noted:
+    """The containers that hold what modules remember, each with what was in it.
+
+    >>> cache, noted = {}, Noted()
+    >>> noted.follow(cache, set())
+    >>> cache["bias"] = torch.ones(2)
+    >>> noted.restore()
+    >>> cache
+    {}
+    """
+
+    def __init__(self) -> None:
+        self.now: list[Any] = []
+        self.before: list[Any] = []
+        self.owners: list[Owner] = []
+        self.others: list[Other] = []
+        self.iterators: list[tuple[Any, Any, Any]] = []
+
+    @classmethod
+    def together(cls, parts: Iterable[Noted]) -> Noted:
+        """All that is noted in several."""
+        found = cls()
+        for part in parts:
+            found.now += part.now
+            found.before += part.before
+            found.owners += part.owners
+            found.others += part.others
+            found.iterators += part.iterators
+        return found
+
+    def keep(self, container: Any, owner: Owner = Owner("")) -> Any:
+        """Note what is in a container; gives what was noted."""
+        self.now.append(container)
+        self.before.append(copied(container))
+        self.owners.append(owner)
+        return self.before[-1]
+
+    def keep_module(self, module: nn.Module, path: str, seen: set[int], tables: bool = True) -> None:
+        """Note the attributes of a module, and what they hold; its tables of buffers and children with ``tables``."""
+        seen.add(id(module))
+        own = vars(module)
+        self.keep(own, Owner(path, "", True, True))
+        for name in ("_buffers", "_modules") if tables else ():
+            if isinstance(own.get(name), dict):
+                self.keep(own[name], Owner(path, name))
+        for name, value in list(own.items()):
+            if name not in OWN:
+                self.follow(value, seen, DEPTH, Owner(path, name), (own, name), tables)
+
+    def follow(
+        self,
+        value: Any,
+        seen: set[int],
+        depth: int = DEPTH,
+        owner: Owner = Owner(""),
+        place: tuple[Any, Any] | None = None,
+        tables: bool = True,
+    ) -> None:
+        """Note the containers that ``value`` is or holds; ``place`` is the container and the key that has it."""
+        if isinstance(value, (*PLAIN, *FUNCTIONS, Tensor)) or id(value) in seen or not depth:
+            return
+        if isinstance(value, nn.Module):
+            self.keep_module(value, owner.at, seen, tables)
+            return
+        seen.add(id(value))
+        for inner, key, entry, held in self._inside(value, owner, place):
+            self.follow(entry, seen, depth - 1, inner.inner(key), held, tables)
+
+    def _inside(
+        self, value: Any, owner: Owner, place: tuple[Any, Any] | None
+    ) -> Iterator[tuple[Owner, Any, Any, tuple[Any, Any] | None]]:
+        """Note ``value`` itself; gives what it holds, with its owner, its key, and where it may be replaced."""
+        if isinstance(value, CONTAINERS):
+            self.keep(value, owner)
+            if len(value) <= LONGEST:
+                keyed = isinstance(value, (dict, list))
+                for key, entry in list(value.items() if isinstance(value, dict) else enumerate(value)):
+                    yield owner, key, entry, (value, key) if keyed else None
+            return
+        if isinstance(value, tuple):
+            yield from ((owner, i, entry, None) for i, entry in enumerate(value))
+            return
+        other = _other(value)
+        if other is not None:
+            self.others.append(other)
+        if type(value).__module__.partition(".")[0] in PRIVATE:
+            return
+        inside = owner._replace(attributes=True)
+        attributes = getattr(value, "__dict__", None)
+        if isinstance(attributes, dict):
+            self.keep(attributes, inside)
+            yield from ((inside, key, entry, (attributes, key)) for key, entry in list(attributes.items()))
+        yield from ((inside, key, entry, None) for key, entry in _slots_of(value).items())
+        if place is not None and isinstance(value, Iterator):
+            before = _another(value)
+            if before is not None:
+                self.iterators.append((*place, before))
+
+    def differs(self) -> bool:
+        """Whether any container has changed."""
+        try:
+            return any(map(operator.ne, self.now, self.before))
+        except Exception:  # what cannot be compared, as tensors cannot, is another object
+            return True
+
+    def changed(self) -> Iterator[tuple[Any, Any]]:
+        """Every container that has changed, with what was noted of it."""
+        if self.differs():
+            yield from (pair for pair in zip(self.now, self.before, strict=True) if differ(*pair))
+
+    def restore(self) -> None:
+        """Put back what has changed."""
+        for now, before in self.changed():
+            fill(now, before)
+
+    def restore_others(self) -> None:
+        """The same for state that no container has."""
+        for other in self.others:
+            if differ(other.read(), other.before):
+                other.put_back()
+        for container, key, before in self.iterators:
+            fresh = _another(before)
+            for table in (container, *(b for n, b in zip(self.now, self.before, strict=True) if n is container)):
+                table[key] = fresh
+
+
+def copied(container: Any) -> Any:
+    """A copy of a container, one level deep, of the plain kind where dicts are concerned.
+
+    >>> copied(collections.OrderedDict(a=1))
+    OrderedDict([('a', 1)])
+    """
+    return dict(container) if type(container) is dict else copy.copy(container)
+
+
+def differ(now: Any, before: Any) -> bool:
+    """Whether two containers hold other things.
+
+    >>> differ({"a": torch.ones(2)}, {"a": torch.ones(2)}), differ([1], [1.0])
+    (True, False)
+    """
+    try:
+        return bool(now != before)
+    except Exception:  # an object that cannot be compared is another object
+        return True
+
+
+def fill(container: Any, content: Any) -> None:
+    """Make the content of a container another, without a moment in which another thread would find it empty.
+
+    >>> last = collections.deque([1, 2], maxlen=2)
+    >>> fill(last, [3])
+    >>> last
+    deque([3], maxlen=2)
+    """
+    if isinstance(container, (list, bytearray)):
+        container[:] = content
+    elif not isinstance(container, dict):
+        container.clear()
+        (container.update if isinstance(container, set) else container.extend)(content)
+    else:
+        for key in [key for key in container if key not in content]:
+            del container[key]
+        container.update(content)
+        if list(container) != list(content):
+            container.clear()
+            container.update(content)
+
+
+def _slots_of(value: Any) -> dict[str, Any]:
+    """What an object holds in slots."""
+    found: dict[str, Any] = {}
+    for kind in type(value).__mro__:
+        names = vars(kind).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else tuple(names):
+            own = f"_{kind.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name
+            if own not in ("__dict__", "__weakref__") and hasattr(value, own):
+                found[own] = getattr(value, own)
+    return found
+
+
+def _other(value: Any) -> Other | None:
+    """How to note an object whose state is in no dict: arrays, generators of random numbers, objects with slots."""
+    if isinstance(value, torch.Generator):
+        state = value.get_state()
+        return _noted(lambda: value.get_state().numpy().tobytes(), lambda: value.set_state(state))
+    if isinstance(value, random.Random):
+        now = value.getstate()
+        return _noted(value.getstate, lambda: value.setstate(now))
+    if type(value).__module__.partition(".")[0] == "numpy":
+        bits = getattr(value, "bit_generator", getattr(value, "_bit_generator", None))
+        if bits is not None:
+            drawn = copy.deepcopy(bits.state)
+            return _noted(lambda: pickle.dumps(bits.state), lambda: setattr(bits, "state", drawn))
+        if hasattr(value, "tobytes") and getattr(getattr(value, "flags", None), "writeable", False):
+            numbers = value.copy()
+            return _noted(value.tobytes, lambda: value.__setitem__(..., numbers))
+        return None
+    if _slots_of(value):
+        slots = _slots_of(value)
+        return _noted(lambda: _slots_of(value), lambda: _put_in_slots(value, slots))
+    return None
+
+
+def _noted(read: Callable[[], Any], put_back: Callable[[], Any]) -> Other:
+    return Other(read, read(), put_back)
+
+
+def _put_in_slots(value: Any, slots: dict[str, Any]) -> None:
+    for name in _slots_of(value).keys() - slots.keys():
+        object.__delattr__(value, name)
+    for name, entry in slots.items():
+        object.__setattr__(value, name, entry)
+
+
+def _another(iterator: Any) -> Any:
+    """An iterator that is where this one is; ``None`` where there can be none."""
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = copy.copy(iterator)
+        return None if found is iterator else found
+    return None
