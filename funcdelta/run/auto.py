@@ -18,6 +18,7 @@ from ..errors import EngineError, EngineWarning, FuncdeltaError
 from .call import Params
 from .engines import BY_NAME, call_best_fold, call_loop, call_vmap
 from .inputs import Inputs
+from .layout import MixedBackwardError
 from .layouts import key_of, layout_of
 from .program import Program
 
@@ -36,20 +37,24 @@ def run_many(program: Program, stack: Params, inputs: Inputs, engine: str, reach
     if torch.compiler.is_compiling():
         return call_best_fold(program, stack, inputs, reached)
     ways = {name: functools.partial(run, program, stack, inputs, reached) for name, run in AUTO.items()}
-    return run_first_that_can(program, key_of(program, stack, inputs), ways, "apply_many")
+    return run_first_that_can(program, lambda: key_of(program, stack, inputs), ways, "apply_many")
 
 
-def run_first_that_can(program: Program, key: Any, ways: Mapping[str, Callable[[], Any]], call: str) -> Any:
+def run_first_that_can(
+    program: Program, key_of_now: Callable[[], Any], ways: Mapping[str, Callable[[], Any]], call: str
+) -> Any:
     """The result of the first of ``ways`` that can run; the last one's error is the caller's own.
 
-    A way that is refused is remembered under ``key`` once a later one has succeeded: an error that every way raises
-    is not about engines.
+    A way that is refused is remembered under the key of the inputs once a later one has succeeded: an error that every
+    way raises is not about engines. The key is asked for again then, for meanwhile it may have been learned that it
+    takes more to tell such inputs apart.
     """
+    key = key_of_now()
     refused: dict[str, str] = {}
     ours = False
     last = list(ways)[-1]
     for name, run in ways.items():
-        if name != last and (name, call, key) in program.refusals:
+        if name in refused or (name != last and (name, call, key) in program.refusals):
             continue
         try:
             result = run()
@@ -57,6 +62,9 @@ def run_first_that_can(program: Program, key: Any, ways: Mapping[str, Callable[[
             if name == last or not isinstance(error, EngineError):
                 raise
             refused[name], ours = str(error), True
+            if isinstance(error, MixedBackwardError):
+                # Mapped, the model does not even see that gradients are wanted, and leaves its hooks out.
+                refused |= dict.fromkeys([other for other in ways if other not in (name, last)], str(error))
         except Exception as error:
             if name == last and call == "apply_rows" and ours:
                 raise EngineError(
@@ -70,6 +78,7 @@ def run_first_that_can(program: Program, key: Any, ways: Mapping[str, Callable[[
                 raise
             refused[name] = f"{type(error).__name__}: {error}"
         else:
+            key = key_of_now() if refused else key
             for other, reason in refused.items():
                 program.refusals[(other, call, key)] = reason
             _tell(program, call, name, refused)
@@ -129,8 +138,8 @@ class Explanation:
 
 def explain(program: Program, stack: Params, inputs: Inputs) -> Explanation:
     """The engine that ``auto`` takes for these inputs; runs them once where that is not known yet."""
-    with torch.no_grad():
-        run_many(program, stack, inputs, "auto", set())
+    # Where gradients are wanted other things are refused, so it runs as the call would.
+    run_many(program, stack, inputs, "auto", set())
     key = key_of(program, stack, inputs)
     refused = {
         name: program.refusals[(name, "apply_many", key)]

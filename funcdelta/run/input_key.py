@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..locks import fork_safe_lock
 from ..pytrees.opaque import PLAIN
 from .containers import is_cache
+from .values import written
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -36,7 +37,7 @@ def input_key(
     """What decides where the batch is: the names, kinds and plain values of the inputs, and whatever is in ``more``.
 
     Of a tensor it tells the dtype, the layout, the axis of rows and which other sizes are 1, but not the sizes; of a
-    cache its class and whether it is filled; of other objects the class.
+    cache its class and whether it is filled; of other objects the class and their plain attributes.
 
     >>> x, y = torch.zeros(4, 1, 3), torch.zeros(9, 1, 8)
     >>> input_key([x, True], ["x", "flag"], {0: 0})
@@ -59,7 +60,9 @@ def _fact(leaf: Any, axis: int | None, mapped: bool) -> str:
     if isinstance(leaf, PLAIN):
         return _plain(leaf)
     if isinstance(leaf, np.ndarray):
-        return f"{leaf.dtype}:numpy:{_sizes(leaf.shape[1:] if mapped else leaf.shape, axis)}"
+        # What Python reads of an array cannot be seen, so where all rows share one, its values belong to the key.
+        shared = "" if mapped or axis is not None else f":{written(leaf)}"
+        return f"{leaf.dtype}:numpy:{_sizes(leaf.shape[1:] if mapped else leaf.shape, axis)}{shared}"
     if is_cache(leaf):
         return f"{_kind(leaf)}:{_is_filled(leaf)}"
     if isinstance(leaf, list):  # with an entry a row, whose values do not say where rows are
@@ -82,7 +85,11 @@ def _plain(value: Any) -> str:
         return f"({','.join(map(_plain, value))})"
     if isinstance(value, (set, frozenset)):
         return f"{{{','.join(sorted(map(_plain, value)))}}}"
-    return _kind(value)
+    if isinstance(value, (type, nn.Module)) or callable(value):
+        return _kind(value)
+    held = getattr(value, "__dict__", {}).items()
+    facts = [f"{name}={entry!r}" for name, entry in held if isinstance(entry, BY_VALUE)]
+    return f"{_kind(value)}({','.join(facts)})" if facts else _kind(value)
 
 
 def _kind(value: Any) -> str:

@@ -18,6 +18,10 @@ class LayoutMismatchError(FoldError):
     """A call does not go as the one did from which its layout was learned: the layout is learned anew, once."""
 
 
+class MixedBackwardError(FoldError):
+    """Members together get other gradients than alone: in one batch, and where they are mapped, too."""
+
+
 @dataclass(frozen=True)
 class Hidden:
     """Which axis of a site's hidden input and output counts rows; ``None``: the same for all rows."""

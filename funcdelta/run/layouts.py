@@ -12,12 +12,14 @@ from torch import Tensor
 from ..errors import FoldError
 from ..locks import fork_safe_lock
 from ..pytrees.opaque import spare
+from ..transforms import inside_transform
 from .call import Params
 from .inputs import Arguments, Inputs
 from .layout import Layout
-from .probe import learn, undisturbed
+from .probe import OTHER_ENGINES, Facts, learn, undisturbed
 from .program import Program, program_of
 from .rows import rows_of_cache, sizes
+from .values import MANY, Deciding, can_decide
 
 probing = fork_safe_lock()
 """Held while a layout is learned: two threads need not learn the same."""
@@ -36,9 +38,9 @@ def layout_of(program: Program, stack: Params, inputs: Inputs, by_row: bool = Fa
     layout = program.layouts.get(key)
     if layout is None:
         with probing:
-            layout = program.layouts.get(key)
+            layout = program.layouts.get(key_of(program, stack, inputs, by_row, entry))
             if layout is None:
-                layout = program.layouts[key] = _learn(program, stack, inputs, by_row, entry)
+                layout = _learned(program, stack, inputs, by_row, entry)
     return layout
 
 
@@ -47,16 +49,48 @@ def learned_anew(
 ) -> Layout:
     """The layout that the very inputs tell, where a remembered one does not fit; what only one knows is kept."""
     with probing:
-        layout = known.joined(_learn(program, stack, inputs, by_row, entry))
-        program.layouts[key_of(program, stack, inputs, by_row, entry)] = layout
+        return _learned(program, stack, inputs, by_row, entry, known)
+
+
+def _learned(
+    program: Program, stack: Params, inputs: Inputs, by_row: bool, entry: str, known: Layout | None = None
+) -> Layout:
+    """A layout learned and remembered; inputs that Python reads meanwhile join the key by their values."""
+    structure, read = _structure(program, stack, inputs, by_row, entry), set[int]()
+    before = program.layouts.get(structure)
+    if isinstance(before, Deciding) and before.learned >= MANY:
+        raise FoldError(
+            f"The model reads the values of {' and '.join(inputs.places[i] for i in before.places)} in Python, and "
+            f"where rows are has been learned for {MANY} of them by now: each call brings another. {OTHER_ENGINES}"
+        )
+    try:
+        layout = _learn(program, stack, inputs, by_row, entry, read)
+    finally:
+        if isinstance(before, Deciding):
+            program.layouts[structure] = before.with_more(read)
+        elif read:
+            program.layouts[structure] = Deciding(()).with_more(read)
+    layout = layout if known is None else known.joined(layout)
+    program.layouts[key_of(program, stack, inputs, by_row, entry)] = layout
     return layout
 
 
 def key_of(program: Program, stack: Params, inputs: Inputs, by_row: bool = False, entry: str = "") -> Any:
     """What decides where the batch is: the mode, the precision, which leaves are given, and facts of the inputs."""
+    key = _structure(program, stack, inputs, by_row, entry)
+    if torch.compiler.is_compiling():
+        return key  # tracing has no values
+    known = program.layouts.get(key)
+    return (*key, *known.values(inputs.leaves)) if isinstance(known, Deciding) else key
+
+
+def _structure(program: Program, stack: Params, inputs: Inputs, by_row: bool, entry: str) -> Any:
+    """The key but for values of tensors."""
     present = "|".join(sorted(program.plan.present(stack)))
     single = True if by_row or inputs.has_single_rows else False  # noqa: SIM210  (symbolic while torch.compile traces)
     grads = True if torch.is_grad_enabled() else False  # noqa: SIM210  (models may ask)
+    if grads and not torch.compiler.is_compiling() and not wants_gradients(stack, inputs):
+        grads = None  # nothing to check of the backward pass
     return inputs.key(program.training, _precision(inputs.leaves), present, single, by_row, entry, grads)
 
 
@@ -66,8 +100,25 @@ def _precision(leaves: Sequence[Any]) -> str:
     return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
 
 
-def _learn(program: Program, stack: Params, inputs: Inputs, by_row: bool, entry: str) -> Layout:
+def wants_gradients(stack: Params, inputs: Inputs) -> bool:
+    """Whether the call may be differentiated: something requires grad, or a transform is under way."""
+    if inside_transform() or any(leaf.requires_grad for leaf in stack.values()):
+        return True
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in inputs.leaves)
+
+
+def _learn(
+    program: Program,
+    stack: Params,
+    inputs: Inputs,
+    by_row: bool,
+    entry: str,
+    read: set[int],
+    backward: bool | None = None,
+) -> Layout:
     """From the first rows of the first member, and the last ones of the last, in the other order."""
+    if backward is None:
+        backward = torch.is_grad_enabled() and wants_gradients(stack, inputs)
     inputs = inputs.concrete()
     first = list(range(1 if by_row else min(inputs.b, 2)))
     last = [inputs.b - 1 - i for i in first]
@@ -75,7 +126,9 @@ def _learn(program: Program, stack: Params, inputs: Inputs, by_row: bool, entry:
     with undisturbed():
         one, together = [picked(inputs, end) for end in ends], picked(inputs, *ends)
     present = program.plan.present(stack)
-    return learn(program, present, one, together, inputs.row_axis, len(first), entry, by_row)
+    deciding = [i for i, leaf in enumerate(inputs.leaves) if i not in inputs.row_axis and can_decide(leaf)]
+    facts = Facts(inputs.row_axis, tuple(deciding), len(first), by_row, backward)
+    return learn(program, present, one, together, facts, entry, read)
 
 
 def picked(inputs: Inputs, *which: tuple[int, Sequence[int]]) -> Arguments:
@@ -124,6 +177,8 @@ def _learn_while_tracing(
 ) -> bool:
     """Learn a layout in the middle of a compilation, from made-up rows of the same shapes: tracing has no values."""
     program = program_of(handle)
+    if isinstance(program.layouts.get(key), Deciding):
+        raise FoldError("Python reads the values of inputs of this model, which compiled code does not have.")
     if key in program.layouts:
         _open_traced(program, key)
         return True
@@ -147,7 +202,11 @@ def _learn_while_tracing(
         leaves.append(random.to(dtype))
     args, kwargs = tuple(leaves[:positional]), dict(zip(keywords, leaves[positional:], strict=True))
     inputs = Inputs(program.backbone, 2, args, kwargs, None, program.batch_dim)
-    program.layouts[key] = _learn(program, dict.fromkeys(names, torch.zeros(())), inputs, by_row, "")
+    read = set[int]()
+    layout = _learn(program, dict.fromkeys(names, torch.zeros(())), inputs, by_row, "", read, torch.is_grad_enabled())
+    if read:
+        raise FoldError(f"Python reads the values of {inputs.places[min(read)]}, which compiled code does not have.")
+    program.layouts[key] = layout
     _open_traced(program, key)
     return True
 

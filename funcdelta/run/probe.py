@@ -20,8 +20,10 @@ Dropout is off while a probe runs, and random numbers come from a generator of i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -38,14 +40,16 @@ from ..pytrees.opaque import spare, tensors_in
 from ..randomness import private_random
 from ..structures.rowwise import is_rowwise
 from ..transforms import eager, outside_transforms
+from .backward import check_backward, grown, roots, written_in_python
 from .call import TENSOR, Call, Params
 from .containers import is_cache
 from .fold import Folded
-from .layout import Ends, Hidden, Layout, Run, close, scalar_message
+from .layout import Ends, Hidden, Layout, MixedBackwardError, Run, close, scalar_message
 from .outputs import flatten
 from .program import Program
 from .skeleton import Skeleton
 from .tracking import DRAWN, MIXED, Readings, Rows, Tracking
+from .values import held
 
 MEMBERS = 2
 
@@ -99,35 +103,53 @@ def undisturbed() -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the inputs of a probe.
+
+    Attributes:
+        axes: the axis of rows of every input leaf that has some, by position.
+        deciding: those that have none, and whose values Python may read.
+        rows: of each member; ``rows_are_members`` where each row is a member of its own.
+        backward: whether the call may be differentiated.
+    """
+
+    axes: Mapping[int, int]
+    deciding: tuple[int, ...] = ()
+    rows: int = 1
+    rows_are_members: bool = False
+    backward: bool = False
+
+
 @eager
 def learn(
     program: Program,
     present: frozenset[str],
     one: list[tuple[tuple[Any, ...], dict[str, Any]]],
     together: tuple[tuple[Any, ...], dict[str, Any]],
-    axes: Mapping[int, int],
-    rows: int,
-    entry: str = "",
-    rows_are_members: bool = False,
+    facts: Facts,
+    entry: str,
+    read: set[int],
 ) -> Layout:
     """The layout of the inputs of two members: ``one[i]`` those of each alone, ``together`` those of both folded.
 
-    ``axes`` tells the axis of rows of every input leaf that has some; each member has ``rows``. The module at
-    ``entry`` is what is called; ``rows_are_members`` where each row is a member of its own.
+    The module at ``entry`` is what is called. In ``read`` the places of inputs without rows are put whose values
+    Python reads: with other values the layout may be another, or none.
 
     Raises :class:`FoldError` where the members cannot share a batch, with the place and the reason.
     """
     skeleton = program.skeletons.get(program.training)
     with undisturbed():
         members = expand_stack(program.plan.shared, program.random_members(MEMBERS, present))
-    probe = Probe(program.plan, skeleton, members, rows, entry, rows_are_members)
+    probe = Probe(program.plan, skeleton, members, entry, facts, read)
     clean, skeleton.clean = skeleton.clean, False
     try:
-        return probe.learn(one, together, axes)
+        return probe.learn(one, together)
     except FoldError as error:
         # Rows that are routed run one after the other instead.
-        advice = "" if entry or rows_are_members or "engine=" in str(error) else f" {OTHER_ENGINES}"
-        raise FoldError(f"{error}{advice}{_why_rows_mix(skeleton.module, program.batch_dim)}") from error
+        advice = "" if entry or facts.rows_are_members or "engine=" in str(error) else f" {OTHER_ENGINES}"
+        kind = MixedBackwardError if isinstance(error, MixedBackwardError) else FoldError
+        raise kind(f"{error}{advice}{_why_rows_mix(skeleton.module, program.batch_dim)}") from error
     finally:
         skeleton.settle()
         skeleton.clean = clean
@@ -145,12 +167,16 @@ class Probe:
     """What is seen of two members; its methods from ``axis`` on are what the skeleton tells (:class:`.call.Watch`)."""
 
     def __init__(
-        self, plan: Any, skeleton: Skeleton, members: Params, rows: int, entry: str, rows_are_members: bool = False
+        self, plan: Any, skeleton: Skeleton, members: Params, entry: str, facts: Facts, read: set[int]
     ) -> None:
         self.plan, self.skeleton, self.members, self.entry = plan, skeleton, members, entry
-        self.rows, self.rows_are_members = rows, rows_are_members
-        self.lift = Folded(MEMBERS, rows)
-        self.tracking = Tracking(MEMBERS, self._on_read, self._on_mix, rows)
+        self.facts, self.rows, self.rows_are_members = facts, facts.rows, facts.rows_are_members
+        self.lift = Folded(MEMBERS, self.rows)
+        self.tracking = Tracking(MEMBERS, self._on_read, self._on_mix, self.rows, read.update)
+        self.thread = threading.get_ident()
+        self.elsewhere: str | None = None
+        self.roots: dict[str, Tensor] = {}
+        self.acting = members
         self.stack: list[Visit] = []
         self.visited: set[str] = set()
         self.idle: set[str] = set()
@@ -161,8 +187,9 @@ class Probe:
 
     # -- the three steps -------------------------------------------------------------------------------------------
 
-    def learn(self, one: Any, together: Any, axes: Mapping[int, int]) -> Layout:
+    def learn(self, one: Any, together: Any) -> Layout:
         """The layout; see :func:`learn`."""
+        once_more = [spare(own) for own in one] if self.facts.backward else []
         again = spare(one[0]) if self.plan.owners(self.members) else None
         with self._watched_modules():
             alone = [self._alone(i, one[i]) for i in range(MEMBERS)]
@@ -175,19 +202,37 @@ class Probe:
             self.skeleton.open(path)
         args, kwargs = together
         with self._watched_modules():
-            found, dims = self._folded(args, kwargs, axes)
+            found, dims = self._folded(args, kwargs)
+        self._check_threads()
+        runs = {path: run for path, run in self.runs.items() if run.visits or not self._is_inside_loop(path)}
         layout = Layout(
             {path: tuple(visits) for path, visits in self.sites.items()},
-            dict(self.runs),
+            runs,
             dims,
             tuple(names),
-            frozenset(self.idle),
+            # Within a module that runs once per member others act there; in the batch they would not.
+            frozenset(path for path in (*self.idle, *self.plan.owners(self.members)) if path not in runs),
         )
         self._compare(alone, found, layout)
+        if self.facts.backward:
+            self._compare_backward(found, once_more, dims)
         return layout
 
-    def _alone(self, member: int, given: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
-        params = {name: leaf[member] for name, leaf in self.members.items()}
+    def _compare_backward(self, found: list[Any], once_more: list[Any], dims: tuple[int | None, ...]) -> None:
+        """Gradients of both in one batch with those of each, where the backward pass has something of Python's own."""
+        own = written_in_python(found)
+        if not own and not self.tracking.hooked:
+            return
+
+        def alone(member: int, leaves: Mapping[str, Tensor]) -> list[Any]:
+            params = grown({name: leaf[member] for name, leaf in self.members.items()}, leaves)
+            return flatten(self._alone(member, once_more[member], params))[0]
+
+        what = f"the autograd.Function {own}" if own else "a hook on a tensor"
+        check_backward((found, self.roots), alone, dims, MEMBERS, what)
+
+    def _alone(self, member: int, given: tuple[tuple[Any, ...], dict[str, Any]], params: Params | None = None) -> Any:
+        params = params or {name: leaf[member] for name, leaf in self.members.items()}
         call = Call(params, watch=self)
         if self.skeleton.units and self.skeleton.plan is not None:
             call.runs = {path: Run(keys) for path, keys in self.plan.outermost(params).items()}
@@ -201,12 +246,12 @@ class Probe:
         finally:
             self.skeleton.settle()
 
-    def _folded(self, args: Any, kwargs: Any, axes: Mapping[int, int]) -> tuple[list[Any], tuple[int | None, ...]]:
+    def _folded(self, args: Any, kwargs: Any) -> tuple[list[Any], tuple[int | None, ...]]:
         """The leaves of the folded output, and the axis of rows of each."""
         self.folding = True
         try:
             with undisturbed():
-                args, kwargs, members = self._marked(args, kwargs, axes)
+                args, kwargs, members = self._marked(args, kwargs)
                 call = Call(members, lift=self.lift, runs=self.runs, watch=self)
                 with self.tracking, Readings(self.tracking):
                     output = self.skeleton.run(self.entry, {}, args, kwargs, call)
@@ -226,17 +271,22 @@ class Probe:
             dims.append(None if tag is None else tag.axis)
         return found, tuple(dims)
 
-    def _marked(self, args: Any, kwargs: Any, axes: Mapping[int, int]) -> tuple[Any, Any, Params]:
+    def _marked(self, args: Any, kwargs: Any) -> tuple[Any, Any, Params]:
         """Private copies of the inputs and the members, for a call may change the ones and notes are made on both."""
         leaves, tree = flatten((args, kwargs))
         leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        for i, axis in axes.items():
+        for i, axis in self.facts.axes.items():
             if isinstance(leaves[i], Tensor):
                 self.tracking.mark(leaves[i], Rows(axis))
+        for i in self.facts.deciding:
+            for tensor in held(leaves[i]):
+                self.tracking.mark_input(tensor, frozenset({i}))
         for tensor in (tensor for leaf in leaves if is_cache(leaf) for tensor in tensors_in(leaf)):
             if tensor.ndim and tensor.shape[0] == MEMBERS * self.rows:
                 self.tracking.mark(tensor, Rows(0))
-        members = {name: leaf.clone() for name, leaf in self.members.items()}
+        if self.facts.backward:
+            self.roots = roots(self.members, self.plan.constants)
+        members = self.acting = {name: leaf.clone() for name, leaf in grown(self.members, self.roots).items()}
         for leaf in members.values():
             self.tracking.mark(leaf, Rows(0))
         args, kwargs = tree(leaves)
@@ -330,6 +380,10 @@ class Probe:
             found[path] = Run(tuple(dict.fromkeys([*keys, *(key for a in inside for key in a.leaves.values())])))
         return found
 
+    def _is_inside_loop(self, path: str) -> bool:
+        """Whether a module above runs in turn; hooks of that one, or others, may call this one in the batch all the same."""
+        return any(run.how == "loop" and other != path and within(path, other) for other, run in self.runs.items())
+
     def _acts_inside(self, attachment: Any, path: str, itself: bool = False) -> bool:
         """Whether a delta acts within the module at ``path``; at the module itself, hidden values change outside."""
         inside = [within(end, path) and (itself or end != path) for end in attachment.ends]
@@ -367,6 +421,9 @@ class Probe:
 
     def _watching(self, path: str, forward: Callable[..., Any], rowwise: bool) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != self.thread:
+                self.elsewhere = path
+                self._check_threads()
             self.visited.add(path)
             call = self.skeleton.call
             if not self.folding or self.tracking.paused or call is None or call.lift is None:
@@ -470,20 +527,19 @@ class Probe:
             [*used, *(key for a in inside for key in a.leaves.values()), *(known.keys if known else ())]
         )
         outputs: list[Any] = []
-        with self.tracking.pause():
+        with self.tracking.pause(alone=True):
             for i in range(MEMBERS):
                 own = [
                     self.tracking.part(leaf, tag, i) if tag else leaf for leaf, tag in zip(leaves, tags, strict=True)
                 ]
-                p = {key: self.members[key][i] for key in keys}
+                p = {key: self.acting[key][i] for key in keys}
                 own_args, own_kwargs = pytree.tree_unflatten(own, spec)
                 outputs.append(self.skeleton.run_inside(path, forward, p, own_args, own_kwargs, Call(p)))
-        joined, dims = self._joined(path, outputs, whole, leaves, tags)
+        with self.tracking.pause():
+            joined, dims = self._joined(path, outputs, whole, leaves, tags)
         tensors = [tag for leaf, tag in zip(leaves, tags, strict=True) if isinstance(leaf, Tensor)]
         ends = Ends(tuple(None if tag is None else tag.axis for tag in tensors), dims)
         visits = known.visits if known is not None and known.how == "loop" else ()
-        for other in [other for other in self.runs if other != path and within(other, path)]:
-            del self.runs[other]
         self.runs[path] = Run(tuple(keys), "loop", why, (*visits, ends))
         return joined
 
@@ -513,11 +569,18 @@ class Probe:
                     raise FoldError(f"What {path} returns has no axis of rows, and differs by member.")
                 joined.append(first)
             else:
-                with self.tracking.pause():
-                    joined.append(torch.cat(parts, dim))
+                joined.append(torch.cat(parts, dim))
                 self.tracking.mark(joined[-1], Rows(dim))
             dims.append(dim)
         return pytree.tree_unflatten(joined, spec), tuple(dims)
+
+    def _check_threads(self) -> None:
+        """What runs in another thread than the call cannot be followed."""
+        if self.elsewhere is not None:
+            raise FoldError(
+                f"{self.elsewhere} runs in a thread of its own within the call, where it cannot be seen which rows are "
+                f"whose."
+            )
 
     # -- what the skeleton tells -----------------------------------------------------------------------------------
 
@@ -580,7 +643,7 @@ class Probe:
             return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
 
         params = {key: call.params[key] for key in run.keys}
-        with self.tracking.pause():
+        with self.tracking.pause(alone=True):
             bare = self.skeleton.run_inside(path, forward, {}, args, kwargs, Call({}))
             plain = [t for t in pytree.tree_leaves(bare) if isinstance(t, Tensor)]
             split = [

@@ -69,8 +69,9 @@ def route_rows(
 
     if torch.compiler.is_compiling():
         return folded()
-    key = key_of(program, taken, inputs, by_row=True)
-    return run_first_that_can(program, key, {"fold": folded, "loop": in_turn}, "apply_rows")
+    return run_first_that_can(
+        program, lambda: key_of(program, taken, inputs, by_row=True), {"fold": folded, "loop": in_turn}, "apply_rows"
+    )
 
 
 def joined(outputs: list[Any], inputs: Inputs) -> Any:

@@ -11,7 +11,8 @@ the probe follows the rows themselves. Each tensor of a folded run is known as
 Views move an axis by arithmetic on shapes. Elementwise operations keep it. Any other operation is run again on the
 blocks of single members: if that gives the blocks of its result, the axis is known, else the result is mixed. So a sum
 over the batch, a running count of tokens, a sort or a shuffle is found where it happens, whatever its values are. What
-Python reads of a tensor's values (``if``, ``tolist``, numpy) is noted too: there, members decide for each other.
+Python reads of a tensor's values (``if``, ``tolist``, numpy) is noted too: there, members decide for each other. Where
+it reads what comes from inputs without rows, all of them decide alike, and it is noted which inputs those are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from torch.utils import _pytree as pytree
 from ..randomness import ThreadMode
 from ..structures.rowwise import MASKS
 from .layout import close
+from .storages import Place, Storages, same_axis
 
 aten = torch.ops.aten
 MARK = "_funcdelta_rows"
@@ -50,6 +52,8 @@ DRAWN = Rows(-2)
 """Random numbers: no two rows agree on them, and whose they are does not matter while each row has its own."""
 
 Tag = Rows | None
+
+NOTHING: frozenset[int] = frozenset()
 
 SAME = {
     *("alias", "detach", "clone", "_to_copy", "contiguous", "lift_fresh", "lift_fresh_copy", "positive"),
@@ -72,7 +76,8 @@ class Tracking(ThreadMode):
     """Follows the rows of ``n`` members through everything that is computed inside the block.
 
     Each has ``rows`` rows. ``on_read`` is called where Python reads values that depend on rows, ``on_mix`` where an
-    operation first mixes them; both get its name.
+    operation first mixes them; both get its name. ``on_input`` is called where Python reads values that inputs without
+    rows decide, with the places of these.
 
     >>> x = torch.arange(6.0).view(6, 1)
     >>> with Tracking(3, print, print) as tracking:
@@ -82,21 +87,56 @@ class Tracking(ThreadMode):
     (Rows(axis=0, outer=1), Rows(axis=0, outer=1), True)
     """
 
-    def __init__(self, n: int, on_read: Callable[[str], Any], on_mix: Callable[[str], Any], rows: int = 1) -> None:
+    def __init__(
+        self,
+        n: int,
+        on_read: Callable[[str], Any],
+        on_mix: Callable[[str], Any],
+        rows: int = 1,
+        on_input: Callable[[frozenset[int]], Any] = lambda places: None,
+    ) -> None:
         super().__init__()
-        self.n, self.on_read, self.on_mix, self.rows = n, on_read, on_mix, rows
-        self.paused = 0
+        self.n, self.on_read, self.on_mix, self.on_input, self.rows = n, on_read, on_mix, on_input, rows
+        self.paused = self.alone = 0
+        self.hooked = False
+        self.storages = Storages[Tag]()
 
     # -- marks -----------------------------------------------------------------------------------------------------
 
     def of(self, tensor: Tensor) -> Tag:
-        """What is known of a tensor."""
+        """What is known of a tensor, or of its memory."""
+        if self.storages.spoiled(tensor):
+            return MIXED
         mark = getattr(tensor, MARK, None)
-        return mark[1] if mark is not None and mark[0] is self else None
+        if mark is not None and mark[0] is self and mark[1] is not None:
+            return mark[1]
+        return self.storages.find(tensor, self._carried, MIXED, lambda tag: tag is not None)
+
+    def inputs(self, tensor: Tensor) -> frozenset[int]:
+        """The inputs without rows that its numbers come from."""
+        mark = getattr(tensor, MARK, None)
+        return (mark[2] if mark is not None and mark[0] is self else NOTHING) | self.storages.inputs(tensor)
 
     def mark(self, tensor: Tensor, tag: Tag) -> None:
         """Note what is known of a tensor."""
-        setattr(tensor, MARK, (self, tag))
+        setattr(tensor, MARK, (self, tag, NOTHING))
+        self.storages.note(tensor, tag)
+
+    def mark_input(self, tensor: Tensor, inputs: frozenset[int]) -> None:
+        """Note that a tensor's numbers come from these inputs without rows; what else is known of it stays."""
+        mark = getattr(tensor, MARK, None)
+        tag, before = mark[1:] if mark is not None and mark[0] is self else (None, NOTHING)
+        setattr(tensor, MARK, (self, tag, before | inputs))
+        self.storages.note_inputs(tensor, inputs)
+
+    def _carried(self, place: Place, tag: Tag, other: Place) -> Tag:
+        """What ``other`` is, in whose storage ``place`` is known."""
+        if tag is None or tag is DRAWN:
+            return tag
+        if tag is MIXED or tag.outer != 1:
+            return MIXED
+        axis = same_axis(place, tag.axis, other)
+        return MIXED if axis is None else Rows(axis)
 
     def part(self, tensor: Tensor, tag: Rows, member: int) -> Tensor:
         """The block of one member."""
@@ -106,9 +146,9 @@ class Tracking(ThreadMode):
         split = tensor.unflatten(axis, (tag.outer, self.n, size // (self.n * tag.outer)))
         return split.select(axis + 1, member).flatten(axis, axis + 1)
 
-    def pause(self) -> _Paused:
-        """A block whose operations are not followed."""
-        return _Paused(self)
+    def pause(self, alone: bool = False) -> _Paused:
+        """A block whose operations are not followed; of members that run ``alone``, what Python reads of inputs is."""
+        return _Paused(self, alone)
 
     # -- operations ------------------------------------------------------------------------------------------------
 
@@ -116,18 +156,23 @@ class Tracking(ThreadMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.paused:
+        if self.paused and not self.alone:
             return func(*args, **kwargs)
         given = [t for t in _flat(args, kwargs) if isinstance(t, Tensor)]
+        inputs = NOTHING.union(*map(self.inputs, given))
+        name = func._overloadpacket.__name__
+        if self.paused:
+            return self._of_inputs(func, name, args, kwargs, inputs)
         tags = [self.of(t) for t in given]
+        if name == "set_" and any(isinstance(value, torch.UntypedStorage) for value in args):
+            return func(*args, **kwargs)  # what it is then is known of its storage
         if not any(tags) or all(tag is None or tag is DRAWN for tag in tags):
-            out = func(*args, **kwargs)
+            out = self._of_inputs(func, name, args, kwargs, inputs)
             if any(tags) or torch.Tag.nondeterministic_seeded in func.tags:
                 for result in pytree.tree_leaves(out):
                     if isinstance(result, Tensor):
                         self.mark(result, DRAWN)
             return out
-        name = func._overloadpacket.__name__
         if name in READS:
             self.read(name)
             return func(*args, **kwargs)
@@ -140,16 +185,35 @@ class Tracking(ThreadMode):
         if MIXED in found and MIXED not in tags:
             self.on_mix(name)
         for result, tag in zip(results, found, strict=True):
+            if id(result) in before:
+                self.storages.written(result, tag is MIXED)
             if tag is not None or self.of(result) is not None:
                 self.mark(result, tag)
             if id(result) in before:
                 self._mark_base(result, tag)
         return out
 
+    def _of_inputs(self, func: Any, name: str, args: Any, kwargs: Any, inputs: frozenset[int]) -> Any:
+        """An operation on what has no rows: is it a reading of inputs, and what does it make of them?"""
+        if not inputs:
+            return func(*args, **kwargs)
+        if name in READS or name in DYNAMIC or torch.Tag.dynamic_output_shape in func.tags:
+            self.read_inputs(inputs)
+        out = func(*args, **kwargs)
+        for result in pytree.tree_leaves(out):
+            if isinstance(result, Tensor) and name not in NEW:
+                self.mark_input(result, inputs)
+        return out
+
     def read(self, what: str) -> None:
         """Python reads values that depend on rows; known builders of masks do so harmlessly."""
         if not _in_masks():
             self.on_read(what)
+
+    def read_inputs(self, inputs: frozenset[int]) -> None:
+        """Python reads values that inputs without rows decide."""
+        if inputs and not _in_masks():
+            self.on_input(inputs)
 
     def _tags(
         self,
@@ -210,6 +274,7 @@ class Tracking(ThreadMode):
     def uniform(self, tensor: Tensor, tag: Rows) -> bool:
         """Whether all rows have the same numbers in a tensor that nobody has marked."""
         size, total = tensor.shape[tag.axis], self.n * self.rows
+        self.read_inputs(self.inputs(tensor))  # other numbers may be another answer
         if tag.outer == 1 and size % total == 0:
             split = tensor.unflatten(tag.axis, (total, size // total))
             first = split.narrow(tag.axis, 0, 1)
@@ -229,6 +294,7 @@ class Tracking(ThreadMode):
         counts = [axis for axis in range(own.ndim) if own.shape[axis] == x.shape[tag.axis] and own.numel() > 1]
         if len(counts) != 1 or own.numel() != x.shape[tag.axis]:
             return None
+        self.read_inputs(self.inputs(own))
         if not torch.equal(own.flatten(), torch.arange(own.numel(), device=own.device, dtype=own.dtype)):
             return None
         asked = [index for index in indices if index is not None]
@@ -258,7 +324,7 @@ class Tracking(ThreadMode):
     ) -> list[Tag]:
         """The operation on the blocks of each member: do they give the blocks of its result?"""
         marked = [(t, tag) for t, tag in _marked(given, tags) if tag is not DRAWN]
-        outers = list(dict.fromkeys([1, *(tag.outer for _, tag in marked)]))
+        sizes = [(tag.outer, t.shape[tag.axis]) for t, tag in marked]
         found: list[Tag] = [MIXED] * len(results)
         # What is as long as the rows and the same for all of them may be one constant for each row, or not.
         for axes in ([], [(tag.axis, t.shape[tag.axis]) for t, tag in marked if tag.outer == 1]):
@@ -266,7 +332,7 @@ class Tracking(ThreadMode):
                 parts = [self._alone(func, args, kwargs, before, axes, member) for member in range(self.n)]
             except Exception:  # the operation needs the rows of several members: that is the answer
                 continue
-            again = [self._match(result, [p[i] for p in parts], outers) for i, result in enumerate(results)]
+            again = [self._match(result, [p[i] for p in parts], sizes) for i, result in enumerate(results)]
             found = [tag if tag is not MIXED else other for tag, other in zip(found, again, strict=True)]
             if MIXED not in found:
                 break
@@ -298,15 +364,18 @@ class Tracking(ThreadMode):
         alone = func(*pytree.tree_map(own, args), **pytree.tree_map(own, kwargs))
         return [t for t in pytree.tree_leaves(alone) if isinstance(t, Tensor)]
 
-    def _match(self, whole: Tensor, parts: list[Tensor], outers: list[int]) -> Tag:
+    def _match(self, whole: Tensor, parts: list[Tensor], sizes: list[tuple[int, int]]) -> Tag:
         if any(part.ndim != whole.ndim for part in parts):
             return MIXED
         grown = [axis for axis in range(whole.ndim) if whole.shape[axis] != parts[0].shape[axis]]
         if len(grown) != 1 or any(whole.shape[grown[0]] != self.n * part.shape[grown[0]] for part in parts):
             return MIXED
-        for outer in outers:
+        # Rows that were repeated, or joined with others like them, stand there as often as the axis is longer.
+        size = whole.shape[grown[0]]
+        often = [outer * (size // one) for outer, one in sizes if one and size % one == 0]
+        for outer in dict.fromkeys([1, *(outer for outer, _ in sizes), *often]):
             tag = Rows(grown[0], outer)
-            if whole.shape[grown[0]] % (self.n * outer):
+            if size % (self.n * outer):
                 continue
             if all(close(self.part(whole, tag, i), part) for i, part in enumerate(parts)):
                 return tag
@@ -322,8 +391,8 @@ class Tracking(ThreadMode):
             if base.numel() == view.numel() and base.is_contiguous() and view.is_contiguous():
                 tag = reshaped(view.shape, tag, self.n, base.shape)
             else:
-                fits = [axis for axis in range(base.ndim) if base.shape[axis] == view.shape[tag.axis]]
-                tag = Rows(fits[0], tag.outer) if len(fits) == 1 else MIXED
+                axis = same_axis(Place.of(view), tag.axis, Place.of(base)) if tag.outer == 1 else None
+                tag = MIXED if axis is None else Rows(axis, tag.outer)
             if known is not None and known != tag:
                 tag = MIXED
         self.mark(base, tag)
@@ -332,20 +401,33 @@ class Tracking(ThreadMode):
 class _Paused:
     """Operations inside the block are not followed."""
 
-    def __init__(self, tracking: Tracking) -> None:
-        self.tracking = tracking
+    def __init__(self, tracking: Tracking, alone: bool) -> None:
+        self.tracking, self.alone, self.before = tracking, alone, 0
 
     def __enter__(self) -> None:
+        self.before, self.tracking.alone = self.tracking.alone, int(self.alone)
         self.tracking.paused += 1
 
     def __exit__(self, *_: Any) -> None:
         self.tracking.paused -= 1
+        self.tracking.alone = self.before
 
 
 class Readings(TorchFunctionMode):
-    """Notes where values leave torch: ``tolist`` and numpy pass every dispatcher by."""
+    """Notes what passes every dispatcher by: where values leave torch, copies of objects, hooks of the backward."""
 
-    AWAY = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__})
+    AWAY: ClassVar = frozenset(
+        {
+            *(Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.__reduce_ex__),
+            *(Tensor.untyped_storage, Tensor.storage, Tensor._typed_storage),
+        }
+    )
+    HOOKS: ClassVar = frozenset(
+        {
+            *(Tensor.register_hook, Tensor.register_post_accumulate_grad_hook),
+            Tensor.grad_fn.__get__,  # type: ignore[attr-defined]  (nodes take hooks as well)
+        }
+    )
 
     def __init__(self, tracking: Tracking) -> None:
         super().__init__()
@@ -354,9 +436,18 @@ class Readings(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in self.AWAY and not self.tracking.paused and self.tracking.of(args[0]) is not None:
-            self.tracking.read(getattr(func, "__name__", str(func)))
-        return func(*args, **(kwargs or {}))
+        tracking = self.tracking
+        if func in self.HOOKS:
+            tracking.hooked = True
+        elif func in self.AWAY and (not tracking.paused or tracking.alone):
+            if not tracking.paused and tracking.of(args[0]) is not None:
+                tracking.read(getattr(func, "__name__", str(func)))
+            tracking.read_inputs(tracking.inputs(args[0]))
+        out = func(*args, **(kwargs or {}))
+        if func is Tensor.__deepcopy__ and not tracking.paused:
+            tracking.mark(out, tracking.of(args[0]))
+            tracking.mark_input(out, tracking.inputs(args[0]))
+        return out
 
 
 def reshaped(shape: Any, tag: Rows, n: int, new: Any) -> Rows:
