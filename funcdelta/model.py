@@ -375,8 +375,8 @@ class DeltaModel(Habits):
     def _given_many(
         self, stack: Params, args: Any, kwargs: Any, in_dims: InDims, inputs: Mapping[str, Any] | None
     ) -> tuple[Params, Inputs]:
-        n = self._checks.stack(stack)
-        stack = self._ready(stack)
+        n, casts = self._checks.stack(stack)
+        stack = self._ready(stack, casts)
         args, kwargs = self._given(args, kwargs, inputs, transformed=True)
         return stack, Inputs(self.backbone, n, args, kwargs, in_dims, self.batch_dim)
 
@@ -422,11 +422,11 @@ class DeltaModel(Habits):
         >>> delta.apply_rows(delta.init(0, n=5), [4, -1, 0], torch.zeros(3, 4)).shape
         torch.Size([3, 8])
         """
-        n = self._checks.stack(stack)
+        n, casts = self._checks.stack(stack)
         if isinstance(stack, Resident):
             stack.check(index)
         args, kwargs = self._given(args, kwargs, inputs, transformed=True)
-        ready = self._ready(stack)
+        ready = self._ready(stack, casts)
         reached = None if torch.compiler.is_compiling() or self.program.is_verified(ready) else set[str]()
         expanded = expand_stack(self.plan.shared, ready)
         output = route_rows(self.program, stack, expanded, n, index, args, kwargs, reached)
@@ -463,9 +463,9 @@ class DeltaModel(Habits):
         >>> type(view).__name__, torch.equal(view(x), delta.apply_rows(stack, [4, -1, 0], x))
         ('Sequential', True)
         """
-        self._checks.stack(stack)
+        _, casts = self._checks.stack(stack)
         self.program.skeletons.check()
-        return bind_rows(self, stack if isinstance(stack, Resident) else self._ready(stack), index)
+        return bind_rows(self, stack if isinstance(stack, Resident) else self._ready(stack, casts), index)
 
     def merge(self, params: Params, untie: bool = False) -> dict[str, Tensor]:
         """A new state dict with the delta written into the weights; loading it *and* applying would count twice.
@@ -589,14 +589,15 @@ class DeltaModel(Habits):
         self._checks.member(params)
         return self._ready(params)
 
-    def _ready(self, params: Params) -> dict[str, Tensor]:
+    def _ready(self, params: Params, casts: Mapping[str, torch.dtype] | None = None) -> dict[str, Tensor]:
         """Constants take no gradient; the backbone's own tensors, as ``attach`` lists them, need no swap."""
         own = self._tensors
-        return {
+        ready = {
             name: leaf.detach() if name in self._constants else leaf
             for name, leaf in params.items()
             if leaf is not own.get(name)
         }
+        return ready | {name: ready[name].to(dtype) for name, dtype in casts.items()} if casts else ready
 
     def _given(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Mapping[str, Any] | None, transformed: bool
