@@ -19,6 +19,7 @@ from .habits import Habits, need_dict, without_dead_options
 from .inspect import DeltaStatistics, log
 from .match import as_names
 from .merge import merge, merged
+from .planning.kinds import COMPUTES, check_device
 from .planning.naming import named_leaves
 from .planning.plan import Plan, build_plan, shapes_of
 from .planning.sharing import expand_member, expand_stack
@@ -230,8 +231,10 @@ class DeltaModel(Habits):
         >>> all(torch.equal(leaf, fd.take(delta.init(0, n=64), 1)[name]) for name, leaf in one.items())
         True
         """
-        if dtype is not None and not dtype.is_floating_point:
-            raise ParamsError(f"dtype={dtype}: leaves are trained, write a floating-point dtype.")
+        if dtype is not None and dtype not in COMPUTES:
+            raise ParamsError(f"dtype={dtype!r}: leaves are trained, write torch.float32, bfloat16, float16 or float64.")
+        if device is not None:
+            check_device(device)
         if isinstance(seed, torch.Generator):
             seed = int(torch.randint(2**62, (), generator=seed, device=seed.device))
         if isinstance(seed, Iterable) and not (isinstance(seed, str) or (isinstance(seed, Tensor) and seed.ndim == 0)):
@@ -244,10 +247,12 @@ class DeltaModel(Habits):
             each = seeds(_seed(seed), _seed(n, f"n={n!r}, the number of members,"))
         if not each:
             raise ParamsError("A stack needs at least one member: n=0.")
-        return stack([self._fresh(one, dtype, device) for one in each])
+        with torch.inference_mode(False):
+            return stack([self._fresh(one, dtype, device) for one in each])
 
     def _fresh(self, seed: int, dtype: torch.dtype | None, device: torch.device | str | None) -> dict[str, Tensor]:
-        return fresh_member(self.plan, self.backbone, self.names, seed, dtype, device)
+        with torch.inference_mode(False):  # what is made in inference mode can never train
+            return fresh_member(self.plan, self.backbone, self.names, seed, dtype, device)
 
     def random_members(self, n: int, present: frozenset[str]) -> dict[str, Tensor]:
         """n members away from their start, for the probe of the batch's layout.

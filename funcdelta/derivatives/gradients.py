@@ -166,13 +166,15 @@ def _differentiate(loss: Callable[..., Any], stack: Any, data: Sequence[Any], ha
         return value, grads
     with torch.enable_grad():
         roots = [
-            leaf.detach().requires_grad_() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+            _own(leaf).requires_grad_() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
             for leaf in leaves
         ]
         note_reentrant(False)
         value = loss(pytree.tree_unflatten(roots, spec), *data)
         _refuse_average(loss, stack, data, value, has_aux)
         differentiable = [root for root in roots if isinstance(root, Tensor) and root.requires_grad]
+        if not differentiable:
+            raise ParamsError("The params have no leaf of floating point, so there is nothing to differentiate.")
         losses = _losses(value, has_aux)
         if not losses.requires_grad:
             raise ParamsError(
@@ -182,6 +184,14 @@ def _differentiate(loss: Callable[..., Any], stack: Any, data: Sequence[Any], ha
     grads = [next(found) if isinstance(root, Tensor) and root.requires_grad else _zeros(root) for root in roots]
     value = pytree.tree_map_only(Tensor, Tensor.detach, value)
     return value, pytree.tree_unflatten(grads, spec)
+
+
+def _own(leaf: Tensor) -> Tensor:
+    """The leaf as one that may require grad; what was made in inference mode never may."""
+    if not leaf.is_inference():
+        return leaf.detach()
+    with torch.inference_mode(False), torch.no_grad():
+        return leaf.clone()
 
 
 def _refuse_average(loss: Callable[..., Any], stack: Any, data: Sequence[Any], value: Any, has_aux: bool) -> None:

@@ -95,6 +95,21 @@ class Kinds:
             raise ParamsError(f"{name} is {dtype}; expected {expected}, no weights. Write leaf.to({expected}).")
 
 
+def check_device(device: Any) -> None:
+    """Raise ``ParamsError`` where ``device`` names none.
+
+    >>> check_device("cpu")
+    >>> check_device("nowhere")
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.ParamsError: device='nowhere' names no device: write "cpu", "cuda:0" or a torch.device.
+    """
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ParamsError(f'device={device!r} names no device: write "cpu", "cuda:0" or a torch.device.') from None
+
+
 def _unlike(names: tuple[str, ...], params: Mapping[str, Any]) -> tuple[str, str] | None:
     """The first of ``names`` in ``params``, and one of another dtype."""
     given = [name for name in names if isinstance(params.get(name), Tensor)]

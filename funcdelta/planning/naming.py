@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..config import BaseDeltaConfig
 from ..errors import MatchError
@@ -13,6 +14,23 @@ from ..sites.structure import is_quantised
 from ..structures import Names, Parts
 
 HEAD = ("lm_head",)
+
+
+def refuse_lazy(backbone: nn.Module) -> None:
+    """Raise ``MatchError`` where a module has not seen its input yet, and so has tensors without a shape.
+
+    >>> refuse_lazy(nn.Sequential(nn.LazyLinear(4)))
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.MatchError: 0.weight has no shape yet (LazyLinear): run the model once, backbone(inputs), ...
+    """
+    for path, module in backbone.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if is_lazy(tensor):
+                raise MatchError(
+                    f"{path}.{name} has no shape yet ({type(module).__name__}): run the model once, "
+                    f"backbone(inputs), before a delta is built on it."
+                )
 
 
 def select(

@@ -24,7 +24,7 @@ from ..structures import Names, Parts
 from .axes import check_axes, sized
 from .forms import compare_forms
 from .kinds import Kinds
-from .naming import names_of_tensors, select, trained
+from .naming import names_of_tensors, refuse_lazy, select, trained
 from .sharing import Shared, share
 from .spans import select_spans, site_between
 
@@ -221,6 +221,7 @@ def build_plan(
     ``measure(paths)`` gives shapes of hidden values where no weight tells the width, ``attention(paths)`` the keys of
     attention sites.
     """
+    refuse_lazy(backbone)
     modules = dict(backbone.named_modules(remove_duplicate=False))
     canonical = {id(module): path for path, module in backbone.named_modules()}
     for config in configs:
