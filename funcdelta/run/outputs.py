@@ -92,6 +92,40 @@ def stack_members(outputs: Sequence[Any], given: Mapping[str, Any] | None = None
     return tree([_joined(name, column) for name, column in zip(labels, zip(*rows, strict=True), strict=True)])
 
 
+def join_chunks(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """One output of those of several chunks of members, as :func:`stack_members` would give it for all at once.
+
+    ``sizes`` says how many members each has. A number is what all members of its chunk have.
+
+    >>> join_chunks([{"x": torch.zeros(2), "steps": torch.tensor([5, 6])}, {"x": torch.ones(1), "steps": 7}], [2, 1])
+    {'x': tensor([0., 0., 1.]), 'steps': tensor([5, 6, 7])}
+    """
+    rows, trees = zip(*map(flatten, outputs), strict=True)
+    labels = _named(trees[0])
+    for other in trees:
+        if other != trees[0]:
+            raise EngineError(
+                f"The outputs of two chunks of members have other structures: {', '.join(_named(other))} instead of "
+                f"{', '.join(labels)}. Return the same leaves for every member, or call delta.apply for each."
+            )
+    columns = zip(labels, zip(*rows, strict=True), strict=True)
+    return trees[0]([_joined_chunks(name, column, sizes) for name, column in columns])
+
+
+def _joined_chunks(name: str, column: tuple[Any, ...], sizes: Sequence[int]) -> Any:
+    if all(isinstance(leaf, Tensor) for leaf in column):
+        return _stacked(name, column, torch.cat)
+    if all(isinstance(leaf, np.ndarray) for leaf in column):
+        return _stacked(name, column, np.concatenate)
+    if any(isinstance(leaf, Tensor) for leaf in column):
+        pairs = zip(column, sizes, strict=True)
+        column = tuple(_tensor_of([leaf] * n) if isinstance(leaf, NUMBERS) else leaf for leaf, n in pairs)
+        if all(isinstance(leaf, Tensor) for leaf in column):
+            return _stacked(name, column, torch.cat)
+    entries = tuple(leaf for leaf, size in zip(column, sizes, strict=True) for _ in range(size))
+    return _joined(name, entries)
+
+
 NUMBERS = (bool, int, float, complex)
 
 

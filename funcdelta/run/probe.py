@@ -381,7 +381,7 @@ class Probe:
         return found
 
     def _is_inside_loop(self, path: str) -> bool:
-        """Whether a module above runs in turn; hooks of that one, or others, may call this one in the batch all the same."""
+        """Whether a module above runs in turn; hooks of that one, or others, may still call this one in the batch."""
         return any(run.how == "loop" and other != path and within(path, other) for other, run in self.runs.items())
 
     def _acts_inside(self, attachment: Any, path: str, itself: bool = False) -> bool:

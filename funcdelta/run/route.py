@@ -46,7 +46,11 @@ def route_rows(
     if inputs.b == 0:
         return call_single(program, {name: leaf[0] for name, leaf in expanded.items()}, args, kwargs)
     picked = stack.pick(read) if isinstance(stack, Resident) else None
-    taken = pick_rows(expanded, read) if picked is None else expand_stack(program.plan.shared, picked)
+    taken = (
+        pick_rows(expanded, read, some_bare=present is not None)
+        if picked is None
+        else expand_stack(program.plan.shared, picked)
+    )
     if inputs.b == 1 and present is None:
         return call_single(program, {name: leaf[0] for name, leaf in taken.items()}, args, kwargs, reached)
 

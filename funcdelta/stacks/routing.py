@@ -34,6 +34,9 @@ def read_index(index: Index, n: int | None, device: torch.device) -> tuple[Tenso
     except (TypeError, ValueError, RuntimeError) as error:
         raise ParamsError(f"index is {index!r}; expected one integer a row, such as [0, 2, -1].") from error
     index = index if index.numel() else index.long()  # an empty list says nothing of its type
+    if index.layout is not torch.strided or index.is_nested or index.is_quantized:
+        kind = "nested" if index.is_nested else f"{index.dtype}, {index.layout}"
+        raise ParamsError(f"index is a tensor that is {kind}; expected (b,) integers in a dense tensor or a list.")
     if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
         raise ParamsError(f"index has the shape {tuple(index.shape)} and dtype {index.dtype}; expected (b,) integers.")
     index = index.long()  # torch reads uint8 as a mask
@@ -48,12 +51,31 @@ def read_index(index: Index, n: int | None, device: torch.device) -> tuple[Tenso
     return index, ~bare if bool(bare.any()) else None
 
 
-def pick_rows(stack: Mapping[str, Tensor], index: Tensor, times: int = 1) -> dict[str, Tensor]:
-    """One member a row: leaf[index[i // times]] for row i; a bare row (-1) gets the first member, to be masked.
+def pick_rows(
+    stack: Mapping[str, Tensor], index: Tensor, times: int = 1, some_bare: bool | None = None
+) -> dict[str, Tensor]:
+    """One member a row: leaf[index[i // times]] for row i; a bare row (-1) gets numbers to be masked.
+
+    These are tame whatever the members are: a mask keeps NaN out of values, but not out of gradients. ``some_bare``
+    says whether there are such rows, where that is known.
 
     >>> pick_rows({"a": torch.tensor([5.0, 6.0])}, torch.tensor([1, 0]), times=2)
     {'a': tensor([6., 6., 5., 5.])}
     """
     rows = index.clamp(min=0)
     rows = rows if times == 1 else rows.repeat_interleave(times)
-    return {name: leaf[rows.to(leaf.device)] for name, leaf in stack.items()}
+    picked = {name: leaf[rows.to(leaf.device)] for name, leaf in stack.items()}
+    if some_bare is None:
+        some_bare = torch.compiler.is_compiling() or is_wrapped(index) or bool((index < 0).any())
+    if not some_bare:
+        return picked
+    bare = index < 0 if times == 1 else (index < 0).repeat_interleave(times)
+    return {name: _tame(leaf, bare.to(leaf.device)) for name, leaf in picked.items()}
+
+
+def _tame(leaf: Tensor, bare: Tensor) -> Tensor:
+    """``leaf`` (rows, ...) with numbers between -1 and 1, which have no gradient, in the rows that are ``bare``."""
+    if not leaf.is_floating_point():
+        return leaf
+    numbers = leaf.detach().nan_to_num(1.0, 1.0, -1.0).clamp(-1.0, 1.0)
+    return torch.where(bare.view(-1, *[1] * (leaf.ndim - 1)), numbers, leaf)
