@@ -28,7 +28,7 @@ from .run.call import Params, Prepare
 from .run.checked import Checks
 from .run.forward import without_cache
 from .run.inputs import InDims, Inputs
-from .run.outputs import flatten
+from .run.outputs import join_chunks
 from .run.program import Program
 from .run.route import route_rows
 from .run.single import call_single, tell_missed
@@ -375,7 +375,7 @@ class DeltaModel(Habits):
         if len(chunks) == 1:
             return self._many(stack, whole, engine)
         parts = [self._many(take(stack, chunk), whole.chunk(chunk.start, chunk.stop), engine) for chunk in chunks]
-        return _cat_outputs(parts)
+        return join_chunks(parts, [chunk.stop - chunk.start for chunk in chunks])
 
     def _given_many(
         self, stack: Params, args: Any, kwargs: Any, in_dims: InDims, inputs: Mapping[str, Any] | None
@@ -627,9 +627,3 @@ def _seed(value: Any, what: str = "A seed") -> int:
 
 def _numel(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
-
-
-def _cat_outputs(parts: list[Any]) -> Any:
-    """The outputs of several chunks of members as one; numbers that were stacked by member are tensors by now."""
-    leaves, trees = zip(*map(flatten, parts), strict=True)
-    return trees[0]([torch.cat(own) if isinstance(own[0], Tensor) else own[0] for own in zip(*leaves, strict=True)])
