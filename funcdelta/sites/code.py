@@ -25,6 +25,7 @@ FILLS = frozenset(
 )
 """What changes containers; of other objects they are methods by which an object changes itself."""
 IN_PLACE = frozenset(name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__"))
+OF_TENSORS = frozenset(dir(Tensor))
 UNSEEN = frozenset(("data", "no_grad", "inference_mode", "set_grad_enabled", "untyped_storage"))
 """Names by which code writes to a tensor that autograd would not let it write to."""
 
@@ -35,6 +36,7 @@ class Reach:
 
     Attributes:
         reads: every name that is read: attributes, globals, and strings, by which attributes are asked for as well.
+        pairs: attributes that are read, each with the name that they are read from: ``("config", "dtype")``.
         writes: attributes that are set or deleted.
         fills: names that are read where containers are changed.
         writes_tensors: whether some function writes tensors where autograd does not look.
@@ -42,14 +44,23 @@ class Reach:
     """
 
     reads: set[str] = field(default_factory=set)
+    pairs: set[tuple[str, str]] = field(default_factory=set)
     writes: set[str] = field(default_factory=set)
     fills: set[str] = field(default_factory=set)
     writes_tensors: bool = False
     codes: set[types.CodeType] = field(default_factory=set)
 
+    def may_read(self, owner: str, name: str) -> bool:
+        """Whether the attribute ``name`` of what ``owner`` names is read.
+
+        Names that tensors have as well are read everywhere, and count only where they are read from that name.
+        """
+        return (owner, name) in self.pairs if name in OF_TENSORS else name in self.reads
+
     def take(self, other: Reach) -> None:
         """Add what another one reaches."""
         self.reads |= other.reads
+        self.pairs |= other.pairs
         self.writes |= other.writes
         self.fills |= other.fills
         self.codes |= other.codes
@@ -77,7 +88,7 @@ def reach_of(kinds: frozenset[type]) -> Reach:
     return _reach(starts, pool)
 
 
-def reach_of_functions(functions: Iterable[Any], kinds: frozenset[type] = frozenset()) -> Reach:
+def reach_of_functions(functions: Iterable[Any]) -> Reach:
     """The same for functions that are given, such as hooks and patched forwards."""
     return _reach(functions, {})
 
@@ -114,7 +125,11 @@ def facts_of(code: types.CodeType) -> Reach:
     """
     reads, writes, changes = set(code.co_names), set[str](), False
     found = Reach(codes={code})
+    before = ""
     for step in dis.get_instructions(code):
+        if step.opname.startswith("LOAD_") and isinstance(step.argval, str):
+            found.pairs.add((before, step.argval))
+            before = step.argval
         if step.opname in ("STORE_ATTR", "DELETE_ATTR"):
             writes.add(step.argval)
         elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
@@ -124,6 +139,8 @@ def facts_of(code: types.CodeType) -> Reach:
             reads.add(constant)
         elif isinstance(constant, types.CodeType):
             found.take(facts_of(constant))
+    if "setattr" in reads or (changes and not {"__dict__", "vars"}.isdisjoint(reads)):
+        writes |= {constant for constant in code.co_consts if isinstance(constant, str)}
     if changes or not FILLS.isdisjoint(reads):
         found.fills |= reads
     found.writes_tensors |= "data" in writes or not (IN_PLACE.isdisjoint(reads) or UNSEEN.isdisjoint(reads))

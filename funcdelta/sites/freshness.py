@@ -1,14 +1,15 @@
 """Whether a backbone is still the one that was copied: its modules, parameters, storage, hooks and forwards.
 
 A copy shares the storage of parameters, so values that are written in place are seen by it. A replaced layer, another
-parameter object, tensors that moved, a hook or a patched forward are not. Every call asks, so the question is put by a
-few passes in C over all modules; only where one of them differs is it looked for in Python.
+parameter object, tensors that moved, a hook, a patched forward or another value of an attribute are not. Every call
+asks, so the question is put by a few passes in C over all modules; only where one of them differs is it looked for in
+Python. An attribute counts if some forward reads its name and none writes it: what forwards write is a model's state.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import StaleBackboneError
+from .code import Reach, reach_of, reach_of_functions
+from .noted import FUNCTIONS, OWN, Noted, Owner, copied
 
 HOOKS = {
     "_forward_hooks": "forward hook",
@@ -27,6 +30,12 @@ SLOTS = ("_parameters", "_buffers", "_modules")
 PARTS = (*SLOTS, *HOOKS)
 SHOWN = 3
 """So many changes an error names."""
+LOOKED_AFTER = frozenset(("training", "forward", *OWN))
+"""Attributes that have a comparison of their own, or belong to the mode, which is the delta's."""
+FOLLOWED = frozenset(("gradient_checkpointing", "_gradient_checkpointing_func"))
+"""Attributes by which no output changes: whoever copied them copies them again."""
+NOTHING = object()
+LONGEST_TEXT = 60
 
 _flat = chain.from_iterable
 _pointer, _strides, _numbers = Tensor.data_ptr, Tensor.stride, Tensor.numel
@@ -77,6 +86,12 @@ class Fingerprint:
         given = aliases or {}
         # While an alias lives, its storage does, so that no other tensor can come to lie at the same place.
         self._aliases = [given.get(name, _alias(parameter)) for name, parameter in named.items()]
+        self._attributes_noted = Noted()
+        self._seen = set(map(id, backbone.modules()))
+        for path, module in modules.items():
+            self._attributes_noted.keep_module(module, path, self._seen, tables=False)
+        self._reach: Reach | None = None
+        self._renewed = False
         self._settle()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -89,7 +104,8 @@ class Fingerprint:
         ``True`` says that it is the same but for buffers that were replaced by others of their kind, as some models do
         in their forward: whoever copies from buffers has to look them up again.
         """
-        return (self._now() != self._then or any(map(self._has, self._unused))) and self._look()
+        changed = self._now() != self._then or any(map(self._has, self._unused)) or self._attributes_noted.differs()
+        return changed and self._look()
 
     def differs_by_hooks(self, name: str) -> bool:
         """Whether nothing changed but forward hooks of that name, which came or went.
@@ -145,6 +161,7 @@ class Fingerprint:
         self._then = self._now()
 
     def _look(self) -> bool:
+        self._reach, self._renewed = None, False
         changes = list(self._changes())
         if changes:
             more = f", and {len(changes) - SHOWN} more changes" if len(changes) > SHOWN else ""
@@ -152,10 +169,25 @@ class Fingerprint:
                 f"The backbone changed after this delta was built: {'; '.join(changes[:SHOWN])}{more}. Call "
                 f"delta.refresh(), which reads the backbone again."
             )
+        renewed = self._renewed or self._now()[-2] != self._then[-2]
         for facts in self._facts:
-            facts.parts["_buffers"] = dict(facts.module._buffers)
+            own = facts.module._buffers
+            renewed |= any(own.get(name) is not tensor for name, tensor in facts.parts["_buffers"].items())
+            facts.parts.update({name: dict(vars(facts.module)[name]) for name in ("_buffers", *HOOKS)})
+        self._note_attributes()
         self._settle()
-        return True
+        return renewed
+
+    def _note_attributes(self) -> None:
+        noted = self._attributes_noted
+        for at, (now, before) in enumerate(zip(noted.now, noted.before, strict=True)):
+            if _other(now, before):
+                owner = noted.owners[at]
+                noted.before[at] = copied(now)
+                pairs = now.items() if isinstance(now, dict) else enumerate(now)
+                for key, value in list(pairs):
+                    if not (owner.module and key in OWN):
+                        noted.follow(value, self._seen, owner=owner.inner(key), tables=False)
 
     # -- what changed, in words ------------------------------------------------------------------------------------
 
@@ -173,11 +205,67 @@ class Fingerprint:
                 yield f"{name} has other storage (it was {_words(alias)}, is {_words(parameter)})"
         for facts in self._facts:
             if id(facts.module) not in gone:
-                yield from _changes_of(facts)
+                yield from _changes_of(facts, self._is_its_own)
+        noted = self._attributes_noted
+        for now, before, owner in zip(noted.now, noted.before, noted.owners, strict=True):
+            if _other(now, before):
+                yield from self._changes_inside(now, before, owner)
+
+    def _is_its_own(self, hook: Any) -> bool:
+        """Whether a forward installs this hook itself, as some do in their first call."""
+        return getattr(hook, "__code__", None) in self.reach.codes
+
+    @property
+    def reach(self) -> Reach:
+        """What forwards, hooks and functions that modules hold read and write, by name."""
+        if self._reach is None:
+            held = [value for now in self._attributes_noted.now if isinstance(now, dict) for value in now.values()]
+            kinds = {type(module) for module in self.backbone.modules()}
+            kinds |= {type(value) for value in held if hasattr(value, "__dict__") and not isinstance(value, type)}
+            self._reach = Reach()
+            self._reach.take(reach_of(frozenset(kinds)))
+            hooks = [hook for facts in self._facts for part in HOOKS for hook in facts.parts[part].values()]
+            self._reach.take(reach_of_functions([*hooks, *(v for v in held if isinstance(v, FUNCTIONS))]))
+        return self._reach
+
+    def _changes_inside(self, now: Any, before: Any, owner: Owner) -> Iterator[str]:
+        """What changed in attributes, or in a container that one holds."""
+        reach = self.reach
+        if not isinstance(now, dict):
+            if not isinstance(now, (list, tuple)):
+                if owner.base in reach.reads and owner.base not in reach.fills:
+                    yield f"{owner.at} was {_short(before)}, is {_short(now)}"
+                return
+            now, before = dict(enumerate(now)), dict(enumerate(before))
+        for key in dict.fromkeys((*before, *now)):
+            was, found = before.get(key, NOTHING), now.get(key, NOTHING)
+            name = str(key) if owner.attributes else owner.base
+            if was is found or (owner.module and key in LOOKED_AFTER):
+                continue
+            read = reach.may_read(owner.base or "self", name) if owner.attributes else name in reach.reads
+            if not read or name in (reach.writes if owner.attributes else reach.fills):
+                continue
+            if owner.module and was is NOTHING and not self._shadows(owner.path, name):
+                continue  # what nobody had to be given at the start is a note of somebody's
+            if name in FOLLOWED or (owner.module and _are_rates(was, found) and not self._has_matrix(owner.path)):
+                self._renewed = True
+            elif isinstance(was, Tensor) and isinstance(found, Tensor) and _kind(was) == _kind(found):
+                self._renewed = True
+            elif not _equal(was, found):
+                yield f"{owner.word(key)} {_told(was, found)}"
+
+    def _has_matrix(self, path: str) -> bool:
+        """Whether a module has a weight of its own, for whose product the formulas of a delta were found."""
+        tensors = (t for facts in self._facts if facts.path == path for t in facts.module._parameters.values())
+        return any(tensor is not None and tensor.ndim > 1 for tensor in tensors)
+
+    def _shadows(self, path: str, name: str) -> bool:
+        """Whether an attribute stands before one of the module's class."""
+        return any(facts.path == path and hasattr(facts.kind, name) for facts in self._facts)
 
 
-def _changes_of(facts: _Facts) -> Iterator[str]:
-    """What changed at one module itself."""
+def _changes_of(facts: _Facts, is_its_own: Callable[[Any], bool]) -> Iterator[str]:
+    """What changed at one module itself, but for hooks that are its own."""
     path, module = facts.path, facts.module
     if type(module) is not facts.kind:
         yield f"{path or 'it'} became a {type(module).__name__}"
@@ -194,7 +282,7 @@ def _changes_of(facts: _Facts) -> Iterator[str]:
         was, found = facts.parts[attribute], vars(module)[attribute]
         if any(found.get(key) is not hook for key, hook in was.items()):
             yield f"a {word} was removed from {path or 'it'}"
-        if any(key not in was for key in found):
+        if any(key not in was and not is_its_own(hook) for key, hook in found.items()):
             yield f"a {word} was added to {path or 'it'}"
 
 
@@ -244,8 +332,7 @@ def _alias(parameter: Tensor) -> Tensor:
     return parameter.detach() if type(parameter) is nn.Parameter else parameter
 
 
-def _forward(kind: type[nn.Module]) -> Any:
-    return kind.forward
+_forward: Callable[[type[nn.Module]], Any] = operator.attrgetter("forward")
 
 
 def _is_one(tensor: Tensor, alias: Tensor) -> bool:
@@ -264,3 +351,44 @@ def _words(tensor: Tensor) -> str:
 
 def _joined(path: str, name: Any) -> str:
     return f"{path}.{name}" if path else str(name)
+
+
+def _other(now: Any, before: Any) -> bool:
+    """Whether a container has other entries: other objects, for equal ones may be changed by themselves."""
+    if isinstance(now, dict):
+        return len(now) != len(before) or any(before.get(key, NOTHING) is not value for key, value in now.items())
+    if isinstance(now, (set, bytearray)):
+        return now != before
+    return len(now) != len(before) or any(a is not b for a, b in zip(now, before, strict=True))
+
+
+def _are_rates(was: Any, found: Any) -> bool:
+    """Whether both are real numbers, by which no forward takes another way: probabilities, factors, an epsilon."""
+    return {type(was), type(found)} in ({float}, {float, int})
+
+
+def _equal(was: Any, found: Any) -> bool:
+    if was is NOTHING or found is NOTHING:
+        return False
+    try:
+        return type(was) is type(found) and bool(was == found or (was != was and found != found))
+    except Exception:  # what cannot be compared is another object
+        return False
+
+
+def _told(was: Any, found: Any) -> str:
+    if was is NOTHING:
+        return f"is {_short(found)}, and was its class's"
+    return "is gone" if found is NOTHING else f"was {_short(was)}, is {_short(found)}"
+
+
+def _short(value: Any) -> str:
+    """A value in an error: what identifies it, in few letters."""
+    if isinstance(value, Tensor):
+        return f"a tensor {_words(value)}"
+    name = getattr(value, "__qualname__", None)
+    if isinstance(name, str):
+        return name
+    plain = value is None or isinstance(value, (bool, int, float, complex, str, list, tuple, dict, set))
+    text = repr(value) if plain else f"another {type(value).__name__}"
+    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"

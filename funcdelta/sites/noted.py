@@ -48,6 +48,11 @@ class Owner(NamedTuple):
         """Its dotted name."""
         return ".".join(part for part in (self.path, self.name) if part)
 
+    @property
+    def base(self) -> str:
+        """The name of the attribute."""
+        return self.name.rpartition(".")[2]
+
     def word(self, key: Any) -> str:
         """The name of an entry.
 
