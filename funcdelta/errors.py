@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -194,3 +196,18 @@ def shown(value: object, most: int = 100) -> str:
     """
     text = repr(value)
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-(most // 2) :]}"
+
+
+ENGINE = re.compile(r',? or use engine="[^"]*"|(?:^| )(?:Or use|Use) engine=.*?(?:\.(?= |$)|$)')
+"""A clause, or a sentence, that advises to choose an engine."""
+
+
+def without_engines(message: str) -> str:
+    """``message`` without its advice to choose another ``engine=``, for callers that have no such argument.
+
+    >>> without_engines('The model mixes rows. Use engine="auto" or "loop", or leave b out. Rows are axis 0.')
+    'The model mixes rows. Rows are axis 0.'
+    >>> without_engines('Pad x, or use engine="loop".')
+    'Pad x.'
+    """
+    return ENGINE.sub("", message)

@@ -10,9 +10,9 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
-from .errors import MatchError
+from .errors import MatchError, shown
 
 REGEX_PREFIX = "[r]"
 
@@ -85,7 +85,13 @@ def as_names(names: str | Iterable[str]) -> tuple[str, ...]:
     >>> as_names("query"), as_names(["query", "value"])
     (('query',), ('query', 'value'))
     """
-    return (names,) if isinstance(names, str) else tuple(names)
+    if isinstance(names, str):
+        return (names,)
+    # Tensors are iterated by their rows, some not even that.
+    found = tuple(names) if isinstance(names, Iterable) and not isinstance(names, Tensor) else (None,)
+    if not all(isinstance(name, str) for name in found):
+        raise MatchError(f"Names are a string or a list of strings; found {shown(names)}.")
+    return found  # pyright: ignore[reportReturnType]
 
 
 def near(name: str, names: Sequence[str], most: int = 5) -> str:

@@ -538,8 +538,11 @@ class DeltaModel(Habits):
         True
         """
         options = without_dead_options("save_finetuned", options)
-        if path is None or not isinstance(params, Mapping):
-            raise ParamsError("params are no state of a delta here: write delta.save_finetuned(params, path).")
+        if not isinstance(path, str | os.PathLike) or not isinstance(params, Mapping):
+            raise ParamsError(
+                f"save_finetuned takes params and a folder, delta.save_finetuned(params, path), for params are no "
+                f"state of a delta; found {type(params).__name__} and {type(path).__name__}."
+            )
         return save(self._facts(), params, path, **options)
 
     def log(
@@ -608,6 +611,8 @@ class DeltaModel(Habits):
         self, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Mapping[str, Any] | None, transformed: bool
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if inputs is not None:
+            if isinstance(inputs, Mapping) and not all(isinstance(name, str) for name in inputs):
+                raise ParamsError(f"inputs= is a dict of inputs by name; found the keys {[*inputs][:3]}.")
             kwargs = {**inputs, **kwargs} if isinstance(inputs, Mapping) else {**kwargs, "inputs": inputs}
         # A cache in the output can be neither mapped nor split by member.
         return args, without_cache(self.backbone, kwargs) if transformed else kwargs

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .errors import ParamsError, StackError
+from .errors import ParamsError, StackError, shown
 from .pytrees.constants import marked
 from .pytrees.leaves import align, check_tree, compute_dtype, dense, leading, named
 from .pytrees.seeding import derive
@@ -270,11 +270,14 @@ def _alike(a: Any, b: Any, function: str) -> None:
         if isinstance(x, Tensor):
             problem = _unlike(x, y, function)
             if problem:
-                raise ParamsError(f"Leaf {named(a)[position][0]!r} {problem}")
+                raise ParamsError(f"Leaf {shown(named(a)[position][0])} {problem}")
 
 
 def _unlike(x: Tensor, y: Any, function: str) -> str:
     """What keeps ``function`` from ``x`` of the first tree and ``y`` of the second, or an empty string."""
+    if isinstance(y, Tensor) and (y.is_nested or y.is_quantized or x.is_nested or x.is_quantized):
+        kind = "nested" if x.is_nested or y.is_nested else "quantised"
+        return f"is {kind} in one of the trees, and leaves are dense tensors of plain numbers."
     if not isinstance(y, Tensor) or y.shape != x.shape:
         found = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else repr(y)
         return (

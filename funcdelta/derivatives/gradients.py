@@ -65,8 +65,8 @@ def value_and_grad(
 
 
 def _dims(in_dims: DataDims, data: Sequence[Any]) -> list[int | None]:
-    dims = list(in_dims) if isinstance(in_dims, Sequence) else [in_dims] * len(data)
-    if len(dims) != len(data) or any(dim not in (0, None) for dim in dims):
+    dims = list(in_dims) if isinstance(in_dims, Sequence) and not isinstance(in_dims, str) else [in_dims] * len(data)
+    if len(dims) != len(data) or any(not (dim is None or (isinstance(dim, int) and dim == 0)) for dim in dims):
         raise ParamsError(
             f"in_dims={in_dims!r} for {len(data)} data arguments: write 0 (an axis of members) or None (shared), "
             f"or one of "

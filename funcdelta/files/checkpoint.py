@@ -161,6 +161,8 @@ def load(
     >>> saved.data["members"], saved.tensors["0.bitfit.bias"].shape
     (3, torch.Size([3, 2]))
     """
+    if not isinstance(path, str | os.PathLike):
+        raise CheckpointError(f"A saved delta is a folder or a hub id; found {type(path).__name__}.")
     if state_dict is None:
         folder = locate(path, **fetching)
         data = read_config(folder / CONFIG)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ..errors import MatchError, ParamsError
+from ..errors import MatchError, ParamsError, shown
 from ..match import as_names, matches, near
 from .leaves import check_tree
 
@@ -81,7 +81,7 @@ def combine(*parts: Mapping[str, Any], order: Iterable[str] | None = None) -> di
         check_tree(part)
         for name, leaf in part.items():
             if name in whole:
-                raise ParamsError(f"Leaf {name!r} is given twice; the second time in argument {index}.")
+                raise ParamsError(f"Leaf {shown(name)} is given twice; the second time in argument {index}.")
             whole[name] = leaf
     if order is None:
         return whole

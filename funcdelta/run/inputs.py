@@ -316,12 +316,14 @@ def _is_list(part: Any) -> bool:
 def _in_dims_by_name(in_dims: InDims, names: list[str]) -> dict[str, int | None]:
     if isinstance(in_dims, Mapping):
         for name, dim in in_dims.items():
+            if not isinstance(name, str):
+                raise ParamsError(f"in_dims names {name!r}; the names of inputs are strings.")
             if name not in names:
                 raise ParamsError(f"in_dims names {name!r}, which is not an input of this call.{near(name, names)}")
             if dim not in (0, None):
                 raise ParamsError(f"in_dims[{name!r}]={dim!r}: write 0 (an axis of members) or None (shared whole).")
         return {name: in_dims.get(name) for name in names}
-    if in_dims not in (0, None):
+    if not (in_dims is None or (isinstance(in_dims, int) and in_dims == 0)):
         raise ParamsError(
             f"in_dims={in_dims!r}: write None (one batch for all members), 0, or {{input name: 0 or None}}."
         )

@@ -120,6 +120,9 @@ def _where(index: Any, n: int) -> int | slice | Tensor:
 
 def _rows(index: Tensor, n: int) -> Tensor:
     """An index tensor, or a mask, of which every member is one of ``n``."""
+    if index.layout is not torch.strided or index.is_nested or index.is_quantized:
+        kind = "nested" if index.is_nested else f"{index.dtype}, {index.layout}"
+        raise ParamsError(f"An index tensor is dense; found one that is {kind}. Write a list of integers.")
     if index.ndim > 1 or index.is_floating_point() or index.is_complex():
         raise ParamsError(
             f"An index tensor has shape () or (k,) and integers or booleans; found shape {tuple(index.shape)}, "

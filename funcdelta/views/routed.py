@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..errors import EngineError, EngineWarning, FoldError, FuncdeltaError, ParamsError
+from ..errors import EngineError, EngineWarning, FoldError, FuncdeltaError, ParamsError, without_engines
 from ..planning.sharing import expand_stack
 from ..pytrees.opaque import holds_tensors, spare
 from ..run.call import Call
@@ -163,6 +163,15 @@ class RoutedCalls(Calls):
         """A call of the whole model, or of its encoder, with members for its rows."""
         if path not in self.entries:
             return function(module, *args, **kwargs)
+        try:
+            return self._entered(module, path, function, args, kwargs)
+        except EngineError as error:
+            said = without_engines(str(error))
+            if said == str(error):
+                raise
+            raise type(error)(said) from error  # a view is not called with engine=
+
+    def _entered(self, module: nn.Module, path: str, function: Function, args: Any, kwargs: Any) -> Any:
         inputs = self._inputs(args, kwargs)
         params, present = self._members(inputs.b // len(self.index()[0]))
         finished, output = False, None
@@ -229,9 +238,10 @@ class RoutedCalls(Calls):
         if str(refused) not in program.warned:
             program.warned.add(str(refused))
             warnings.warn(
-                f"The rows of this view run one after the other, which is slower: they cannot share a batch. {refused}",
+                f"The rows of this view run one after the other, which is slower: they cannot share a batch. "
+                f"{without_engines(str(refused))}",
                 EngineWarning,
-                stacklevel=6,
+                stacklevel=7,
             )
         return output
 

@@ -23,7 +23,7 @@ def unbind(view: nn.Module) -> dict[str, Tensor]:
     >>> fd.unbind(torch.optim.swa_utils.AveragedModel(view)).keys() == fd.unbind(view).keys()
     True
     """
-    found = within_wrappers(view)
+    found = within_wrappers(view) if isinstance(view, nn.Module) else view
     if not isinstance(found, Viewlike):
         raise ParamsError(f"{type(view).__name__} is not a view: unbind takes what delta.bind(params) returned.")
     about = found._funcdelta
