@@ -231,8 +231,8 @@ class DeltaModel(Habits):
         >>> all(torch.equal(leaf, fd.take(delta.init(0, n=64), 1)[name]) for name, leaf in one.items())
         True
         """
-        if dtype is not None and dtype not in COMPUTES:
-            raise ParamsError(f"dtype={dtype!r}: leaves are trained, write torch.float32, bfloat16, float16 or float64.")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in COMPUTES):
+            raise ParamsError(f"dtype={dtype!r}: leaves train, write torch.float32, bfloat16, float16 or float64.")
         if device is not None:
             check_device(device)
         if isinstance(seed, torch.Generator):

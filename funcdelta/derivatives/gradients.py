@@ -65,7 +65,7 @@ def value_and_grad(
 
 
 def _dims(in_dims: DataDims, data: Sequence[Any]) -> list[int | None]:
-    dims = list(in_dims) if isinstance(in_dims, Sequence) and not isinstance(in_dims, str) else [in_dims] * len(data)
+    dims = list(in_dims) if isinstance(in_dims, Sequence) else [in_dims] * len(data)
     if len(dims) != len(data) or any(not (dim is None or (isinstance(dim, int) and dim == 0)) for dim in dims):
         raise ParamsError(
             f"in_dims={in_dims!r} for {len(data)} data arguments: write 0 (an axis of members) or None (shared), "
@@ -83,8 +83,9 @@ def _one_pass(loss: Callable[..., Any], stack: Any, data: Sequence[Any], dims: l
     try:
         return _differentiate(loss, stack, data, has_aux)
     except StackError:
-        # The loss calls delta.apply, so it is one member's loss.
-        pass
+        # The loss calls delta.apply, so it is one member's loss; but of no members there is none.
+        if not members(stack):
+            raise
     if torch.compiler.is_compiling() or inside_transform():
         return _mapped(loss, stack, data, dims, has_aux)
     try:

@@ -1,9 +1,9 @@
 """Which kinds of numbers a delta computes with: the dtypes that its leaves may have in a call, and must have together.
 
 Leaves may be of any precision that torch computes in, whatever a delta starts with: a stack in bfloat16 is half as
-large. But torch multiplies matrices of one dtype only, so the leaves that one delta trains at one site go together. What
-has another kind of numbers (indices where weights belong, complex numbers, a format for storage) would fail somewhere
-inside of a method, or drop its imaginary part.
+large. But torch multiplies matrices of one dtype only, so the leaves that one delta trains at one site go together.
+What has another kind of numbers (indices where weights belong, complex numbers, a format for storage) would fail
+somewhere inside of a method, or drop its imaginary part.
 """
 
 from __future__ import annotations

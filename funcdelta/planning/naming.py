@@ -26,7 +26,7 @@ def refuse_lazy(backbone: nn.Module) -> None:
     """
     for path, module in backbone.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if is_lazy(tensor):
+            if tensor is not None and is_lazy(tensor):
                 raise MatchError(
                     f"{path}.{name} has no shape yet ({type(module).__name__}): run the model once, "
                     f"backbone(inputs), before a delta is built on it."

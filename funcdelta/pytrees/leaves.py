@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def _token(entry: Any) -> str:
     return str(entry)
 
 
-def check_tree(tree: Any) -> None:
+def check_tree(tree: Any, path: str = "") -> None:
     """Raise ``ParamsError`` unless every key of every dict in ``tree`` is a string, for leaves go by their names.
 
     Arrays of numpy are no leaves either: they would be passed on as if they were settings.
@@ -48,6 +48,7 @@ def check_tree(tree: Any) -> None:
     """
     if isinstance(tree, Tensor):
         return
+    parts: Iterable[tuple[Any, Any]]
     if isinstance(tree, Mapping):
         for key in tree:
             if not isinstance(key, str):
@@ -55,14 +56,17 @@ def check_tree(tree: Any) -> None:
                     f"Names of leaves are strings; found the key {shown(key)} ({type(key).__name__}). "
                     "Write {str(key): leaf ...}."
                 )
-        tree = tree.values()
+        parts = tree.items()
     elif not isinstance(tree, list | tuple):
         if hasattr(tree, "__array__") and getattr(tree, "ndim", 0):
-            raise ParamsError(f"Leaves are tensors; found a {type(tree).__name__}. Write torch.as_tensor(leaf).")
+            at = f"; {shown(path)} is" if path else "; found"
+            raise ParamsError(f"Leaves are tensors{at} a {type(tree).__name__}. Write torch.as_tensor(leaf).")
         return
-    for part in tree:
+    else:
+        parts = enumerate(tree)
+    for key, part in parts:
         if not isinstance(part, Tensor):
-            check_tree(part)
+            check_tree(part, f"{path}.{key}" if path else str(key))
 
 
 def dense(name: str, leaf: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class Resident(Mapping[str, Tensor]):
             raise ParamsError(f"capacity={capacity!r}: write how many members there may be at once, at least 1.")
         like = delta.init(0, dtype=dtype, device=device)
         if unknown := [name for name in names or () if name not in like]:
-            raise ParamsError(f"names: {unknown[0]!r} is no leaf of this delta; its leaves are delta.names.")
+            raise ParamsError(f"names: {shown(unknown[0])} is no leaf of this delta; its leaves are delta.names.")
         self.leaves = {
             name: _room(leaf, capacity, leaf.shape) for name, leaf in like.items() if names is None or name in names
         }
@@ -102,9 +102,13 @@ class Resident(Mapping[str, Tensor]):
         """
         check_leaves(stack, "Resident.of")
         n = members(dict(stack))
+        resident = cls(delta, capacity, names=tuple(stack))
         if n > capacity:
             raise ParamsError(f"A stack of {n} members does not fit into capacity={capacity}.")
-        resident = cls(delta, capacity, names=tuple(stack))
+        for name, leaf in stack.items():
+            if leaf.shape[1:] != (shape := resident.leaves[name].shape[1:]):
+                expected = f"({', '.join(map(str, (n, *shape)))})"
+                raise ParamsError(f"Resident.of: {name} has the shape {tuple(leaf.shape)}; expected {expected}.")
         resident.leaves = {name: _room(leaf, capacity, leaf.shape[1:]) for name, leaf in stack.items()}
         for slot in range(n):
             resident.put(take(dict(stack), slot))
