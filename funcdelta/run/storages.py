@@ -75,6 +75,9 @@ class Storages(Generic[Known]):
     def __init__(self) -> None:
         self._blocks: dict[int, _Block[Known]] = {}
 
+    def __deepcopy__(self, memo: Any) -> Storages[Known]:
+        return self  # a second owner of the same weak references would free them twice
+
     def _block(self, tensor: Tensor, new: bool = False) -> _Block[Known] | None:
         try:
             storage = tensor.untyped_storage()

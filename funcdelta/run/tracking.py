@@ -101,6 +101,10 @@ class Tracking(ThreadMode):
         self.hooked = False
         self.storages = Storages[Tag]()
 
+    def __deepcopy__(self, memo: Any) -> Tracking:
+        """Copies of tensors bear the same marks: what they are known by is not copied with them."""
+        return self
+
     # -- marks -----------------------------------------------------------------------------------------------------
 
     def of(self, tensor: Tensor) -> Tag:
