@@ -11,6 +11,7 @@ import copy
 import ctypes
 import functools
 import operator
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import StaleBackboneError
 from ..match import within
 from ..sites.code import reach_of
 from ..sites.noted import CONTAINERS, DEPTH, FUNCTIONS, OWN, PLAIN, PRIVATE, Noted, differ, fill
@@ -54,6 +56,10 @@ class Memory:
         self.versions = list(map(VERSION, self.tensors))
         self.settle_small()
         self.writes_buffers = False
+        # What a forward writes is looked for in the first call alone, for most write nothing, and code tells of the rest.
+        named = skeleton.named_parameters() if skeleton is not backbone else ()
+        self._unproved = {name: p for name, p in named if type(p) is nn.Parameter and not p.is_inference()}
+        self._first: list[int] = []
         # What a copy has in common with the backbone (singletons) is not the skeleton's state.
         theirs, ours, noted = set[int](), set[int](), Noted()
         for root, seen in ((backbone, theirs), (skeleton, ours)):
@@ -113,6 +119,8 @@ class Memory:
     def restore(self) -> None:
         """Put back what a call has changed, and copy the backbone's buffers again where either side was written."""
         self.restore_attributes()
+        if self._unproved:
+            self._prove()
         if self._all.others or self._all.iterators:
             self._all.restore_others()
         self.follow()
@@ -153,10 +161,24 @@ class Memory:
 
     def follow(self) -> None:
         """Copy the backbone's buffers, and its tensors that are plain attributes, where either side was written."""
+        if self._unproved and not self._first:
+            self._first = list(map(VERSION, self._unproved.values()))
         # One pass in C over all of them, for models may have thousands.
         if list(map(VERSION, self.tensors)) != self.versions or self._small_differ():
             for at in range(len(self.copies)):
                 self._follow_one(at, looks=True)
+
+    def _prove(self) -> None:
+        """After the first call: it has written no parameter, which is the backbone's own storage."""
+        known, before = self._unproved, self._first
+        self._unproved, self._first = {}, []
+        written = [name for (name, p), version in zip(known.items(), before, strict=False) if p._version != version]
+        if written and sys.exc_info()[0] is None:
+            raise StaleBackboneError(
+                f"{written[0]} was written in place by the backbone's own forward (or by somebody else meanwhile), and "
+                f"calls of a delta never change the backbone. Let the forward compute with a changed copy, as in "
+                f"weight = self.weight.clamp(min=0), and not change the parameter."
+            )
 
     def settle_small(self) -> None:
         """Which buffers are compared by their bytes."""

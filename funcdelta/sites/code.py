@@ -26,8 +26,6 @@ FILLS = frozenset(
 """What changes containers; of other objects they are methods by which an object changes itself."""
 IN_PLACE = frozenset(name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__"))
 OF_TENSORS = frozenset(dir(Tensor))
-UNSEEN = frozenset(("data", "no_grad", "inference_mode", "set_grad_enabled", "untyped_storage"))
-"""Names by which code writes to a tensor that autograd would not let it write to."""
 
 
 @dataclass
@@ -39,7 +37,7 @@ class Reach:
         pairs: attributes that are read, each with the name that they are read from: ``("config", "dtype")``.
         writes: attributes that are set or deleted.
         fills: names that are read where containers are changed.
-        writes_tensors: whether some function writes tensors where autograd does not look.
+        writes_tensors: whether some function writes into the ``data`` of a tensor.
         codes: the code objects, those of functions inside of functions too.
     """
 
@@ -56,6 +54,10 @@ class Reach:
         Names that tensors have as well are read everywhere, and count only where they are read from that name.
         """
         return (owner, name) in self.pairs if name in OF_TENSORS else name in self.reads
+
+    def in_place(self, name: str) -> bool:
+        """Whether a method that writes into a tensor is called on what ``name`` names."""
+        return any((name, method) in self.pairs for method in IN_PLACE)
 
     def take(self, other: Reach) -> None:
         """Add what another one reaches."""
@@ -95,20 +97,18 @@ def reach_of_functions(functions: Iterable[Any]) -> Reach:
 
 def _reach(starts: Iterable[Any], pool: dict[str, list[Any]]) -> Reach:
     found, names, seen = Reach(), set[str](), set[int]()
-    waiting = [(value, False) for value in starts]
+    waiting = list(starts)
     while waiting:
-        value, quiet = waiting.pop()
-        for function in _functions(value):
+        for function in _functions(waiting.pop()):
             if id(function) in seen:
                 continue
             seen.add(id(function))
             facts = facts_of(function.__code__)
             found.take(facts)
-            found.writes_tensors |= quiet and not IN_PLACE.isdisjoint(facts.reads)
-            waiting += [(other, other_quiet) for other, other_quiet in _held(function, facts.reads)]
+            waiting += _held(function, facts.reads)
             for name in (facts.reads | facts.writes) - names:
                 names.add(name)
-                waiting += [(other, False) for other in pool.get(name, ())]
+                waiting += pool.get(name, ())
     return found
 
 
@@ -125,15 +125,20 @@ def facts_of(code: types.CodeType) -> Reach:
     """
     reads, writes, changes = set(code.co_names), set[str](), False
     found = Reach(codes={code})
-    before = ""
+    before, last, same = "", "", dict[str, str]()
     for step in dis.get_instructions(code):
-        if step.opname.startswith("LOAD_") and isinstance(step.argval, str):
-            found.pairs.add((before, step.argval))
-            before = step.argval
-        if step.opname in ("STORE_ATTR", "DELETE_ATTR"):
+        if step.opname.startswith("LOAD_") and isinstance(step.argval, str) and step.opname != "LOAD_CONST":
+            name = same.get(step.argval, step.argval) if step.opname == "LOAD_FAST" else step.argval
+            found.pairs.add((before, name))
+            before = name
+        elif step.opname == "STORE_FAST":
+            # Another name for what was read: w = self.weight.
+            same[step.argval] = before if last.startswith("LOAD_") else step.argval
+        elif step.opname in ("STORE_ATTR", "DELETE_ATTR"):
             writes.add(step.argval)
         elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
             changes = True
+        last = step.opname
     for constant in code.co_consts:
         if isinstance(constant, str) and constant.isidentifier():
             reads.add(constant)
@@ -143,7 +148,7 @@ def facts_of(code: types.CodeType) -> Reach:
         writes |= {constant for constant in code.co_consts if isinstance(constant, str)}
     if changes or not FILLS.isdisjoint(reads):
         found.fills |= reads
-    found.writes_tensors |= "data" in writes or not (IN_PLACE.isdisjoint(reads) or UNSEEN.isdisjoint(reads))
+    found.writes_tensors |= "data" in writes or (changes and ("data" in reads)) or found.in_place("data")
     found.reads |= reads
     found.writes |= writes
     return found
@@ -165,15 +170,11 @@ def _functions(value: Any) -> Iterator[types.FunctionType]:
         yield from _functions(inspect.unwrap(value))
 
 
-def _held(function: types.FunctionType, names: set[str]) -> Iterator[tuple[Any, bool]]:
-    """What a function may call: what it closes over, and functions that it knows by name; torch's own end here.
-
-    Each comes with whether it runs without autograd.
-    """
-    quiet = function.__name__ == "decorate_context"
+def _held(function: types.FunctionType, names: set[str]) -> Iterator[Any]:
+    """What a function may call: what it closes over, and functions that it knows by name; torch's own end here."""
     for cell in function.__closure__ or ():
         try:
-            yield cell.cell_contents, quiet
+            yield cell.cell_contents
         except ValueError:  # it is not filled
             continue
     if _is_torchs(function.__globals__.get("__name__")):
@@ -181,9 +182,9 @@ def _held(function: types.FunctionType, names: set[str]) -> Iterator[tuple[Any, 
     for name in names:
         value = function.__globals__.get(name)
         if isinstance(value, types.ModuleType) and not _is_torchs(value.__name__):
-            yield from ((vars(value)[at], False) for at in names if at in vars(value))
+            yield from (vars(value)[at] for at in names if at in vars(value))
         elif value is not None and not _is_torchs(getattr(value, "__module__", None)):
-            yield value, False
+            yield value
 
 
 def _is_torchs(name: str | None) -> bool:

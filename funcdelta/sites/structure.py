@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .code import reach_of, reach_of_functions
 from .references import every_module, held_tensors, rewire
 
 COMPILED_MODULE = "torch._dynamo.eval_frame.OptimizedModule"
@@ -18,7 +19,8 @@ def copy_structure(backbone: nn.Module, trains: bool = False) -> nn.Module:
     """A deep copy that shares every parameter's storage: tied ones stay tied, buffers are copied.
 
     Nothing in it requires grad, unless ``trains``: then whatever does in the backbone. It runs eagerly where the
-    backbone is compiled, and writes into no parameter where a forward of torch's does (``max_norm``).
+    backbone is compiled, and forwards that write into parameters (``max_norm``, a constraint on ``weight.data``) write
+    into copies of theirs.
 
     >>> backbone = nn.Sequential(nn.Linear(2, 2))
     >>> copied = copy_structure(backbone)
@@ -40,8 +42,9 @@ def copy_structure(backbone: nn.Module, trains: bool = False) -> nn.Module:
                 alias(value)
     copied = copy_module(backbone, memo)
     for module in every_module(copied):
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
-            _shorten_a_copy(module)
+        names = written_parameters(module)
+        if names:
+            _run_on_copies(module, names)
         if COMPILED_MODULE in (f"{base.__module__}.{base.__name__}" for base in type(module).__mro__):
             vars(module)["forward"] = module._modules["_orig_mod"].__call__  # pyright: ignore[reportOptionalMemberAccess]
     return copied
@@ -73,22 +76,68 @@ def copy_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mod
     return copied
 
 
-def _shorten_a_copy(module: nn.Module) -> None:
-    """Let a table that shortens its rows in place do so in a copy of it, made in each call: a call has no memory."""
-    if "forward" in vars(module):
-        vars(module)["_forward_of_its_own"] = vars(module)["forward"]
+def written_parameters(module: nn.Module) -> list[str]:
+    """The parameters, by names below ``module``, that its own forward may write into, as far as its code tells.
+
+    >>> class Constrained(nn.Linear):
+    ...     def forward(self, x):
+    ...         self.weight.data.clamp_(min=0)
+    ...         return super().forward(x)
+    >>> written_parameters(Constrained(2, 2)), written_parameters(nn.Linear(2, 2))
+    (['weight'], [])
+    """
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+        return ["weight"]
+    held = vars(module)
+    found = [reach_of_functions([held["forward"]])] if "forward" in held else []
+    if not type(module).__module__.startswith("torch."):
+        found.append(reach_of(frozenset([type(module)])))
+    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    own = {name.rpartition(".")[2] for name in names}
+    written = {one for one in own for reach in found if reach.in_place(one)}
+    unsafe = any(reach.writes_tensors for reach in found)
+    if unsafe:
+        written |= {one for one in own for reach in found if (one, "data") in reach.pairs} or own
+    read = {name for reach in found for name in reach.reads}
+    # In a loop over all parameters none is named.
+    listed = unsafe and not {"parameters", "named_parameters", "_parameters"}.isdisjoint(read)
+    return [name for name in names if listed or (name.rpartition(".")[2] in written and _is_named(name, read))]
+
+
+def _is_named(name: str, read: set[str]) -> bool:
+    """Whether all parts of a dotted name are read; the numbers among them need not be."""
+    return all(part in read or part.isdigit() for part in name.split("."))
+
+
+def _run_on_copies(module: nn.Module, names: list[str]) -> None:
+    """Let a forward that writes into parameters do so in copies of them, made in each call: a call has no memory."""
+    vars(module)[COPIED] = names, vars(module).get("forward")
     # A method, which copies of the module take with them.
-    module.forward = types.MethodType(_forward_on_a_copy, module)
+    module.forward = types.MethodType(_forward_on_copies, module)
 
 
-def _forward_on_a_copy(module: Any, *args: Any, **kwargs: Any) -> Any:
-    own = module._parameters["weight"]
-    forward = vars(module).get("_forward_of_its_own")
-    module._parameters["weight"] = own.clone()
+COPIED = "_funcdelta_copied"
+"""Where a module has the names of the parameters that its forward writes into, and the forward that it had itself."""
+
+
+def _forward_on_copies(module: Any, *args: Any, **kwargs: Any) -> Any:
+    names, forward = vars(module)[COPIED]
+    before: list[tuple[Any, str, Any]] = []
+    made: dict[int, Any] = {}
+    for name in names:
+        path, _, own = name.rpartition(".")
+        owner = module.get_submodule(path)
+        # In a view a frozen parameter is a plain attribute.
+        table = owner._parameters if own in owner._parameters else vars(owner)
+        tensor = table.get(own)
+        if isinstance(tensor, Tensor):
+            before.append((table, own, tensor))
+            table[own] = made.setdefault(id(tensor), tensor.clone())
     try:
         return forward(*args, **kwargs) if forward is not None else type(module).forward(module, *args, **kwargs)
     finally:
-        module._parameters["weight"] = own
+        for table, own, tensor in before:
+            table[own] = tensor
 
 
 def is_quantised(tensor: Tensor) -> bool:
