@@ -327,8 +327,11 @@ class DeltaModel(Habits):
         torch.Size([3, 8])
         """
         params = self._member(params)
-        args, kwargs = self._given(args, kwargs, inputs, transformed=inside_transform())
-        program, expanded = self.program, expand_member(self.plan.shared, params)
+        if inputs is not None or inside_transform():
+            args, kwargs = self._given(args, kwargs, inputs, transformed=inside_transform())
+        program = self.program
+        shared = program.skeletons.plan.shared
+        expanded = expand_member(shared, params) if shared else params
         if torch.compiler.is_compiling() or program.is_verified(params):
             return call_single(program, expanded, args, kwargs)
         reached: set[str] = set()

@@ -25,13 +25,17 @@ def eager(function: Function) -> Function:
     return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
 
 
+current_transform: Callable[[], Any] = _functorch.peek_interpreter_stack
+"""The innermost transform under way, ``None`` outside of all; torch's own function, which costs next to nothing."""
+
+
 def inside_transform() -> bool:
     """Whether a ``torch.func`` transform is under way (compiled code is not asked: tracing hides it).
 
     >>> inside_transform(), torch.vmap(lambda x: x + inside_transform())(torch.zeros(2))
     (False, tensor([1., 1.]))
     """
-    return not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
+    return not torch.compiler.is_compiling() and current_transform() is not None
 
 
 def inside_backward() -> bool:

@@ -147,17 +147,18 @@ class LoraConfig(BaseDeltaConfig):
                 # The table gives that row a value and no gradient, so neither factor may get one through it.
                 change = torch.where((x == padding).unsqueeze(-1), change.detach(), change)
             return y + change
-        x = dropout(x, p.get("lora_dropout", self.lora_dropout), site.training)
+        if site.training:
+            x = dropout(x, p.get("lora_dropout", self.lora_dropout), True)
         if site.kind in CONVOLVE:
             groups, ones = site.option("groups"), [1] * (a.ndim - 2)
             convolve = CONVOLVE[site.kind]
             made_with = {key: site.option(key) for key in ("stride", "padding", "dilation")}
             hidden = convolve(x, a.repeat(groups, *[1] * (a.ndim - 1)), groups=groups, **made_with)
             return y + convolve(hidden, (p["scale"] * b).view(*b.shape, *ones), groups=groups)
-        parts = self._parts(site)
+        parts = site.parts if self.enable_lora is None else self._parts(site)
         if not parts:
             # Scaled between the two products, where there are fewest numbers.
-            return y + linear(linear(x, a) * p["scale"], b)
+            return y + x @ a.mT * p["scale"] @ b.mT
         hidden = linear(x, a).chunk(len(parts), -1)
         rows = (p["scale"] * b).split([part.size for part in parts], -2)
         return y + place([linear(h, row) for h, row in zip(hidden, rows, strict=True)], parts, site.width)

@@ -19,7 +19,14 @@ from torch.overrides import TorchFunctionMode
 
 from ..transforms import wants_mathematical_attention
 
-_wanted = threading.local()
+
+class _Wanted(threading.local):
+    """Whether this thread is inside of :func:`higher_order`."""
+
+    yes = False
+
+
+wanted = _Wanted()
 
 
 def mathematical_attention(
@@ -75,12 +82,11 @@ def higher_order() -> Iterator[None]:
     ...     needs_mathematical_attention()
     True
     """
-    before = getattr(_wanted, "yes", False)
-    _wanted.yes = True
+    before, wanted.yes = wanted.yes, True
     try:
         yield
     finally:
-        _wanted.yes = before
+        wanted.yes = before
 
 
 def needs_mathematical_attention() -> bool:
@@ -89,7 +95,7 @@ def needs_mathematical_attention() -> bool:
     >>> needs_mathematical_attention()
     False
     """
-    return getattr(_wanted, "yes", False) or wants_mathematical_attention()
+    return wanted.yes or wants_mathematical_attention()
 
 
 @torch._dynamo.assume_constant_result

@@ -33,7 +33,7 @@ def attention_of(skeleton: Host, path: str, attended: list[Bound]) -> Callable[.
         call = skeleton.under_way(path)
         if call.reached is not None:
             call.reached.add(attention_mark(path))
-        acting = [bound for bound in attended if bound[0].among(call.params)]
+        acting = [bound for bound in attended if bound.key in call.params]
         if not acting:
             return original(module, *args, **kwargs)
         added = [_added(call, path, bound, module.training, args[0], args[1]) for bound in acting]
@@ -76,7 +76,7 @@ class Numbered:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Give the numbers of the positions, or make sure that the module needs none."""
         call = self.skeleton.under_way(self.path)
-        if not any(attachment.among(call.params) for attachment, _ in self.attended):
+        if not any(bound.key in call.params for bound in self.attended):
             return None
         given = named(self.counting.inputs, args, kwargs, self.path)
         text = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
@@ -92,7 +92,7 @@ class Numbered:
 
     def _check(self, call: Call, given: dict[str, Any], lead: Tensor, made: tuple[str, ...]) -> None:
         """Compare a padded row with itself alone, heads and all, where numbers of positions do not settle it."""
-        acting = [attachment for attachment, _ in self.attended if attachment.among(call.params)]
+        acting = [bound.attachment for bound in self.attended if bound.key in call.params]
         keys = [key for attachment in acting for key in attachment.leaves.values()]
         params = {key: call.params[key] for key in keys}
         params = {key: concrete(leaf if call.lift is None else leaf[0]) for key, leaf in params.items()}
@@ -109,13 +109,13 @@ class Numbered:
 
 def _added(call: Call, path: str, bound: Bound, training: bool, query: Tensor, key: Tensor) -> Added:
     """What one method adds at an attention site, for every row of this call."""
-    attachment, function = bound
+    attachment = bound.attachment
     shape, rows = attachment.site.attention, query.shape[0]
     # One number a row: enough to tell which rows are whose.
-    slot, p = key.new_zeros(()).expand(rows, 1, 1), attachment.of(call.params)
+    slot, p = key.new_zeros(()).expand(rows, 1, 1), bound.leaves(call.params)
     if call.watch is not None and call.lift is not None and call.watch.axis(path, query) != 0:
         raise FoldError(f"{path} attends with rows that are not on the first axis")
-    both, _ = act(call, path, function[training], p, (slot,), (0,))
+    both, _ = act(call, path, bound, training, (slot,), (0,))
     visible, present = None, attachment.config.present
     if present(p) is not None or (call.lift is not None and call.lift.present is not None):
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,13 +42,38 @@ def rewritten(
     }
 
 
-Bound = tuple[Attachment, tuple[Callable[..., Tensor], Callable[..., Tensor]]]
-"""An attachment, and one of its functions in evaluation and in training mode."""
+class Bound:
+    """One of a method's functions at its site.
+
+    Attributes:
+        key: the key in params that stands for all of the attachment's.
+        spans: whether it gets what entered another module.
+        functions: in evaluation and in training mode, computed in the leaves' dtype.
+        method, sites: what they call, and with which site, where no axes have to be moved; in the leaves' own
+            precision it can be called as it is.
+    """
+
+    __slots__ = ("attachment", "functions", "key", "keys", "method", "names", "sites", "spans")
+
+    def __init__(
+        self, attachment: Attachment, make: Callable[[bool], Callable[..., Tensor]], method: Any = None
+    ) -> None:
+        self.attachment, self.key, self.method = attachment, attachment.key, method
+        self.names, self.keys = tuple(attachment.leaves), tuple(attachment.leaves.values())
+        self.spans = attachment.site.exit is not None
+        self.functions = make(False), make(True)
+        self.sites = attachment.at(False), attachment.at(True)
+
+    def leaves(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The leaves under their own names."""
+        return dict(zip(self.names, map(params.__getitem__, self.keys), strict=True))
 
 
 def bound_in_both_modes(attachment: Attachment, function: str) -> Bound:
     """The method's function at its site, ready for both modes."""
-    return attachment, (_bound(attachment, function, False), _bound(attachment, function, True))
+    config = attachment.config
+    method = None if config.axis_order is not None else getattr(config, function)
+    return Bound(attachment, lambda training: _bound(attachment, function, training), method)
 
 
 def _bound(attachment: Attachment, function: str, training: bool) -> Callable[..., Tensor]:
@@ -81,7 +107,7 @@ def added_in_both_modes(attachment: Attachment) -> Bound:
 
         return act
 
-    return attachment, (bound(False), bound(True))
+    return Bound(attachment, bound)
 
 
 def _leaf_dtype(p: dict[str, Tensor]) -> torch.dtype:

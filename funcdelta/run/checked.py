@@ -58,10 +58,11 @@ class Checks:
 
     def _remember(self, key: Hashable | None, found: tuple[int, dict[str, torch.dtype]]) -> None:
         """What autocast lets pass does not pass without it, and is not remembered."""
+        if key is None:
+            return
         if len(self.passed) >= MOST:
             self.passed.clear()
-        if key is not None:
-            self.passed[key] = found
+        self.passed[key] = found
 
 
 def _key(params: Any, what: str) -> Hashable | None:

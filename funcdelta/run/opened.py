@@ -20,9 +20,13 @@ from ..planning.plan import Attachment
 from ..planning.spans import keep, take
 from ..transforms import is_wrapped
 from .bound import Bound
-from .call import TENSOR, Call, Function, Host, Params
+from .call import TENSOR, Call, Host, Params
 from .hidden import hidden_input, hidden_output
 from .layout import LayoutMismatchError, Run
+from .reading import READ, refuse_replaced
+
+
+_set = object.__setattr__  # a module's own looks for parameters first
 
 
 class Bypass(nn.Module):
@@ -45,6 +49,7 @@ class Opened:
         befores, afters: methods that act on what enters and leaves it.
         begun: spans that begin here and end elsewhere.
         running: how many calls of the module are under way; meanwhile its tensors are read by itself.
+        kind, shown: the module's class, and the one that answers whoever else reads its tensors, if that is another.
     """
 
     def __init__(self, skeleton: Host, path: str, module: nn.Module) -> None:
@@ -54,6 +59,8 @@ class Opened:
         self.afters: list[Bound] = []
         self.begun: list[Attachment] = []
         self.running = 0
+        self.kind: type[nn.Module] = type(module)
+        self.shown: type[nn.Module] | None = None
         forward = functools.partial(_forward, self)
         functools.update_wrapper(forward, self.original)
         module.forward = forward  # type: ignore[method-assign]
@@ -91,10 +98,9 @@ def _forward(opened: Opened, /, *args: Any, **kwargs: Any) -> Any:
             x_dim, y_dim = dims.x, dims.y
     if begun or befores:
         given = x
-        for attachment, function in befores:
-            if attachment.key in call.params:
-                p = attachment.of(call.params)
-                x, x_dim = act(call, path, function[opened.module.training], p, (x,), (x_dim,))
+        for bound in befores:
+            if bound.key in call.params:
+                x, x_dim = act(call, path, bound, opened.module.training, (x,), (x_dim,))
         if x is not given:
             args, kwargs = ((x, *args[1:]), kwargs) if put_back is None else put_back(x)
         for attachment in begun:
@@ -108,13 +114,12 @@ def _forward(opened: Opened, /, *args: Any, **kwargs: Any) -> Any:
         y_dim = call.watch.axis(path, y)
         call.watch.site(path, x_dim, y_dim)
     changed = False
-    for attachment, function in afters:
-        if attachment.key in call.params:
+    for bound in afters:
+        if bound.key in call.params:
             given, given_dim = x, x_dim
-            if attachment.site.exit is not None:
-                given, given_dim = take(call.note("spans"), attachment.key, attachment.site)
-            p = attachment.of(call.params)
-            y, y_dim = act(call, path, function[opened.module.training], p, (y, given), (y_dim, given_dim))
+            if bound.spans:
+                given, given_dim = take(call.note("spans"), bound.key, bound.attachment.site)
+            y, y_dim = act(call, path, bound, opened.module.training, (y, given), (y_dim, given_dim))
             changed = True
     if not changed:
         return output
@@ -123,24 +128,40 @@ def _forward(opened: Opened, /, *args: Any, **kwargs: Any) -> Any:
 
 def _inner(opened: Opened, call: Call, run: Run | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The module's own forward; while it runs, its tensors are read by itself."""
+    if call.notes and READ in call.notes:
+        refuse_replaced(opened.module, opened.path, call.notes[READ])
+    shown = None if opened.running or torch.compiler.is_compiling() else opened.shown
     opened.running += 1
+    if shown is not None:
+        _set(opened.module, "__class__", opened.kind)
     try:
         return opened.original(*args, **kwargs) if run is None else run_members(opened, call, run, args, kwargs)
     finally:
         opened.running -= 1
+        if shown is not None:
+            _set(opened.module, "__class__", shown)
 
 
 def act(
-    call: Call, path: str, function: Function, p: Params, values: tuple[Tensor, ...], dims: tuple[int | None, ...]
+    call: Call, path: str, bound: Bound, training: bool, values: tuple[Tensor, ...], dims: tuple[int | None, ...]
 ) -> tuple[Tensor, int | None]:
     """One method's function at a site, with the site named in whatever goes wrong."""
+    p = dict(zip(bound.names, map(call.params.__getitem__, bound.keys), strict=True))
+    function, lift = bound.functions[training], call.lift
     if torch.compiler.is_compiling():
-        return (function(p, *values), None) if call.lift is None else call.lift(function, p, values, dims, path)
-    versions = [None if is_wrapped(value) or value.is_inference() else value._version for value in values]
-    lift = call.lift
+        return (function(p, *values), None) if lift is None else lift(function, p, values, dims, path)
+    looks_on = call.watch is not None or call.reached is not None
+    versions = list(map(_version, values)) if looks_on else []
     try:
         if lift is None:
-            result = function(p, *values), None
+            y = values[0]
+            if bound.method is None or not y.dtype == values[-1].dtype == p[bound.names[0]].dtype:
+                result = function(p, *values), None
+            else:
+                # In the leaves' own precision there is nothing to convert.
+                found = bound.method(bound.sites[training], p, *values)
+                alike = type(found) is Tensor and found.dtype == y.dtype
+                result = found if alike else function(p, *values), None
         elif call.watch is None:
             result = lift(function, p, values, dims, path)
         else:
@@ -152,13 +173,16 @@ def act(
         hidden = ", ".join(str(tuple(value.shape)) for value in values)
         error.add_note(f"funcdelta: at the site {path}, leaves {shapes}, hidden values {hidden}.")
         raise
-    for value, version in zip(values, versions, strict=True):
-        if version is not None and value._version != version:
-            raise ConfigError(
-                f"The method at {path} changed a hidden value in place, which others still read: write y = y + change "
-                f"instead of y += change."
-            )
+    if looks_on and list(map(_version, values)) != versions:
+        raise ConfigError(
+            f"The method at {path} changed a hidden value in place, which others still read: write y = y + change "
+            f"instead of y += change."
+        )
     return result
+
+
+def _version(value: Tensor) -> int | None:
+    return None if is_wrapped(value) or value.is_inference() else value._version
 
 
 def run_members(opened: Opened, call: Call, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

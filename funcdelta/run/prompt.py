@@ -10,6 +10,7 @@ cache nothing is inserted: the prompt is in the cache.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, EngineError
 from ..planning.plan import Attachment
+from .bound import Bound
 from .call import Call, Host
 from .counting import CALLERS, Counting, readable
 from .entrance import Entrance
@@ -40,9 +42,6 @@ from .positions import before, behind_padding, by_position, cached_length, in_fr
 from .text_model import inputs_of
 
 Act = Callable[..., tuple[Tensor, int | None]]
-Prompt = tuple[Attachment, tuple[Callable[..., Tensor], Callable[..., Tensor]]]
-"""An attachment, and its rows before those given, in evaluation and in training mode."""
-
 MEMORIES = ("mems", "cache_params", "state")
 """Memories of other kinds, which do not tell how many positions they hold."""
 
@@ -73,7 +72,7 @@ class Prompts:
 
     def __init__(self, skeleton: Host, path: str, attachments: Sequence[Attachment], act: Act) -> None:
         self.skeleton, self.path, self.act = skeleton, path, act
-        self.attachments = [(a, (_rows_before(a, False), _rows_before(a, True))) for a in attachments]
+        self.prompting = [Bound(a, functools.partial(_rows_before, a)) for a in attachments]
         self.entrance = Entrance(skeleton.module, path)
         self.counting = Counting(skeleton, path)
         self.checked: float = 0  # the longest padded input that was compared with its row alone
@@ -130,7 +129,7 @@ class Prompts:
         given = {**given, **numbers, **self.entrance.identities(given, rows)}
         x = self._prepended(call, present, self.entrance.embedding(ids) if x is None else x, module.training)
         given = numbered(given, rows, lead, self.entrance.first_position)
-        for attachment, _ in present:
+        for attachment in _attachments(present):
             given = extended(given, attachment, length, x, self.entrance)
             length += attachment.prompt_rows
         given |= {"input_ids": None, "inputs_embeds": x}
@@ -142,7 +141,7 @@ class Prompts:
         if made is not None:
             given["attention_mask"] = self._masks(made, given, rows, lead)
         elif lead is not None:
-            self._check_padding(call, given, lead, rows, present[0][0].name, tuple(numbers))
+            self._check_padding(call, given, lead, rows, present[0].attachment.name, tuple(numbers))
         call.note(PROMPTED)[self.path] = entered
         return (), given
 
@@ -212,16 +211,16 @@ class Prompts:
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
-    def _present(self, call: Call) -> list[Prompt]:
-        return [(a, functions) for a, functions in self.attachments if a.key in call.params]
+    def _present(self, call: Call) -> list[Bound]:
+        return [bound for bound in self.prompting if bound.key in call.params]
 
-    def _strips(self, present: Sequence[Prompt]) -> bool:
-        return self.entrance.head_counts_ids or any(getattr(a.config, "strip", False) for a, _ in present)
+    def _strips(self, present: Sequence[Bound]) -> bool:
+        return self.entrance.head_counts_ids or any(getattr(a.config, "strip", False) for a in _attachments(present))
 
-    def _prepended(self, call: Call, present: Sequence[Prompt], x: Tensor, training: bool) -> Tensor:
+    def _prepended(self, call: Call, present: Sequence[Bound], x: Tensor, training: bool) -> Tensor:
         if call.lift is not None and getattr(call.lift, "present", None) is not None:
             raise EngineError(
-                f"{present[0][0].name} makes the input longer, so rows of the bare backbone (index -1) do not fit "
+                f"{present[0].attachment.name} makes the input longer, so rows of the bare backbone (index -1) do not fit "
                 f"into one batch with the others: run them by themselves, delta.apply({{}}, ...). (Inside compiled "
                 f"code and transforms the index cannot be read, and every row counts as one that may be bare.)"
             )
@@ -231,8 +230,8 @@ class Prompts:
             call.watch.site(self.key, dim, dim)
         elif call.lift is not None:
             dim = call.where(self.key).x
-        for attachment, functions in present:
-            x, dim = self.act(call, self.path, functions[training], attachment.of(call.params), (x,), (dim,))
+        for bound in present:
+            x, dim = self.act(call, self.path, bound, training, (x,), (dim,))
         return x
 
     def _own_mask(self, call: Call, given: dict[str, Any]) -> tuple[dict[str, Any], Any]:
@@ -251,14 +250,14 @@ class Prompts:
         return masks
 
     def _from_cache(
-        self, call: Call, given: dict[str, Any], present: Sequence[Prompt], cached: int, length: int
+        self, call: Call, given: dict[str, Any], present: Sequence[Bound], cached: int, length: int
     ) -> dict[str, Any]:
         """The inputs of a call that goes on from a cache, where the entrance gets them."""
         if self.counting.asked(call) is None:
             given = continued(given, _attachments(present), cached, length, self.entrance.behind_padding)
         lead = self.counting.lead(self.counting.mask(call, given))
         if lead is not None:
-            hidden = sum(attachment.prompt_rows for attachment, _ in present if hides(attachment))
+            hidden = sum(attachment.prompt_rows for attachment in _attachments(present) if hides(attachment))
             lead = (lead - hidden).clamp(min=0)
         return {**given, **self.counting.numbers(call, given, lead, cached, length)}
 
@@ -279,13 +278,13 @@ class Prompts:
             self.checked = math.inf if causal else length
 
 
-def _attachments(present: Sequence[Prompt]) -> list[Attachment]:
-    return [attachment for attachment, _ in present]
+def _attachments(present: Sequence[Bound]) -> list[Attachment]:
+    return [bound.attachment for bound in present]
 
 
-def _count(present: Sequence[Prompt]) -> int:
+def _count(present: Sequence[Bound]) -> int:
     """How many rows these prompts have together."""
-    return sum(attachment.prompt_rows for attachment, _ in present)
+    return sum(attachment.prompt_rows for attachment in _attachments(present))
 
 
 def _of_text(mask: Any, length: int, rows: int) -> Tensor | None:

@@ -6,8 +6,11 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from ..errors import MatchError, UnreachedWarning
-from ..functional.attention import attention_for_this_call
+from ..functional.attention import attention_for_this_call, wanted
+from ..transforms import current_transform
 from .attention import attention_mark
 from .call import Call, Params, read_mark
 from .checkpointing import kept_run, named_refusal, needs_keeping
@@ -22,6 +25,9 @@ def call_single(
     """The output for one member; ``reached`` collects the sites that the call passes through."""
     skeleton = program.skeletons.get(program.training, hooked=bool(params))
     call = Call(params, reached=reached)
+    simple = not (torch.compiler.is_compiling() or skeleton.recomputing or skeleton.units)
+    if simple and current_transform() is None and not wanted.yes:
+        return skeleton.run("", params, args, kwargs, call)
     if params and needs_keeping(skeleton):
         skeleton = program.skeletons.spare(program.training)
         overrides = skeleton.overrides(params)

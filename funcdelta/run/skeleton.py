@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import RecomputeError
+from ..match import within
 from ..planning.plan import Attachment, Plan
 from ..sites.structure import copy_structure, forget_batch_statistics, named_tensors
 from ..transforms import inside_transform, outside_transforms
@@ -33,7 +34,7 @@ from .layout import LayoutMismatchError
 from .memory import Memory
 from .opened import Opened, act
 from .prompt import Prompts
-from .reading import own_parameters, rewritten_when_read, watch_reads
+from .reading import READ, own_parameters, rewritten_when_read, watch_reads
 
 # torch runs these by one kernel that calls no submodule and has few derivatives, unless they have hooks.
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
@@ -70,7 +71,7 @@ class Skeleton:
             prepare(self.module)
         self.units = units(self.module)
         self.dtypes = {name: t.dtype for name, t in named_tensors(self.module)}
-        self.plan = plan
+        self.plan, self._is_view = plan, view
         self.call: Call | None = None
         self.kept: weakref.ref[Call] | None = None
         self.recomputing = recomputing(self.module)
@@ -80,6 +81,7 @@ class Skeleton:
         self.sharing: set[str] = set()
         self.read_outside: Callable[[str, str, Tensor], Tensor] = self._read_outside
         self._slots: dict[str, Slot] = {}
+        self._fused = [path for path, child in self.module.named_modules() if isinstance(child, FUSED)]
         self._remembers, self.clean = False, True
         if plan is not None:
             self._install(plan)
@@ -89,10 +91,9 @@ class Skeleton:
     # -- installation ----------------------------------------------------------------------------------------------
 
     def _install(self, plan: Plan) -> None:
-        for child in self.module.modules():
-            if isinstance(child, FUSED):
-                # Real hooks, because torch's fused paths look for hooks and stand aside for them.
-                child.register_forward_hook(_stand_aside)
+        for path in self._fused:
+            # Real hooks, because torch's fused paths look for hooks and stand aside for them.
+            self.module.get_submodule(path).register_forward_hook(_stand_aside)
         begun = [a for a in plan.all() if a.site.exit is not None]
         for path in dict.fromkeys([*plan.attachments, *(a.site.path for a in begun)]):
             attachments = plan.attachments.get(path, ())
@@ -114,7 +115,8 @@ class Skeleton:
         if path not in self.opened:
             module = self.module.get_submodule(path)
             self.opened[path] = Opened(self, path, module)
-            module.register_forward_hook(_stand_aside)
+            if any(within(path, above) for above in self._fused):
+                module.register_forward_hook(_stand_aside)
             if self._remembers:
                 self.memory.note()
         return self.opened[path]
@@ -134,6 +136,8 @@ class Skeleton:
             return self.read_outside(path, name, tensor)
 
         watch_reads(opened.module, lambda: opened.running > 0, outside)
+        if not self._is_view:  # whose modules have classes of their own as well
+            opened.shown = type(opened.module)
 
     def _open_attention(self, path: str, attachments: list[Attachment]) -> None:
         """Let keys and values be added to those of the attention module at ``path``."""
@@ -187,6 +191,8 @@ class Skeleton:
                 raise LayoutMismatchError(f"{path}.{name} differs by member and is read outside of {path}.")
             if call.reached is not None:
                 call.reached.add(path)
+            if any(a.has_two_forms for a in acting) and not (call.runs or torch.compiler.is_compiling()):
+                call.note(READ)[path, name] = tensor
             changed = {f"{path}.{name}": tensor}
             for attachment in acting:
                 own = self.own_tensors(path, changed)
@@ -217,19 +223,23 @@ class Skeleton:
         Hidden values change where modules are opened, tensors by a swap; of a fold's params none is swapped.
         """
         call = call or Call(params)
-        overrides = self.overrides(params, entry) if params and (entry or not self.units) else {}
+        overrides = self.overrides(params, entry) if params and (entry or not self.units) else None
         if self.memory.writes_buffers and inside_transform():
             # Transforms forbid writing to what they did not make.
             buffers = self.module.named_buffers(remove_duplicate=False)
-            overrides = {name: buffer.clone() for name, buffer in buffers} | overrides
+            overrides = {name: buffer.clone() for name, buffer in buffers} | (overrides or {})
         target = self.module.get_submodule(entry) if entry else self.module
         if torch.compiler.is_compiling():
+            overrides = self.memory.buffers_now(entry) | (overrides or {})
             with self._during(call):
-                if not overrides:
-                    return target(*args, **kwargs)
-                cut = len(entry) + 1 if entry else 0
-                named = {name[cut:]: tensor for name, tensor in overrides.items()}
-                return functional_call(target, named, args, kwargs, tie_weights=False)
+                if overrides:
+                    cut = len(entry) + 1 if entry else 0
+                    named = {name[cut:]: tensor for name, tensor in overrides.items()}
+                    output = functional_call(target, named, args, kwargs, tie_weights=False)
+                else:
+                    output = target(*args, **kwargs)
+            self.memory.put_back_traced()
+            return output
         if self.nesting and inside_transform():
             # Nested tensors save work on padding, and no transform knows them. The memory puts the mark back.
             for module in self.nesting:
@@ -244,7 +254,10 @@ class Skeleton:
             self.call = outer
             if restore is not None:
                 restore()
-            self.settle()
+            if self.units:
+                self.memory.follow()
+            else:
+                self.memory.restore()
             self.clean = clean
 
     def run_inside(
@@ -314,9 +327,11 @@ class Skeleton:
     def overrides(self, params: Params, under: str = "") -> dict[str, Tensor]:
         """The backbone's tensors that ``params`` replace or rewrite, below the path ``under``, by every name."""
         plan = self.plan
-        if plan is None:
-            return {}
         found: dict[str, Tensor] = {}
+        if plan is None:
+            return found
+        if not (plan.rewriting or torch.compiler.is_compiling()) and plan.ends.keys().isdisjoint(params):
+            return found
         for name, tensor in params.items():
             for end in plan.ends.get(name, ()):
                 own = self.dtypes.get(end)
