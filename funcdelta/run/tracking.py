@@ -256,6 +256,10 @@ class Tracking(ThreadMode):
             return [MIXED] * len(results)
         if torch.Tag.pointwise in func.tags or name in ("copy_", "fill_", "masked_fill_", "masked_fill", "where"):
             read = [before.get(id(t), t) for t in given]
+            if name == "copy_":  # what was there before does not matter
+                given, read, tags = given[1:], read[1:], tags[1:]
+                if not any(tags):
+                    return [None]
             return [self._pointwise(given, read, tags, result) for result in results]
         return self._by_parts(func, args, kwargs, given, tags, results, before)
 
