@@ -26,6 +26,7 @@ from ..sites.noted import CONTAINERS, DEPTH, FUNCTIONS, OWN, PLAIN, PRIVATE, Not
 from ..transforms import outside_transforms
 
 VERSION = operator.attrgetter("_version")
+NOTHING = object()
 SMALL = 2**16
 """So many bytes of a buffer are compared by what they are, for ``.data`` and NumPy write without counting versions."""
 
@@ -55,8 +56,9 @@ class Memory:
         self.tensors = [tensor for copied in self.copies for tensor in (copied.source, copied.own)]
         self.versions = list(map(VERSION, self.tensors))
         self.settle_small()
+        self._settle_traced()
         self.writes_buffers = False
-        # What a forward writes is looked for in the first call alone, for most write nothing, and code tells of the rest.
+        # Looked at in the first call alone: most forwards write nothing, and code tells of most that do.
         named = skeleton.named_parameters() if skeleton is not backbone else ()
         self._unproved = {name: p for name, p in named if type(p) is nn.Parameter and not p.is_inference()}
         self._first: list[int] = []
@@ -179,6 +181,43 @@ class Memory:
                 f"calls of a delta never change the backbone. Let the forward compute with a changed copy, as in "
                 f"weight = self.weight.clamp(min=0), and not change the parameter."
             )
+
+    # -- compiled calls, of which a trace is made ----------------------------------------------------------------
+
+    def buffers_now(self, entry: str) -> dict[str, Tensor]:
+        """Copies of the backbone's buffers below ``entry`` as they are now: compiled code makes them in each call."""
+        start = f"{entry}." if entry else ""
+        return {name: source.clone() for name, source in self._sources_by_name.items() if name.startswith(start)}
+
+    def put_back_traced(self) -> None:
+        """What forwards set in modules is what it was, one by one, because a trace knows no passes over all."""
+        for module, name, before in self._set_by_forwards:
+            if before is NOTHING:
+                if name in module.__dict__:
+                    delattr(module, name)
+            else:
+                setattr(module, name, before)
+
+    def _settle_traced(self) -> None:
+        modules = dict(self.skeleton.named_modules())
+        own = {id(module._buffers): path for path, module in modules.items()}
+        self._sources_by_name: dict[str, Tensor] = {
+            f"{own[id(table)]}.{name}" if own[id(table)] else name: copied.source
+            for copied in self.copies
+            for table, name in copied.holders
+            if id(table) in own
+        }
+        self._set_by_forwards: list[tuple[nn.Module, str, Any]] = []
+        kinds: dict[type, set[str]] = {}
+        for module in modules.values():
+            kind = type(module)
+            if kind not in kinds:
+                ours = bool(_kinds_of_their_own(kind)) and not kind.__module__.startswith("torch.")
+                kinds[kind] = reach_of(frozenset([kind])).writes if ours else set()
+            registered = {*module._parameters, *module._buffers, *module._modules, "training"}
+            for name in sorted(name for name in kinds[kind] - registered if not name.startswith("__")):
+                if name in vars(module) or not isinstance(getattr(kind, name, None), property):
+                    self._set_by_forwards.append((module, name, vars(module).get(name, NOTHING)))
 
     def settle_small(self) -> None:
         """Which buffers are compared by their bytes."""
@@ -379,7 +418,9 @@ def _kinds_of_their_own(kind: type) -> list[type]:
 def _is_small(tensor: Tensor) -> bool:
     """Whether a tensor's bytes are compared."""
     plain = tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.is_contiguous()
-    return plain and 0 < tensor.numel() * tensor.element_size() <= SMALL and not tensor.is_conj() and not tensor.is_neg()
+    return (
+        plain and 0 < tensor.numel() * tensor.element_size() <= SMALL and not tensor.is_conj() and not tensor.is_neg()
+    )
 
 
 def _bytes_differ() -> Any:

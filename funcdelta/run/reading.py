@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..errors import MatchError
 from ..transforms import is_wrapped
 
 _GETTERS = ("dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_cuda", "is_sparse", "is_quantized")
@@ -59,6 +60,29 @@ def rewritten_when_read(tensor: Tensor, compute: Callable[[], Tensor]) -> Tensor
     found._compute = compute
     setattr(found, STANDS_FOR, tensor)
     return found
+
+
+READ = "tensors read outside of their modules"
+"""What a call notes of tensors that were computed with there: by path and name, as their modules held them."""
+
+
+def refuse_replaced(module: nn.Module, path: str, read: dict[tuple[str, str], Tensor]) -> None:
+    """Raise if the module at ``path`` now runs with another tensor than the one that was ``read`` with the delta in it.
+
+    Whoever reads a weight, computes with it and has the site run with the result, as ``torch.func.functional_call``
+    does, would have the delta twice: in the weight, and on the hidden values.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> refuse_replaced(layer, "0", {("0", "weight"): layer.weight})
+    """
+    for (at, name), tensor in read.items():
+        if at == path and held(module, name) is not tensor:
+            raise MatchError(
+                f"{path}.{name} is read by the model, and {path} then runs with another tensor in its place, as with "
+                f"torch.func.functional_call. The delta is in what was read, so at {path} it would count twice. Leave "
+                f'the site out, exclude_modules=["{path}"], or train the weight itself, '
+                f'unfrozen_modules=["deltas", "{path}.{name}"].'
+            )
 
 
 def watch_reads(module: nn.Module, inside: Callable[[], bool], outside: Callable[[str, Tensor], Tensor]) -> None:

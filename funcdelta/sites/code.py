@@ -11,6 +11,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import sys
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,10 +20,8 @@ from typing import Any
 from torch import Tensor, nn
 
 STARTS = ("forward", "__call__")
-FILLS = frozenset(
-    ("append", "appendleft", "add", "clear", "discard", "extend", "extendleft", "insert", "pop", "popitem", "popleft")
-    + ("remove", "reverse", "rotate", "setdefault", "sort", "update")
-)
+_ENDS = ("append", "appendleft", "extend", "extendleft", "pop", "popleft", "popitem", "rotate")
+FILLS = frozenset((*_ENDS, "add", "clear", "discard", "insert", "remove", "reverse", "setdefault", "sort", "update"))
 """What changes containers; of other objects they are methods by which an object changes itself."""
 IN_PLACE = frozenset(name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__"))
 OF_TENSORS = frozenset(dir(Tensor))
@@ -82,8 +81,8 @@ def reach_of(kinds: frozenset[type]) -> Reach:
     (['calls', 'scale'], ['calls'])
     """
     pool: dict[str, list[Any]] = {}
-    for kind in dict.fromkeys(base for kind in kinds for base in kind.__mro__ if base not in (object, nn.Module)):
-        for name, value in vars(kind).items():
+    for base in dict.fromkeys(base for kind in kinds for base in kind.__mro__ if base not in (object, nn.Module)):
+        for name, value in vars(base).items():
             if name not in ("__init__", "__new__"):
                 pool.setdefault(name, []).append(value)
     starts = [value for name in STARTS for value in pool.get(name, ())]
@@ -145,7 +144,7 @@ def facts_of(code: types.CodeType) -> Reach:
         elif isinstance(constant, types.CodeType):
             found.take(facts_of(constant))
     if "setattr" in reads or (changes and not {"__dict__", "vars"}.isdisjoint(reads)):
-        writes |= {constant for constant in code.co_consts if isinstance(constant, str)}
+        writes |= {text for text in code.co_consts if isinstance(text, str) and text.isidentifier()}
     if changes or not FILLS.isdisjoint(reads):
         found.fills |= reads
     found.writes_tensors |= "data" in writes or (changes and ("data" in reads)) or found.in_place("data")
@@ -162,9 +161,7 @@ def _functions(value: Any) -> Iterator[types.FunctionType]:
         yield from _functions(value.__func__)
     elif isinstance(value, property):
         yield from (f for part in (value.fget, value.fset, value.fdel) for f in _functions(part))
-    elif isinstance(value, functools.partial):
-        yield from _functions(value.func)
-    elif isinstance(value, functools.cached_property):
+    elif isinstance(value, (functools.partial, functools.cached_property)):
         yield from _functions(value.func)
     elif hasattr(value, "__wrapped__") and not isinstance(value, type):
         yield from _functions(inspect.unwrap(value))
@@ -188,4 +185,5 @@ def _held(function: types.FunctionType, names: set[str]) -> Iterator[Any]:
 
 
 def _is_torchs(name: str | None) -> bool:
-    return name is not None and (name == "torch" or name.startswith("torch."))
+    """Whether code belongs to torch or to Python itself, which keep nothing of a model's."""
+    return name is not None and name.partition(".")[0] in ("torch", *sys.stdlib_module_names)

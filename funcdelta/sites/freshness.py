@@ -247,9 +247,9 @@ class Fingerprint:
                 continue
             if owner.module and was is NOTHING and not self._shadows(owner.path, name):
                 continue  # what nobody had to be given at the start is a note of somebody's
-            if name in FOLLOWED or (owner.module and _are_rates(was, found) and not self._has_matrix(owner.path)):
-                self._renewed = True
-            elif isinstance(was, Tensor) and isinstance(found, Tensor) and _kind(was) == _kind(found):
+            rates = owner.module and _are_rates(was, found) and not self._has_matrix(owner.path)
+            tensors = isinstance(was, Tensor) and isinstance(found, Tensor) and _kind(was) == _kind(found)
+            if name in FOLLOWED or rates or tensors:
                 self._renewed = True
             elif not _equal(was, found):
                 yield f"{owner.word(key)} {_told(was, found)}"
@@ -386,7 +386,7 @@ def _short(value: Any) -> str:
     """A value in an error: what identifies it, in few letters."""
     if isinstance(value, Tensor):
         return f"a tensor {_words(value)}"
-    name = getattr(value, "__qualname__", None)
+    name = getattr(value, "__name__", None)
     if isinstance(name, str):
         return name
     plain = value is None or isinstance(value, (bool, int, float, complex, str, list, tuple, dict, set))

@@ -68,6 +68,9 @@ class Owner(NamedTuple):
         return Owner(self.path, name)
 
 
+NOBODY = Owner("")
+
+
 class Other(NamedTuple):
     """State that no container has: how it reads now and read before, and what puts it back."""
 
@@ -106,7 +109,7 @@ class Noted:
             found.iterators += part.iterators
         return found
 
-    def keep(self, container: Any, owner: Owner = Owner("")) -> Any:
+    def keep(self, container: Any, owner: Owner = NOBODY) -> Any:
         """Note what is in a container; gives what was noted."""
         self.now.append(container)
         self.before.append(copied(container))
@@ -130,7 +133,7 @@ class Noted:
         value: Any,
         seen: set[int],
         depth: int = DEPTH,
-        owner: Owner = Owner(""),
+        owner: Owner = NOBODY,
         place: tuple[Any, Any] | None = None,
         tables: bool = True,
     ) -> None:
