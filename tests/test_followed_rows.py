@@ -363,3 +363,23 @@ def test_chunks_join_numbers_and_arrays(chunk: int) -> None:
     assert_close(parts.total, whole.total)
     np.testing.assert_allclose(parts.array, whole.array, rtol=1e-5, atol=1e-5)
     assert parts.kind == "told"
+
+
+@pytest.mark.parametrize("lazy", [lambda h, y: (h(part) for part in (y, y)), lambda h, y: map(h, (y, y))])
+def test_what_computes_after_the_call_is_refused(lazy: Callable[..., Any]) -> None:
+    class Yields(Between):
+        def forward(self, x: Tensor) -> Any:
+            return lazy(self.h, self.a(x))
+
+    delta, x = lora(Yields(torch.sin)), torch.randn(4, 6)
+    stack = random_params(delta, N)
+    calls = {
+        "apply": lambda: delta.apply(fd.take(stack, 0), x),
+        "apply_many": lambda: delta.apply_many(stack, x),
+        "vmap": lambda: delta.apply_many(stack, x, engine="vmap"),
+        "apply_rows": lambda: delta.apply_rows(stack, [0, 1, 2, 0], x),
+        "chunks": lambda: delta.apply_many(stack, x, chunk_size=2),
+    }
+    for call in calls.values():
+        with raises_saying(fd.EngineError, "computes after the call has ended", "Return a list"):
+            call()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..errors import EngineError
 from ..pytrees.opaque import holds_tensors
 from .containers import Tree, flatten, is_cache
 
-__all__ = ["check_visible", "flatten", "names", "stack_members"]
+__all__ = ["check_visible", "flatten", "join_chunks", "names", "refuse_lazy", "stack_members"]
 
 
 def names(output: Any) -> list[str]:
@@ -29,6 +30,25 @@ def _named(tree: Tree) -> list[str]:
     return [place or "of the model" for place in tree.places()]
 
 
+LAZY = frozenset({types.GeneratorType, map, filter, zip})
+"""What computes when it is asked, which is after the call."""
+
+
+def refuse_lazy(output: Any, name: str = "of the model") -> None:
+    """Raise an :class:`~funcdelta.EngineError` where an output is yet to be computed: its call is over by then.
+
+    >>> refuse_lazy((x for x in [1]))
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.EngineError: The output of the model is a generator, which computes after the call has ended, ...
+    """
+    if type(output) in LAZY:
+        raise EngineError(
+            f"The output {name} is a {type(output).__name__}, which computes after the call has ended, where there is "
+            f"no delta any more. Return a list of what it yields: [...] instead of (... for ...), list(map(...))."
+        )
+
+
 def check_visible(leaves: Sequence[Any], names: Sequence[str], given: Mapping[str, Any] | None = None) -> None:
     """Raise an :class:`~funcdelta.EngineError` where an output hides tensors: they would be one member's, or all.
 
@@ -42,6 +62,8 @@ def check_visible(leaves: Sequence[Any], names: Sequence[str], given: Mapping[st
     funcdelta.errors.EngineError: The output boxes is a SimpleNamespace, whose tensors cannot be told apart by member...
     """
     for leaf, name in zip(leaves, names, strict=True):
+        if type(leaf) in LAZY:
+            refuse_lazy(leaf, name or "of the model")
         if is_cache(leaf):
             raise EngineError(
                 f"The output {name} is a {type(leaf).__name__}, a cache, which cannot be told apart by member: "

@@ -20,7 +20,7 @@ from .fold import Folded
 from .inputs import Inputs
 from .layout import Layout
 from .layouts import key_of, layout_of
-from .outputs import flatten
+from .outputs import flatten, refuse_lazy
 from .program import Program, first_of
 from .single import call_single
 
@@ -59,7 +59,9 @@ def route_rows(
         lift = Folded(inputs.b, 1, present)
 
         def run(layout: Layout) -> Any:
-            return folded_run(program, taken, layout, args, kwargs, lift, reached)
+            output = folded_run(program, taken, layout, args, kwargs, lift, reached)
+            refuse_lazy(output)
+            return output
 
         return with_layout(program, taken, inputs, layout, run, by_row=True)
 

@@ -16,6 +16,7 @@ from .call import Call, Params, read_mark
 from .checkpointing import kept_run, named_refusal, needs_keeping
 from .fsdp import check_kept, check_ran
 from .layout import Run
+from .outputs import LAZY, refuse_lazy
 from .program import Program
 
 
@@ -27,7 +28,10 @@ def call_single(
     call = Call(params, reached=reached)
     simple = not (torch.compiler.is_compiling() or skeleton.recomputing or skeleton.units)
     if simple and current_transform() is None and not wanted.yes:
-        return skeleton.run("", params, args, kwargs, call)
+        output = skeleton.run("", params, args, kwargs, call)
+        if type(output) in LAZY:
+            refuse_lazy(output)
+        return output
     if params and needs_keeping(skeleton):
         skeleton = program.skeletons.spare(program.training)
         overrides = skeleton.overrides(params)
