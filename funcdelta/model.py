@@ -232,7 +232,7 @@ class DeltaModel(Habits):
         True
         """
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in COMPUTES):
-            raise ParamsError(f"dtype={dtype!r}: leaves train, write torch.float32, bfloat16, float16 or float64.")
+            raise ParamsError(f"dtype={dtype!r}: write a floating-point dtype, such as torch.float32.")
         if device is not None:
             check_device(device)
         if isinstance(seed, torch.Generator):

@@ -276,8 +276,9 @@ def _alike(a: Any, b: Any, function: str) -> None:
 def _unlike(x: Tensor, y: Any, function: str) -> str:
     """What keeps ``function`` from ``x`` of the first tree and ``y`` of the second, or an empty string."""
     if isinstance(y, Tensor) and (y.is_nested or y.is_quantized or x.is_nested or x.is_quantized):
-        kind = "nested" if x.is_nested or y.is_nested else "quantised"
-        return f"is {kind} in one of the trees, and leaves are dense tensors of plain numbers."
+        if x.is_nested or y.is_nested:
+            return "is nested in one of the trees, and leaves are dense. Write leaf.to_padded_tensor(0.0)."
+        return "is quantised in one of the trees, and leaves are plain numbers. Write leaf.dequantize()."
     if not isinstance(y, Tensor) or y.shape != x.shape:
         found = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else repr(y)
         return (

@@ -107,10 +107,10 @@ def _wrong_shape(name: str, leaf: Any, shape: tuple[int, ...], n: int | None) ->
             f"This is a stack of {given[0]} members: {name} has the shape {given} where one member has {shape}. Write "
             f"delta.apply_many(stack, ...), or pick one with fd.take(stack, 0)."
         )
-    if n is not None and given[1:] == shape:
-        raise StackError(
-            f"Leaves disagree about the number of members: {name} has the shape {given}, and those before it have {n} "
-            f"members. The first axis of every leaf of a stack is the member axis."
-        )
     expected = f"({', '.join(map(str, ('n', *shape)))})" if n is not None else str(shape)
+    if n is not None and given[1:] == shape and len(given) == len(shape) + 1:
+        raise StackError(
+            f"Leaves disagree about the number of members: {name} has the shape {given}; expected {expected} with "
+            f"n={n}, as of the leaves before it. The first axis of every leaf of a stack is the member axis."
+        )
     raise ParamsError(f"{name} has the shape {given}; expected {expected}.")

@@ -194,7 +194,7 @@ class Resident(Mapping[str, Tensor]):
             room = self.leaves[name].shape[1:] if name in self.leaves else None
             if (problem := _unlike(leaf, room)) is not None:
                 raise ParamsError(
-                    f"A member of this stack has {shown(name)} of {'no shape' if room is None else tuple(room)}; found "
+                    f"A member of this stack has {_short(name)} of {'no shape' if room is None else tuple(room)}; found "
                     f"{problem}. Put one member at a time, with the leaves that the stack was made for."
                 )
         return {name: given[name] for name in self.leaves}
@@ -345,6 +345,10 @@ def _room(like: Tensor, capacity: int, shape: Sequence[int]) -> Tensor:
     """Zeros (capacity, …); what is made in inference mode could not be written later, outside of it."""
     with torch.inference_mode(False), torch.no_grad():
         return torch.zeros(capacity, *shape, dtype=like.dtype, device=like.device)
+
+
+def _short(name: Any) -> str:
+    return name if isinstance(name, str) and len(name) < 200 else shown(name)
 
 
 def _unlike(leaf: Any, room: torch.Size | None) -> str | None:
