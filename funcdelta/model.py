@@ -27,7 +27,7 @@ from .run.auto import Explanation, explain, run_many
 from .run.call import Params, Prepare
 from .run.checked import Checks
 from .run.forward import without_cache
-from .run.inputs import InDims, Inputs
+from .run.inputs import InDims, Inputs, Readings
 from .run.outputs import join_chunks
 from .run.program import Program
 from .run.route import route_rows
@@ -94,6 +94,7 @@ class DeltaModel(Habits):
         self._shapes = shapes_of(self.program)
         self.constants: tuple[str, ...] = self.plan.constants
         self._constants = frozenset(self.constants)
+        self._readings = Readings(backbone_model, self.program.batch_dim)
         self._groups = self.plan.keys()
         self._read_backbone()
 
@@ -385,8 +386,9 @@ class DeltaModel(Habits):
     ) -> tuple[Params, Inputs]:
         n, casts = self._checks.stack(stack)
         stack = self._ready(stack, casts)
-        args, kwargs = self._given(args, kwargs, inputs, transformed=True)
-        return stack, Inputs(self.backbone, n, args, kwargs, in_dims, self.batch_dim)
+        if inputs is not None:
+            args, kwargs = self._given(args, kwargs, inputs, transformed=False)
+        return stack, self._readings.read(n, args, kwargs, in_dims)
 
     def _many(self, stack: Params, inputs: Inputs, engine: str) -> Any:
         given, reached = tuple(stack), None

@@ -58,13 +58,17 @@ def all_tokens(
     >>> all_tokens(lambda p, y: y * p["gain"], p, (torch.ones(4, 3),), 2, "layer")[:, 0]
     tensor([ 1.,  1., 10., 10.])
     """
-    y = values[0]
-    if y.ndim < 2 or any(value.shape[:-1] != y.shape[:-1] for value in values[1:]):
+    y, tokens, leaves = values[0], list[Tensor](), dict[str, Tensor]()
+    if y.ndim < 2:
         return None
-    if any(leaf.ndim > 1 + MOST_AXES for leaf in p.values()):
-        return None
-    leaves = {name: leaf.view(n, *[1] * (3 - leaf.ndim), *leaf.shape[1:]) for name, leaf in p.items()}
-    tokens = [value.reshape(n, -1, value.shape[-1]) for value in values]
+    for value in values:
+        if value.shape[:-1] != y.shape[:-1]:
+            return None
+        tokens.append(value.reshape(n, -1, value.shape[-1]))
+    for name, leaf in p.items():
+        if leaf.ndim > 1 + MOST_AXES:
+            return None
+        leaves[name] = leaf if leaf.ndim == 3 else leaf.view(n, *[1] * (3 - leaf.ndim), *leaf.shape[1:])
     out = function(leaves, *tokens)
     if out.ndim != 3 or out.shape[:2] != tokens[0].shape[:2]:
         raise ConfigError(

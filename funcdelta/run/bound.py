@@ -79,11 +79,14 @@ def bound_in_both_modes(attachment: Attachment, function: str) -> Bound:
 def _bound(attachment: Attachment, function: str, training: bool) -> Callable[..., Tensor]:
     """The method's function, computed in the leaves' dtype and returned in the hidden value's own."""
     config, site = attachment.config, attachment.at(training)
-    method = in_order(getattr(config, function), config.axis_order)
+    method, first = in_order(getattr(config, function), config.axis_order), next(iter(attachment.leaves))
 
     def act(p: dict[str, Tensor], *values: Tensor) -> Tensor:
-        dtype, own = _leaf_dtype(p), values[0].dtype
-        raised = [v.to(dtype) if v.dtype != dtype and v.is_floating_point() else v for v in values]
+        dtype, own = p[first].dtype, values[0].dtype
+        raised: Any = values
+        if not own == values[-1].dtype == dtype:
+            dtype = _leaf_dtype(p)
+            raised = [v.to(dtype) if v.dtype != dtype and v.is_floating_point() else v for v in values]
         result = method(site, p, *raised)
         if not isinstance(result, Tensor):
             raise ConfigError(

@@ -128,7 +128,11 @@ class Call:
         """The axes of rows at this call of the site at ``path``, in a fold."""
         if self.layout is None:
             raise FoldError(f"{path} ran outside of a call that knows the rows' members.")
-        return self.layout.site(path, self.visit(path))
+        index, known = self.visits.get(path, 0), self.layout.sites.get(path, ())
+        if self.ended or index >= len(known):
+            return self.layout.site(path, self.visit(path))
+        self.visits[path] = index + 1
+        return known[index]
 
     def note(self, key: str, default: Callable[[], Any] = dict) -> Any:
         """What the feature ``key`` keeps for this call."""

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ..errors import EngineError, FoldError
-from ..functional.attention import attention_for_this_call
+from ..functional.attention import attention_for_this_call, wanted
 from ..pytrees.opaque import spare
 from ..stacks.params import take
-from ..transforms import concrete, inside_transform
+from ..transforms import concrete, current_transform, inside_transform
 from .call import TENSOR, Call, Params
 from .checkpointing import kept_run, needs_keeping
 from .fold import Folded
@@ -139,13 +139,14 @@ def _fold(
     otherwise_fold: bool = False,
 ) -> Any:
     """A fold, with a shared trunk of at least the share ``least`` of the arithmetic if that is given."""
-    if inputs.b == 0:
+    n, b = inputs.n, inputs.b
+    if b == 0:
         return call_loop(program, stack, inputs, reached)
-    if inputs.n == 1:
+    if n == 1:
         return stack_members([call_single(program, take(stack, 0), *spare(inputs.member(0)), reached)])
     args, kwargs = inputs.folded()
     layout = layout_of(program, stack, inputs)
-    lift, trunk = Folded(inputs.n, inputs.b), None
+    lift, trunk = Folded(n, b), None
     if least is not None:
         trunk = _trunk(program, stack, inputs, layout, args, kwargs, least)
         if otherwise_fold and (trunk.refused or trunk.share < least):
@@ -169,10 +170,7 @@ def _fold(
             raise LayoutMismatchError(f"The output has {len(leaves)} leaves, but {len(layout.outputs)} before.")
         named = zip(leaves, layout.outputs, layout.names, strict=True)
         return rebuild(
-            [
-                members_of(leaf, dim, inputs.n, inputs.b, name) if isinstance(leaf, Tensor) else leaf
-                for leaf, dim, name in named
-            ]
+            [members_of(leaf, dim, n, b, name) if isinstance(leaf, Tensor) else leaf for leaf, dim, name in named]
         )
 
     return with_layout(program, stack, inputs, layout, lambda layout: split(run(layout), layout))
@@ -207,11 +205,12 @@ def check_sizes(program: Program, stack: Params, inputs: Inputs, layout: Layout,
 
     Raises :class:`FoldError` where the numbers differ.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or id(layout) in inputs.checked:
         return
     shapes = tuple(tuple(leaf.shape) for leaf in inputs.leaves if isinstance(leaf, Tensor))
     key = (key_of(program, stack, inputs, by_row), inputs.n, inputs.b, shapes)
     if key in program.checked:
+        inputs.checked[id(layout)] = layout  # which lives as long as its number stands here
         return
     n, rows = (inputs.b, 1) if by_row else (inputs.n, inputs.b)
     plain = inputs.concrete()
@@ -231,6 +230,7 @@ def check_sizes(program: Program, stack: Params, inputs: Inputs, layout: Layout,
                         f"what the model computes depends on how many rows there are, or how long. {OTHER_ENGINES}"
                     )
     program.checked[key] = True
+    inputs.checked[id(layout)] = layout
 
 
 def _moved_apart(program: Program, stack: Params, n: int) -> Params:
@@ -285,7 +285,7 @@ def folded_run(
             skeleton.open(path)
     if trunk is not None:
         call.notes[TRUNK] = trunk
-    if needs_keeping(skeleton):
+    if skeleton.recomputing and needs_keeping(skeleton):
         if trunk is not None:
             raise FoldError(
                 f'engine="trunk": {min(skeleton.recomputing) or "the backbone"} checkpoints its activations, and what '
@@ -295,6 +295,8 @@ def folded_run(
         for path in layout.runs:
             kept.open(path)
         return kept_run(kept, call, {}, args, kwargs)
+    if not torch.compiler.is_compiling() and current_transform() is None and not wanted.yes:
+        return skeleton.run("", {}, args, kwargs, call)
     with attention_for_this_call():
         return skeleton.run("", {}, args, kwargs, call)
 

@@ -33,7 +33,7 @@ class Folded:
         site: str,
     ) -> tuple[Tensor, int | None]:
         out, dim = None, 0
-        if isinstance(function, Tokenwise) and all(at == 0 for at in dims):
+        if isinstance(function, Tokenwise) and dims.count(0) == len(dims):
             if values[0].shape[0] % (self.n * self.rows):
                 split_rows(values[0], 0, self.n, self.rows, site)
             out = all_tokens(function.function, p, values, self.n, site)

@@ -128,6 +128,16 @@ class Bounded(MutableMapping[Key, Value]):
             self._entries.move_to_end(key)
             return value
 
+    def get(self, key: Key, default: Any = None) -> Any:  # type: ignore[override]
+        """The value of ``key``, or ``default``."""
+        if torch.compiler.is_compiling():
+            return self._entries.get(key, default)
+        with self._lock:
+            if key not in self._entries:
+                return default
+            self._entries.move_to_end(key)
+            return self._entries[key]
+
     def __setitem__(self, key: Key, value: Value) -> None:
         with self._lock:
             self._entries[key] = value

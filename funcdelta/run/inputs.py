@@ -14,12 +14,16 @@ from ..match import near
 from ..pytrees.opaque import PLAIN, holds_tensors
 from ..transforms import concrete
 from .containers import CARRIERS, LEAF, Tree, flatten, is_cache
-from .forward import positional_names
+from .forward import positional_names, without_cache
 from .input_key import input_key
 from .rows import Reading, join_members, read_rows, rows_of_cache, sizes, some_members, some_rows
 
 InDims = int | None | Mapping[str, int | None]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+SIMPLE = (type(None), bool, int, float, str)
+MOST_READ = 256
+"""So many structures and sizes are remembered: texts may have any length."""
 
 OTHERS = 'Use engine="auto" or "loop", which need not know the rows'
 
@@ -40,6 +44,7 @@ class Inputs:
         leaves, names, places: every leaf, the input that it belongs to, and the keys that lead to it.
         is_mapped: whether a leaf has a member axis.
         row_axis: for every leaf with rows, by position: the axis that counts them once folded.
+        checked: layouts with which inputs of these sizes were found right, by identity.
 
     >>> inputs = Inputs(torch.nn.Linear(4, 8), 3, (torch.zeros(5, 4),), {}, None, 0)
     >>> inputs.b, inputs.row_axis, inputs.folded()[0][0].shape
@@ -57,6 +62,8 @@ class Inputs:
         entries: int | None = None,
     ) -> None:
         self.n, self.batch_dim, self.entries = n, batch_dim, entries
+        self._keys: dict[Any, tuple[str, ...]] = {}
+        self.checked: dict[int, Any] = {}
         self._main = None if entries is None else getattr(model, "main_input_name", None)
         positional = positional_names(model) if args else ()
         names = [*positional[: len(args)], *map(str, range(len(positional), len(args))), *kwargs]
@@ -178,7 +185,8 @@ class Inputs:
     @property
     def b(self) -> int:
         """The rows of one member; a :class:`~funcdelta.FoldError` where they cannot be told."""
-        self.check_rows()
+        if self._unclear:
+            self.check_rows()
         return self._rows or 0
 
     def check_rows(self) -> None:
@@ -188,12 +196,22 @@ class Inputs:
 
     def key(self, *more: Any) -> tuple[str, ...]:
         """A key for this input structure, and for ``more`` that decides with it; see :func:`.input_key`."""
-        return input_key(self.leaves, self.places, self.row_axis, self.is_mapped, self._positional, *more)
+        if torch.compiler.is_compiling():
+            return input_key(self.leaves, self.places, self.row_axis, self.is_mapped, self._positional, *more)
+        key = self._keys.get(more)
+        if key is None:
+            key = input_key(self.leaves, self.places, self.row_axis, self.is_mapped, self._positional, *more)
+            self._keys[more] = key
+        return key
 
     @property
     def has_single_rows(self) -> bool:
         """Whether each member has one row, which no code of the model can take for several."""
         return self._rows == 1
+
+    def tensors(self) -> list[Tensor]:
+        """The leaves that are tensors."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
 
     @property
     def form(self) -> tuple[int, tuple[str, ...]]:
@@ -253,6 +271,8 @@ class Inputs:
             axis = self.row_axis.get(i)
             if axis is not None:
                 leaf = join_members(leaf, axis, self.n, b, self.is_mapped[i])
+            elif isinstance(leaf, PLAIN) and not self.is_mapped[i]:
+                pass
             elif self.is_mapped[i]:
                 raise FoldError(
                     f"The input {self.places[i]} is each member's own and has no rows, so it has no place in one "
@@ -306,7 +326,60 @@ class Inputs:
         part.leaves = leaves
         part.n = self.n if n is None else n
         part._rows = self._rows if rows is None else rows
+        part._keys, part.checked = {}, {}
         return part
+
+    def again(self, leaves: list[Any]) -> Inputs:
+        """Other inputs of the same names, sizes and plain values; what was found of these holds for them."""
+        part = object.__new__(Inputs)
+        part.__dict__.update(self.__dict__)
+        part.leaves = leaves
+        return part
+
+
+class Readings:
+    """Inputs of many members, read once for each structure and size: names, rows and all.
+
+    Where the model understands it and the caller says nothing about it they have ``use_cache=False``: a cache in the
+    output can be neither mapped nor split by member.
+
+    >>> readings = Readings(torch.nn.Linear(4, 8), 0)
+    >>> one, other = readings.read(3, (torch.zeros(5, 4),), {}, None), readings.read(3, (torch.ones(5, 4),), {}, None)
+    >>> one.row_axis is other.row_axis, float(other.folded()[0][0].sum())
+    (True, 60.0)
+    """
+
+    def __init__(self, model: nn.Module, batch_dim: int) -> None:
+        self.model, self.batch_dim = model, batch_dim
+        self._known: dict[Any, Inputs] = {}
+
+    def read(self, n: int, args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: InDims) -> Inputs:
+        """The inputs of ``n`` members, as :class:`Inputs` reads them."""
+        key = None if torch.compiler.is_compiling() else _simple(n, args, kwargs, in_dims)
+        known = self._known.get(key)
+        if known is not None:
+            more = known.leaves[len(args) + len(kwargs) :]
+            return known.again([*args, *kwargs.values(), *more])
+        inputs = Inputs(self.model, n, args, without_cache(self.model, kwargs), in_dims, self.batch_dim)
+        if key is not None:
+            if len(self._known) >= MOST_READ:
+                self._known.clear()
+            self._known[key] = inputs.again([None if isinstance(leaf, Tensor) else leaf for leaf in inputs.leaves])
+        return inputs
+
+
+def _simple(n: int, args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: InDims) -> Any:
+    """What reading depends on, of inputs that are plain tensors and plain values; ``None`` for others."""
+    facts: list[Any] = [n, len(args), tuple(kwargs)]
+    for leaf in (*args, *kwargs.values()):
+        if type(leaf) is Tensor and leaf.layout is torch.strided and not leaf.is_nested:
+            facts.append((leaf.shape, leaf.dtype))
+        elif type(leaf) in SIMPLE:
+            facts.append((type(leaf), leaf))  # True is 1 for a table, so classes stand beside values
+        else:
+            return None
+    dims = tuple(in_dims.items()) if isinstance(in_dims, dict) else in_dims
+    return (type(dims), dims, *facts) if dims is None or type(dims) in (int, tuple) else None
 
 
 def _is_list(part: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from .program import Program, program_of
 from .rows import rows_of_cache, sizes
 from .values import MANY, Deciding, can_decide
 
+_requires_grad = attrgetter("requires_grad")
+
 probing = fork_safe_lock()
 """Held while a layout is learned: two threads need not learn the same."""
 
@@ -32,10 +35,12 @@ def layout_of(program: Program, stack: Params, inputs: Inputs, by_row: bool = Fa
         by_row: each row is a member of its own.
         entry: the module that is called.
     """
-    key = key_of(program, stack, inputs, by_row, entry)
+    key = _structure(program, stack, inputs, by_row, entry)
     if torch.compiler.is_compiling():
         return _while_tracing(program, key, stack, inputs, by_row)
     layout = program.layouts.get(key)
+    if isinstance(layout, Deciding):
+        layout = program.layouts.get((*key, *layout.values(inputs.leaves)))
     if layout is None:
         with probing:
             layout = program.layouts.get(key_of(program, stack, inputs, by_row, entry))
@@ -86,7 +91,7 @@ def key_of(program: Program, stack: Params, inputs: Inputs, by_row: bool = False
 
 def _structure(program: Program, stack: Params, inputs: Inputs, by_row: bool, entry: str) -> Any:
     """The key but for values of tensors."""
-    present = "|".join(sorted(program.plan.present(stack)))
+    present = program.skeletons.plan.word_for(stack)
     single = True if by_row or inputs.has_single_rows else False  # noqa: SIM210  (symbolic while torch.compile traces)
     grads = True if torch.is_grad_enabled() else False  # noqa: SIM210  (models may ask)
     if grads and not torch.compiler.is_compiling() and not wants_gradients(stack, inputs):
@@ -102,9 +107,9 @@ def _precision(leaves: Sequence[Any]) -> str:
 
 def wants_gradients(stack: Params, inputs: Inputs) -> bool:
     """Whether the call may be differentiated: something requires grad, or a transform is under way."""
-    if inside_transform() or any(leaf.requires_grad for leaf in stack.values()):
+    if inside_transform() or any(map(_requires_grad, stack.values())):
         return True
-    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in inputs.leaves)
+    return True in map(_requires_grad, inputs.tensors())
 
 
 def _learn(
