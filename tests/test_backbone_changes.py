@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -289,6 +290,169 @@ def test_a_changed_value_beside_shared_memory_is_still_a_change() -> None:
     m.head.weight.data = torch.randn(3, 4)
     with raises_saying(fd.StaleBackboneError, "head.weight has other storage"):
         fingerprint.check()
+
+
+class Plain(nn.Module):
+    """A forward that reads attributes of every kind, and writes some of them."""
+
+    kind = "sum"
+    cache: dict[str, int] = {}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.drop = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.1)
+        self.scale, self.act, self.twice, self.note = 1.0, torch.tanh, False, "read by nobody"
+        self.config = types.SimpleNamespace(k=1.0, dtype=None, widths=[4, 4], architectures=None)
+        self.table, self.tables, self.calls = torch.ones(4), [torch.ones(4)], 0
+        self.register_buffer("mask", torch.ones(4))
+
+    def shifted(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = x
+        if not getattr(self, "hooked", False):
+            self.hooked = True
+
+            def looks_on(module: Any, args: Any, output: Any) -> None: ...
+
+            self.a.register_forward_hook(looks_on)
+        x = self.shifted(self.act(self.drop(self.norm(self.a(x)))).to(x.dtype))
+        x = x * self.scale * self.config.k * self.mask * self.table * self.tables[0]
+        return 2 * x if self.twice or self.kind == "double" else x[:, : self.config.widths[0]]
+
+
+def an_attribute(m: Any) -> None:
+    m.twice = True
+
+
+def a_function(m: Any) -> None:
+    m.act = torch.relu
+
+
+def one_before_its_classs(m: Any) -> None:
+    m.kind = "double"
+
+
+def a_method(m: Any) -> None:
+    m.shifted = lambda x: x + 1
+
+
+def a_config(m: Any) -> None:
+    m.config.k = 2.0
+
+
+def a_list_in_a_config(m: Any) -> None:
+    m.config.widths[0] = 3
+
+
+def another_config(m: Any) -> None:
+    m.config = types.SimpleNamespace(k=2.0, widths=[4, 4])
+
+
+ATTRIBUTES: dict[Callable[[Any], None], str] = {
+    an_attribute: "twice was False, is True",
+    a_function: "act was tanh, is relu",
+    one_before_its_classs: "kind is 'double', and was its class's",
+    a_method: "shifted is",
+    a_config: "config.k was 1.0, is 2.0",
+    a_list_in_a_config: "config.widths[0] was 4, is 3",
+    another_config: "config was another SimpleNamespace, is another SimpleNamespace",
+}
+
+
+@pytest.mark.parametrize("change", ATTRIBUTES, ids=lambda change: change.__name__)
+def test_attributes_that_forwards_read_are_seen(change: Callable[[Any], None]) -> None:
+    m, x = Plain().eval(), torch.randn(2, 4)
+    delta = fd.LoraModel(m, modified_modules=["a"])
+    delta.apply(delta.init(0), x)
+    change(m)
+    for _ in range(2):
+        with raises_saying(fd.StaleBackboneError, ATTRIBUTES[change], "delta.refresh()"):
+            delta.apply(delta.init(0), x)
+    assert torch.equal(delta.refresh().apply(delta.init(0), x), m(x))
+
+
+def a_factor(m: Any) -> None:
+    m.scale = 2.0
+
+
+def an_epsilon(m: Any) -> None:
+    m.norm.eps = 9.0
+
+
+def another_table(m: Any) -> None:
+    m.table = torch.zeros(4)
+
+
+def another_table_in_a_list(m: Any) -> None:
+    m.tables[0] = torch.zeros(4)
+
+
+def a_table_in_a_list(m: Any) -> None:
+    m.tables[0].zero_()
+
+
+def data_of_a_buffer(m: Any) -> None:
+    m.mask.data.copy_(torch.zeros(4))
+
+
+def an_average_of_data(m: Any) -> None:
+    m.norm.running_mean.data.lerp_(torch.ones(4), 0.5)
+
+
+def a_buffer_by_numpy(m: Any) -> None:
+    m.mask.numpy().fill(3)
+
+
+FOLLOWED = [a_factor, an_epsilon, another_table, another_table_in_a_list, a_table_in_a_list]
+FOLLOWED += [data_of_a_buffer, an_average_of_data, a_buffer_by_numpy]
+
+
+@pytest.mark.parametrize("change", FOLLOWED, ids=lambda change: change.__name__)
+def test_numbers_are_followed(change: Callable[[Any], None]) -> None:
+    m, x = Plain().eval(), torch.randn(2, 4)
+    delta = fd.LoraModel(m, modified_modules=["a"])
+    params = delta.init(0)
+    before = delta.apply(params, x)
+    change(m)
+    after = delta.apply(params, x)
+    assert torch.equal(after, m(x))
+    assert not torch.equal(before, after)
+    assert torch.equal(delta.apply_many(delta.init(0, n=2), x)[1], m(x))
+
+
+def nothing_read(m: Any) -> None:
+    m.note = "another"
+    m.config.architectures, m.config.dtype = ["Plain"], "float32"
+    m.found = {"anything": 1}
+
+
+def a_call(m: Any) -> None:
+    m(torch.ones(2, 4))
+
+
+def its_mode(m: Any) -> None:
+    m.train()
+
+
+@pytest.mark.parametrize("change", [nothing_read, a_call, its_mode], ids=lambda change: change.__name__)
+def test_what_no_forward_reads_or_what_forwards_write_is_no_change(change: Callable[[Any], None]) -> None:
+    m, x = Plain().eval(), torch.randn(2, 4)
+    delta = fd.LoraModel(m, modified_modules=["a"])
+    before = delta.apply(delta.init(0), x)
+    change(m)
+    assert torch.equal(delta.apply(delta.init(0), x), before)
+
+
+def test_checkpointing_that_is_turned_on_in_one_layer_is_followed() -> None:
+    m = ZOO["bert"].build()
+    fingerprint = Fingerprint(m)
+    layers = [module for module in m.modules() if hasattr(module, "gradient_checkpointing")]
+    layers[-1].gradient_checkpointing = True
+    fingerprint.check()
+    assert fingerprint.check() is False
 
 
 def test_buffers_that_a_forward_replaces_are_to_be_looked_up_again() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import MatchError
+from ..sites.structure import written_from_above
 from ..transforms import is_wrapped
 
 _GETTERS = ("dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_cuda", "is_sparse", "is_quantized")
@@ -83,6 +84,20 @@ def refuse_replaced(module: nn.Module, path: str, read: dict[tuple[str, str], Te
                 f'the site out, exclude_modules=["{path}"], or train the weight itself, '
                 f'unfrozen_modules=["deltas", "{path}.{name}"].'
             )
+
+
+def refuse_written(root: nn.Module, path: str) -> None:
+    """Raise if a module above the site at ``path`` writes into its tensors: into which, the delta's or the site's own?
+
+    >>> refuse_written(nn.Sequential(nn.Linear(2, 2)), "0")
+    """
+    name = written_from_above(root, path)
+    if name is not None:
+        raise MatchError(
+            f"{name} may be written by the forward of a module above {path}, as a constraint on weights does. What it "
+            f"wrote would lack the delta, which acts on hidden values there. Let the forward of {path} itself do it, "
+            f'or leave the site out, exclude_modules=["{path}"].'
+        )
 
 
 def watch_reads(module: nn.Module, inside: Callable[[], bool], outside: Callable[[str, Tensor], Tensor]) -> None:

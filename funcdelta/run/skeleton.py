@@ -34,7 +34,7 @@ from .layout import LayoutMismatchError
 from .memory import Memory
 from .opened import Opened, act
 from .prompt import Prompts
-from .reading import READ, own_parameters, rewritten_when_read, watch_reads
+from .reading import READ, own_parameters, refuse_written, rewritten_when_read, watch_reads
 
 # torch runs these by one kernel that calls no submodule and has few derivatives, unless they have hooks.
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
@@ -104,6 +104,8 @@ class Skeleton:
             self._open_site(path, [a for a in attachments if a.by_values], [a for a in begun if a.site.path == path])
             if any(a.by_values or a.by_weights for a in attachments):
                 self._watch_reads(path)
+            if any(a.has_two_forms for a in attachments):
+                refuse_written(self.module, path)
             self._open_attention(path, [a for a in attachments if a.adds_keys])
             if prompts is not None:
                 prompts.close()

@@ -104,6 +104,27 @@ def written_parameters(module: nn.Module) -> list[str]:
     return [name for name in names if listed or (name.rpartition(".")[2] in written and _is_named(name, read))]
 
 
+def written_from_above(root: nn.Module, path: str) -> str | None:
+    """The parameter of the module at ``path`` that a module above it may write into; ``root`` is a structural copy.
+
+    >>> class Constrained(nn.Sequential):
+    ...     def forward(self, x):
+    ...         for layer in self:
+    ...             layer.weight.data.clamp_(min=0)
+    ...         return super().forward(x)
+    >>> written_from_above(copy_structure(Constrained(nn.Linear(2, 2))), "0")
+    '0.weight'
+    """
+    parts = path.split(".") if path else []
+    for depth in range(len(parts)):
+        names, _ = vars(root.get_submodule(".".join(parts[:depth]))).get(COPIED, ((), None))
+        inside = ".".join(parts[depth:])
+        for name in names:
+            if name.rpartition(".")[0] == inside:
+                return ".".join([*parts[:depth], name])
+    return None
+
+
 def _is_named(name: str, read: set[str]) -> bool:
     """Whether all parts of a dotted name are read; the numbers among them need not be."""
     return all(part in read or part.isdigit() for part in name.split("."))
