@@ -194,8 +194,8 @@ class Resident(Mapping[str, Tensor]):
             room = self.leaves[name].shape[1:] if name in self.leaves else None
             if (problem := _unlike(leaf, room)) is not None:
                 raise ParamsError(
-                    f"A member of this stack has {_short(name)} of {'no shape' if room is None else tuple(room)}; found "
-                    f"{problem}. Put one member at a time, with the leaves that the stack was made for."
+                    f"A member of this stack has {_short(name)} of {'no shape' if room is None else tuple(room)}; "
+                    f"found {problem}. Put one member at a time, with the leaves that the stack was made for."
                 )
         return {name: given[name] for name in self.leaves}
 
