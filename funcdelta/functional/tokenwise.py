@@ -58,7 +58,9 @@ def all_tokens(
     >>> all_tokens(lambda p, y: y * p["gain"], p, (torch.ones(4, 3),), 2, "layer")[:, 0]
     tensor([ 1.,  1., 10., 10.])
     """
-    y, tokens, leaves = values[0], list[Tensor](), dict[str, Tensor]()
+    y = values[0]
+    tokens: list[Tensor] = []  # plain ones, for tracing knows no others
+    leaves: dict[str, Tensor] = {}
     if y.ndim < 2:
         return None
     for value in values:
