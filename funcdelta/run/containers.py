@@ -45,14 +45,17 @@ class Tree:
     def _take(self, leaves: Iterator[Any]) -> Any:
         if self.close is None:
             return next(leaves)
-        return self.close([part._take(leaves) for part in self.parts])
+        return self.close([next(leaves) if part is LEAF else part._take(leaves) for part in self.parts])
 
     def places(self, root: str = "") -> list[str]:
         """A name for every leaf: the keys that lead to it."""
         if self.close is None:
             return [root]
-        pairs = zip(self.keys, self.parts, strict=True)
-        return [place for key, part in pairs for place in part.places(f"{root}.{key}" if root else key)]
+        found: list[str] = []
+        for key, part in zip(self.keys, self.parts, strict=True):
+            place = f"{root}.{key}" if root else key
+            found += [place] if part is LEAF else part.places(place)
+        return found
 
 
 LEAF = Tree()
@@ -71,9 +74,13 @@ def flatten(value: Any, whole: Callable[[Any], bool] | None = None) -> tuple[lis
     if opened is None:
         return [value], LEAF
     keys, children, close = opened
-    parts = [flatten(child, whole) for child in children]
-    leaves = [leaf for found, _ in parts for leaf in found]
-    return leaves, Tree(type(value), keys, tuple(tree for _, tree in parts), close)
+    leaves: list[Any] = []
+    parts: list[Tree] = []
+    for child in children:
+        found, part = ([child], LEAF) if isinstance(child, PLAIN) else flatten(child, whole)
+        leaves += found
+        parts.append(part)
+    return leaves, Tree(type(value), keys, tuple(parts), close)
 
 
 def is_cache(leaf: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import FoldError
 from ..locks import fork_safe_lock
 from ..pytrees.opaque import spare
-from ..transforms import inside_transform
+from ..transforms import current_transform
 from .call import Params
 from .inputs import Arguments, Inputs
 from .layout import Layout
@@ -96,18 +96,18 @@ def _structure(program: Program, stack: Params, inputs: Inputs, by_row: bool, en
     grads = True if torch.is_grad_enabled() else False  # noqa: SIM210  (models may ask)
     if grads and not torch.compiler.is_compiling() and not wants_gradients(stack, inputs):
         grads = None  # nothing to check of the backward pass
-    return inputs.key(program.training, _precision(inputs.leaves), present, single, by_row, entry, grads)
+    return inputs.key(program.training, _precision(inputs.tensors()), present, single, by_row, entry, grads)
 
 
-def _precision(leaves: Sequence[Any]) -> str:
+def _precision(tensors: Sequence[Tensor]) -> str:
     """The dtype that autocast gives where the inputs are: outputs of modules that run once per member have it too."""
-    device = next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
+    device = tensors[0].device.type if tensors else "cpu"
     return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
 
 
 def wants_gradients(stack: Params, inputs: Inputs) -> bool:
     """Whether the call may be differentiated: something requires grad, or a transform is under way."""
-    if inside_transform() or any(map(_requires_grad, stack.values())):
+    if current_transform() is not None or any(map(_requires_grad, stack.values())):
         return True
     return True in map(_requires_grad, inputs.tensors())
 

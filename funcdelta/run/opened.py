@@ -25,7 +25,6 @@ from .hidden import hidden_input, hidden_output
 from .layout import LayoutMismatchError, Run
 from .reading import READ, refuse_replaced
 
-
 _set = object.__setattr__  # a module's own looks for parameters first
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EngineError
-from ..pytrees.opaque import holds_tensors
+from ..pytrees.opaque import PLAIN, holds_tensors
 from .containers import Tree, flatten, is_cache
 
 __all__ = ["check_visible", "flatten", "join_chunks", "names", "refuse_lazy", "stack_members"]
@@ -62,6 +62,8 @@ def check_visible(leaves: Sequence[Any], names: Sequence[str], given: Mapping[st
     funcdelta.errors.EngineError: The output boxes is a SimpleNamespace, whose tensors cannot be told apart by member...
     """
     for leaf, name in zip(leaves, names, strict=True):
+        if isinstance(leaf, PLAIN):
+            continue
         if type(leaf) in LAZY:
             refuse_lazy(leaf, name or "of the model")
         if is_cache(leaf):

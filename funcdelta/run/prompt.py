@@ -220,8 +220,8 @@ class Prompts:
     def _prepended(self, call: Call, present: Sequence[Bound], x: Tensor, training: bool) -> Tensor:
         if call.lift is not None and getattr(call.lift, "present", None) is not None:
             raise EngineError(
-                f"{present[0].attachment.name} makes the input longer, so rows of the bare backbone (index -1) do not fit "
-                f"into one batch with the others: run them by themselves, delta.apply({{}}, ...). (Inside compiled "
+                f"{present[0].attachment.name} makes the input longer, so rows of the bare backbone (index -1) do not "
+                f"fit into one batch with the others: run them by themselves, delta.apply({{}}, ...). (Inside compiled "
                 f"code and transforms the index cannot be read, and every row counts as one that may be bare.)"
             )
         dim = None

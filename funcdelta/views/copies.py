@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ParamsError
-from ..sites.noted import FUNCTIONS, OWN, PLAIN
 from ..run.reading import KEPT
+from ..sites.noted import FUNCTIONS, OWN, PLAIN
 from .frozen import ABOUT, BUFFERS, MOVED, PATH, Leaves, original_kind
 
 OF_VIEWS = {KEPT, BUFFERS, PATH, MOVED, ABOUT, "forward"} | OWN - {"training"}
