@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,12 +36,14 @@ from .run.widths import measure_attention, measure_shapes
 from .stacks.params import partition, seeds, slices, stack, take
 from .stacks.resident import Resident
 from .stacks.routing import Index
-from .transforms import inside_transform
+from .transforms import current_transform
 from .views.bound import bind
 from .views.held import refuse_views
 from .views.routed import bind_rows
 
 ENGINES = ("auto", "fold", "trunk", "vmap", "loop")
+FACTS = operator.attrgetter("shape", "dtype", "layout", "is_meta")
+"""What the checks of params look at, of a leaf."""
 
 
 class DeltaModel(Habits):
@@ -208,6 +210,7 @@ class DeltaModel(Habits):
         plan = build_plan(self.backbone, self.configs, lambda paths: self.plan.measured, lambda paths: shapes)
         self.program.refresh(plan)
         self._read_backbone()
+        self._readings = Readings(self.backbone, self.program.batch_dim)
         return self
 
     # -- params ----------------------------------------------------------------------------------------------------
@@ -328,8 +331,9 @@ class DeltaModel(Habits):
         torch.Size([3, 8])
         """
         params = self._member(params)
-        if inputs is not None or inside_transform():
-            args, kwargs = self._given(args, kwargs, inputs, transformed=inside_transform())
+        mapped = not torch.compiler.is_compiling() and current_transform() is not None
+        if mapped or inputs is not None:
+            args, kwargs = self._given(args, kwargs, inputs, transformed=mapped)
         program = self.program
         shared = program.skeletons.plan.shared
         expanded = expand_member(shared, params) if shared else params
@@ -384,17 +388,19 @@ class DeltaModel(Habits):
     def _given_many(
         self, stack: Params, args: Any, kwargs: Any, in_dims: InDims, inputs: Mapping[str, Any] | None
     ) -> tuple[Params, Inputs]:
-        n, casts = self._checks.stack(stack)
+        n, casts = self._stack(stack)
         stack = self._ready(stack, casts)
         if inputs is not None:
             args, kwargs = self._given(args, kwargs, inputs, transformed=False)
         return stack, self._readings.read(n, args, kwargs, in_dims)
 
     def _many(self, stack: Params, inputs: Inputs, engine: str) -> Any:
-        given, reached = tuple(stack), None
-        if not (torch.compiler.is_compiling() or self.program.is_verified(given)):
+        given, reached, program = tuple(stack), None, self.program
+        if not (torch.compiler.is_compiling() or program.is_verified(given)):
             reached = set[str]()
-        output = run_many(self.program, expand_stack(self.plan.shared, stack), inputs, engine, reached)
+        shared = program.skeletons.plan.shared
+        expanded = expand_stack(shared, stack) if shared else stack
+        output = run_many(program, expanded, inputs, engine, reached)
         if reached is not None:
             tell_missed(self.program, given, reached)
         return output
@@ -432,7 +438,7 @@ class DeltaModel(Habits):
         >>> delta.apply_rows(delta.init(0, n=5), [4, -1, 0], torch.zeros(3, 4)).shape
         torch.Size([3, 8])
         """
-        n, casts = self._checks.stack(stack)
+        n, casts = self._stack(stack)
         if isinstance(stack, Resident):
             stack.check(index)
         args, kwargs = self._given(args, kwargs, inputs, transformed=True)
@@ -473,7 +479,7 @@ class DeltaModel(Habits):
         >>> type(view).__name__, torch.equal(view(x), delta.apply_rows(stack, [4, -1, 0], x))
         ('Sequential', True)
         """
-        _, casts = self._checks.stack(stack)
+        _, casts = self._stack(stack)
         self.program.skeletons.check()
         return bind_rows(self, stack if isinstance(stack, Resident) else self._ready(stack, casts), index)
 
@@ -599,8 +605,15 @@ class DeltaModel(Habits):
         return Facts(configs, self.backbone, self._shapes)
 
     def _member(self, params: Params) -> dict[str, Tensor]:
-        self._checks.member(params)
+        key = _structure("member", params)
+        if key not in self._checks.passed:
+            self._checks.member(params, key)
         return self._ready(params)
+
+    def _stack(self, stack: Params) -> tuple[int, Mapping[str, torch.dtype]]:
+        """How many members a stack has, and which constants are to be converted."""
+        key = _structure("stack", stack)
+        return self._checks.passed.get(key) or self._checks.stack(stack, key)
 
     def _ready(self, params: Params, casts: Mapping[str, torch.dtype] | None = None) -> dict[str, Tensor]:
         """Constants take no gradient; the backbone's own tensors, as ``attach`` lists them, need no swap."""
@@ -621,6 +634,18 @@ class DeltaModel(Habits):
             kwargs = {**inputs, **kwargs} if isinstance(inputs, Mapping) else {**kwargs, "inputs": inputs}
         # A cache in the output can be neither mapped nor split by member.
         return args, without_cache(self.backbone, kwargs) if transformed else kwargs
+
+
+def _structure(what: str, params: Any) -> Hashable | None:
+    """What the checks of ``params`` depend on, looked up in C; ``None`` where it cannot be told."""
+    if torch.compiler.is_compiling() or not isinstance(params, Mapping):
+        return None
+    try:
+        key = what, tuple(params), tuple(map(FACTS, params.values()))
+        hash(key)
+    except (AttributeError, TypeError, RuntimeError):  # leaves that are no tensors, symbolic sizes, nested tensors
+        return None
+    return key
 
 
 def _rebuilt(backbone: nn.Module, configs: Any, example: Any, prepare: Any, mode: bool | None) -> DeltaModel:

@@ -18,7 +18,6 @@ from funcdelta.run.call import Call
 from funcdelta.run.engines import visible
 from funcdelta.run.inputs import Inputs
 from funcdelta.run.layouts import key_of, layout_of
-from funcdelta.run.opened import act
 
 ALLOWED = 3.0
 TIMES = 20
@@ -39,33 +38,29 @@ def checks_of(delta: fd.DeltaModel, stack: dict[str, Tensor], tokens: Tensor) ->
     program, plan = delta.program, delta.plan
 
     def read() -> Inputs:
-        return Inputs(delta.backbone, tokens.shape[0], (), {"input_ids": tokens}, 0, delta.batch_dim)
+        return delta._readings.read(tokens.shape[0], (), {"input_ids": tokens}, 0)
 
     with torch.no_grad():
         output = delta.apply_many(stack, input_ids=tokens, in_dims=0, engine="fold")
     inputs, skeleton = read(), program.skeletons.get(program.training)
-    layout, hidden = layout_of(program, stack, inputs), torch.zeros(1, 1)
-
-    def first(p: Any, y: Tensor, x: Tensor) -> Tensor:
-        return y
+    layout = layout_of(program, stack, inputs)
 
     def sites() -> None:
         call = Call(stack, layout=layout)
         for path in plan.attachments:
             call.where(path)
-            act(call, path, first, {}, (hidden, hidden), (None, None))
 
     def memory() -> None:
         skeleton.memory.follow()
-        skeleton.memory.restore()
+        skeleton.memory.end_call()
 
     return {
-        "the stack's leaves": lambda: delta._checks.stack(stack)[0],
+        "the stack's leaves": lambda: delta._stack(stack)[0],
         "rows of the inputs": read,
         "the inputs' key": lambda: key_of(program, stack, inputs),
         "whether the backbone is the same": program.skeletons.check,
         "what modules remember": memory,
-        "axes and writes at the sites": sites,
+        "axes at the sites": sites,
         "sites reached, outputs": lambda: (program.is_verified(stack), visible(output)),
     }
 

@@ -83,10 +83,6 @@ class Attachment:
         return self.site if self.site.training == training else dataclasses.replace(self.site, training=training)
 
 
-MOST_WORDS = 64
-"""Of so many sets of leaves a plan remembers which deltas are in them."""
-
-
 @dataclass
 class Plan:
     """Everything static about a delta on its backbone.
@@ -151,7 +147,6 @@ class Plan:
         found = {path: tuple(a for a in group if a.by_weights) for path, group in self.attachments.items()}
         self.rewriting = {path: group for path, group in found.items() if group}
         """The attachments that act by rewriting tensors, by the path of their site."""
-        self._words: dict[tuple[str, ...], str] = {}
 
     @property
     def uncalled(self) -> set[str]:
@@ -187,18 +182,6 @@ class Plan:
         """Which deltas and which trained leaves ``params`` hold; the structure that a layout belongs to."""
         deltas = {a.name for a in self.all() if a.among(params)}
         return frozenset(deltas | {name for name in self.trained if name in params})
-
-    def word_for(self, params: Mapping[str, Any]) -> str:
-        """The names of :meth:`present` in one word, remembered by the leaves that there are."""
-        if torch.compiler.is_compiling():  # which would guard what the table holds
-            return "|".join(sorted(self.present(params)))
-        names = tuple(params)
-        word = self._words.get(names)
-        if word is None:
-            if len(self._words) >= MOST_WORDS:
-                self._words.clear()
-            word = self._words[names] = "|".join(sorted(self.present(params)))
-        return word
 
     def all(self) -> list[Attachment]:
         """Every attachment, site by site."""

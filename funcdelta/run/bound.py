@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,6 +43,10 @@ def rewritten(
     }
 
 
+MODES = (False, True)
+"""Evaluation and training."""
+
+
 class Bound:
     """One of a method's functions at its site.
 
@@ -49,20 +54,24 @@ class Bound:
         key: the key in params that stands for all of the attachment's.
         spans: whether it gets what entered another module.
         functions: in evaluation and in training mode, computed in the leaves' dtype.
-        method, sites: what they call, and with which site, where no axes have to be moved; in the leaves' own
-            precision it can be called as it is.
+        alone, together: the method itself in both modes, for one member and for many, where it needs no conversion:
+            hidden values are of the leaves' own precision, and no axes have to be moved.
     """
 
-    __slots__ = ("attachment", "functions", "key", "keys", "method", "names", "sites", "spans")
+    __slots__ = ("alone", "attachment", "functions", "key", "keys", "names", "spans", "together")
 
     def __init__(
         self, attachment: Attachment, make: Callable[[bool], Callable[..., Tensor]], method: Any = None
     ) -> None:
-        self.attachment, self.key, self.method = attachment, attachment.key, method
+        self.attachment, self.key = attachment, attachment.key
         self.names, self.keys = tuple(attachment.leaves), tuple(attachment.leaves.values())
         self.spans = attachment.site.exit is not None
         self.functions = make(False), make(True)
-        self.sites = attachment.at(False), attachment.at(True)
+        self.alone = None if method is None else tuple(functools.partial(method, attachment.at(m)) for m in MODES)
+        self.together = self.alone and tuple(
+            Tokenwise(own) if isinstance(function, Tokenwise) else own
+            for own, function in zip(self.alone, self.functions, strict=True)
+        )
 
     def leaves(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The leaves under their own names."""

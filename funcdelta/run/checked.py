@@ -7,7 +7,6 @@ layouts and on whether they have numbers. Params that have passed with the same 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ import torch
 from ..planning.kinds import Kinds
 from .check import Shapes, check_member, check_stack
 
-FACTS = attrgetter("shape", "dtype", "layout", "is_meta")
 MOST = 256
 """How many structures are remembered: members may come in stacks of any size."""
 
@@ -25,35 +23,30 @@ class Checks:
 
     >>> delta = fd.BitFitModel(torch.nn.Sequential(torch.nn.Linear(2, 2)), modified_modules=["0"])
     >>> checks = Checks(delta.shapes, delta.plan.keys(), {}, delta.plan.kinds)
-    >>> checks.member(delta.init(0)), checks.stack(delta.init(0, n=3)), checks.stack(delta.init(0, n=3))
-    (None, (3, {}), (3, {}))
+    >>> checks.member(delta.init(0), "one"), checks.stack(delta.init(0, n=3), "three"), checks.passed
+    (None, (3, {}), {'one': (0, {}), 'three': (3, {})})
     """
 
     def __init__(self, shapes: Shapes, groups: Mapping[str, frozenset[str]], others: Shapes, kinds: Kinds) -> None:
         self.shapes, self.groups, self.others, self.kinds = shapes, groups, others, kinds
         self.passed: dict[Hashable, tuple[int, dict[str, torch.dtype]]] = {}
 
-    def member(self, params: Any) -> None:
-        """Raise ``ParamsError`` unless ``params`` are one member's."""
-        key = _key(params, "member")
-        if key is None or key not in self.passed:
-            check_member(params, self.shapes, self.groups, self.others)
-            if not self.kinds.check(params):
-                self._remember(key, (0, {}))
+    def member(self, params: Any, key: Hashable | None = None) -> None:
+        """Raise ``ParamsError`` unless ``params`` are one member's; remembered by ``key``, if there is one."""
+        check_member(params, self.shapes, self.groups, self.others)
+        if not self.kinds.check(params):
+            self._remember(key, (0, {}))
 
-    def stack(self, params: Any) -> tuple[int, dict[str, torch.dtype]]:
+    def stack(self, params: Any, key: Hashable | None = None) -> tuple[int, dict[str, torch.dtype]]:
         """The number of members, and the constants to be converted, with their dtypes.
 
         Raises ``ParamsError`` unless ``params`` are a stack.
         """
-        key = _key(params, "stack")
-        found = None if key is None else self.passed.get(key)
-        if found is None:
-            n = check_stack(params, self.shapes, self.groups, self.others)
-            mixed = self.kinds.check(params)
-            found = n, self.kinds.casts(params)
-            if not mixed:
-                self._remember(key, found)
+        n = check_stack(params, self.shapes, self.groups, self.others)
+        mixed = self.kinds.check(params)
+        found = n, self.kinds.casts(params)
+        if not mixed:
+            self._remember(key, found)
         return found
 
     def _remember(self, key: Hashable | None, found: tuple[int, dict[str, torch.dtype]]) -> None:
@@ -63,15 +56,3 @@ class Checks:
         if len(self.passed) >= MOST:
             self.passed.clear()
         self.passed[key] = found
-
-
-def _key(params: Any, what: str) -> Hashable | None:
-    """What the checks depend on; ``None`` where it cannot be told."""
-    if torch.compiler.is_compiling() or not isinstance(params, Mapping):
-        return None
-    try:
-        key = what, tuple(params), tuple(map(FACTS, params.values()))
-        hash(key)
-    except (AttributeError, TypeError, RuntimeError):  # leaves that are no tensors, symbolic sizes, nested tensors
-        return None
-    return key

@@ -16,20 +16,20 @@ from torch import Tensor
 
 from ..errors import EngineError, FoldError
 from ..functional.attention import attention_for_this_call, wanted
-from ..pytrees.opaque import spare
+from ..pytrees.opaque import PLAIN, spare
 from ..stacks.params import take
 from ..transforms import concrete, current_transform, inside_transform
 from .call import TENSOR, Call, Params
 from .checkpointing import kept_run, needs_keeping
 from .fold import Folded
 from .inputs import Inputs
-from .layout import Layout, LayoutMismatchError, close
+from .layout import Layout, LayoutMismatchError, close, members_of
 from .layouts import key_of, layout_of, learned_anew
 from .outputs import check_visible, flatten, stack_members
 from .probe import OTHER_ENGINES, undisturbed
 from .program import Program
 from .single import call_single
-from .trunk import TRUNK, WORTH, Trunk, install, members_of
+from .trunk import TRUNK, WORTH, Trunk, install
 from .trunk_probe import trunk_for
 
 ATTEMPTS = 6
@@ -85,7 +85,9 @@ def visible(output: Any) -> tuple[list[Any], Any]:
     """The leaves of an output of many members, none of which may hide tensors, and what puts others in their place."""
     leaves, tree = flatten(output)
     if not torch.compiler.is_compiling():
-        check_visible(leaves, tree.places() if leaves else ())
+        hiding = [leaf for leaf in leaves if not isinstance(leaf, PLAIN)]
+        if hiding:
+            check_visible(leaves, tree.places())
     return leaves, tree
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import FoldError
 from ..functional.tokenwise import Tokenwise, all_tokens
-from .layout import Ends, LayoutMismatchError, Run, scalar_message, split_rows
+from .layout import Ends, LayoutMismatchError, Run, split_rows
 
 
 class Folded:
@@ -138,12 +138,3 @@ class Folded:
         axis = dim or 0
         mask = self.present.repeat_interleave(out.shape[axis] // self.n)
         return mask.view(*[1] * axis, -1, *[1] * (out.ndim - axis - 1))
-
-
-def split_members(leaf: Tensor, dim: int | None, n: int, rows: int, name: str = "of the model") -> Tensor:
-    """(n·b, …) → (n, b, …); a leaf without rows is the same for every member."""
-    if leaf.ndim == 0:
-        raise FoldError(scalar_message(name))
-    if dim is None:
-        return leaf.expand(n, *leaf.shape)
-    return split_rows(leaf, dim, n, rows, f"The output {name}").movedim(dim, 0)

@@ -44,7 +44,8 @@ class Inputs:
         leaves, names, places: every leaf, the input that it belongs to, and the keys that lead to it.
         is_mapped: whether a leaf has a member axis.
         row_axis: for every leaf with rows, by position: the axis that counts them once folded.
-        checked: layouts with which inputs of these sizes were found right, by identity.
+        keys, checked: what was found of inputs of these sizes, for those that are read :meth:`again`: keys by what
+            decides besides, and the layouts with which they are right.
 
     >>> inputs = Inputs(torch.nn.Linear(4, 8), 3, (torch.zeros(5, 4),), {}, None, 0)
     >>> inputs.b, inputs.row_axis, inputs.folded()[0][0].shape
@@ -62,7 +63,7 @@ class Inputs:
         entries: int | None = None,
     ) -> None:
         self.n, self.batch_dim, self.entries = n, batch_dim, entries
-        self._keys: dict[Any, tuple[str, ...]] = {}
+        self.keys: dict[Any, Any] = {}
         self.checked: dict[int, Any] = {}
         self._main = None if entries is None else getattr(model, "main_input_name", None)
         positional = positional_names(model) if args else ()
@@ -196,13 +197,7 @@ class Inputs:
 
     def key(self, *more: Any) -> tuple[str, ...]:
         """A key for this input structure, and for ``more`` that decides with it; see :func:`.input_key`."""
-        if torch.compiler.is_compiling():
-            return input_key(self.leaves, self.places, self.row_axis, self.is_mapped, self._positional, *more)
-        key = self._keys.get(more)
-        if key is None:
-            key = input_key(self.leaves, self.places, self.row_axis, self.is_mapped, self._positional, *more)
-            self._keys[more] = key
-        return key
+        return input_key(self.leaves, self.places, self.row_axis, self.is_mapped, self._positional, *more)
 
     @property
     def has_single_rows(self) -> bool:
@@ -326,7 +321,7 @@ class Inputs:
         part.leaves = leaves
         part.n = self.n if n is None else n
         part._rows = self._rows if rows is None else rows
-        part._keys, part.checked = {}, {}
+        part.keys, part.checked = {}, {}
         return part
 
     def again(self, leaves: list[Any]) -> Inputs:

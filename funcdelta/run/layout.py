@@ -137,6 +137,22 @@ def scalar_message(name: str) -> str:
     )
 
 
+def members_of(leaf: Tensor, dim: int | None, n: int, rows: int, name: str = "of the model") -> Tensor:
+    """An output (n·b, …) → (n, b, …); one without rows, or that a shared module gave, (b, …), is every member's.
+
+    >>> members_of(torch.zeros(6, 4), 0, n=3, rows=2).shape, members_of(torch.zeros(2, 4), 0, n=3, rows=2).shape
+    (torch.Size([3, 2, 4]), torch.Size([3, 2, 4]))
+    """
+    if leaf.ndim == 0:
+        raise FoldError(scalar_message(name))
+    if dim is None:
+        return leaf.expand(n, *leaf.shape)
+    if dim < leaf.ndim and leaf.shape[dim] == rows:
+        leaf = leaf.movedim(dim, 0)
+        return leaf.expand(n, *leaf.shape)
+    return split_rows(leaf, dim, n, rows, f"The output {name}").movedim(dim, 0)
+
+
 def close(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal up to the rounding that another batch size brings.
 

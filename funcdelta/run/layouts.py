@@ -91,18 +91,23 @@ def key_of(program: Program, stack: Params, inputs: Inputs, by_row: bool = False
 
 def _structure(program: Program, stack: Params, inputs: Inputs, by_row: bool, entry: str) -> Any:
     """The key but for values of tensors."""
-    present = program.skeletons.plan.word_for(stack)
     single = True if by_row or inputs.has_single_rows else False  # noqa: SIM210  (symbolic while torch.compile traces)
     grads = True if torch.is_grad_enabled() else False  # noqa: SIM210  (models may ask)
     if grads and not torch.compiler.is_compiling() and not wants_gradients(stack, inputs):
         grads = None  # nothing to check of the backward pass
-    return inputs.key(program.training, _precision(inputs.tensors()), present, single, by_row, entry, grads)
-
-
-def _precision(tensors: Sequence[Tensor]) -> str:
-    """The dtype that autocast gives where the inputs are: outputs of modules that run once per member have it too."""
+    # What autocast gives where the inputs are: outputs of modules that run once per member have that dtype, too.
+    tensors = inputs.tensors()
     device = tensors[0].device.type if tensors else "cpu"
-    return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
+    precision = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
+    if torch.compiler.is_compiling():
+        present = "|".join(sorted(program.plan.present(stack)))
+        return inputs.key(program.training, precision, present, single, by_row, entry, grads)
+    facts = program.training, precision, tuple(stack), single, by_row, entry, grads
+    key = inputs.keys.get(facts)
+    if key is None:
+        present = "|".join(sorted(program.plan.present(stack)))
+        key = inputs.keys[facts] = inputs.key(*facts[:2], present, *facts[3:])
+    return key
 
 
 def wants_gradients(stack: Params, inputs: Inputs) -> bool:

@@ -120,17 +120,27 @@ class Memory:
 
     def restore(self) -> None:
         """Put back what a call has changed, and copy the backbone's buffers again where either side was written."""
+        self.end_call()
+        self.follow()
+
+    def end_call(self) -> None:
+        """What a call has left in attributes is gone; what it wrote into buffers is when the next call begins."""
         self.restore_attributes()
         if self._unproved:
             self._prove()
         if self._all.others or self._all.iterators:
             self._all.restore_others()
-        self.follow()
 
     def restore_attributes(self) -> None:
         """Put back what a call has changed but for what it wrote into tensors, arrays and random generators."""
-        self._all.restore()
-        self._parameters.restore()
+        whole, own = self._all, self._parameters
+        try:
+            changed = any(map(operator.ne, whole.now, whole.before)) or any(map(operator.ne, own.now, own.before))
+        except Exception:  # another object that cannot be compared, as tensors cannot
+            changed = True
+        if changed:
+            whole.restore()
+            own.restore()
         for cache in self._caches:
             if cache.cache_info().currsize:
                 cache.cache_clear()
@@ -166,7 +176,8 @@ class Memory:
         if self._unproved and not self._first:
             self._first = list(map(VERSION, self._unproved.values()))
         # One pass in C over all of them, for models may have thousands.
-        if list(map(VERSION, self.tensors)) != self.versions or self._small_differ():
+        ours, theirs = map(Tensor.data_ptr, self._owns), map(Tensor.data_ptr, self._sources)
+        if list(map(VERSION, self.tensors)) != self.versions or any(map(_other_bytes, theirs, ours, self._sizes)):
             for at in range(len(self.copies)):
                 self._follow_one(at, looks=True)
 
@@ -224,10 +235,6 @@ class Memory:
         small = [copied for copied in self.copies if _is_small(copied.source) and _is_small(copied.own)]
         self._sources, self._owns = [one.source for one in small], [one.own for one in small]
         self._sizes = [one.own.numel() * one.own.element_size() for one in small]
-
-    def _small_differ(self) -> bool:
-        ours = map(Tensor.data_ptr, self._owns)
-        return any(map(_other_bytes, map(Tensor.data_ptr, self._sources), ours, self._sizes))
 
     def _follow_one(self, at: int, looks: bool = False) -> None:
         copied, place = self.copies[at], 2 * at

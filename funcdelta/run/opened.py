@@ -149,22 +149,20 @@ def act(
     function, lift = bound.functions[training], call.lift
     if torch.compiler.is_compiling():
         return (function(p, *values), None) if lift is None else lift(function, p, values, dims, path)
-    looks_on = call.watch is not None or call.reached is not None
+    looks_on, own = call.watch is not None or call.reached is not None, values[0].dtype
     versions = list(map(_version, values)) if looks_on else []
+    if not looks_on and bound.alone and bound.together and own == values[-1].dtype == p[bound.names[0]].dtype:
+        # A first call has looked at what it gives, and there is nothing to convert.
+        function = (bound.alone if lift is None else bound.together)[training]
     try:
         if lift is None:
-            y = values[0]
-            if bound.method is None or not y.dtype == values[-1].dtype == p[bound.names[0]].dtype:
-                result = function(p, *values), None
-            else:
-                # In the leaves' own precision there is nothing to convert.
-                found = bound.method(bound.sites[training], p, *values)
-                alike = type(found) is Tensor and found.dtype == y.dtype
-                result = found if alike else function(p, *values), None
+            result = function(p, *values), None
         elif call.watch is None:
             result = lift(function, p, values, dims, path)
         else:
             result = call.watch.lifted(lambda: lift(function, p, values, dims, path))
+        if result[0].dtype != own and own.is_floating_point:
+            result = result[0].to(own), result[1]
     except FuncdeltaError:
         raise
     except Exception as error:

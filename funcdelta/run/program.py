@@ -23,7 +23,7 @@ from ..planning.plan import Plan
 from ..sites.freshness import Fingerprint
 from ..transforms import eager
 from .call import Params, Prepare
-from .checkpointing import REQUIRE_GRADS, changed, flags_of
+from .checkpointing import FLAG, FUNCTION, REQUIRE_GRADS, flags_of
 from .fsdp import Shards, refuse_sharded, settle
 from .input_key import Bounded
 from .skeleton import Skeleton
@@ -106,8 +106,10 @@ class Skeletons:
 
         Raises :class:`StaleBackboneError` with what has changed.
         """
-        if changed(self._checkpointing):
-            self.refresh()
+        for own, flag, function in self._checkpointing:
+            if own.get(FLAG) is not flag or own.get(FUNCTION) is not function:
+                self.refresh()
+                break
         try:
             if self._fingerprint.check():
                 self.refresh()  # buffers were replaced: the skeletons copy from those that are there now

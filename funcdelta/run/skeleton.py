@@ -259,7 +259,7 @@ class Skeleton:
             if self.units:
                 self.memory.follow()
             else:
-                self.memory.restore()
+                self.memory.end_call()
             self.clean = clean
 
     def run_inside(

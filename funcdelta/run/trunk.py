@@ -20,7 +20,6 @@ from torch.utils import _pytree as pytree
 from ..errors import FoldError
 from ..transforms import is_wrapped
 from .call import Call
-from .fold import split_members
 from .skeleton import Skeleton
 
 WORTH = 0.05
@@ -168,15 +167,3 @@ def _axis_by_value(value: Tensor, n: int, rows: int, place: str, path: str) -> i
         f"{path} runs once for all members, but is given a tensor at {place}, {tuple(value.shape)}, that was not there "
         f'when the shared modules were found, and whose rows cannot be told. Use engine="fold".'
     )
-
-
-def members_of(leaf: Tensor, dim: int | None, n: int, rows: int, name: str = "of the model") -> Tensor:
-    """An output (n·b, …) → (n, b, …); one that a shared module gave, (b, …), is every member's.
-
-    >>> members_of(torch.zeros(6, 4), 0, n=3, rows=2).shape, members_of(torch.zeros(2, 4), 0, n=3, rows=2).shape
-    (torch.Size([3, 2, 4]), torch.Size([3, 2, 4]))
-    """
-    if dim is not None and leaf.ndim and leaf.shape[dim] == rows:
-        leaf = leaf.movedim(dim, 0)
-        return leaf.expand(n, *leaf.shape)
-    return split_members(leaf, dim, n, rows, name)

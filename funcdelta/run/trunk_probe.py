@@ -21,11 +21,11 @@ from ..transforms import eager, outside_transforms
 from .call import Call, Params
 from .fold import Folded
 from .inputs import Inputs
-from .layout import Layout, Run, close
+from .layout import Layout, Run, close, members_of
 from .layouts import key_of, picked, probing
 from .program import Program
 from .skeleton import Skeleton
-from .trunk import TRUNK, Ends, Trunk, install, members_of
+from .trunk import TRUNK, Ends, Trunk, install
 from .watch import CountedDropout, Visit, Watch
 
 OTHER_ENGINES = 'Use engine="fold".'

@@ -104,8 +104,15 @@ class Fingerprint:
         ``True`` says that it is the same but for buffers that were replaced by others of their kind, as some models do
         in their forward: whoever copies from buffers has to look them up again.
         """
-        changed = self._now() != self._then or any(map(self._has, self._unused)) or self._attributes_noted.differs()
-        return changed and self._look()
+        noted = self._attributes_noted
+        try:
+            # In C, and without a look at what tensors hold: identical ones are equal.
+            differs = self._now() != self._then or any(map(operator.ne, noted.now, noted.before))
+        except Exception:  # another object that cannot be compared, as tensors cannot
+            differs = True
+        # What nothing had is asked faster than for what it is.
+        absent = [map(dict.get, self._attributes, repeat(part)) for part in self._unused]
+        return (differs or any(map(any, absent))) and self._look()
 
     def differs_by_hooks(self, name: str) -> bool:
         """Whether nothing changed but forward hooks of that name, which came or went.
@@ -130,7 +137,8 @@ class Fingerprint:
     def _now(self) -> tuple[list[Any], ...]:
         """What is compared: lists, because those are made and compared in C."""
         return (
-            *map(self._content, self._used),
+            # The ids of all that modules hold, by the dicts that they have now, which may be others.
+            *[list(map(id, _flat(map(dict.values, map(part, self._attributes))))) for part in self._used_parts],
             list(map(id, map(dict.get, self._attributes, repeat("forward")))) if self._patched else [],
             list(map(type, self._modules)),
             list(map(_forward, self._kinds)),
@@ -141,12 +149,8 @@ class Fingerprint:
             list(map(_kind, self._without_storage)),
         )
 
-    def _content(self, part: str) -> list[int]:
-        """The ids of all that the modules hold in a part: of the dicts that they have now, which may be others."""
-        return list(map(id, _flat(map(dict.values, map(operator.itemgetter(part), self._attributes)))))
-
     def _has(self, part: str) -> bool:
-        """Whether any module has something under a name under which none had anything: asked faster than for what."""
+        """Whether any module has something under a name."""
         return any(map(dict.get, self._attributes, repeat(part)))
 
     def _settle(self) -> None:
@@ -155,6 +159,7 @@ class Fingerprint:
         self._without_storage = [p for p in self._parameters if p.data_ptr() == 0]
         self._patched = any(facts.forward is not None for facts in self._facts)
         self._used = [part for part in PARTS if part in SLOTS or self._has(part)]
+        self._used_parts = list(map(operator.itemgetter, self._used))
         self._unused = [part for part in HOOKS if part not in self._used]
         if not self._patched:
             self._unused.append("forward")

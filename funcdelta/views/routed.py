@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
+import types
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -50,6 +51,7 @@ class Idle:
 
     present = None
     unused: frozenset[str] = frozenset()
+    sites: Mapping[str, Any] = types.MappingProxyType({})
 
     def site(self, path: str, index: int | None) -> Any:
         """A site outside of a call raises."""
