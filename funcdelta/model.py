@@ -23,9 +23,10 @@ from .planning.kinds import COMPUTES, check_device
 from .planning.naming import named_leaves
 from .planning.plan import Plan, build_plan, shapes_of
 from .planning.sharing import expand_member, expand_stack
-from .run.auto import Explanation, explain, run_many
+from .run.auto import Explanation, explain, run_any
 from .run.call import Params, Prepare
 from .run.checked import Checks
+from .run.engines import BY_NAME
 from .run.forward import without_cache
 from .run.inputs import InDims, Inputs, Readings
 from .run.outputs import join_chunks
@@ -41,7 +42,7 @@ from .views.bound import bind
 from .views.held import refuse_views
 from .views.routed import bind_rows
 
-ENGINES = ("auto", "fold", "trunk", "vmap", "loop")
+ENGINES = ("auto", *BY_NAME)
 FACTS = operator.attrgetter("shape", "dtype", "layout", "is_meta")
 """What the checks of params look at, of a leaf."""
 
@@ -400,7 +401,8 @@ class DeltaModel(Habits):
             reached = set[str]()
         shared = program.skeletons.plan.shared
         expanded = expand_stack(shared, stack) if shared else stack
-        output = run_many(program, expanded, inputs, engine, reached)
+        run = BY_NAME.get(engine, run_any)
+        output = run(program, expanded, inputs, reached)
         if reached is not None:
             tell_missed(self.program, given, reached)
         return output

@@ -16,7 +16,7 @@ import torch
 
 from ..errors import EngineError, EngineWarning, FuncdeltaError
 from .call import Params
-from .engines import BY_NAME, call_best_fold, call_loop, call_vmap
+from .engines import call_best_fold, call_loop, call_vmap
 from .inputs import Inputs
 from .layout import MixedBackwardError
 from .layouts import key_of, layout_of
@@ -30,10 +30,8 @@ AUTO = {"fold": call_best_fold, "vmap": call_vmap, "loop": call_loop}
 """Fold is fastest; what cannot be folded can often be mapped; a loop runs everything."""
 
 
-def run_many(program: Program, stack: Params, inputs: Inputs, engine: str, reached: set[str] | None) -> Any:
-    """Every member's output by the engine of that name, ``auto`` the first that can."""
-    if engine != "auto":
-        return BY_NAME[engine](program, stack, inputs, reached)
+def run_any(program: Program, stack: Params, inputs: Inputs, reached: set[str] | None) -> Any:
+    """Every member's output by the first engine that can."""
     if torch.compiler.is_compiling():
         return call_best_fold(program, stack, inputs, reached)
     ways = {name: functools.partial(run, program, stack, inputs, reached) for name, run in AUTO.items()}
@@ -139,7 +137,7 @@ class Explanation:
 def explain(program: Program, stack: Params, inputs: Inputs) -> Explanation:
     """The engine that ``auto`` takes for these inputs; runs them once where that is not known yet."""
     # Where gradients are wanted other things are refused, so it runs as the call would.
-    run_many(program, stack, inputs, "auto", set())
+    run_any(program, stack, inputs, set())
     key = key_of(program, stack, inputs)
     refused = {
         name: program.refusals[(name, "apply_many", key)]
