@@ -107,19 +107,18 @@ def random_members(
     plan: Plan, backbone: nn.Module, order: tuple[str, ...], n: int, present: frozenset[str]
 ) -> dict[str, Tensor]:
     """A stack of n members with every leaf moved away from its start, for the probe: a fresh LoRA would hide a mix."""
-    from .stacks.params import stack
-
     constants = set(plan.constants)
     kept = {key for name, keys in plan.keys().items() if name in present for key in keys}
     kept |= present & plan.trained.keys()
-    members = []
-    for seed in range(n):
-        fresh = fresh_member(plan, backbone, order, seed, None, None)
-        moved: dict[str, Tensor] = {}
-        for name, leaf in fresh.items():
-            if name in kept:
-                rng = torch.Generator().manual_seed(derive(seed, name, "probe"))
-                noise = torch.randn(leaf.shape, generator=rng, dtype=torch.float32, device="cpu").to(leaf) * 0.05
-                moved[name] = leaf if name in constants or not leaf.is_floating_point() else leaf + noise
-        members.append(moved)
-    return stack(members)
+    rng = torch.Generator().manual_seed(derive(0, "probe"))
+    found: dict[str, Tensor] = {}
+    for name, leaf in fresh_member(plan, backbone, order, 0, None, None).items():
+        if name not in kept:
+            continue
+        found[name] = leaf.expand(n, *leaf.shape)
+        if name not in constants and leaf.is_floating_point():
+            noise = torch.randn(found[name].shape, generator=rng, dtype=torch.float32, device="cpu")
+            found[name] = leaf + noise.to(leaf) * 0.05
+        else:
+            found[name] = found[name].clone()
+    return found

@@ -260,14 +260,25 @@ DRAWN_BEFORE = {
 }
 """Operators that torch marks as random and that read no generator: they are given the seed, or only ask about it."""
 
-_known: dict[Any, _Drawing | None] = {}
+_known: dict[int, tuple[Any, _Drawing | None]] = {}
 
 
 def _drawing(func: Any) -> _Drawing | None:
     """How ``func`` draws; ``None`` where it does not."""
-    if func not in _known:
-        _known[func] = _find(func) if isinstance(func, torch._ops.OpOverload) else None
-    return _known[func]
+    known = _known.get(id(func))
+    if known is None:
+        # By identity, for operators compute their hash in Python. One that is kept here has no other's number.
+        known = _known[id(func)] = func, _find(func) if isinstance(func, torch._ops.OpOverload) else None
+    return known[1]
+
+
+def may_draw(func: Any) -> bool:
+    """Whether an operator draws random numbers, or calls others that may.
+
+    >>> may_draw(torch.ops.aten.add.Tensor), may_draw(torch.ops.aten.bernoulli.default)
+    (False, True)
+    """
+    return _drawing(func) is not None
 
 
 def _find(func: Any) -> _Drawing | None:
@@ -368,8 +379,8 @@ class PrivateRandom(ThreadMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        drawing = _drawing(func)
+        known = _known.get(id(func))
+        drawing, kwargs = known[1] if known is not None else _drawing(func), kwargs or {}
         if drawing is None:
             return func(*args, **kwargs)
         if drawing.within:
@@ -416,8 +427,8 @@ class RefusedDraws(ThreadMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        drawing = _drawing(func)
+        known = _known.get(id(func))
+        drawing, kwargs = known[1] if known is not None else _drawing(func), kwargs or {}
         if drawing is None:
             return func(*args, **kwargs)
         if drawing.within:

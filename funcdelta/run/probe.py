@@ -37,7 +37,7 @@ from ..functional.dropout import dropout
 from ..match import within
 from ..planning.sharing import expand_stack
 from ..pytrees.opaque import spare, tensors_in
-from ..randomness import private_random
+from ..randomness import Generators, PrivateRandom
 from ..structures.rowwise import is_rowwise
 from ..transforms import eager, outside_transforms
 from .backward import check_backward, grown, roots, written_in_python
@@ -69,10 +69,13 @@ class WithoutDropout(TorchFunctionMode):
         *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),
         *(F.alpha_dropout, F.feature_alpha_dropout, torch.dropout, dropout),
     }
+    CHANGED: ClassVar = {F.multi_head_attention_forward, F.scaled_dot_product_attention}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func not in self.OFF and func not in self.CHANGED:
+            return func(*args, **(kwargs or {}))
         kwargs = dict(kwargs or {})
         if func in self.OFF:
             return args[0] if args else kwargs["input"]
@@ -84,6 +87,16 @@ class WithoutDropout(TorchFunctionMode):
             if len(args) > 4:
                 del kwargs["dropout_p"]
         return func(*args, **kwargs)
+
+
+class EagerRandom(PrivateRandom):
+    """The same where nothing is compiled: torch would wrap each operation, at as much time as many take."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    __torch_dispatch__ = PrivateRandom.__dict__["__torch_dispatch__"].__wrapped__
 
 
 @contextmanager
@@ -98,7 +111,7 @@ def undisturbed() -> Iterator[None]:
         outside_transforms(),
         torch.set_grad_enabled(wanted),
         WithoutDropout(),
-        private_random(0),
+        EagerRandom(Generators(0)),
     ):
         yield
 

@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..randomness import ThreadMode
+from ..randomness import ThreadMode, may_draw
 from ..structures.rowwise import MASKS
 from .layout import close
 from .storages import Place, Storages, same_axis
@@ -68,6 +68,8 @@ ALONG = {
     *("_softmax", "_log_softmax", "kthvalue", "median", "mode", "_cummax_helper", "_cummin_helper"),
 }
 """Operations along one axis whose entries there depend on each other, also where these values do not show it."""
+PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1}
+"""Products of two matrices, by the place of the first: each row of it, or each entry of a batch, gives one."""
 READS = {"_local_scalar_dense", "equal", "is_nonzero", "item", "allclose"}
 DYNAMIC = {"nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive", "bincount", "nonzero_static"}
 
@@ -86,6 +88,11 @@ class Tracking(ThreadMode):
     cumsum
     (Rows(axis=0, outer=1), Rows(axis=0, outer=1), True)
     """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Torch would wrap each operation, at as much time as many take. Nothing is compiled while a probe runs.
+        return False
 
     def __init__(
         self,
@@ -163,6 +170,14 @@ class Tracking(ThreadMode):
         if self.paused and not self.alone:
             return func(*args, **kwargs)
         given = [t for t in _flat(args, kwargs) if isinstance(t, Tensor)]
+        # What is asked of tensors here is nothing that the model asks, and modes below have nothing to do with it.
+        with torch._C.DisableTorchFunction():
+            if may_draw(func) or any(type(t) not in (Tensor, nn.Parameter) for t in given):
+                return self._follow(func, args, kwargs, given)
+            with torch._C._DisableTorchDispatch():
+                return self._follow(func, args, kwargs, given)
+
+    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]) -> Any:
         inputs = NOTHING.union(*map(self.inputs, given))
         name = func._overloadpacket.__name__
         if self.paused:
@@ -245,6 +260,10 @@ class Tracking(ThreadMode):
                 return [_moved(name, x, one, args, results[0])]
             if name in CUT:
                 return _cut(name, x, one, args, kwargs, results)
+        if name in PRODUCTS:
+            tag = _product(name, given, tags)
+            if tag is not None:
+                return [tag]
         if name == "index":
             tag = self._indexed(args)
             if tag is not None:
@@ -404,6 +423,21 @@ class Tracking(ThreadMode):
             if known is not None and known != tag:
                 tag = MIXED
         self.mark(base, tag)
+
+
+def _product(name: str, given: list[Tensor], tags: list[Tag]) -> Tag:
+    """Where the rows of a product are, if that can be told from where those of its factors are."""
+    at = PRODUCTS[name]
+    if len(given) != at + 2 or any(tag is not None for tag in tags[:at]) or DRAWN in tags:
+        return None
+    (x, y), (one, other) = given[at:], tags[at:]
+    if at and given[0].ndim > 1 and given[0].shape[0] != 1:
+        return None  # a constant with as many rows
+    if one is not None and other is None:
+        return one if one.axis == x.ndim - 2 else None
+    if one is not None and other is not None and x.ndim == 3 and one.axis == other.axis == 0:
+        return one if one == other else None
+    return other if one is None and other is not None and other.axis == y.ndim - 1 else None
 
 
 class _Paused:
