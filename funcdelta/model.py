@@ -608,20 +608,27 @@ class DeltaModel(Habits):
 
     def _member(self, params: Params) -> dict[str, Tensor]:
         key = _structure("member", params)
-        if key not in self._checks.passed:
+        if self._passed(key) is None:
             self._checks.member(params, key)
         return self._ready(params)
+
+    def _passed(self, key: Hashable | None) -> tuple[int, Mapping[str, torch.dtype]] | None:
+        """What the checks found of params of that structure, if they were made."""
+        try:
+            return self._checks.passed.get(key)
+        except TypeError:  # keys that are no strings, symbolic sizes
+            return None
 
     def _stack(self, stack: Params) -> tuple[int, Mapping[str, torch.dtype]]:
         """How many members a stack has, and which constants are to be converted."""
         key = _structure("stack", stack)
-        return self._checks.passed.get(key) or self._checks.stack(stack, key)
+        return self._passed(key) or self._checks.stack(stack, key)
 
     def _ready(self, params: Params, casts: Mapping[str, torch.dtype] | None = None) -> dict[str, Tensor]:
         """Constants take no gradient; the backbone's own tensors, as ``attach`` lists them, need no swap."""
-        own = self._tensors
+        own, constants = self._tensors, self._constants
         ready = {
-            name: leaf.detach() if name in self._constants else leaf
+            name: leaf.detach() if name in constants else leaf
             for name, leaf in params.items()
             if leaf is not own.get(name)
         }
@@ -643,11 +650,9 @@ def _structure(what: str, params: Any) -> Hashable | None:
     if torch.compiler.is_compiling() or not isinstance(params, Mapping):
         return None
     try:
-        key = what, tuple(params), tuple(map(FACTS, params.values()))
-        hash(key)
-    except (AttributeError, TypeError, RuntimeError):  # leaves that are no tensors, symbolic sizes, nested tensors
+        return what, tuple(params), tuple(map(FACTS, params.values()))
+    except (AttributeError, TypeError, RuntimeError):  # leaves that are no tensors, nested tensors
         return None
-    return key
 
 
 def _rebuilt(backbone: nn.Module, configs: Any, example: Any, prepare: Any, mode: bool | None) -> DeltaModel:

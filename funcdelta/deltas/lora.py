@@ -158,7 +158,10 @@ class LoraConfig(BaseDeltaConfig):
         parts = site.parts if self.enable_lora is None else self._parts(site)
         if not parts:
             # Scaled between the two products, where there are fewest numbers.
-            return y + x @ a.mT * p["scale"] @ b.mT
+            hidden = (x @ a.mT if a.ndim == 2 else torch.bmm(x, a.mT)) * p["scale"]
+            if a.ndim == 2 or y.dtype.itemsize < 4:  # half precision rounds as it does for one member
+                return y + hidden @ b.mT
+            return torch.baddbmm(y, hidden, b.mT)
         hidden = linear(x, a).chunk(len(parts), -1)
         rows = (p["scale"] * b).split([part.size for part in parts], -2)
         return y + place([linear(h, row) for h, row in zip(hidden, rows, strict=True)], parts, site.width)

@@ -15,9 +15,6 @@ from torch import Tensor
 
 from ..errors import ConfigError
 
-MOST_AXES = 2
-"""Of a member's leaf: what has more is no factor of a product over tokens."""
-
 
 class Tokenwise:
     """A member's function at a site that acts on each token alone.
@@ -68,9 +65,15 @@ def all_tokens(
             return None
         tokens.append(value.reshape(n, -1, value.shape[-1]))
     for name, leaf in p.items():
-        if leaf.ndim > 1 + MOST_AXES:
+        axes = leaf.ndim
+        if axes == 3:
+            leaves[name] = leaf
+        elif axes == 1:
+            leaves[name] = leaf.view(n, 1, 1)
+        elif axes == 2:
+            leaves[name] = leaf.unsqueeze(1)
+        else:
             return None
-        leaves[name] = leaf if leaf.ndim == 3 else leaf.view(n, *[1] * (3 - leaf.ndim), *leaf.shape[1:])
     out = function(leaves, *tokens)
     if out.ndim != 3 or out.shape[:2] != tokens[0].shape[:2]:
         raise ConfigError(

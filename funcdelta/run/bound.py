@@ -54,8 +54,8 @@ class Bound:
         key: the key in params that stands for all of the attachment's.
         spans: whether it gets what entered another module.
         functions: in evaluation and in training mode, computed in the leaves' dtype.
-        alone, together: the method itself in both modes, for one member and for many, where it needs no conversion:
-            hidden values are of the leaves' own precision, and no axes have to be moved.
+        alone, together: the method itself in both modes, for one member and for many, where no axes have to be moved;
+            for hidden values of the leaves' own precision.
     """
 
     __slots__ = ("alone", "attachment", "functions", "key", "keys", "names", "spans", "together")

@@ -102,6 +102,7 @@ class Call:
         reached: collects the sites that the call passes through, if anyone asks.
         visits: how often each module was called.
         notes: what the features of a call keep for its length: spans, prompts, shared trunks.
+        plain: eager code that nobody looks at, and in which no module runs once per member.
         never_ends: a view's call; ``ended``: one that is over, whose checkpointed modules may run again.
     """
 
@@ -113,6 +114,7 @@ class Call:
     reached: set[str] | None = None
     visits: dict[str, int] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+    plain: bool = False
     never_ends: bool = False
     ended: bool = False
 

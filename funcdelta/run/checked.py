@@ -6,6 +6,7 @@ layouts and on whether they have numbers. Params that have passed with the same 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -55,4 +56,5 @@ class Checks:
             return
         if len(self.passed) >= MOST:
             self.passed.clear()
-        self.passed[key] = found
+        with contextlib.suppress(TypeError):  # symbolic sizes, which no table takes
+            self.passed[key] = found

@@ -298,6 +298,7 @@ def folded_run(
             kept.open(path)
         return kept_run(kept, call, {}, args, kwargs)
     if not torch.compiler.is_compiling() and current_transform() is None and not wanted.yes:
+        call.plain = reached is None and not layout.runs and trunk is None and not layout.unused
         return skeleton.run("", {}, args, kwargs, call)
     with attention_for_this_call():
         return skeleton.run("", {}, args, kwargs, call)

@@ -47,6 +47,7 @@ class Opened:
         original: the forward that the module had.
         befores, afters: methods that act on what enters and leaves it.
         begun: spans that begin here and end elsewhere.
+        quick: the methods, if all act on the output alone and need no more than what enters and leaves.
         running: how many calls of the module are under way; meanwhile its tensors are read by itself.
         kind, shown: the module's class, and the one that answers whoever else reads its tensors, if that is another.
     """
@@ -57,6 +58,7 @@ class Opened:
         self.befores: list[Bound] = []
         self.afters: list[Bound] = []
         self.begun: list[Attachment] = []
+        self.quick: tuple[Bound, ...] = ()
         self.running = 0
         self.kind: type[nn.Module] = type(module)
         self.shown: type[nn.Module] | None = None
@@ -73,6 +75,8 @@ class Opened:
 def _forward(opened: Opened, /, *args: Any, **kwargs: Any) -> Any:
     """The opened forward; a function, for torch.compile traces it."""
     path, call = opened.path, opened.skeleton.call
+    if call is not None and call.plain and opened.quick and len(args) == 1 and not (kwargs or call.notes):
+        return _quickly(opened, call, args[0])
     if call is None or opened.skeleton.recomputing:
         call = opened.skeleton.under_way(path)
     if call.watch is not None:
@@ -125,6 +129,46 @@ def _forward(opened: Opened, /, *args: Any, **kwargs: Any) -> Any:
     return y if put_back is None else put_back(y)
 
 
+def _quickly(opened: Opened, call: Call, x: Any) -> Any:
+    """The same for what nearly every call of a site is: tensors in and out, methods that act on the output alone."""
+    module, shown, params, lift = opened.module, opened.shown, call.params, call.lift
+    dims = None if lift is None else call.where(opened.path)
+    outermost = shown is not None and not opened.running
+    opened.running += 1
+    if outermost:
+        _set(module, "__class__", opened.kind)
+    try:
+        output = opened.original(x)
+    finally:
+        opened.running -= 1
+        if outermost:
+            _set(module, "__class__", shown)
+    x, _ = hidden_input(opened.path, (x,), {}) if not isinstance(x, Tensor) else (x, None)
+    y, put_back = (output, None) if isinstance(output, Tensor) else hidden_output(opened.path, output)
+    own, training = y.dtype, module.training
+    for bound in opened.quick:
+        if bound.key not in params:
+            continue
+        p = dict(zip(bound.names, map(params.__getitem__, bound.keys), strict=True))
+        # In the leaves' own precision there is nothing to convert.
+        alike = own == x.dtype == p[bound.names[0]].dtype
+        try:
+            if lift is None or dims is None:
+                function = (bound.alone if alike and bound.alone else bound.functions)[training]
+                y = function(p, y, x)
+            else:
+                function = (bound.together if alike and bound.together else bound.functions)[training]
+                y, _ = lift(function, p, (y, x), (dims.y, dims.x), opened.path)
+        except FuncdeltaError:
+            raise
+        except Exception as error:
+            _note(error, opened.path, p, (y, x))
+            raise
+        if y.dtype != own and own.is_floating_point:
+            y = y.to(own)
+    return y if put_back is None else put_back(y)
+
+
 def _inner(opened: Opened, call: Call, run: Run | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The module's own forward; while it runs, its tensors are read by itself."""
     if call.notes and READ in call.notes:
@@ -149,11 +193,7 @@ def act(
     function, lift = bound.functions[training], call.lift
     if torch.compiler.is_compiling():
         return (function(p, *values), None) if lift is None else lift(function, p, values, dims, path)
-    looks_on, own = call.watch is not None or call.reached is not None, values[0].dtype
-    versions = list(map(_version, values)) if looks_on else []
-    if not looks_on and bound.alone and bound.together and own == values[-1].dtype == p[bound.names[0]].dtype:
-        # A first call has looked at what it gives, and there is nothing to convert.
-        function = (bound.alone if lift is None else bound.together)[training]
+    versions = list(map(_version, values))
     try:
         if lift is None:
             result = function(p, *values), None
@@ -161,21 +201,23 @@ def act(
             result = lift(function, p, values, dims, path)
         else:
             result = call.watch.lifted(lambda: lift(function, p, values, dims, path))
-        if result[0].dtype != own and own.is_floating_point:
-            result = result[0].to(own), result[1]
     except FuncdeltaError:
         raise
     except Exception as error:
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in p.items())
-        hidden = ", ".join(str(tuple(value.shape)) for value in values)
-        error.add_note(f"funcdelta: at the site {path}, leaves {shapes}, hidden values {hidden}.")
+        _note(error, path, p, values)
         raise
-    if looks_on and list(map(_version, values)) != versions:
+    if list(map(_version, values)) != versions:
         raise ConfigError(
             f"The method at {path} changed a hidden value in place, which others still read: write y = y + change "
             f"instead of y += change."
         )
     return result
+
+
+def _note(error: Exception, path: str, p: Params, values: tuple[Tensor, ...]) -> None:
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in p.items())
+    hidden = ", ".join(str(tuple(value.shape)) for value in values)
+    error.add_note(f"funcdelta: at the site {path}, leaves {shapes}, hidden values {hidden}.")
 
 
 def _version(value: Tensor) -> int | None:

@@ -28,6 +28,7 @@ def call_single(
     call = Call(params, reached=reached)
     simple = not (torch.compiler.is_compiling() or skeleton.recomputing or skeleton.units)
     if simple and current_transform() is None and not wanted.yes:
+        call.plain = reached is None
         output = skeleton.run("", params, args, kwargs, call)
         if type(output) in LAZY:
             refuse_lazy(output)

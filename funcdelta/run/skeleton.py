@@ -130,6 +130,8 @@ class Skeleton:
         opened.befores = [bound_in_both_modes(a, "before") for a in attachments if a.config.gives("before")]
         opened.afters = [bound_in_both_modes(a, "after") for a in attachments if a.config.gives("after")]
         opened.begun = begun
+        if not (opened.befores or begun) and all(bound.alone and not bound.spans for bound in opened.afters):
+            opened.quick = tuple(opened.afters)
 
     def _watch_reads(self, path: str) -> None:
         opened = self.open(path)
