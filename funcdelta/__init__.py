@@ -43,6 +43,7 @@ from .derivatives.unrolling import unroll as unroll
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import EngineError as EngineError
+from .errors import EngineWarning as EngineWarning
 from .errors import FactorMeanWarning as FactorMeanWarning
 from .errors import FoldError as FoldError
 from .errors import FuncdeltaError as FuncdeltaError
@@ -53,6 +54,7 @@ from .errors import PickError as PickError
 from .errors import RecomputeError as RecomputeError
 from .errors import StackError as StackError
 from .errors import StaleBackboneError as StaleBackboneError
+from .errors import UnreachedWarning as UnreachedWarning
 from .from_module import register_module as register_module
 from .functional.attention import higher_order as higher_order
 from .functional.tokenwise import linear as linear

@@ -175,16 +175,35 @@ class FactorMeanWarning(UserWarning):
 class EngineWarning(UserWarning):
     """A slower engine runs a call than the one that was tried first; the message says why.
 
-    >>> issubclass(EngineWarning, UserWarning)
-    True
+    >>> import warnings
+    >>> class Mean(torch.nn.Linear):
+    ...     def forward(self, x):
+    ...         return super().forward(x).mean()
+    >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(2, 2), Mean(2, 1)), modified_modules=["0"])
+    >>> with warnings.catch_warnings(record=True) as told:
+    ...     warnings.simplefilter("always")
+    ...     _ = delta.apply_many(delta.init(0, n=3), torch.zeros(4, 2))
+    >>> told[0].category.__name__, str(told[0].message)[:24]
+    ('EngineWarning', "apply_many runs by 'vmap")
     """
 
 
 class UnreachedWarning(UserWarning):
     """A first call did not pass through some sites, so a delta adds nothing there in that call.
 
-    >>> issubclass(UnreachedWarning, UserWarning)
-    True
+    >>> import warnings
+    >>> class Texts(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.text, self.images = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    ...     def forward(self, x, images=None):
+    ...         return self.text(x) if images is None else self.text(x) + self.images(images)
+    >>> delta = fd.LoraModel(Texts(), modified_modules=["text", "images"])
+    >>> with warnings.catch_warnings(record=True) as told:
+    ...     warnings.simplefilter("always")
+    ...     _ = delta.apply(delta.init(0), torch.zeros(4, 2))
+    >>> told[0].category.__name__, str(told[0].message)[:36]
+    ('UnreachedWarning', 'This call did not pass through image')
     """
 
 
