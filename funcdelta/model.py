@@ -626,12 +626,13 @@ class DeltaModel(Habits):
 
     def _ready(self, params: Params, casts: Mapping[str, torch.dtype] | None = None) -> dict[str, Tensor]:
         """Constants take no gradient; the backbone's own tensors, as ``attach`` lists them, need no swap."""
-        own, constants = self._tensors, self._constants
-        ready = {
-            name: leaf.detach() if name in constants else leaf
-            for name, leaf in params.items()
-            if leaf is not own.get(name)
-        }
+        own = self._tensors
+        ready = dict(params)
+        if not own.keys().isdisjoint(ready):
+            ready = {name: leaf for name, leaf in ready.items() if leaf is not own.get(name)}
+        for name in self.constants:
+            if name in ready:
+                ready[name] = ready[name].detach()
         return ready | {name: ready[name].to(dtype) for name, dtype in casts.items()} if casts else ready
 
     def _given(
