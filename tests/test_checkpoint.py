@@ -357,7 +357,7 @@ def test_params_that_are_not_the_deltas(tmp_path):
     mixed = delta.init(0, n=3) | {"4.bias": params["4.bias"]}
     with pytest.raises(ParamsError, match=r"0\.lora\.lora_A has 3 members, 4\.bias has no member axis"):
         save(delta, mixed, tmp_path / "run")
-    with pytest.raises(ParamsError, match=r"write delta\.save_finetuned\(params, path\)"):
+    with pytest.raises(ParamsError, match=r"delta\.save_finetuned\(params, path\).*found str"):
         save(delta, str(tmp_path), tmp_path / "run")  # pyright: ignore[reportArgumentType]
     assert not list(tmp_path.iterdir())
 
@@ -366,7 +366,7 @@ def test_leaves_without_values(tmp_path):
     delta = lora(backbone())
     params = delta.init(0)
     name = delta.names[0]
-    with pytest.raises(ParamsError, match=rf"the leaf '{name}' is on the meta device"):
+    with pytest.raises(ParamsError, match=rf"'{name}' is on the device meta"):
         save(delta, params | {name: params[name].to("meta")}, tmp_path / "run")
 
     def inside(leaf: Tensor) -> Tensor:

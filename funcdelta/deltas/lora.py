@@ -158,9 +158,11 @@ class LoraConfig(BaseDeltaConfig):
         parts = site.parts if self.enable_lora is None else self._parts(site)
         if not parts:
             # Scaled between the two products, where there are fewest numbers.
-            hidden = (x @ a.mT if a.ndim == 2 else torch.bmm(x, a.mT)) * p["scale"]
-            if a.ndim == 2 or y.dtype.itemsize < 4:  # half precision rounds as it does for one member
-                return y + hidden @ b.mT
+            if a.ndim == 2:
+                return y + F.linear(F.linear(x, a) * p["scale"], b)
+            hidden = torch.bmm(x, a.mT) * p["scale"]
+            if y.dtype.itemsize < 4:  # half precision rounds as it does for one member
+                return y + torch.bmm(hidden, b.mT)
             return torch.baddbmm(y, hidden, b.mT)
         hidden = linear(x, a).chunk(len(parts), -1)
         rows = (p["scale"] * b).split([part.size for part in parts], -2)
