@@ -119,7 +119,8 @@ def written(backbone: nn.Module, plan: Plan, params: Params, untie: bool = False
             changed |= dict.fromkeys(names[name], tensor.to(own[name].dtype))
     for path, attachments in plan.attachments.items():
         module = backbone.get_submodule(path)
-        for attachment in attachments:
+        # As in a call: what rewrites the module's tensors does so before anything acts on its hidden values.
+        for attachment in sorted(attachments, key=lambda attachment: not attachment.by_weights):
             if not _acts(attachment, params):
                 continue
             _check_mergeable(attachment, path, module)

@@ -94,21 +94,26 @@ class DeltaModel(Habits):
             lambda paths: measure_attention(backbone_model, paths, example),
         )
         self.program = Program(backbone_model, plan, axes.pop(), prepare)
-        self._shapes = shapes_of(self.program)
-        self.constants: tuple[str, ...] = self.plan.constants
-        self._constants = frozenset(self.constants)
-        self._readings = Readings(backbone_model, self.program.batch_dim)
-        self._groups = self.plan.keys()
         self._read_backbone()
 
     def _read_backbone(self) -> None:
-        """The backbone's tensors as detached aliases, each once; what ``attach`` lists."""
+        """The backbone's tensors as detached aliases, each once, as ``attach`` lists them; the shapes of all leaves."""
+        self._generation = self.program.skeletons.generation
+        self._readings = Readings(self.backbone, self.program.batch_dim)
+        self._shapes, self._groups = shapes_of(self.program), self.plan.keys()
+        self.constants: tuple[str, ...] = self.plan.constants
+        self._constants = frozenset(self.constants)
         named = [*self.backbone.named_parameters(), *self.backbone.named_buffers()]
         self._tensors = {name: tensor.detach() for name, tensor in named}
         self._backbone_shapes = {
             name: tuple(tensor.shape) for name, tensor in self._tensors.items() if name not in self._shapes
         }
         self._checks = Checks(self._shapes, self._groups, self._backbone_shapes, self.plan.kinds)
+
+    def _follow_refresh(self) -> None:
+        """Another mode of this delta may have been refreshed, or a change followed."""
+        if self._generation != self.program.skeletons.generation:
+            self._read_backbone()
 
     # -- what it is ------------------------------------------------------------------------------------------------
 
@@ -211,7 +216,6 @@ class DeltaModel(Habits):
         plan = build_plan(self.backbone, self.configs, lambda paths: self.plan.measured, lambda paths: shapes)
         self.program.refresh(plan)
         self._read_backbone()
-        self._readings = Readings(self.backbone, self.program.batch_dim)
         return self
 
     # -- params ----------------------------------------------------------------------------------------------------
@@ -279,6 +283,7 @@ class DeltaModel(Habits):
         ['0.weight', '0.bias', '0.lora.lora_A', '0.lora.lora_B', '0.lora.scale']
         """
         params = need_dict(params, "attach", "full = delta.attach(params)")
+        self._follow_refresh()
         self._checks.member(params)
         return self._tensors | dict(params)
 
@@ -290,6 +295,7 @@ class DeltaModel(Habits):
         ['0.weight', '0.bias']
         """
         full = need_dict(full, "detach", "plain = delta.detach(full)")
+        self._follow_refresh()
         kept = {name: tensor for name, tensor in full.items() if name not in self._shapes or name in self.plan.trained}
         return {name: self._tensors[name] if name in self.plan.trained else tensor for name, tensor in kept.items()}
 
@@ -383,7 +389,9 @@ class DeltaModel(Habits):
         chunks = [slice(0, whole.n)] if chunk_size is None else list(slices(whole.n, chunk_size))
         if len(chunks) == 1:
             return self._many(stack, whole, engine)
-        parts = [self._many(take(stack, chunk), whole.chunk(chunk.start, chunk.stop), engine) for chunk in chunks]
+        # What one chunk's call writes into its inputs is not for the next.
+        own = (whole.private().chunk(chunk.start, chunk.stop) for chunk in chunks)
+        parts = [self._many(take(stack, chunk), inputs, engine) for chunk, inputs in zip(chunks, own, strict=True)]
         return join_chunks(parts, [chunk.stop - chunk.start for chunk in chunks])
 
     def _given_many(
@@ -607,10 +615,11 @@ class DeltaModel(Habits):
         return Facts(configs, self.backbone, self._shapes)
 
     def _member(self, params: Params) -> dict[str, Tensor]:
+        if self._generation != self.program.skeletons.generation:
+            self._follow_refresh()
         key = _structure("member", params)
-        if self._passed(key) is None:
-            self._checks.member(params, key)
-        return self._ready(params)
+        found = self._passed(key) or self._checks.member(params, key)
+        return self._ready(params, found[1])
 
     def _passed(self, key: Hashable | None) -> tuple[int, Mapping[str, torch.dtype]] | None:
         """What the checks found of params of that structure, if they were made."""
@@ -621,6 +630,8 @@ class DeltaModel(Habits):
 
     def _stack(self, stack: Params) -> tuple[int, Mapping[str, torch.dtype]]:
         """How many members a stack has, and which constants are to be converted."""
+        if self._generation != self.program.skeletons.generation:
+            self._follow_refresh()
         key = _structure("stack", stack)
         return self._passed(key) or self._checks.stack(stack, key)
 

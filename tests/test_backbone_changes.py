@@ -356,8 +356,6 @@ ATTRIBUTES: dict[Callable[[Any], None], str] = {
     a_function: "act was tanh, is relu",
     one_before_its_classs: "kind is 'double', and was its class's",
     a_method: "shifted is",
-    a_config: "config.k was 1.0, is 2.0",
-    a_list_in_a_config: "config.widths[0] was 4, is 3",
     another_config: "config was another SimpleNamespace, is another SimpleNamespace",
 }
 
@@ -406,7 +404,15 @@ def a_buffer_by_numpy(m: Any) -> None:
     m.mask.numpy().fill(3)
 
 
-FOLLOWED = [a_factor, an_epsilon, another_table, another_table_in_a_list, a_table_in_a_list]
+FOLLOWED = [
+    a_config,
+    a_list_in_a_config,
+    a_factor,
+    an_epsilon,
+    another_table,
+    another_table_in_a_list,
+    a_table_in_a_list,
+]
 FOLLOWED += [data_of_a_buffer, an_average_of_data, a_buffer_by_numpy]
 
 

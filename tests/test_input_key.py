@@ -7,6 +7,7 @@ import enum
 import itertools
 import pickle
 import threading
+import types
 from typing import Any
 
 import numpy as np
@@ -44,13 +45,15 @@ class Mode(enum.Enum):
 
 
 X = torch.zeros(4, 5)
+LAYER = nn.Identity()
 
 ALIKE: dict[str, list[tuple[str, ...]]] = {
     "sizes": [key(X), key(torch.zeros(9, 7)), key(X + 1), key(torch.zeros(1, 5))],
     "members": [key(torch.zeros(3, 4, 5), in_dims=0), key(torch.zeros(2, 7, 5), in_dims=0, n=2)],
     "filled caches": [key(X, filled(4)), key(X, filled(2))],
-    "texts of rows": [key(X, ["a", "b", "c", "d"]), key(torch.zeros(2, 5), ["ee", "f"])],
-    "objects": [key(X, nn.Identity()), key(X, nn.Identity())],
+    "texts of rows": [key(X, ["a", "b", "c", "d"]), key(X, ["a", "b", "c", "d"])],
+    "an object": [key(X, LAYER), key(X + 1, LAYER)],
+    "objects alike": [key(X, types.SimpleNamespace(k=[1])), key(X, types.SimpleNamespace(k=[1]))],
     "numpy": [key(X.numpy()), key(np.ones((2, 9), np.float32))],
 }
 
@@ -71,6 +74,10 @@ UNLIKE: dict[str, list[tuple[str, ...]]] = {
     "nesting": [key((X, X)), key({"a": X, "b": X}), key({"b": X, "a": X}), key(({"a": X}, X))],
     "words that look like others": [key(X, y="1|z=2"), key(X, y="1", z="2"), key(X, y="1|z", z="2")],
     "empty and filled caches": [key(X, DynamicCache()), key(X, filled(4)), key(X, StaticCache(LlamaConfig(), 8))],
+    "texts of rows": [key(X, ["a", "b", "c", "d"]), key(X, ["a", "b", "c", "c"])],
+    "objects": [key(X, nn.Softmax(0)), key(X, nn.Softmax(1)), key(X, LAYER), key(X, lambda: 0), key(X, lambda: 1)],
+    "values in objects": [key(X, types.SimpleNamespace(k=v)) for v in (1, 2, 1.0, [1], {"a": 1}, {"a": 2})],
+    "zeros": [key(X, 0.0), key(X, -0.0)],
     "classes": [key(X, nn.Identity()), key(X, nn.Linear(1, 1)), key(X, object())],
     "what decides besides": [
         key(X, more=more) for more in ((), (True,), (None,), (frozenset("ab"),), (frozenset("ac"),), (("a", "b"),))

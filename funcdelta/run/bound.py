@@ -23,7 +23,7 @@ def rewritten(
 
     The arithmetic is done in the leaves' dtype: half-precision weights are raised to it and lowered again.
     """
-    path, dtype = attachment.site.path, _leaf_dtype(p)
+    path, dtype = attachment.site.path, _leaf_dtype(p, leading(attachment))
     raised = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in own.items()}
     try:
         changed = attachment.config.weights(attachment.at(training), p, raised)
@@ -47,23 +47,31 @@ MODES = (False, True)
 """Evaluation and training."""
 
 
+def leading(attachment: Attachment) -> str:
+    """The leaf whose precision the method computes in: the first that trains."""
+    never = attachment.config.constants(attachment.site)
+    trains = (leaf for leaf in attachment.leaves if leaf not in never)
+    return next(trains, next(iter(attachment.leaves)))
+
+
 class Bound:
     """One of a method's functions at its site.
 
     Attributes:
         key: the key in params that stands for all of the attachment's.
+        first: the leaf whose precision it computes in.
         spans: whether it gets what entered another module.
         functions: in evaluation and in training mode, computed in the leaves' dtype.
         alone, together: the method itself in both modes, for one member and for many, where no axes have to be moved;
             for hidden values of the leaves' own precision.
     """
 
-    __slots__ = ("alone", "attachment", "functions", "key", "keys", "names", "spans", "together")
+    __slots__ = ("alone", "attachment", "first", "functions", "key", "keys", "names", "spans", "together")
 
     def __init__(
         self, attachment: Attachment, make: Callable[[bool], Callable[..., Tensor]], method: Any = None
     ) -> None:
-        self.attachment, self.key = attachment, attachment.key
+        self.attachment, self.key, self.first = attachment, attachment.key, leading(attachment)
         self.names, self.keys = tuple(attachment.leaves), tuple(attachment.leaves.values())
         self.spans = attachment.site.exit is not None
         self.functions = make(False), make(True)
@@ -88,13 +96,13 @@ def bound_in_both_modes(attachment: Attachment, function: str) -> Bound:
 def _bound(attachment: Attachment, function: str, training: bool) -> Callable[..., Tensor]:
     """The method's function, computed in the leaves' dtype and returned in the hidden value's own."""
     config, site = attachment.config, attachment.at(training)
-    method, first = in_order(getattr(config, function), config.axis_order), next(iter(attachment.leaves))
+    method, first = in_order(getattr(config, function), config.axis_order), leading(attachment)
 
     def act(p: dict[str, Tensor], *values: Tensor) -> Tensor:
         dtype, own = p[first].dtype, values[0].dtype
         raised: Any = values
         if not own == values[-1].dtype == dtype:
-            dtype = _leaf_dtype(p)
+            dtype = _leaf_dtype(p, first)
             raised = [v.to(dtype) if v.dtype != dtype and v.is_floating_point() else v for v in values]
         result = method(site, p, *raised)
         if not isinstance(result, Tensor):
@@ -122,8 +130,9 @@ def added_in_both_modes(attachment: Attachment) -> Bound:
     return Bound(attachment, bound)
 
 
-def _leaf_dtype(p: dict[str, Tensor]) -> torch.dtype:
-    for tensor in p.values():
+def _leaf_dtype(p: dict[str, Tensor], first: str = "") -> torch.dtype:
+    """The precision of the leaf ``first``, or of the first that has one."""
+    for tensor in (p[first], *p.values()) if first in p else p.values():
         if tensor.is_floating_point():
             return tensor.dtype
     return torch.float32

@@ -25,18 +25,24 @@ class Checks:
     >>> delta = fd.BitFitModel(torch.nn.Sequential(torch.nn.Linear(2, 2)), modified_modules=["0"])
     >>> checks = Checks(delta.shapes, delta.plan.keys(), {}, delta.plan.kinds)
     >>> checks.member(delta.init(0), "one"), checks.stack(delta.init(0, n=3), "three"), checks.passed
-    (None, (3, {}), {'one': (0, {}), 'three': (3, {})})
+    ((1, {}), (3, {}), {'one': (1, {}), 'three': (3, {})})
     """
 
     def __init__(self, shapes: Shapes, groups: Mapping[str, frozenset[str]], others: Shapes, kinds: Kinds) -> None:
         self.shapes, self.groups, self.others, self.kinds = shapes, groups, others, kinds
         self.passed: dict[Hashable, tuple[int, dict[str, torch.dtype]]] = {}
 
-    def member(self, params: Any, key: Hashable | None = None) -> None:
-        """Raise ``ParamsError`` unless ``params`` are one member's; remembered by ``key``, if there is one."""
+    def member(self, params: Any, key: Hashable | None = None) -> tuple[int, dict[str, torch.dtype]]:
+        """One, and the constants to be converted; remembered by ``key``, if there is one.
+
+        Raises ``ParamsError`` unless ``params`` are one member's.
+        """
         check_member(params, self.shapes, self.groups, self.others)
-        if not self.kinds.check(params):
-            self._remember(key, (0, {}))
+        mixed = self.kinds.check(params)
+        found = 1, self.kinds.casts(params)
+        if not mixed:
+            self._remember(key, found)
+        return found
 
     def stack(self, params: Any, key: Hashable | None = None) -> tuple[int, dict[str, torch.dtype]]:
         """The number of members, and the constants to be converted, with their dtypes.

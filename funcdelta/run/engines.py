@@ -49,6 +49,12 @@ def call_loop(program: Program, stack: Params, inputs: Inputs, reached: set[str]
 def call_vmap(program: Program, stack: Params, inputs: Inputs, reached: set[str] | None = None) -> Any:
     """Members mapped by ``torch.vmap``; work before the first site is shared where inputs are."""
     found: list[Any] = []
+    hooked = program.skeletons.get(program.training).hooked_backward if not torch.compiler.is_compiling() else None
+    if hooked is not None:
+        raise EngineError(
+            f"{hooked or 'The model'} has a hook of the backward pass, which torch.vmap leaves out. Use "
+            f'engine="auto" or "loop".'
+        )
 
     def member(p: Params, mapped: list[Tensor]) -> tuple[Tensor, ...]:
         output = call_single(program, p, *spare(inputs.fill_mapped(mapped)), reached)
@@ -219,9 +225,11 @@ def check_sizes(program: Program, stack: Params, inputs: Inputs, layout: Layout,
     stack = {name: concrete(leaf) for name, leaf in stack.items()}
     with undisturbed():
         moved = _moved_apart(program, stack, n)
-        args, kwargs = spare(plain.shared() if by_row else plain.folded())
+        copied = plain.copied()
+        args, kwargs = spare(copied.shared() if by_row else copied.folded())
         together, _ = flatten(folded_run(program, moved, layout, args, kwargs, Folded(n, rows)))
-        own = plain.rows([n - 1]).shared() if by_row else plain.member(n - 1)
+        copied = plain.copied()
+        own = copied.rows([n - 1]).shared() if by_row else copied.member(n - 1)
         alone, _ = flatten(call_single(program, take(moved, n - 1), *spare(own)))
         for name, leaf, dim, expected in zip(layout.names, together, layout.outputs, alone, strict=True):
             if isinstance(leaf, Tensor) and isinstance(expected, Tensor):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import hashlib
+import itertools
 import operator
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, TypeVar
@@ -14,11 +18,14 @@ from torch import Tensor, nn
 
 from ..locks import fork_safe_lock
 from ..pytrees.opaque import PLAIN
-from .containers import is_cache
+from .containers import CARRIERS, is_cache
 from .values import written
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
+
+SHORT = 200
+"""A longer word stands in a key by its digest."""
 
 BY_VALUE = (
     *(bool, str, float, complex, bytes, type(None), enum.Enum, range, slice),
@@ -65,8 +72,8 @@ def _fact(leaf: Any, axis: int | None, mapped: bool) -> str:
         return f"{leaf.dtype}:numpy:{_sizes(leaf.shape[1:] if mapped else leaf.shape, axis)}{shared}"
     if is_cache(leaf):
         return f"{_kind(leaf)}:{_is_filled(leaf)}"
-    if isinstance(leaf, list):  # with an entry a row, whose values do not say where rows are
-        return f"list:{','.join(sorted({_kind(entry) for entry in leaf}))}"
+    if isinstance(leaf, list):  # with an entry a row, of which Python may read whatever is no tensor
+        return f"list:{_digest(','.join('tensor' if isinstance(e, CARRIERS) else _plain(e) for e in leaf))}"
     return _plain(leaf)
 
 
@@ -75,7 +82,7 @@ def _sizes(shape: Sequence[int], axis: int | None) -> str:
     return "".join(["r" if i == axis else "1" if size == 1 else "n" for i, size in enumerate(shape)])
 
 
-def _plain(value: Any) -> str:
+def _plain(value: Any, depth: int = 4) -> str:
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, (bool, enum.Enum)):
         # A number that torch.compile would keep symbolic becomes one that its graph is for.
         return repr(operator.index(value))
@@ -85,11 +92,38 @@ def _plain(value: Any) -> str:
         return f"({','.join(map(_plain, value))})"
     if isinstance(value, (set, frozenset)):
         return f"{{{','.join(sorted(map(_plain, value)))}}}"
-    if isinstance(value, (type, nn.Module)) or callable(value):
+    if torch.compiler.is_compiling():
         return _kind(value)
-    held = getattr(value, "__dict__", {}).items()
-    facts = [f"{name}={entry!r}" for name, entry in held if isinstance(entry, BY_VALUE)]
-    return f"{_kind(value)}({','.join(facts)})" if facts else _kind(value)
+    if isinstance(value, Mapping):
+        return f"{_kind(value)}({_digest(','.join(f'{_plain(k)}={_plain(v, depth - 1)}' for k, v in value.items()))})"
+    if isinstance(value, Tensor):
+        return "tensor"  # whose values are looked after by themselves
+    if isinstance(value, (bytearray, memoryview)):
+        return f"{_kind(value)}({_digest(repr(bytes(value)))})"
+    held = getattr(value, "__dict__", None)
+    if isinstance(value, (type, nn.Module)) or callable(value) or not isinstance(held, dict) or not depth:
+        return f"{_kind(value)}@{_number_of(value)}"
+    own = f"@{_number_of(value)}" if any("__slots__" in vars(kind) for kind in type(value).__mro__) else ""
+    return f"{_kind(value)}({_digest(','.join(f'{name}={_plain(v, depth - 1)}' for name, v in held.items()))}){own}"
+
+
+def _digest(word: str) -> str:
+    return word if len(word) <= SHORT else hashlib.blake2b(word.encode(), digest_size=16).hexdigest()
+
+
+_numbers: dict[int, tuple[Any, int]] = {}
+_next_number = itertools.count()
+
+
+def _number_of(value: Any) -> int:
+    """A number that no other object has or had; a new one each time where objects cannot be referred to weakly."""
+    known = _numbers.get(id(value))
+    if known is not None and known[0]() is value:
+        return known[1]
+    number, at = next(_next_number), id(value)
+    with contextlib.suppress(TypeError):
+        _numbers[at] = weakref.ref(value, lambda _: _numbers.pop(at, None)), number
+    return number
 
 
 def _kind(value: Any) -> str:

@@ -223,6 +223,10 @@ class Inputs:
         shared = zip(self.leaves, dense, self.is_mapped, strict=True)
         return self._with([leaf.clone() if is_dense and not mapped else leaf for leaf, is_dense, mapped in shared])
 
+    def copied(self) -> Inputs:
+        """The inputs with copies of all tensors, for a run besides the call itself: it may write into them."""
+        return self._with([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self.leaves])
+
     # -- the inputs of each engine ---------------------------------------------------------------------------------
 
     def filled(self, leaves: list[Any]) -> Arguments:
@@ -370,11 +374,12 @@ def _simple(n: int, args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: InDi
         if type(leaf) is Tensor and leaf.layout is torch.strided and not leaf.is_nested:
             facts.append((leaf.shape, leaf.dtype))
         elif type(leaf) in SIMPLE:
-            facts.append((type(leaf), leaf))  # True is 1 for a table, so classes stand beside values
+            facts.append((type(leaf), repr(leaf)))  # for a table True is 1, and 0.0 is -0.0
         else:
             return None
-    dims = tuple(in_dims.items()) if isinstance(in_dims, dict) else in_dims
-    return (type(dims), dims, *facts) if dims is None or type(dims) in (int, tuple) else None
+    if type(in_dims) is dict and all(dim is None or type(dim) is int for dim in in_dims.values()):
+        return (*facts, *in_dims.items())
+    return (*facts, in_dims) if in_dims is None or type(in_dims) is int else None
 
 
 def _is_list(part: Any) -> bool:

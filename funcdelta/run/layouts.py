@@ -102,7 +102,7 @@ def _structure(program: Program, stack: Params, inputs: Inputs, by_row: bool, en
     if torch.compiler.is_compiling():
         present = "|".join(sorted(program.plan.present(stack)))
         return inputs.key(program.training, precision, present, single, by_row, entry, grads)
-    facts = program.training, precision, tuple(stack), single, by_row, entry, grads
+    facts = program.training, precision, tuple(stack), single, by_row, entry, grads, program.skeletons.generation
     key = inputs.keys.get(facts)
     if key is None:
         present = "|".join(sorted(program.plan.present(stack)))
@@ -161,6 +161,8 @@ def picked(inputs: Inputs, *which: tuple[int, Sequence[int]]) -> Arguments:
             leaf = leaf[which[0][0]]
         elif inputs.is_cache(i):
             leaf = rows_of_cache(leaf, [row for _, rows in which for row in rows])
+        if isinstance(leaf, Tensor) and axis is None:
+            leaf = leaf.clone()
         leaves.append(leaf)
     return spare(inputs.filled(leaves))
 

@@ -58,10 +58,13 @@ class Memory:
         self.settle_small()
         self._settle_traced()
         self.writes_buffers = False
-        # Looked at in the first call alone: most forwards write nothing, and code tells of most that do.
+        # Those that code tells of are written as copies; a call looks for the others.
         named = skeleton.named_parameters() if skeleton is not backbone else ()
-        self._unproved = {name: p for name, p in named if type(p) is nn.Parameter and not p.is_inference()}
-        self._first: list[int] = []
+        own = {name: p for name, p in named if type(p) is nn.Parameter and not p.is_inference()}
+        self._names, self._own_parameters = list(own), list(own.values())
+        self._aliases = [parameter.detach() for parameter in self._own_parameters]
+        self._written = list(map(VERSION, self._own_parameters))
+        self._addresses = list(map(Tensor.data_ptr, self._own_parameters))
         # What a copy has in common with the backbone (singletons) is not the skeleton's state.
         theirs, ours, noted = set[int](), set[int](), Noted()
         for root, seen in ((backbone, theirs), (skeleton, ours)):
@@ -126,8 +129,11 @@ class Memory:
     def end_call(self) -> None:
         """What a call has left in attributes is gone; what it wrote into buffers is when the next call begins."""
         self.restore_attributes()
-        if self._unproved:
-            self._prove()
+        if self._written != list(map(VERSION, self._own_parameters)):
+            self._refuse_writes()
+        if self._addresses != list(map(Tensor.data_ptr, self._own_parameters)):
+            for parameter, alias in zip(self._own_parameters, self._aliases, strict=True):
+                parameter.data = alias
         if self._all.others or self._all.iterators:
             self._all.restore_others()
 
@@ -173,20 +179,18 @@ class Memory:
 
     def follow(self) -> None:
         """Copy the backbone's buffers, and its tensors that are plain attributes, where either side was written."""
-        if self._unproved and not self._first:
-            self._first = list(map(VERSION, self._unproved.values()))
+        self._written = list(map(VERSION, self._own_parameters))
         # One pass in C over all of them, for models may have thousands.
         ours, theirs = map(Tensor.data_ptr, self._owns), map(Tensor.data_ptr, self._sources)
         if list(map(VERSION, self.tensors)) != self.versions or any(map(_other_bytes, theirs, ours, self._sizes)):
             for at in range(len(self.copies)):
                 self._follow_one(at, looks=True)
 
-    def _prove(self) -> None:
-        """After the first call: it has written no parameter, which is the backbone's own storage."""
-        known, before = self._unproved, self._first
-        self._unproved, self._first = {}, []
-        written = [name for (name, p), version in zip(known.items(), before, strict=False) if p._version != version]
-        if written and sys.exc_info()[0] is None:
+    def _refuse_writes(self) -> None:
+        """After a call that has written a parameter, which is the backbone's own storage."""
+        versions = zip(self._names, self._own_parameters, self._written, strict=True)
+        written = [name for name, parameter, version in versions if parameter._version != version]
+        if sys.exc_info()[0] is None:
             raise StaleBackboneError(
                 f"{written[0]} was written in place by the backbone's own forward (or by somebody else meanwhile), and "
                 f"calls of a delta never change the backbone. Let the forward compute with a changed copy, as in "

@@ -151,7 +151,7 @@ def _quickly(opened: Opened, call: Call, x: Any) -> Any:
             continue
         p = dict(zip(bound.names, map(params.__getitem__, bound.keys), strict=True))
         # In the leaves' own precision there is nothing to convert.
-        alike = own == x.dtype == p[bound.names[0]].dtype
+        alike = own == x.dtype == p[bound.first].dtype
         try:
             if lift is None or dims is None:
                 function = (bound.alone if alike and bound.alone else bound.functions)[training]
@@ -164,6 +164,8 @@ def _quickly(opened: Opened, call: Call, x: Any) -> Any:
         except Exception as error:
             _note(error, opened.path, p, (y, x))
             raise
+        if not isinstance(y, Tensor):
+            raise ConfigError(f"The method at {opened.path} returned {type(y).__name__}; expected a tensor.")
         if y.dtype != own and own.is_floating_point:
             y = y.to(own)
     return y if put_back is None else put_back(y)

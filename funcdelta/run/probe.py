@@ -162,7 +162,8 @@ def learn(
         # Rows that are routed run one after the other instead.
         advice = "" if entry or facts.rows_are_members or "engine=" in str(error) else f" {OTHER_ENGINES}"
         kind = MixedBackwardError if isinstance(error, MixedBackwardError) else FoldError
-        raise kind(f"{error}{advice}{_why_rows_mix(skeleton.module, program.batch_dim)}") from error
+        stop = "" if str(error).rstrip().endswith(".") or not advice else "."
+        raise kind(f"{error}{stop}{advice}{_why_rows_mix(skeleton.module, program.batch_dim)}") from error
     finally:
         skeleton.settle()
         skeleton.clean = clean

@@ -44,7 +44,7 @@ class Skeletons:
         self.backbone, self.plan, self.prepare = backbone, plan, prepare
         self._local = threading.local()
         self._traced: dict[bool | None, Skeleton] = {}
-        self._generation = 0
+        self.generation = 0
         self._shards: Shards = {}
         # A mode belongs to the delta: what becomes of the backbone's flags later does not matter.
         self.flags = {path: module.training for path, module in backbone.named_modules()}
@@ -55,8 +55,8 @@ class Skeletons:
         if torch.compiler.is_compiling():
             return self._traced[training]
         self.check()
-        if getattr(self._local, "generation", None) != self._generation:
-            self._local.cache, self._local.generation = {}, self._generation
+        if getattr(self._local, "generation", None) != self.generation:
+            self._local.cache, self._local.generation = {}, self.generation
         key = (training, hooked)
         skeleton = self._local.cache.get(key)
         if skeleton is not None and skeleton.call is not None:
@@ -96,7 +96,7 @@ class Skeletons:
     def refresh(self, plan: Plan | None = None) -> None:
         """Forget every skeleton; the next calls copy the backbone as it is now, opened as ``plan`` says."""
         self.plan = plan or self.plan
-        self._generation += 1
+        self.generation += 1
         self._shards = {}
         self._fingerprint, self._checkpointing = Fingerprint(self.backbone), flags_of(self.backbone)
         self._traced = {training: self.build(training) for training in self._traced}

@@ -81,6 +81,10 @@ class Skeleton:
         self.sharing: set[str] = set()
         self.read_outside: Callable[[str, str, Tensor], Tensor] = self._read_outside
         self._slots: dict[str, Slot] = {}
+        own = ((path, vars(child)) for path, child in self.module.named_modules())
+        self.hooked_backward = next(
+            (p for p, v in own if v.get("_backward_hooks") or v.get("_backward_pre_hooks")), None
+        )
         self._fused = [path for path, child in self.module.named_modules() if isinstance(child, FUSED)]
         self._remembers, self.clean = False, True
         if plan is not None:

@@ -254,7 +254,8 @@ class Fingerprint:
                 continue  # what nobody had to be given at the start is a note of somebody's
             rates = owner.module and _are_rates(was, found) and not self._has_matrix(owner.path)
             tensors = isinstance(was, Tensor) and isinstance(found, Tensor) and _kind(was) == _kind(found)
-            if name in FOLLOWED or rates or tensors:
+            inside = not owner.module and not self._formula_reads(name)
+            if name in FOLLOWED or rates or tensors or inside:
                 self._renewed = True
             elif not _equal(was, found):
                 yield f"{owner.word(key)} {_told(was, found)}"
@@ -263,6 +264,15 @@ class Fingerprint:
         """Whether a module has a weight of its own, for whose product the formulas of a delta were found."""
         tensors = (t for facts in self._facts if facts.path == path for t in facts.module._parameters.values())
         return any(tensor is not None and tensor.ndim > 1 for tensor in tensors)
+
+    def _formula_reads(self, name: str) -> bool:
+        """Whether a forward that is not torch's own, of a module with a weight, reads what has that name.
+
+        For it a formula may have been found by trying, which held for what it read then.
+        """
+        kinds = {facts.kind for facts in self._facts if self._has_matrix(facts.path)}
+        own = [_forward(kind) for kind in kinds if not _forward(kind).__module__.startswith("torch.")]
+        return name in reach_of_functions(own).reads
 
     def _shadows(self, path: str, name: str) -> bool:
         """Whether an attribute stands before one of the module's class."""

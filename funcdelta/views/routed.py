@@ -306,7 +306,7 @@ class RoutedCalls(Calls):
                 skeleton.memory.restore()
             return joined(outputs, inputs)
         except EngineError as error:
-            raise FoldError(f"{why} Nor can the rows run one after the other: {error}") from error
+            raise FoldError(f"{why.rstrip('. ')}. Nor can the rows run one after the other: {error}") from error
 
     # -- modes -----------------------------------------------------------------------------------------------------
 
