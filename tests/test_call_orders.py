@@ -190,3 +190,33 @@ def test_half_precision_leaves_beside_constants() -> None:
     params = {k: v if k in delta.constants else v.bfloat16() for k, v in random_params(delta).items()}
     x = torch.randn(3, 64)
     assert_close(delta.apply_many(fd.stack([params, params]), x)[1], delta.apply(params, x), 1e-2)
+
+
+class Lends(nn.Module):
+    """Returns a tensor that it holds, which some calls write."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.a, self.kind, self.pair = nn.Linear(4, 3), kind, (torch.zeros(3, dtype=torch.float64),)
+        self.register_buffer("total", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.a(x)
+        held = self.total if self.kind == "buffer" else self.pair[0]
+        if bool(y[0, 0] > 0):
+            held.add_(y.detach().sum(0))
+        return y, held
+
+
+@pytest.mark.parametrize("kind", ["buffer", "tuple"])
+@pytest.mark.parametrize("signs", [(-1, 1, -1), (1, -1, 1)])
+def test_outputs_that_a_model_holds_are_not_written_later(kind: str, signs: tuple[int, ...]) -> None:
+    delta = lora(Lends(kind), "a")
+    with torch.no_grad():
+        delta.backbone.a.weight.zero_(), delta.backbone.a.bias.zero_()
+    one = {k: v if k in delta.constants else torch.ones_like(v) for k, v in delta.init(0).items()}
+    stack = fd.stack([{k: v * s if k.endswith("lora_B") else v for k, v in one.items()} for s in signs])
+    x = torch.ones(2, 4, dtype=torch.float64)
+    outputs = [delta.apply(fd.take(stack, i), x) for i in range(3)]
+    for y, held in (*outputs, *zip(*delta.apply_many(stack, x, engine="loop"), strict=True)):
+        assert_close(held, y.sum(0) if bool(y[0, 0] > 0) else torch.zeros_like(held))

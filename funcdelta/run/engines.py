@@ -25,7 +25,7 @@ from .fold import Folded
 from .inputs import Inputs
 from .layout import Layout, LayoutMismatchError, close, members_of
 from .layouts import key_of, layout_of, learned_anew
-from .outputs import check_visible, flatten, stack_members
+from .outputs import apart, check_visible, flatten, stack_members
 from .probe import OTHER_ENGINES, undisturbed
 from .program import Program
 from .single import call_single
@@ -39,10 +39,13 @@ ATTEMPTS = 6
 def call_loop(program: Program, stack: Params, inputs: Inputs, reached: set[str] | None = None) -> Any:
     """Members in turn, outputs stacked."""
     outputs = []
+    eager = not torch.compiler.is_compiling() and current_transform() is None
+    storages = program.skeletons.get(program.training).memory.storages() if eager else frozenset()
     for i in range(inputs.n):
         # What one member's call writes into its inputs is not for the next.
         args, kwargs = spare(inputs.private().member(i))
-        outputs.append(call_single(program, take(stack, i), args, kwargs, reached))
+        output = call_single(program, take(stack, i), args, kwargs, reached)
+        outputs.append(apart(output, storages) if storages else output)
     return stack_members(outputs)
 
 

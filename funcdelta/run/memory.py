@@ -58,6 +58,8 @@ class Memory:
         self.settle_small()
         self._settle_traced()
         self.writes_buffers = False
+        self.lends = any(copied.fixed for copied in self.copies)
+        """Whether a tensor that an output of one call is may be written by the next one."""
         # Those that code tells of are written as copies; a call looks for the others.
         named = skeleton.named_parameters() if skeleton is not backbone else ()
         own = {name: p for name, p in named if type(p) is nn.Parameter and not p.is_inference()}
@@ -234,6 +236,10 @@ class Memory:
                 if name in vars(module) or not isinstance(getattr(kind, name, None), property):
                     self._set_by_forwards.append((module, name, vars(module).get(name, NOTHING)))
 
+    def storages(self) -> frozenset[int]:
+        """Where the skeleton's own tensors are in memory."""
+        return frozenset(copied.own.untyped_storage().data_ptr() for copied in self.copies)
+
     def settle_small(self) -> None:
         """Which buffers are compared by their bytes."""
         small = [copied for copied in self.copies if _is_small(copied.source) and _is_small(copied.own)]
@@ -246,6 +252,7 @@ class Memory:
         if now == self.versions[place : place + 2] and not (looks and copied.differs()):
             return
         self.writes_buffers |= now[1] != self.versions[place + 1]
+        self.lends |= self.writes_buffers
         with torch.inference_mode(False), torch.no_grad(), outside_transforms():
             if copied.fixed:
                 copied.own.copy_(copied.source)

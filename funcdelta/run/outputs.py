@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..errors import EngineError
 from ..pytrees.opaque import PLAIN, holds_tensors
+from ..transforms import is_wrapped
 from .containers import Tree, flatten, is_cache
 
 __all__ = ["check_visible", "flatten", "join_chunks", "names", "refuse_lazy", "stack_members"]
@@ -90,6 +92,25 @@ def _why_cache(given: Mapping[str, Any]) -> str:
         "the model keeps one without being asked. Write use_cache=False if its forward passes that on, set "
         "config.use_cache = False, or wrap it in a module that returns the rest."
     )
+
+
+def apart(output: Any, storages: frozenset[int]) -> Any:
+    """``output`` with copies of the tensors whose memory is in ``storages``: later calls write there.
+
+    >>> buffer = torch.zeros(2)
+    >>> buffer is apart(buffer, frozenset()), buffer is apart(buffer, frozenset({buffer.untyped_storage().data_ptr()}))
+    (True, False)
+    """
+    leaves, tree = flatten(output)
+    own = [
+        leaf.clone() if type(leaf) is Tensor and not is_wrapped(leaf) and _address(leaf) in storages else leaf
+        for leaf in leaves
+    ]
+    return output if all(map(operator.is_, own, leaves)) else tree(own)
+
+
+def _address(tensor: Tensor) -> int | None:
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided and not tensor.is_nested else None
 
 
 def stack_members(outputs: Sequence[Any], given: Mapping[str, Any] | None = None) -> Any:

@@ -33,6 +33,7 @@ from .fsdp import check_unit, units
 from .layout import LayoutMismatchError
 from .memory import Memory
 from .opened import Opened, act
+from .outputs import apart
 from .prompt import Prompts
 from .reading import READ, own_parameters, refuse_written, rewritten_when_read, watch_reads
 
@@ -257,7 +258,8 @@ class Skeleton:
         restore = self.swap(overrides) if overrides else None
         outer, self.call = self.call, call
         try:
-            return target(*args, **kwargs)
+            output = target(*args, **kwargs)
+            return apart(output, self.memory.storages()) if self.memory.lends else output
         finally:
             self.call = outer
             if restore is not None:
