@@ -639,7 +639,7 @@ class DeltaModel(Habits):
         """Constants take no gradient; the backbone's own tensors, as ``attach`` lists them, need no swap."""
         own = self._tensors
         ready = dict(params)
-        if not own.keys().isdisjoint(ready):
+        if torch.compiler.is_compiling() or not own.keys().isdisjoint(ready):
             ready = {name: leaf for name, leaf in ready.items() if leaf is not own.get(name)}
         for name in self.constants:
             if name in ready:
