@@ -101,8 +101,9 @@ def _structure(program: Program, stack: Params, inputs: Inputs, by_row: bool, en
     precision = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
     if torch.compiler.is_compiling():
         present = "|".join(sorted(program.plan.present(stack)))
-        return inputs.key(program.training, precision, present, single, by_row, entry, grads)
-    facts = program.training, precision, tuple(stack), single, by_row, entry, grads, program.skeletons.generation
+        followed = program.skeletons.followed
+        return inputs.key(program.training, precision, present, single, by_row, entry, grads, followed)
+    facts = program.training, precision, tuple(stack), single, by_row, entry, grads, program.skeletons.followed
     key = inputs.keys.get(facts)
     if key is None:
         present = "|".join(sorted(program.plan.present(stack)))

@@ -44,7 +44,7 @@ class Skeletons:
         self.backbone, self.plan, self.prepare = backbone, plan, prepare
         self._local = threading.local()
         self._traced: dict[bool | None, Skeleton] = {}
-        self.generation = 0
+        self.generation = self.followed = 0
         self._shards: Shards = {}
         # A mode belongs to the delta: what becomes of the backbone's flags later does not matter.
         self.flags = {path: module.training for path, module in backbone.named_modules()}
@@ -112,6 +112,7 @@ class Skeletons:
                 break
         try:
             if self._fingerprint.check():
+                self.followed += 1
                 self.refresh()  # buffers were replaced: the skeletons copy from those that are there now
         except StaleBackboneError:
             if not self._fingerprint.differs_by_hooks(REQUIRE_GRADS):
