@@ -525,13 +525,7 @@ class DeltaModel(Habits):
         >>> list(params)
         ['h.0.attn.prefix.past_key', 'h.0.attn.prefix.past_value']
         """
-        given = params if isinstance(params, Mapping) else {}
-        is_stack = any(
-            isinstance(leaf, Tensor) and not leaf.is_nested and leaf.ndim > len(self._shapes[name])
-            for name, leaf in given.items()
-            if name in self._shapes
-        )
-        (self._checks.stack if is_stack else self._checks.member)(params)
+        is_stack = self._checks.is_stack(params)
         params = self._ready(params)
         expanding = {group.name for group in self.plan.shared if group.expanded}
         named = zip(self.configs, self.plan.names, strict=True)

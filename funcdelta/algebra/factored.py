@@ -19,7 +19,7 @@ from ..packing.slots import exactly
 from ..planning.plan import Attachment
 from ..planning.sharing import expand_member, expand_stack
 from ..pytrees.constants import still
-from ..run.check import check_member, check_stack
+from ..run.checked import checks_of
 from ..transforms import outside_transforms
 
 Factors = tuple[Tensor, Tensor]
@@ -56,12 +56,7 @@ def is_stack(delta: DeltaModel, params: Any) -> bool:
         raise ParamsError(
             f"fd.algebra takes a delta and its params; found {type(delta).__name__} in the place of the delta."
         )
-    shapes = delta.shapes
-    known = [name for name in shapes if isinstance(params, Mapping) and isinstance(params.get(name), Tensor)]
-    stacked = any(params[name].ndim > len(shapes[name]) for name in known)
-    (check_stack if stacked else check_member)(params, shapes, delta.plan.keys(), {})
-    delta.plan.kinds.check(params)
-    return stacked
+    return checks_of(delta).is_stack(params)
 
 
 def read(delta: DeltaModel, params: Mapping[str, Tensor]) -> Factored:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import ParamsError
 from ..model import DeltaModel
 from ..pytrees.constants import still
-from ..run.check import check_member, check_stack
+from ..run.checked import checks_of
 from ..stacks.params import stack, take
 from .packed import Packed
 from .shelves import stacked, taken_out
@@ -95,8 +95,7 @@ def unpack(delta: DeltaModel, stack: Mapping[str, Tensor]) -> list[tuple[DeltaMo
     [(1, ()), (2, (5,))]
     """
     packed = _packed_configs(delta)
-    n = check_stack(stack, delta.shapes, delta.plan.keys(), {})
-    delta.plan.kinds.check(stack)
+    n, _ = checks_of(delta).stack(stack)
     _need_all(delta, stack, "unpack")
     for name, config in zip(delta.plan.names, packed, strict=True):
         if len(config.origins) * torch.finfo(stack[f"{name}.source"].dtype).eps > 2:
@@ -178,11 +177,7 @@ def _check_alike(number: int, delta: DeltaModel, first: DeltaModel) -> None:
 
 def _check_params(number: int, delta: DeltaModel, params: Any) -> bool:
     """Whether ``params`` is a stack; raises unless it is complete."""
-    shapes, groups = delta.shapes, delta.plan.keys()
-    known = [name for name in shapes if isinstance(params, Mapping) and isinstance(params.get(name), Tensor)]
-    is_stack = any(params[name].ndim > len(shapes[name]) for name in known)
-    (check_stack if is_stack else check_member)(params, shapes, groups, {})
-    delta.plan.kinds.check(params)
+    is_stack = checks_of(delta).is_stack(params)
     _need_all(delta, params, f"pair {number}")
     return is_stack
 

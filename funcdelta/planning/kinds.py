@@ -63,17 +63,17 @@ class Kinds:
             )
         return True
 
-    def casts(self, stack: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
-        """The constants of a stack that have another dtype than what trains beside them, with that dtype.
+    def casts(self, params: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+        """The constants that have another dtype than what trains beside them, with that dtype.
 
-        One member's scale is a single number, which takes on the dtype of whatever it meets; one a member does not.
+        A single number takes on the dtype of whatever it meets; a number for each member, or a matrix, does not.
 
         >>> kinds = Kinds({"a": torch.float32, "scale": torch.float32}, [], {"scale": "a"})
         >>> kinds.casts({"a": torch.ones(3, 2, dtype=torch.bfloat16), "scale": torch.ones(3)})
         {'scale': torch.bfloat16}
         """
-        pairs = [(name, other) for name, other in self.beside.items() if name in stack and other in stack]
-        return {name: stack[other].dtype for name, other in pairs if stack[name].dtype != stack[other].dtype}
+        pairs = [(name, other) for name, other in self.beside.items() if name in params and other in params]
+        return {name: params[other].dtype for name, other in pairs if params[name].dtype != params[other].dtype}
 
     def _one(self, name: str, leaf: Tensor) -> None:
         expected, dtype = self.dtypes.get(name), leaf.dtype

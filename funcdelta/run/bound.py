@@ -99,11 +99,8 @@ def _bound(attachment: Attachment, function: str, training: bool) -> Callable[..
     method, first = in_order(getattr(config, function), config.axis_order), leading(attachment)
 
     def act(p: dict[str, Tensor], *values: Tensor) -> Tensor:
-        dtype, own = p[first].dtype, values[0].dtype
-        raised: Any = values
-        if not own == values[-1].dtype == dtype:
-            dtype = _leaf_dtype(p, first)
-            raised = [v.to(dtype) if v.dtype != dtype and v.is_floating_point() else v for v in values]
+        dtype, own = _leaf_dtype(p, first), values[0].dtype
+        raised = [v.to(dtype) if v.dtype != dtype and v.is_floating_point() else v for v in values]
         result = method(site, p, *raised)
         if not isinstance(result, Tensor):
             raise ConfigError(

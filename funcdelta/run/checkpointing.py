@@ -101,21 +101,15 @@ Flags = list[tuple[dict[str, Any], Any, Any]]
 
 
 def flags_of(backbone: nn.Module) -> Flags:
-    """What the first and the last module whose checkpointing can be turned on say now; see :func:`changed`."""
-    holders = [vars(module) for module in backbone.modules() if hasattr(module, FLAG)]
-    return [(own, own.get(FLAG), own.get(FUNCTION)) for own in holders[:1] + holders[-1:]]
-
-
-def changed(flags: Flags) -> bool:
-    """Whether checkpointing was turned on or off, or another function given to it, since ``flags`` were read.
+    """What the first and the last module whose checkpointing can be turned on say now.
 
     >>> module = torch.nn.Linear(2, 2)
     >>> module.gradient_checkpointing = False
-    >>> before, module.gradient_checkpointing = flags_of(module), True
-    >>> changed(before), changed(flags_of(module))
-    (True, False)
+    >>> flags_of(module)[0][1:]
+    (False, None)
     """
-    return any(own.get(FLAG) is not flag or own.get(FUNCTION) is not function for own, flag, function in flags)
+    holders = [vars(module) for module in backbone.modules() if hasattr(module, FLAG)]
+    return [(own, own.get(FLAG), own.get(FUNCTION)) for own in holders[:1] + holders[-1:]]
 
 
 def needs_keeping(skeleton: Host) -> bool:

@@ -52,7 +52,7 @@ def call_loop(program: Program, stack: Params, inputs: Inputs, reached: set[str]
 def call_vmap(program: Program, stack: Params, inputs: Inputs, reached: set[str] | None = None) -> Any:
     """Members mapped by ``torch.vmap``; work before the first site is shared where inputs are."""
     found: list[Any] = []
-    hooked = program.skeletons.get(program.training).hooked_backward if not torch.compiler.is_compiling() else None
+    hooked = None if torch.compiler.is_compiling() else program.skeletons.traced(program.training).hooked_backward
     if hooked is not None:
         raise EngineError(
             f"{hooked or 'The model'} has a hook of the backward pass, which torch.vmap leaves out. Use "

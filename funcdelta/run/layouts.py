@@ -68,8 +68,9 @@ def _learned(
             f"The model reads the values of {' and '.join(inputs.places[i] for i in before.places)} in Python, and "
             f"where rows are has been learned for {MANY} of them by now: each call brings another. {OTHER_ENGINES}"
         )
+    backward = torch.is_grad_enabled() and wants_gradients(stack, inputs)
     try:
-        layout = _learn(program, stack, inputs, by_row, entry, read)
+        layout = _learn(program, stack, inputs, by_row, entry, read, backward)
     finally:
         if isinstance(before, Deciding):
             program.layouts[structure] = before.with_more(read)
@@ -99,15 +100,13 @@ def _structure(program: Program, stack: Params, inputs: Inputs, by_row: bool, en
     tensors = inputs.tensors()
     device = tensors[0].device.type if tensors else "cpu"
     precision = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
-    if torch.compiler.is_compiling():
-        present = "|".join(sorted(program.plan.present(stack)))
-        followed = program.skeletons.followed
-        return inputs.key(program.training, precision, present, single, by_row, entry, grads, followed)
-    facts = program.training, precision, tuple(stack), single, by_row, entry, grads, program.skeletons.followed
-    key = inputs.keys.get(facts)
+    facts = program.training, precision, single, by_row, entry, grads, program.skeletons.followed
+    given = *facts, tuple(stack)
+    key = None if torch.compiler.is_compiling() else inputs.keys.get(given)
     if key is None:
-        present = "|".join(sorted(program.plan.present(stack)))
-        key = inputs.keys[facts] = inputs.key(*facts[:2], present, *facts[3:])
+        key = inputs.key("|".join(sorted(program.plan.present(stack))), *facts)
+        if not torch.compiler.is_compiling():
+            inputs.keys[given] = key
     return key
 
 
@@ -125,11 +124,9 @@ def _learn(
     by_row: bool,
     entry: str,
     read: set[int],
-    backward: bool | None = None,
+    backward: bool,
 ) -> Layout:
     """From the first rows of the first member, and the last ones of the last, in the other order."""
-    if backward is None:
-        backward = torch.is_grad_enabled() and wants_gradients(stack, inputs)
     inputs = inputs.concrete()
     first = list(range(1 if by_row else min(inputs.b, 2)))
     last = [inputs.b - 1 - i for i in first]

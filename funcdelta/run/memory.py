@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..errors import StaleBackboneError
 from ..match import within
 from ..sites.code import reach_of
-from ..sites.noted import CONTAINERS, DEPTH, FUNCTIONS, OWN, PLAIN, PRIVATE, Noted, differ, fill
+from ..sites.noted import CONTAINERS, DEPTH, FUNCTIONS, OWN, PLAIN, Noted, differ, fill, is_private
 from ..transforms import outside_transforms
 
 VERSION = operator.attrgetter("_version")
@@ -55,7 +55,7 @@ class Memory:
         self.copies = copied_tensors(backbone, skeleton)
         self.tensors = [tensor for copied in self.copies for tensor in (copied.source, copied.own)]
         self.versions = list(map(VERSION, self.tensors))
-        self.settle_small()
+        self._small: tuple[list[Tensor], list[Tensor], list[int]] | None = None
         self._settle_traced()
         self.writes_buffers = False
         self.lends = any(copied.fixed for copied in self.copies)
@@ -177,16 +177,21 @@ class Memory:
                 for name in now.keys() - before.keys():
                     del now[name]
         for at in places:
-            self._follow_one(at, looks=True)
+            self._follow_one(at)
 
     def follow(self) -> None:
         """Copy the backbone's buffers, and its tensors that are plain attributes, where either side was written."""
         self._written = list(map(VERSION, self._own_parameters))
         # One pass in C over all of them, for models may have thousands.
-        ours, theirs = map(Tensor.data_ptr, self._owns), map(Tensor.data_ptr, self._sources)
-        if list(map(VERSION, self.tensors)) != self.versions or any(map(_other_bytes, theirs, ours, self._sizes)):
+        if self._small is None:
+            small = [copied for copied in self.copies if copied.is_small()]
+            sizes = [one.own.numel() * one.own.element_size() for one in small]
+            self._small = [one.source for one in small], [one.own for one in small], sizes
+        sources, owns, sizes = self._small
+        theirs, ours = map(Tensor.data_ptr, sources), map(Tensor.data_ptr, owns)
+        if list(map(VERSION, self.tensors)) != self.versions or any(map(_other_bytes, theirs, ours, sizes)):
             for at in range(len(self.copies)):
-                self._follow_one(at, looks=True)
+                self._follow_one(at)
 
     def _refuse_writes(self) -> None:
         """After a call that has written a parameter, which is the backbone's own storage."""
@@ -240,16 +245,14 @@ class Memory:
         """Where the skeleton's own tensors are in memory."""
         return frozenset(copied.own.untyped_storage().data_ptr() for copied in self.copies)
 
-    def settle_small(self) -> None:
-        """Which buffers are compared by their bytes."""
-        small = [copied for copied in self.copies if _is_small(copied.source) and _is_small(copied.own)]
-        self._sources, self._owns = [one.source for one in small], [one.own for one in small]
-        self._sizes = [one.own.numel() * one.own.element_size() for one in small]
+    def replaced(self) -> None:
+        """Other tensors are in the place of copies: which are compared by their bytes is asked again."""
+        self._small = None
 
-    def _follow_one(self, at: int, looks: bool = False) -> None:
+    def _follow_one(self, at: int) -> None:
         copied, place = self.copies[at], 2 * at
         now = [copied.source._version, copied.own._version]
-        if now == self.versions[place : place + 2] and not (looks and copied.differs()):
+        if now == self.versions[place : place + 2] and not copied.differs():
             return
         self.writes_buffers |= now[1] != self.versions[place + 1]
         self.lends |= self.writes_buffers
@@ -265,7 +268,7 @@ class Memory:
                 self._before[id(table)][name] = copied.own
         self.tensors[place + 1] = copied.own
         self.versions[place : place + 2] = [now[0], copied.own._version]
-        self.settle_small()
+        self.replaced()
 
 
 class Left:
@@ -323,9 +326,13 @@ class Copied:
     holders: list[tuple[Any, Any]] = field(default_factory=list)
     fixed: bool = False
 
+    def is_small(self) -> bool:
+        """Whether both are compared by their bytes."""
+        return _is_small(self.source) and _is_small(self.own)
+
     def differs(self) -> bool:
         """Whether both are small, and hold other numbers."""
-        if not (_is_small(self.source) and _is_small(self.own)):
+        if not self.is_small():
             return False
         size = self.own.numel() * self.own.element_size()
         return bool(_other_bytes(self.source.data_ptr(), self.own.data_ptr(), size))
@@ -378,7 +385,7 @@ def _twins(value: Any, twin: Any, seen: set[int], table: Any = None, depth: int 
         pairs = [(key, entry, twin[key]) for key, entry in value.items() if key in twin]
     elif isinstance(value, (list, tuple)):
         pairs = [(i, *pair) for i, pair in enumerate(zip(value, twin, strict=False))]
-    elif isinstance(getattr(value, "__dict__", None), dict) and not _is_private(value):
+    elif isinstance(getattr(value, "__dict__", None), dict) and not is_private(value):
         yield from _twins(vars(value), vars(twin), seen, None, depth)
         return
     else:
@@ -389,10 +396,6 @@ def _twins(value: Any, twin: Any, seen: set[int], table: Any = None, depth: int 
             yield entry, other, own, key
         elif not isinstance(entry, (*PLAIN, *FUNCTIONS, Tensor)):
             yield from _twins(entry, other, seen, None, depth - 1)
-
-
-def _is_private(value: Any) -> bool:
-    return type(value).__module__.partition(".")[0] in PRIVATE
 
 
 def own_class_containers(skeleton: nn.Module, filled: set[str]) -> None:
@@ -423,7 +426,7 @@ def method_caches(kinds: frozenset[type]) -> list[Any]:
     >>> method_caches(frozenset([Cached])) == [Cached.table]
     True
     """
-    cache = type(functools.lru_cache(_is_private))
+    cache = type(functools.lru_cache(is_private))
     own = dict.fromkeys(base for kind in kinds for base in _kinds_of_their_own(kind))
     return [value for kind in own for value in vars(kind).values() if isinstance(value, cache)]
 

@@ -191,7 +191,7 @@ def act(
     call: Call, path: str, bound: Bound, training: bool, values: tuple[Tensor, ...], dims: tuple[int | None, ...]
 ) -> tuple[Tensor, int | None]:
     """One method's function at a site, with the site named in whatever goes wrong."""
-    p = dict(zip(bound.names, map(call.params.__getitem__, bound.keys), strict=True))
+    p = bound.leaves(call.params)
     function, lift = bound.functions[training], call.lift
     if torch.compiler.is_compiling():
         return (function(p, *values), None) if lift is None else lift(function, p, values, dims, path)

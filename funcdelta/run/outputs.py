@@ -66,8 +66,7 @@ def check_visible(leaves: Sequence[Any], names: Sequence[str], given: Mapping[st
     for leaf, name in zip(leaves, names, strict=True):
         if isinstance(leaf, PLAIN):
             continue
-        if type(leaf) in LAZY:
-            refuse_lazy(leaf, name or "of the model")
+        refuse_lazy(leaf, name or "of the model")
         if is_cache(leaf):
             raise EngineError(
                 f"The output {name} is a {type(leaf).__name__}, a cache, which cannot be told apart by member: "

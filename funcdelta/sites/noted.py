@@ -164,7 +164,7 @@ class Noted:
         other = _other(value)
         if other is not None:
             self.others.append(other)
-        if type(value).__module__.partition(".")[0] in PRIVATE:
+        if is_private(value):
             return
         inside = owner._replace(attributes=True)
         attributes = getattr(value, "__dict__", None)
@@ -203,6 +203,15 @@ class Noted:
             fresh = _another(before)
             for table in (container, *(b for n, b in zip(self.now, self.before, strict=True) if n is container)):
                 table[key] = fresh
+
+
+def is_private(value: Any) -> bool:
+    """Whether what an object holds is nobody's state.
+
+    >>> is_private(torch.Generator()), is_private(types.SimpleNamespace())
+    (True, False)
+    """
+    return type(value).__module__.partition(".")[0] in PRIVATE
 
 
 def copied(container: Any) -> Any:

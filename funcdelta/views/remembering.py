@@ -115,7 +115,7 @@ class Remembered:
         copied, memory = self.memory.copies[at], self.memory
         memory.tensors[2 * at : 2 * at + 2] = copied.source, copied.own
         memory.versions[2 * at : 2 * at + 2] = copied.source._version, copied.own._version
-        memory.settle_small()
+        memory.replaced()
 
 
 def _table(module: nn.Module, name: str) -> dict[str, Any]:

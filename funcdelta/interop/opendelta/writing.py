@@ -15,7 +15,7 @@ from ...match import within
 from ...model import DeltaModel
 from ...packing.packed import PACKED
 from ...planning.plan import Attachment
-from ...run.check import check_member
+from ...run.checked import checks_of
 from .common_names import EXCLUDED, named_sites
 from .fields import COMPAT, data_of, refuse_fields
 from .folder import write_folder
@@ -59,8 +59,7 @@ def save_opendelta(
             f"OpenDelta has one config a folder, and this delta has {len(delta.configs)} ({kinds}): save each in a "
             f"folder of its own, fd.save_opendelta(fd.DeltaModel(backbone, config), its_params, path)."
         )
-    check_member(params, delta.shapes, delta.plan.keys(), {})
-    delta.plan.kinds.check(params)
+    checks_of(delta).member(params)
     lacking = [name for name in delta.names if name not in params]
     if lacking:
         raise ParamsError(
