@@ -16,9 +16,6 @@ from .auto import LowRankAdapterModel as LowRankAdapterModel
 from .auto import ParallelAdapterModel as ParallelAdapterModel
 from .auto import PrefixModel as PrefixModel
 from .auto import SoftPromptModel as SoftPromptModel
-from .config import AutoDeltaConfig as AutoDeltaConfig
-from .config import BaseDeltaConfig as BaseDeltaConfig
-from .config import register as register
 from .deltas import AdapterConfig as AdapterConfig
 from .deltas import BitFitConfig as BitFitConfig
 from .deltas import CompacterConfig as CompacterConfig
@@ -70,6 +67,14 @@ from .interop.opendelta import load_opendelta as load_opendelta
 from .interop.opendelta import save_opendelta as save_opendelta
 from .match import find_key as find_key
 from .match import find_module as find_module
+from .methods.acts import Acts as Acts
+from .methods.additive import Additive as Additive
+from .methods.additive import LowRank as LowRank
+from .methods.config import AutoDeltaConfig as AutoDeltaConfig
+from .methods.config import BaseDeltaConfig as BaseDeltaConfig
+from .methods.config import register as register
+from .methods.leaf import Leaf as Leaf
+from .methods.leaf import Leaves as Leaves
 from .model import DeltaModel as DeltaModel
 from .packing.unlike import pack as pack
 from .packing.unlike import unpack as unpack

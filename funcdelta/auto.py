@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .config import AutoDeltaConfig, BaseDeltaConfig
 from .deltas import (
     AdapterConfig,
     BitFitConfig,
@@ -23,6 +22,7 @@ from .deltas import (
 from .errors import ConfigError
 from .files.checkpoint import check_backbone
 from .loading import load
+from .methods.config import AutoDeltaConfig, BaseDeltaConfig
 from .model import DeltaModel
 from .picker.interactive import picked
 from .run.call import Prepare

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError
+from .methods.leaf import as_leaves, values_of
 from .planning.plan import Attachment, Plan
 from .planning.sharing import Shared
 from .pytrees.constants import still
 from .pytrees.drawing import own_defaults
 from .pytrees.seeding import derive
+from .sites.own import Own
 from .sites.site import Site
 
 
@@ -40,13 +42,13 @@ def _drawn(
 ) -> dict[str, Tensor]:
     params: dict[str, Tensor] = {}
     for group in plan.shared:
-        drawn = group.config.shared(group.sites, torch.Generator().manual_seed(derive(seed, group.name)))
+        rng = torch.Generator().manual_seed(derive(seed, group.name))
+        drawn = values_of(as_leaves(group.config.shared(group.sites, rng), "shared"))
         params.update(_placed(group, drawn, group.sites[0], dtype, device))
     for attachment in plan.all():
         rng = torch.Generator().manual_seed(derive(seed, f"{attachment.site.path}.{attachment.name}"))
-        drawn = attachment.config.init(attachment.site, rng)
-        if attachment.config.gives("fill"):
-            drawn = attachment.config.fill(attachment.site, drawn, backbone.get_submodule(attachment.site.path))
+        own = Own(backbone.get_submodule(attachment.site.path))
+        drawn = values_of(as_leaves(attachment.config.leaves(attachment.site, own, rng), "init"))
         params.update(_placed(attachment, drawn, attachment.site, dtype, device))
     parameters = dict(backbone.named_parameters())
     for name in plan.trained:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .config import BaseDeltaConfig, register
 from .errors import ConfigError
 from .match import near
+from .methods.config import BaseDeltaConfig, register
+from .methods.leaf import Leaf
 from .randomness import private_random
 from .sites.site import Site
 from .transforms import outside_transforms
@@ -37,16 +38,13 @@ class ModuleConfig(BaseDeltaConfig):
 
     make: ClassVar[MakeModule]
 
-    def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
+    def init(self, site: Site, rng: torch.Generator) -> dict[str, Leaf]:
         for training in (False, True):
             self._reserve(dataclasses.replace(site, training=training))
         seed = int(torch.randint(2**62, (), generator=rng))
         with private_random(seed), torch.device("cpu"):
-            return {name: tensor.detach() for name, tensor in tensors_of(self._build(site)).items()}
-
-    def constants(self, site: Site) -> tuple[str, ...]:
-        found = tensors_of(self._template(site)).items()
-        return tuple(name for name, tensor in found if not tensor.requires_grad)
+            found = tensors_of(self._build(site)).items()
+        return {name: Leaf(tensor.detach(), trains=tensor.requires_grad) for name, tensor in found}
 
     def run(self, site: Site, p: dict[str, Tensor], x: Tensor) -> Tensor:
         """The module's output for the hidden value ``x``, with the tensors ``p``."""
@@ -129,7 +127,7 @@ def register_module(delta_type: str, insert: str = "sequential") -> Callable[[Ma
 
     Raises ``ConfigError`` for another ``insert``, a parameter without a default, and a module with running statistics.
 
-    >>> from funcdelta.config import METHODS
+    >>> from funcdelta.methods.config import METHODS
     >>> @fd.register_module("squeeze", insert="parallel")
     ... def Squeeze(site, m: int = 4):
     ...     return nn.Sequential(nn.Linear(site.in_features, m), nn.ReLU(), nn.Linear(m, site.width))

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import BaseDeltaConfig, configs_of
 from .errors import CheckpointError
 from .files import checkpoint
 from .files.configfile import warn_if_newer
 from .files.hub import CONFIG
+from .methods.config import BaseDeltaConfig, configs_of
 from .model import DeltaModel
 
 

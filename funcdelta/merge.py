@@ -147,13 +147,17 @@ def _acts(attachment: Attachment, params: Params) -> bool:
     """Whether the member has this delta at this site."""
     if not attachment.among(params):
         return False
-    present = attachment.config.present(attachment.of(params))
+    shown = attachment.acts().present
+    present = shown(attachment.of(params)) if shown is not None else None
     return present is None or bool(present > 0)
 
 
 def _check_mergeable(attachment: Attachment, path: str, module: nn.Module) -> None:
     """Raises `MergeError` where nothing can be written into the module's tensors."""
-    refusal = attachment.config.unmergeable(attachment.site)
+    acts = attachment.acts()
+    refusal = acts.unmergeable
+    if acts.weights is None and not refusal:
+        refusal = f"{attachment.config.delta_type or type(attachment.config).__name__} has no weights form"
     if refusal:
         raise MergeError(
             f"{attachment.name} at {path} cannot be merged: {refusal}. Keep it as a delta: delta.apply(params, ...) "

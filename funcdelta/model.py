@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import BaseDeltaConfig
 from .errors import ConfigError, ParamsError
 from .files.checkpoint import Facts, push, save
 from .files.configfile import storable
@@ -19,6 +18,7 @@ from .habits import Habits, need_dict, without_dead_options
 from .inspect import DeltaStatistics, log
 from .match import as_names
 from .merge import merge, merged
+from .methods.config import BaseDeltaConfig
 from .planning.kinds import COMPUTES, check_device
 from .planning.naming import named_leaves
 from .planning.plan import Plan, build_plan, shapes_of

@@ -41,12 +41,10 @@ class RowScaleConfig(fd.BaseDeltaConfig):
     def check(self, site: fd.Site) -> str | None:
         return None if site.weight is not None else f"{site.module_type} has no weight"
 
-    def constants(self, site: fd.Site) -> tuple[str, ...]:
-        return ("size",)
-
-    def init(self, site: fd.Site, rng: torch.Generator) -> dict[str, Tensor]:
+    def init(self, site: fd.Site, rng: torch.Generator) -> fd.Leaves:
         assert site.weight is not None
-        return {"rows": torch.zeros(site.weight[0], *[1] * (len(site.weight) - 1)), "size": torch.tensor(0.5)}
+        rows = torch.zeros(site.weight[0], *[1] * (len(site.weight) - 1))
+        return {"rows": rows, "size": fd.Leaf(torch.tensor(0.5), trains=False)}
 
     def weights(self, site: fd.Site, p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
         return w | {"weight": w["weight"] * (1 + p["size"] * p["rows"])}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zoo import ZOO, Architecture, cast
 
 import funcdelta as fd
-from funcdelta.config import METHODS
+from funcdelta.methods.config import METHODS
 
 ROWS = 3
 MEMBERS = 3
@@ -61,11 +61,11 @@ CANNOT_ACT = {
 
 def targets(method: str, architecture: Architecture) -> tuple[str, ...] | None:
     """The modules of ``architecture`` that ``method`` is tested on; ``None``: it finds its own."""
-    if METHODS[method].gives("own_sites"):
+    if METHODS[method]().gives("own_sites"):
         return None
     if method == "test_rows" and "batch_free_target" in architecture.flags:
         return (architecture.default_target,)
-    if METHODS[method].gives("spans"):
+    if METHODS[method]().gives("spans"):
         beside = BESIDE.get(architecture.name, architecture.blocks[0])
         return (*FEED_FORWARD.get(architecture.name, ()), beside, beside)
     return getattr(architecture, TARGETS.get(method, "linears"))

@@ -14,7 +14,7 @@ import funcdelta
 ROOT = Path(funcdelta.__file__).parent
 FROM_BELOW = (
     *("errors", "locks", "randomness", "match", "kinds", "metrics", "transforms", "pytrees", "tree", "functional"),
-    *("stacks", "files", "sites", "structures", "config", "planning", "fresh", "run", "deltas"),
+    *("stacks", "files", "sites", "structures", "methods", "planning", "fresh", "run", "deltas"),
     *("merge", "views", "derivatives", "habits", "optim", "inspect", "model", "loading", "distributed"),
     *("from_module", "packing", "algebra", "picker", "auto", "interop", "__init__"),
     *("recipes", "train", "bench", "costs", "cli", "__main__"),

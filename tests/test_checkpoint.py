@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 import funcdelta as fd
-from funcdelta.config import load_configs
 from funcdelta.errors import CheckpointError, ConfigError, ParamsError
 from funcdelta.loading import load
+from funcdelta.methods.config import load_configs
 
 save = fd.DeltaModel.save_finetuned
 

@@ -21,7 +21,7 @@ from opendelta_saved import SAVED, saved_backbone
 from torch import nn
 
 import funcdelta as fd
-from funcdelta.config import METHODS
+from funcdelta.methods.config import METHODS
 
 OWN = [(name, kind) for name, kind in METHODS.items() if kind.__module__.startswith("funcdelta.")]
 OF_OPENDELTA = (

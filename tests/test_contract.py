@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import funcdelta as fd
-from funcdelta import config as configs
+from funcdelta.methods import config as configs
 
 NAMES = """
     BaseDeltaConfig AutoDeltaConfig LoraConfig AdapterConfig BitFitConfig

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import backbone, edit_config, lora
 
 import funcdelta as fd
-from funcdelta.config import load_configs
 from funcdelta.files.configfile import PROVENANCE, VERSION_FIELDS, funcdelta_version
 from funcdelta.loading import load
+from funcdelta.methods.config import load_configs
 
 INSTALLED = funcdelta_version()
 

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from zoo import ZOO
 
 import funcdelta as fd
-from funcdelta.config import METHODS
+from funcdelta.methods.config import METHODS
 
 
 def bottleneck(wide: int, out: int, m: int, dropout: float) -> nn.Module:

@@ -18,11 +18,11 @@ from transformers import BertConfig, BertModel
 from zoo import ZOO
 
 import funcdelta as fd
-from funcdelta.config import METHODS
 from funcdelta.inspect import folded, tree
 from funcdelta.inspect.graph import common_names_of
 from funcdelta.inspect.render import console, drawn, legend
 from funcdelta.match import find_key
+from funcdelta.methods.config import METHODS
 from funcdelta.structures import families, resolve
 
 BERT_BASE = 109_482_240

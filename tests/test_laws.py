@@ -15,7 +15,7 @@ from torch import Tensor
 from zoo import ZOO, DoublePrecision, take_rows
 
 import funcdelta as fd
-from funcdelta.config import METHODS
+from funcdelta.methods.config import METHODS
 
 on_every_pair = pytest.mark.parametrize(("method", "name"), PAIRS)
 on_some_pairs = pytest.mark.parametrize(("method", "name"), thinned())

@@ -23,7 +23,7 @@ from zoo import ZOO
 
 import funcdelta as fd
 from funcdelta.auto import MethodModel
-from funcdelta.config import METHODS
+from funcdelta.methods.config import METHODS
 
 MODELS: list[type[MethodModel]] = [
     value for value in vars(fd).values() if inspect.isclass(value) and issubclass(value, MethodModel)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 import funcdelta as fd
-from funcdelta.config import METHODS
+from funcdelta.methods.config import METHODS
 
 Pair = tuple[fd.DeltaModel, dict[str, Tensor]]
 
@@ -33,7 +33,7 @@ UNLIKE: dict[str, dict[str, Any]] = {
     "compacter": {"reduction_factor": 4, "phm_rank": 2},
     "prefix": {"prefix_token_num": 3, "reparameterize": False},
 }
-MAKES_LONGER = [method for method in UNDER_LAW if METHODS[method].gives("prompt")]
+MAKES_LONGER = [method for method in UNDER_LAW if METHODS[method]().gives("prompt")]
 MIXED = [method for method in UNDER_LAW if method not in MAKES_LONGER]
 
 

@@ -13,7 +13,7 @@ from test_picker_server import QUERY, bert
 from torch import nn
 
 import funcdelta as fd
-from funcdelta.config import METHODS
+from funcdelta.methods.config import METHODS
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("flask", reason="needs the extra 'web'")

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 import funcdelta as fd
-from funcdelta.config import METHODS
+from funcdelta.methods.config import METHODS
 from funcdelta.picker.app import AS_GIVEN, FILES, PAGE, Picking, make_app
 from funcdelta.picker.picking import served
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import pytest
 
 import funcdelta as fd
-from funcdelta.config import METHODS
 from funcdelta.habits import VERBS
+from funcdelta.methods.config import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"^(?:<!-- (?P<mark>\S+) -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -16,7 +16,7 @@ from zoo_architecture import builder
 
 import funcdelta as fd
 from funcdelta import structures
-from funcdelta.config import METHODS
+from funcdelta.methods.config import METHODS
 from funcdelta.sites.parts import equal_parts
 
 on_every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import funcdelta as fd
-from funcdelta.config import METHODS
 from funcdelta.functional.tokenwise import all_tokens
+from funcdelta.methods.config import METHODS
 from funcdelta.run import fold as lift
 
 

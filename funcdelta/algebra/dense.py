@@ -14,11 +14,9 @@ from ..model import DeltaModel
 from ..packing.packed import Packed
 from ..planning.plan import Attachment
 from ..planning.sharing import expand_member
-from ..pytrees.drawing import own_defaults
 from ..pytrees.leaves import compute_dtype
 from ..stacks.params import unstack
-from ..transforms import outside_transforms
-from .factored import Factored, Factors, factors_of, is_stack, need_factors, write
+from .factored import Factored, Factors, factors_of, is_stack, need_factors, unfactored, write
 from .ranks import gauged
 
 
@@ -67,7 +65,7 @@ def _member(delta: DeltaModel, params: Mapping[str, Tensor], untie: bool) -> dic
     }
     for path, attachments in delta.plan.attachments.items():
         acting = [a for a in attachments if a.among(params)]
-        if any(isinstance(a.config, Packed) or a.config.unfactored(a.site) for a in acting):
+        if any(isinstance(a.config, Packed) or unfactored(a) for a in acting):
             sums = {name: change for name, change in sums.items() if name.rpartition(".")[0] != path}
             continue
         for a in acting:
@@ -126,8 +124,8 @@ def from_dense(delta: DeltaModel, dense: Mapping[str, Tensor]) -> tuple[DeltaMod
 
 def _fresh(a: Attachment) -> dict[str, Factors]:
     """The factors of the attachment as it starts, for their shapes."""
-    with outside_transforms(), own_defaults():
-        return a.config.factors(a.site, a.config.init(a.site, torch.Generator().manual_seed(0)))
+    shapes = a.own
+    return factors_of(a, {leaf: torch.zeros(shapes[leaf]) for leaf in shapes}, stacked=False)
 
 
 def _places(delta: DeltaModel) -> dict[str, tuple[Attachment, str, tuple[int, ...]]]:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import BaseDeltaConfig
 from ..errors import MergeError, ParamsError
+from ..methods.config import BaseDeltaConfig
 from ..model import DeltaModel
 from ..packing.packed import Packed
 from ..packing.slots import exactly
@@ -93,7 +93,7 @@ def need_factors(delta: DeltaModel) -> list[Attachment]:
                 "fd.algebra.sum_exact(fd.unpack(delta, stack)), or take the pairs that fd.unpack gives one by one."
             )
     for a in delta.plan.all():
-        reason = a.config.unfactored(a.site)
+        reason = unfactored(a)
         if reason:
             raise MergeError(
                 f"{a.name} at {a.site.path} has no change ΔW = B A of a weight: {reason}. fd.tree adds and averages "
@@ -102,11 +102,30 @@ def need_factors(delta: DeltaModel) -> list[Attachment]:
     return delta.plan.all()
 
 
+def unfactored(a: Attachment) -> str | None:
+    """Why the delta has no factors there; ``None`` if it has.
+
+    >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+    >>> unfactored(delta.plan.all()[0]) is None
+    True
+    """
+    acts = a.acts()
+    if acts.factors is not None:
+        return None
+    kind = a.config.delta_type or type(a.config).__name__
+    told = acts.unfactored or acts.unmergeable
+    if told is None and acts.weights is None:
+        told = f"{kind} has no weights form"
+    return told or f"{kind} changes weights, but not by a product of low-rank factors"
+
+
 def factors_of(a: Attachment, p: dict[str, Tensor], stacked: bool) -> dict[str, Factors]:
     """``{own name: (B, A)}`` of one attachment."""
+    factors = a.acts().factors
+    assert factors is not None
 
     def one(p: dict[str, Tensor]) -> dict[str, Factors]:
-        return a.config.factors(a.site, p)
+        return factors(p)
 
     return torch.vmap(one)(p) if stacked else one(p)
 

@@ -85,7 +85,7 @@ def from_config(
 
     Raises ``ConfigError`` where there is no config, and what ``DeltaModel`` raises where sites do not fit.
     """
-    from ..config import AutoDeltaConfig
+    from ..methods.config import AutoDeltaConfig
     from ..model import DeltaModel
 
     model, config = _on_meta(folder)

@@ -13,10 +13,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..config import BaseDeltaConfig, Paddable, register
 from ..errors import ConfigError
 from ..functional.activations import activation
 from ..functional.tokenwise import linear
+from ..methods.config import BaseDeltaConfig, register
+from ..methods.leaf import Leaf, Leaves
 from ..sites.site import Site
 
 
@@ -49,19 +50,15 @@ class AdapterConfig(BaseDeltaConfig):
             raise ConfigError(f"bottleneck_dim={self.bottleneck_dim}: write at least 1.")
         activation(self.non_linearity)
 
-    def padding(self, site: Site) -> dict[str, Paddable]:
-        axes = {"down_proj.weight": -2, "down_proj.bias": -1, "up_proj.weight": -1}
-        return {"bottleneck": Paddable(self.bottleneck_dim, axes)}
-
     def tokenwise(self, site: Site) -> bool:
         return site.channel_axis == -1
 
-    def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
+    def init(self, site: Site, rng: torch.Generator) -> Leaves:
         d, m = site.width, self.bottleneck_dim
         return {
-            "down_proj.weight": torch.randn(m, d, generator=rng) * 0.01,
-            "down_proj.bias": torch.zeros(m),
-            "up_proj.weight": torch.randn(d, m, generator=rng) * 0.01,
+            "down_proj.weight": Leaf(torch.randn(m, d, generator=rng) * 0.01, "bottleneck ."),
+            "down_proj.bias": Leaf(torch.zeros(m), "bottleneck"),
+            "up_proj.weight": Leaf(torch.randn(d, m, generator=rng) * 0.01, ". bottleneck"),
             "up_proj.bias": torch.zeros(d),
         }
 

@@ -14,7 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import BaseDeltaConfig, register
+from ..methods.config import BaseDeltaConfig, register
+from ..methods.leaf import Leaves
 from ..sites.forwards import family, is_known, reads_bias
 from ..sites.site import Site, site_of
 
@@ -59,7 +60,7 @@ class BitFitConfig(BaseDeltaConfig):
     def tokenwise(self, site: Site) -> bool:
         return site.channel_axis == -1 and len(site.bias or (1,)) == 1
 
-    def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
+    def init(self, site: Site, rng: torch.Generator) -> Leaves:
         return {"bias": torch.zeros(site.bias or (site.width,))}
 
     def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:

@@ -17,12 +17,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..config import BaseDeltaConfig, Paddable, register
 from ..errors import ConfigError, MatchError
 from ..functional.activations import activation
 from ..functional.glorot import GLOROT, glorot
 from ..functional.hypercomplex import kronecker_sum, times_kronecker_sum
 from ..match import near
+from ..methods.config import BaseDeltaConfig, register
+from ..methods.leaf import Leaf, Leaves
 from ..sites.site import Site
 
 LAYERS = ("down_sampler", "up_sampler")
@@ -130,31 +131,10 @@ class CompacterConfig(BaseDeltaConfig):
         bottleneck = width // self.reduction_factor
         return bottleneck > 0 and width % self.hypercomplex_division == bottleneck % self.hypercomplex_division == 0
 
-    def constants(self, site: Site) -> tuple[str, ...]:
-        if self.learn_phm:
-            return ()
-        names = self._rule_names()
-        return names if self.shared_phm_rule else tuple(f"{layer}.{name}" for layer in LAYERS for name in names)
-
     def unmergeable(self, site: Site) -> str | None:
         return "it adds a non-linear function of the output, which no weight of the site computes"
 
-    def padding(self, site: Site) -> dict[str, Paddable]:
-        if self.shared_W_phm:
-            return {}
-        n = self.hypercomplex_division
-        columns, rows = ("W_right", "W_left") if self.factorized_phm else ("W", "W")
-        bottleneck = {f"down_sampler.{columns}": -1, f"up_sampler.{rows}": -2}
-        # The bottleneck is n blocks side by side.
-        pieces = {"down_sampler.b": n} if self.use_bias_down_sampler else {}
-        block = site.width // self.reduction_factor // n
-        found = {"bottleneck": Paddable(block, bottleneck | dict.fromkeys(pieces, -1), pieces)}
-        if self.factorized_phm:
-            rank = {f"{layer}.{leaf}": axis for layer in LAYERS for leaf, axis in (("W_left", -1), ("W_right", -2))}
-            found["rank"] = Paddable(self.phm_rank, rank)
-        return found
-
-    def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> dict[str, Tensor]:
+    def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> Leaves:
         found = self._rule(rng) if self.shared_phm_rule else {}
         if self.shared_W_phm:
             widths = {site.width: site.path for site in reversed(sites)}
@@ -165,15 +145,18 @@ class CompacterConfig(BaseDeltaConfig):
                     f"width, with a name= of its own, or leave shared_W_phm out."
                 )
             for layer, shape in self._layers(sites[0]).items():
-                found |= {f"{layer}.{name}": leaf for name, leaf in self._weight(*shape, rng).items()}
+                found |= {f"{layer}.{name}": leaf for name, leaf in self._weight(layer, *shape, rng).items()}
         return found
 
-    def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+    def init(self, site: Site, rng: torch.Generator) -> Leaves:
+        found: dict[str, Leaf] = {}
         for layer, (features, outputs) in self._layers(site).items():
             own = {} if self.shared_phm_rule else self._rule(rng)
-            own |= {} if self.shared_W_phm else self._weight(features, outputs, rng)
-            own |= {"b": torch.zeros(outputs)} if getattr(self, f"use_bias_{layer}") else {}
+            own |= {} if self.shared_W_phm else self._weight(layer, features, outputs, rng)
+            if getattr(self, f"use_bias_{layer}"):
+                # The bottleneck is n blocks side by side.
+                grows = layer == "down_sampler" and not self.shared_W_phm
+                own["b"] = Leaf(torch.zeros(outputs), f"{self.hypercomplex_division}*bottleneck" if grows else "")
             found |= {f"{layer}.{name}": leaf for name, leaf in own.items()}
         return found
 
@@ -205,24 +188,29 @@ class CompacterConfig(BaseDeltaConfig):
     def _rule_names(self) -> tuple[str, ...]:
         return ("phm_rule_left", "phm_rule_right") if self.factorized_phm_rule else ("phm_rule",)
 
-    def _rule(self, rng: torch.Generator) -> dict[str, Tensor]:
+    def _rule(self, rng: torch.Generator) -> dict[str, Leaf]:
         """A fresh rule, or its two factors."""
         n = self.hypercomplex_division
         shapes = ((n, n, 1), (n, 1, n)) if self.factorized_phm_rule else ((n, n, n),)
-        return {name: self._drawn_rule(shape, rng) for name, shape in zip(self._rule_names(), shapes, strict=True)}
+        named = zip(self._rule_names(), shapes, strict=True)
+        return {name: Leaf(self._drawn_rule(shape, rng), trains=self.learn_phm) for name, shape in named}
 
     def _drawn_rule(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
         if self.phm_c_init == "normal":
             return torch.randn(shape, generator=rng) * RULE_SPREAD
         return torch.empty(shape).uniform_(-RULE_SPREAD, RULE_SPREAD, generator=rng)
 
-    def _weight(self, features: int, outputs: int, rng: torch.Generator) -> dict[str, Tensor]:
+    def _weight(self, layer: str, features: int, outputs: int, rng: torch.Generator) -> dict[str, Leaf]:
         """A fresh weight of n blocks, or its two factors."""
         n, k = self.hypercomplex_division, self.phm_rank
         rows, columns = features // n, outputs // n
+        into, out = (".", "bottleneck") if layer == "down_sampler" else ("bottleneck", ".")
         if self.factorized_phm:
-            return {"W_left": self._drawn((n, rows, k), rng), "W_right": self._drawn((n, k, columns), rng)}
-        return {"W": self._drawn((n, rows, columns), rng)}
+            return {
+                "W_left": Leaf(self._drawn((n, rows, k), rng), f". {into} rank"),
+                "W_right": Leaf(self._drawn((n, k, columns), rng), f". rank {out}"),
+            }
+        return {"W": Leaf(self._drawn((n, rows, columns), rng), f". {into} {out}")}
 
     def _drawn(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
         if self.hypercomplex_nonlinearity == "normal":

@@ -14,11 +14,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..config import BaseDeltaConfig, Paddable, register
 from ..errors import ConfigError
 from ..functional.activations import activation
 from ..functional.glorot import GLOROT, glorot
 from ..match import near
+from ..methods.config import BaseDeltaConfig, register
+from ..methods.leaf import Leaf, Leaves
 from ..sites.site import Site
 
 LAYERS = ("down_sampler", "up_sampler")
@@ -72,27 +73,19 @@ class LowRankAdapterConfig(BaseDeltaConfig):
     def unmergeable(self, site: Site) -> str | None:
         return "it adds a non-linear function of the output, which no weight of the site computes"
 
-    def padding(self, site: Site) -> dict[str, Paddable]:
-        bottleneck = {"down_sampler.W_right": -1, "down_sampler.b": -1, "up_sampler.W_left": -2}
-        rank = {f"{layer}.{leaf}": axis for layer in LAYERS for leaf, axis in (("W_left", -1), ("W_right", -2))}
-        return {
-            "bottleneck": Paddable(site.width // self.reduction_factor, bottleneck),
-            "rank": Paddable(self.low_rank_rank, rank),
-        }
-
     def tokenwise(self, site: Site) -> bool:
         return site.channel_axis == -1
 
-    def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
+    def init(self, site: Site, rng: torch.Generator) -> Leaves:
         d, k = site.width, self.low_rank_rank
         m = d // self.reduction_factor
         kind = self.low_rank_w_init
         return {
-            "down_sampler.W_left": glorot(kind, (d, k), rng),
-            "down_sampler.W_right": glorot(kind, (k, m), rng),
-            "down_sampler.b": torch.zeros(m),
-            "up_sampler.W_left": glorot(kind, (m, k), rng),
-            "up_sampler.W_right": glorot(kind, (k, d), rng),
+            "down_sampler.W_left": Leaf(glorot(kind, (d, k), rng), ". rank"),
+            "down_sampler.W_right": Leaf(glorot(kind, (k, m), rng), "rank bottleneck"),
+            "down_sampler.b": Leaf(torch.zeros(m), "bottleneck"),
+            "up_sampler.W_left": Leaf(glorot(kind, (m, k), rng), "bottleneck rank"),
+            "up_sampler.W_right": Leaf(glorot(kind, (k, d), rng), "rank ."),
             "up_sampler.b": torch.zeros(d),
         }
 

@@ -14,10 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..config import BaseDeltaConfig, Paddable, register
 from ..errors import ConfigError, MatchError
 from ..functional.activations import activation
 from ..functional.tokenwise import linear
+from ..methods.config import BaseDeltaConfig, register
+from ..methods.leaf import Leaf, Leaves
 from ..sites.site import Site
 
 
@@ -77,27 +78,20 @@ class ParallelAdapterConfig(BaseDeltaConfig):
             return f"its stride is {site.option('stride')}, so what enters has other positions than what leaves"
         return None
 
-    def constants(self, site: Site) -> tuple[str, ...]:
-        return ("scaled",)
-
     def unmergeable(self, site: Site) -> str | None:
         return "it adds a non-linear function of the input, which no weight computes"
-
-    def padding(self, site: Site) -> dict[str, Paddable]:
-        axes = {"down_proj.weight": -2, "down_proj.bias": -1, "up_proj.weight": -1}
-        return {"bottleneck": Paddable(self.bottleneck_dim, axes)}
 
     def tokenwise(self, site: Site) -> bool:
         return site.channel_axis == -1
 
-    def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
+    def init(self, site: Site, rng: torch.Generator) -> Leaves:
         m = self.bottleneck_dim
         return {
-            "down_proj.weight": torch.randn(m, site.input_width, generator=rng) * 0.01,
-            "down_proj.bias": torch.zeros(m),
-            "up_proj.weight": torch.randn(site.width, m, generator=rng) * 0.01,
+            "down_proj.weight": Leaf(torch.randn(m, site.input_width, generator=rng) * 0.01, "bottleneck ."),
+            "down_proj.bias": Leaf(torch.zeros(m), "bottleneck"),
+            "up_proj.weight": Leaf(torch.randn(site.width, m, generator=rng) * 0.01, ". bottleneck"),
             "up_proj.bias": torch.zeros(site.width),
-            "scaled": torch.tensor(float(self.scaled)),
+            "scaled": Leaf(torch.tensor(float(self.scaled)), trains=False),
         }
 
     def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:

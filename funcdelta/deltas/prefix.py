@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import BaseDeltaConfig, register
 from ..errors import ConfigError, MatchError
+from ..methods.config import BaseDeltaConfig, register
+from ..methods.leaf import Leaves
 from ..run.attention import attention_below
 from ..sites.site import Site
 
@@ -79,7 +80,7 @@ class PrefixConfig(BaseDeltaConfig):
             )
         yield from found
 
-    def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
+    def init(self, site: Site, rng: torch.Generator) -> Leaves:
         if self.reparameterize:
             return {}
         tokens, shape = self.prefix_token_num, site.attention
@@ -88,7 +89,7 @@ class PrefixConfig(BaseDeltaConfig):
             "past_value": torch.randn(tokens, shape.value_width, generator=rng),
         }
 
-    def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> dict[str, Tensor]:
+    def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> Leaves:
         if not self.reparameterize:
             return {}
         widths = {site.path: (site.attention.key_width, site.attention.value_width) for site in sites}

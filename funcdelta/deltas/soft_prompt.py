@@ -18,11 +18,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import BaseDeltaConfig, register
 from ..errors import ConfigError
+from ..methods.acts import Acts
+from ..methods.config import BaseDeltaConfig, register
+from ..methods.leaf import Leaves
 from ..run.entrance import embedded_tokens, entrances, why_not
 from ..run.lengthened import EXPAND
 from ..run.text_model import input_embedding
+from ..sites.own import Own
 from ..sites.site import Site
 
 
@@ -104,17 +107,16 @@ class SoftPromptConfig(BaseDeltaConfig):
     def unmergeable(self, site: Site) -> str | None:
         return "rows before the input are not a function of the weights"
 
-    def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
-        shape = self.soft_token_num, site.width
-        if self.token_init:
-            return {"soft_embeds": torch.zeros(shape)}
-        return {"soft_embeds": (2 * torch.rand(shape, generator=rng) - 1) * self.init_range}
-
-    def fill(self, site: Site, leaves: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-        table = input_embedding(module)
-        if not self.token_init or table is None:
-            return leaves
+    def leaves(self, site: Site, own: Own, rng: torch.Generator) -> Leaves:
+        if not self.token_init:
+            rows = (2 * torch.rand(self.soft_token_num, site.width, generator=rng) - 1) * self.init_range
+            return {"soft_embeds": rows}
+        table = input_embedding(own.module)
+        assert table is not None
         return {"soft_embeds": embedded_tokens(table, self.soft_token_num)}
+
+    def acts(self, site: Site) -> Acts:
+        return dataclasses.replace(super().acts(site), expand_ids=dict(self.other_expand_ids), strip=self.strip)
 
     def prompt(self, site: Site, p: dict[str, Tensor]) -> Tensor:
         return p["soft_embeds"]

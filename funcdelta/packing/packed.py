@@ -1,31 +1,30 @@
-"""A method that unlike members share in one stack: ``present · f(mask · p)``, made of any registered method.
+"""A delta that unlike members share in one stack: ``present · f(mask · p)``, around any method.
 
-A *packed* config is the method's own class with the configs that its members came with, its *origins*. Beside the
-method's leaves a member has constants: ``source``, which origin it came from (-1: none); ``size.<name>`` at a site
-where members differ in a paddable size, and ``present`` where some member has no delta. What is longer than the
-member's own size is masked before the method's functions see it, and what a member without the delta would give is
-replaced by what the site gave, so that neither has a gradient and no optimiser can make either matter. A gradient of
-zero is not enough for that: in a backward pass 0 times NaN is NaN. So what goes into the functions of a member that has
-no delta is chosen, too, and what they compute finds no way back.
+A *packed* config holds the configs that its members came with, its *origins*, and does what the first of them does.
+Beside the method's leaves a member has constants: ``source``, which origin it came from (-1: none); ``size.<name>`` at
+a site where members differ in the size of axes of that name, and ``present`` where some member has no delta. What is
+longer than the member's own size is masked before the method's functions see it, and what a member without the delta
+would give is replaced by what the site gave, so that neither has a gradient and no optimiser can make either matter. A
+gradient of zero is not enough for that: in a backward pass 0 times NaN is NaN. So what goes into the functions of a
+member that has no delta is chosen, too, and what they compute finds no way back.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from ..config import DERIVED, AutoDeltaConfig, BaseDeltaConfig
 from ..errors import ConfigError
+from ..methods.acts import Acts
+from ..methods.config import AutoDeltaConfig, BaseDeltaConfig, register
+from ..methods.leaf import Leaf, Leaves, as_leaves, growing
+from ..sites.own import Own
 from ..sites.site import Site
-
-PACKED = "packed."
-"""Before the delta type of the method that members share."""
 
 SIZE = "size."
 OWN_LEAVES = ("present", "source")
@@ -65,16 +64,17 @@ class Origin:
         return cls(config, None if sites is None else tuple(sites), data.get("stack"))
 
 
+@register("packed")
 @dataclass(frozen=True)
 class Packed(BaseDeltaConfig):
-    """The part of a packed config that is the same for every method; :func:`packed_class` adds the method.
+    """What :func:`funcdelta.pack` makes of configs that share a slot; they are alike in all that a call reads.
 
     Attributes:
         origins: the configs that members came with; a member's ``source`` counts them.
         optional: whether there are members without any of them.
     """
 
-    method: ClassVar[type[BaseDeltaConfig]]
+    composed: ClassVar[bool] = True
 
     origins: tuple[Origin, ...] = field(default=(), repr=False)
     optional: bool = False
@@ -86,172 +86,140 @@ class Packed(BaseDeltaConfig):
             raise ConfigError(f"{type(self).__name__} needs origins: it is made by fd.pack.")
         object.__setattr__(self, "origins", origins)
 
+    @property
+    def method(self) -> BaseDeltaConfig:
+        """The config whose functions all members share."""
+        return self.origins[0].config
+
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "origins": [origin.to_dict() for origin in self.origins]}
 
-    def __reduce__(self) -> Any:
-        # The class is made when it is needed, so that nothing can look it up by name.
-        return _made_again, (self.method, {f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+    # -- what the method is asked ----------------------------------------------------------------------------------
 
-    def baked(self) -> Self:
-        origins = tuple(dataclasses.replace(origin, config=origin.config.baked()) for origin in self.origins)
-        return super().baked().replace(origins=origins)
+    def gives(self, function: str) -> bool:
+        return self.method.gives(function)
 
-    # -- what members have -----------------------------------------------------------------------------------------
+    def takes_parts(self) -> bool:
+        return self.method.takes_parts()
 
-    def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
-        """The leaves of the first origin at ``site``, as large as the largest one's, with the site's constants."""
-        first = self._first(site.path)
-        leaves = self.padded(site, first.config.init(site, rng))
-        sizes = first.config.padding(site)
-        leaves |= {SIZE + name: torch.tensor(float(sizes[name].size)) for name in self._unlike(site)}
-        return leaves | ({"present": torch.ones(())} if self._lacking(site.path) else {})
+    def spans(self, names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+        return self.method.spans(names)
 
-    def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> dict[str, Tensor]:
-        leaves = {name: torch.tensor(float(getattr(self.origins[0].config, name))) for name in self.varying}
-        return super().shared(sites, rng) | leaves | {"source": torch.zeros(())}
+    def own_sites(self, backbone: nn.Module) -> list[str] | None:
+        return self.method.own_sites(backbone)
 
-    def constants(self, site: Site) -> tuple[str, ...]:
-        present = ("present",) if self._lacking(site.path) else ()
-        unlike = tuple(SIZE + name for name in self._unlike(site))
-        return (*super().constants(site), *unlike, *present, "source", *self.varying)
+    def describe(self, site: Site, module: nn.Module) -> Site:
+        return self.method.describe(site, module)
+
+    def spread(self, path: str, module: nn.Module) -> Iterator[str]:
+        return self.method.spread(path, module)
 
     def check(self, site: Site) -> str | None:
         own = (origin.config.check(site) for origin in self.origins if origin.at(site.path))
         return next((why for why in own if why is not None), None)
 
-    def present(self, p: Mapping[str, Tensor]) -> Tensor | None:
-        return p.get("present")
+    def baked(self) -> Self:
+        origins = tuple(dataclasses.replace(origin, config=origin.config.baked()) for origin in self.origins)
+        return self.replace(origins=origins)
 
-    # -- a member's functions --------------------------------------------------------------------------------------
+    # -- what members have -----------------------------------------------------------------------------------------
 
-    def own(self, site: Site, p: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The method's own leaves, masked beyond the member's sizes, and all of them where it has no delta."""
-        found = {leaf: t for leaf, t in p.items() if leaf not in OWN_LEAVES and not leaf.startswith(SIZE)}
-        if "present" in p:
-            found = {leaf: harmless(p, t) for leaf, t in found.items()}
-        if any(leaf.startswith(SIZE) for leaf in p):
-            for name, paddable in self.padding(site).items():
-                if SIZE + name in p:
-                    for leaf, axis in paddable.axes.items():
-                        found[leaf] = masked(found[leaf], axis, p[SIZE + name], paddable.pieces.get(leaf, 1))
-        return found
+    def leaves(self, site: Site, own: Own, rng: torch.Generator) -> Leaves:
+        """The leaves of the first origin at ``site``, as large as the largest one's, with the site's constants."""
+        here = [origin for origin in self.origins if origin.at(site.path)] or [self.origins[0]]
+        drawn = [as_leaves(origin.config.leaves(site, own, rng), "init") for origin in here[:1]]
+        drawn += [
+            as_leaves(origin.config.leaves(site, own, torch.Generator().manual_seed(0)), "init") for origin in here[1:]
+        ]
+        first = drawn[0]
+        shapes = [{name: tuple(leaf.value.shape) for name, leaf in each.items()} for each in drawn]
+        found = dict(first)
+        for name, axes in growing({leaf: one.axes for leaf, one in first.items()}).items():
+            sizes = [axes.size(each) for each in shapes]
+            for leaf, axis in axes.axes.items():
+                longest = longer(found[leaf].value, axis, max(sizes), axes.pieces[leaf])
+                found[leaf] = found[leaf]._replace(value=longest)
+            if min(sizes) != max(sizes):
+                found[SIZE + name] = Leaf(torch.tensor(float(sizes[0])), trains=False)
+        return found | ({"present": Leaf(torch.ones(()), trains=False)} if self._lacking(site.path) else {})
 
-    def padded(self, site: Site, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``leaves`` of one member, as long as the largest origin's by zeros."""
-        found = dict(leaves)
-        for name, paddable in self.padding(site).items():
-            for leaf, axis in paddable.axes.items():
-                found[leaf] = longer(found[leaf], axis, self._sizes(site)[name][1], paddable.pieces.get(leaf, 1))
-        return found
+    def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> Leaves:
+        varying = {name: float(getattr(self.method, name)) for name in self.varying} | {"source": 0.0}
+        constants = {name: Leaf(torch.tensor(value), trains=False) for name, value in varying.items()}
+        return {**self.method.shared(sites, rng), **constants}
 
-    # -- what origins have -----------------------------------------------------------------------------------------
-
-    def _first(self, path: str) -> Origin:
-        return next((origin for origin in self.origins if origin.at(path)), self.origins[0])
-
-    def _lacking(self, path: str) -> bool:
-        """Whether some member has no delta at ``path``."""
-        return self.optional or not all(origin.at(path) for origin in self.origins)
-
-    def _unlike(self, site: Site) -> list[str]:
-        """The paddable sizes at ``site`` in which origins differ."""
-        return [name for name, (least, most) in self._sizes(site).items() if least != most]
-
-    def _sizes(self, site: Site) -> dict[str, tuple[int, int]]:
-        """The least and the most of every paddable size among the origins at ``site``."""
-        key = (site.path, site.in_features, site.out_features)
-        if key not in self._known:
-            found: dict[str, tuple[int, int]] = {}
-            for origin in self.origins:
-                for name, paddable in origin.config.padding(site).items() if origin.at(site.path) else ():
-                    least, most = found.get(name, (paddable.size, paddable.size))
-                    found[name] = min(least, paddable.size), max(most, paddable.size)
-            self._known[key] = found
-        return self._known[key]
-
-    @functools.cached_property
-    def _known(self) -> dict[Any, dict[str, tuple[int, int]]]:
-        return {}
-
-    @functools.cached_property
-    def varying(self) -> tuple[str, ...]:
-        """The fields in which origins differ and that the method takes from leaves."""
-        return tuple(
-            name for name in self.as_leaves if len({getattr(origin.config, name) for origin in self.origins}) > 1
-        )
-
-
-@functools.cache
-def packed_class(method: type[BaseDeltaConfig]) -> type[Packed]:
-    """The packed config class of ``method``: the same functions on masked leaves, without effect where absent.
-
-    >>> packed_class(fd.LoraConfig).delta_type, issubclass(packed_class(fd.LoraConfig), fd.LoraConfig)
-    ('packed.lora', True)
-    """
-    functions: dict[str, Any] = {}
-
-    def give(function: Any) -> None:
-        if method.gives(function.__name__):
-            functions[function.__name__] = function
-
-    # Typed as they are used: the class that they become part of is of both kinds.
-    of_method: Any = method
-
-    @give
-    def before(self: Packed, site: Site, p: dict[str, Tensor], x: Tensor) -> Tensor:
-        return where_present(p, of_method.before(self, site, self.own(site, p), one_way(p, x)), x)
-
-    @give
-    def after(self: Packed, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
-        return where_present(p, of_method.after(self, site, self.own(site, p), one_way(p, y), one_way(p, x)), y)
-
-    @give
-    def weights(self: Packed, site: Site, p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
-        # Not one_way: that would be n copies of every tensor here, those too that the method leaves as they are.
-        changed = of_method.weights(self, site, self.own(site, p), w)
-        if "present" not in p:
-            return changed
-        # A tensor that the module does not have, such as a bias, is as if it were zero.
-        olds = {name: w[name] if name in w else torch.zeros_like(tensor) for name, tensor in changed.items()}
-        return {
-            name: tensor if tensor is olds[name] else where_present(p, tensor, olds[name])
-            for name, tensor in changed.items()
-        }
-
-    @give
-    def attend(self: Packed, site: Site, p: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return of_method.attend(self, site, self.own(site, p))
-
-    @give
-    def prompt(self: Packed, site: Site, p: dict[str, Tensor]) -> Tensor:
-        return of_method.prompt(self, site, self.own(site, p))
-
-    @give
-    def fill(self: Packed, site: Site, leaves: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-        return leaves | self.padded(site, of_method.fill(self._first(site.path).config, site, leaves, module))
-
-    @give
-    def expand(self: Packed, sites: tuple[Site, ...], p: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    def expand(self, sites: tuple[Site, ...], p: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         passed = {leaf: p[leaf] for leaf in ("source", *self.varying)}
         written = {leaf: tensor for leaf, tensor in p.items() if leaf not in passed}
         # A member without the delta at any site: its source says so, for present is known site by site.
         here = {"present": p["source"] + 1}
         written = {leaf: harmless(here, tensor) for leaf, tensor in written.items()}
-        found = of_method.expand(self, sites, written) if written else {site.path: {} for site in sites}
+        found = self.method.expand(sites, written) if written else {site.path: {} for site in sites}
         return {path: leaves | passed for path, leaves in found.items()}
 
-    made = type(f"Packed{method.__name__}", (Packed, method), {"__module__": __name__, **functions})
-    made.delta_type = PACKED + method.delta_type if method.delta_type else ""
-    made.method = method
-    return dataclass(frozen=True)(made)
+    # -- a member's functions --------------------------------------------------------------------------------------
+
+    def acts(self, site: Site) -> Acts:
+        acts = self.method.acts(site)
+        before, after, weights, attend, prompt = acts.before, acts.after, acts.weights, acts.attend, acts.prompt
+
+        def own(p: dict[str, Tensor]) -> dict[str, Tensor]:
+            return members_own(site, p)
+
+        def packed_weights(p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
+            assert weights is not None
+            # Not one_way: that would be n copies of every tensor here, those too that the method leaves as they are.
+            changed = weights(own(p), w)
+            if "present" not in p:
+                return changed
+            # A tensor that the module does not have, such as a bias, is as if it were zero.
+            olds = {name: w[name] if name in w else torch.zeros_like(tensor) for name, tensor in changed.items()}
+            return {
+                name: tensor if tensor is olds[name] else where_present(p, tensor, olds[name])
+                for name, tensor in changed.items()
+            }
+
+        return dataclasses.replace(
+            acts,
+            before=before and (lambda p, x: where_present(p, before(own(p), one_way(p, x)), x)),
+            after=after and (lambda p, y, x: where_present(p, after(own(p), one_way(p, y), one_way(p, x)), y)),
+            weights=weights and packed_weights,
+            attend=attend and (lambda p: attend(own(p))),
+            prompt=prompt and (lambda p: prompt(own(p))),
+            factors=None,
+            present=lambda p: p.get("present"),
+        )
+
+    # -- what origins have -----------------------------------------------------------------------------------------
+
+    def _lacking(self, path: str) -> bool:
+        """Whether some member has no delta at ``path``."""
+        return self.optional or not all(origin.at(path) for origin in self.origins)
+
+    @property
+    def varying(self) -> tuple[str, ...]:
+        """The fields in which origins differ and that the method takes from leaves."""
+        method = self.method
+        return tuple(
+            name for name in method.as_leaves if len({getattr(origin.config, name) for origin in self.origins}) > 1
+        )
 
 
-DERIVED[PACKED.removesuffix(".")] = packed_class
+def members_own(site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The method's own leaves, masked beyond the member's sizes, and harmless where it has no delta.
 
-
-def _made_again(method: type[BaseDeltaConfig], fields: dict[str, Any]) -> Packed:
-    return packed_class(method)(**fields)
+    >>> site = Site("0", "linear", "Linear", None, None, 2, 2, axes=(("lora_B", ". rank"),))
+    >>> members_own(site, {"lora_B": torch.ones(1, 2), "size.rank": torch.tensor(1.0), "source": torch.tensor(0.0)})
+    {'lora_B': tensor([[1., 0.]])}
+    """
+    found = {leaf: t for leaf, t in p.items() if leaf not in OWN_LEAVES and not leaf.startswith(SIZE)}
+    if "present" in p:
+        found = {leaf: harmless(p, t) for leaf, t in found.items()}
+    if any(leaf.startswith(SIZE) for leaf in p):
+        for name, axes in growing(dict(site.axes)).items():
+            for leaf, axis in axes.axes.items() if SIZE + name in p else ():
+                found[leaf] = masked(found[leaf], axis, p[SIZE + name], axes.pieces[leaf])
+    return found
 
 
 def where_present(p: Mapping[str, Tensor], new: Tensor, old: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import BaseDeltaConfig
 from ..errors import ParamsError
+from ..methods.config import BaseDeltaConfig
+from ..methods.leaf import growing
 from ..model import DeltaModel
 from ..planning.plan import Attachment
 from ..planning.sharing import Shared
-from .packed import SIZE, Packed, shorter
+from .packed import SIZE, Packed, longer, shorter
 from .slots import Chunk, Slot, sites_of
 
 
@@ -77,10 +78,13 @@ def _row(
         if alone is None or own is None:
             given |= dict.fromkeys(unlike.values(), 1.0)
             continue
-        sizes = alone.config.padding(alone.site)
-        given |= {key: float(sizes[name].size) for name, key in unlike.items()}
+        axes = growing(alone.axes)
+        given |= {key: float(axes[name].size(alone.own)) for name, key in unlike.items()}
         leaves = {leaf: params[key] for leaf, key in alone.leaves.items() if key in alone.shapes}
-        given |= {packed.leaves[leaf]: value for leaf, value in config.padded(packed.site, leaves).items()}
+        for own_axes in axes.values():
+            for leaf, axis in own_axes.axes.items():
+                leaves[leaf] = longer(leaves[leaf], axis, own_axes.size(packed.own), own_axes.pieces[leaf])
+        given |= {packed.leaves[leaf]: value for leaf, value in leaves.items()}
         shared = own.shared.leaves.values() if own.shared is not None else ()
         example = next(iter([*leaves.values(), *(params[key] for key in shared)]))
         for key in (*packed.shapes, *group.shapes):
@@ -131,8 +135,8 @@ def taken_out(
         for path, a in alone.sites.items():
             packed = shelf.sites[path]
             leaves = {leaf: params[packed.leaves[leaf]] for leaf, key in a.leaves.items() if key in a.shapes}
-            for paddable in a.config.padding(a.site).values():
-                for leaf, axis in paddable.axes.items():
-                    leaves[leaf] = shorter(leaves[leaf], axis, paddable.size, paddable.pieces.get(leaf, 1))
+            for axes in growing(a.axes).values():
+                for leaf, axis in axes.axes.items():
+                    leaves[leaf] = shorter(leaves[leaf], axis, axes.size(a.own), axes.pieces[leaf])
             found |= {a.leaves[leaf]: value for leaf, value in leaves.items()}
     return {name: found[name] for name in own.names}

@@ -14,19 +14,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import BaseDeltaConfig
 from ..errors import ParamsError
+from ..methods.config import BaseDeltaConfig
+from ..methods.leaf import growing
 from ..model import DeltaModel
 from ..planning.plan import Attachment
 from ..planning.sharing import Shared
 from ..stacks.params import members
-from .packed import Origin, Packed, packed_class
-
-NOT_DONE_BY_A_CALL = (
-    *("modified_modules", "exclude_modules", "unfrozen_modules", "unfrozen_init", "common_structure", "name"),
-    *("backbone_class", "backbone_checkpoint_name", "backbone_hash"),
-)
-"""Fields that have done their work when a delta has been built."""
+from .packed import Origin, Packed
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ class Slot:
     def why_not(self, config: BaseDeltaConfig, own: Mapping[str, Attachment], group: Shared | None) -> str | None:
         """Why ``config`` cannot share this slot, ``"size"`` for leaves whose sizes differ and cannot be padded."""
         known = self.origins[0].config
-        if type(known) is not type(config) or _fixed(known) != _fixed(config):
+        if known.alike() != config.alike():
             return "method"
         same_sites = own.keys() == self.sites.keys()
         parts = any(a.site.parts for a in (*own.values(), *self.sites.values()))
@@ -86,7 +81,7 @@ class Slot:
                 f"{self.name} makes inputs longer, so members with it and without it, or of unlike length, cannot "
                 f"share a batch: pack those of one length by themselves."
             )
-        fields: dict[str, Any] = {f.name: getattr(first, f.name) for f in dataclasses.fields(first)}
+        fields: dict[str, Any] = {f.name: getattr(first, f.name) for f in dataclasses.fields(BaseDeltaConfig)}
         if not self.whole:
             ends = [(path, a.site.exit or path) for path, a in self.sites.items()]
             names = [end for pair in ends for end in pair] if first.gives("spans") else [path for path, _ in ends]
@@ -95,10 +90,12 @@ class Slot:
                 "exclude_modules": None,
                 "common_structure": None,
             }
+        if fields["modified_modules"] is None and first.default_modified_modules:
+            fields["modified_modules"] = first.default_modified_modules
         fields |= {"name": _free_name(self.name, taken, self.sites, delta.backbone), "unfrozen_modules": ("deltas",)}
         every = self.sites.keys()
         origins = (o if set(o.sites or ()) != every else dataclasses.replace(o, sites=None) for o in self.origins)
-        return packed_class(type(first))(**fields, origins=tuple(origins), optional=not everyone)
+        return Packed(**fields, origins=tuple(origins), optional=not everyone)
 
 
 def place(chunk: Chunk, slots: list[Slot], padding: str) -> tuple[int, ...]:
@@ -146,22 +143,16 @@ def _shared_shapes(group: Shared | None) -> dict[str, tuple[int, ...]]:
     return {} if group is None else {leaf: group.shapes[key] for leaf, key in group.leaves.items()}
 
 
-def _fixed(config: BaseDeltaConfig) -> dict[str, Any]:
-    """The fields of which a call depends by other ways than through leaves."""
-    free = (*NOT_DONE_BY_A_CALL, *config.in_leaves, *config.as_leaves)
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in free}
-
-
 def _shapes(a: Attachment) -> dict[str, list[int]]:
     """The shapes of the leaves that a site has for itself."""
-    return {leaf: list(a.shapes[key]) for leaf, key in a.leaves.items() if key in a.shapes}
+    return {leaf: list(shape) for leaf, shape in a.own.items()}
 
 
 def _beside_padding(a: Attachment) -> dict[str, list[int]]:
     """The same, with 0 for the sizes that may be made longer."""
     shapes = _shapes(a)
-    for paddable in a.config.padding(a.site).values():
-        for leaf, axis in paddable.axes.items():
+    for axes in growing(a.axes).values():
+        for leaf, axis in axes.axes.items():
             shapes[leaf][axis] = 0
     return shapes
 

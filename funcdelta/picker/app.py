@@ -21,10 +21,10 @@ from flask import Blueprint, Flask, Response, abort, jsonify, request
 from torch import nn
 from werkzeug.exceptions import HTTPException
 
-from ..config import METHODS, BaseDeltaConfig
 from ..errors import FuncdeltaError
 from ..inspect.folding import folded
 from ..inspect.nodes import Node
+from ..methods.config import METHODS, BaseDeltaConfig
 from .choice import assess, usual
 from .naming import paths_of
 

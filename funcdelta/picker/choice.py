@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..config import BaseDeltaConfig
 from ..errors import FuncdeltaError, MatchError
+from ..methods.config import BaseDeltaConfig
 from ..model import DeltaModel
 from .naming import exact_names, short_names
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..config import BaseDeltaConfig
 from ..errors import ConfigError
+from ..methods.config import BaseDeltaConfig
 from .choice import at
 from .picking import pick
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..config import BaseDeltaConfig
 from ..errors import ConfigError, PickError
+from ..methods.config import BaseDeltaConfig
 from .naming import exact_names, short_names
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import BaseDeltaConfig
 from ..errors import MatchError
+from ..methods.config import BaseDeltaConfig
 from ..sites.site import Shapes, Site
 
 
@@ -46,12 +46,12 @@ def _last(order: tuple[int, ...] | None, axes: int) -> int:
 
 
 def in_order(method: Callable[..., Any], order: tuple[int, ...] | None) -> Callable[..., Any]:
-    """``method(site, p, *values)`` on values permuted to ``order``, with its result permuted back.
+    """``method(p, *values)`` on values permuted to ``order``, with its result permuted back.
 
     Values with another number of axes stay as they are.
 
-    >>> double = in_order(lambda site, p, y: y * torch.arange(2.0), (0, 2, 1))
-    >>> double(None, {}, torch.ones(1, 2, 3))
+    >>> double = in_order(lambda p, y: y * torch.arange(2.0), (0, 2, 1))
+    >>> double({}, torch.ones(1, 2, 3))
     tensor([[[0., 0., 0.],
              [1., 1., 1.]]])
     """
@@ -59,8 +59,8 @@ def in_order(method: Callable[..., Any], order: tuple[int, ...] | None) -> Calla
         return method
     axes, back = len(order), tuple(order.index(axis) for axis in range(len(order)))
 
-    def act(site: Site, p: dict[str, Tensor], *values: Tensor) -> Any:
-        result = method(site, p, *(value.permute(order) if value.ndim == axes else value for value in values))
+    def act(p: dict[str, Tensor], *values: Tensor) -> Any:
+        result = method(p, *(value.permute(order) if value.ndim == axes else value for value in values))
         if values[0].ndim != axes or not isinstance(result, Tensor):
             return result
         # As contiguous as the model's own value, whose reader may take a view of it.

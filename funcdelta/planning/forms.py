@@ -12,8 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..config import BaseDeltaConfig
 from ..errors import ConfigError
+from ..methods.acts import Acts
+from ..methods.config import BaseDeltaConfig
 from ..pytrees.drawing import own_defaults
 from ..sites.forwards import is_plain
 from ..sites.site import Site
@@ -42,12 +43,13 @@ def compare_forms(
     with own_defaults():
         x = _input(site)
     own = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
-    known = x is not None and not site.own_forward and not site.packed and config.unmergeable(site) is None
+    acts = config.acts(dataclasses.replace(site, training=False))
+    known = x is not None and not site.own_forward and not site.packed and acts.unmergeable is None
     plain = all(is_plain(t) for t in own.values()) and not any(t.is_meta for t in own.values())
     if x is None or not known or not plain or not own or sum(t.numel() for t in own.values()) > LARGEST:
         return
     with torch.inference_mode(False), torch.no_grad(), outside_transforms(), own_defaults():
-        found = _both(config, dataclasses.replace(site, training=False), module, _moved(p, constants), x)
+        found = _both(acts, config.axis_order, module, _moved(p, constants), x)
     if found is None:
         return
     values, weights = found
@@ -64,7 +66,7 @@ def compare_forms(
 
 
 def _both(
-    config: BaseDeltaConfig, site: Site, module: nn.Module, p: dict[str, Tensor], x: Tensor
+    acts: Acts, order: tuple[int, ...] | None, module: nn.Module, p: dict[str, Tensor], x: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """The output by activations and by weights; ``None`` where either raises, as the first call will, with its site."""
     copied = copy_structure(module).eval().double()
@@ -75,12 +77,13 @@ def _both(
     p = {leaf: tensor.to(device) for leaf, tensor in p.items()}
     own = {name: tensor for name, tensor in copied._parameters.items() if tensor is not None}
     try:
-        entering = in_order(config.before, config.axis_order)(site, p, x) if config.gives("before") else x
+        entering = in_order(acts.before, order)(p, x) if acts.before is not None else x
         leaving = copied(entering)
         values = leaving
-        if config.gives("after"):
-            values = in_order(config.after, config.axis_order)(site, p, leaving, entering)
-        for name, tensor in config.weights(site, p, dict(own)).items():
+        if acts.after is not None:
+            values = in_order(acts.after, order)(p, leaving, entering)
+        assert acts.weights is not None
+        for name, tensor in acts.weights(p, dict(own)).items():
             copied._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         return values, copied(x)
     except Exception:  # the method's own error is told with its site when it is first called
@@ -110,7 +113,7 @@ def _input(site: Site) -> Tensor | None:
         return torch.randint(site.in_features, (2, 3), generator=rng)
     if site.kind in ("linear", "transposed_linear") or (site.kind == "norm" and site.channel_axis == -1):
         return torch.randn(2, 3, site.in_features, generator=rng)
-    if site.kind in ("conv1d", "conv2d", "conv3d"):
+    if site.kind in ("conv1d", "conv2d", "conv3d", "transposed_conv"):
         sizes = zip(site.option("kernel_size"), site.option("dilation"), strict=True)
         return torch.randn(2, site.in_features, *[(k - 1) * d + 3 for k, d in sizes], generator=rng)
     return None

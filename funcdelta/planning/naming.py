@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..config import BaseDeltaConfig
 from ..errors import MatchError
 from ..match import near, within
+from ..methods.config import BaseDeltaConfig
 from ..sites.structure import is_quantised
 from ..structures import Names, Parts
 
@@ -122,7 +122,7 @@ def _excluded(
 
 def _acceptable(config: BaseDeltaConfig, path: str, parts: Parts, known: Names) -> Parts:
     """The parts as the method takes them, in their order: all are the whole output for one that knows no parts."""
-    if not parts or config.acts_on_parts:
+    if not parts or config.takes_parts():
         return tuple(sorted(parts, key=lambda part: part.start))
     called, every = known.of(path), known.parts(path)
     if set(parts) == set(every):

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..config import BaseDeltaConfig
 from ..errors import ConfigError, MatchError
 from ..match import within
+from ..methods.acts import Acts
+from ..methods.config import BaseDeltaConfig
+from ..methods.leaf import Leaf, as_leaves, values_of
 from ..pytrees.drawing import own_defaults
 from ..randomness import refuse_draws
+from ..sites.own import Own
 from ..sites.site import AttentionShape, Shapes, Site, site_of
 from ..sites.structure import is_quantised
 from ..structures import Names, Parts
@@ -41,6 +44,8 @@ class Attachment:
             give nothing else, and where a formula on hidden values would not hold (see ``acts_by_weights``).
         by_values: whether it acts on the hidden values that enter or leave the site.
         key: the key in params of the first leaf, own or shared, which stands for all.
+        leading: the leaf whose precision the method computes in, the first that trains.
+        adds_keys: whether the delta adds keys and values to the site's attention.
         prompt_rows: how many positions it adds before the input.
         read_by_parent: whether the module above reads the site's tensors and never calls it.
         has_two_forms: whether it acts on hidden values, and could as well by rewriting the site's tensors.
@@ -56,14 +61,11 @@ class Attachment:
     by_weights: bool
     by_values: bool
     key: str
+    leading: str
+    adds_keys: bool = False
     prompt_rows: int = 0
     has_two_forms: bool = False
     read_by_parent: bool = False
-
-    @property
-    def adds_keys(self) -> bool:
-        """Whether the delta adds keys and values to the site's attention."""
-        return self.config.gives("attend")
 
     @property
     def ends(self) -> tuple[str, ...]:
@@ -81,6 +83,20 @@ class Attachment:
     def at(self, training: bool) -> Site:
         """The site in training or evaluation mode."""
         return self.site if self.site.training == training else dataclasses.replace(self.site, training=training)
+
+    def acts(self, training: bool = False) -> Acts:
+        """What the delta does here, in training or evaluation mode."""
+        return self.config.acts(self.at(training))
+
+    @property
+    def axes(self) -> dict[str, str]:
+        """What the axes of its own leaves are called, ``{leaf: names}``."""
+        return dict(self.site.axes)
+
+    @property
+    def own(self) -> dict[str, tuple[int, ...]]:
+        """``{leaf: shape}`` of the leaves that no other site has."""
+        return {leaf: self.shapes[key] for leaf, key in self.leaves.items() if key in self.shapes}
 
 
 @dataclass
@@ -225,12 +241,6 @@ def build_plan(
     modules = dict(backbone.named_modules(remove_duplicate=False))
     canonical = {id(module): path for path, module in backbone.named_modules()}
     for config in configs:
-        if not any(config.gives(function) for function in ("before", "after", "weights", "attend", "prompt")):
-            raise ConfigError(
-                f"{type(config).__name__} gives none of before, after, weights, attend and prompt: it would do nothing."
-            )
-        if config.axis_order is not None and not _by_values(config):
-            raise ConfigError(f"axis_order: {type(config).__name__} acts on no hidden value; leave it out.")
         if config.gives("spans") and not config.gives("after"):
             raise ConfigError(f"{type(config).__name__} gives spans, which only after can act on, and no after.")
     names = _delta_names(configs)
@@ -263,6 +273,7 @@ def build_plan(
             shared.append(group)
         for site in own:
             path = site.path
+            _check_acts(config, config.acts(site))
             if isinstance(getattr(modules[path], name, None), (nn.Module, Tensor)):
                 raise MatchError(
                     f"{path} already has a child {name!r}: give the config another name, name={name + '_delta'!r}."
@@ -323,7 +334,7 @@ def _sites(
 
 def _unknown(config: BaseDeltaConfig, sites: Sequence[Site]) -> Iterator[str]:
     """The modules whose numbers of features ``config`` may need and has not told; keys and values need none."""
-    if config.gives("attend") and not _by_values(config):
+    if config.gives("attend") and not (config.gives("before") or config.gives("after")):
         return
     for site in sites:
         if site.exit is not None:
@@ -392,52 +403,71 @@ def _attach(
     compared: set[tuple[BaseDeltaConfig, Site]],
 ) -> Attachment:
     """The delta of ``config`` at ``site``; ``compared`` are the sites but for their paths whose forms agree."""
-    with refuse_draws(f"{type(config).__name__}.init"), own_defaults():
-        leaves = config.init(site, torch.Generator().manual_seed(0))
+    module, who = modules[site.path], f"{type(config).__name__}.init"
+    with refuse_draws(who), own_defaults():
+        leaves = as_leaves(config.leaves(site, Own(module), torch.Generator().manual_seed(0)), who)
     common = group.leaves if group is not None else {}
-    constants = config.constants(site)
-    if not (leaves or common) or set(constants) - leaves.keys() - common.keys():
-        raise ConfigError(f"{type(config).__name__}.init gave {sorted(leaves)}; constants are {sorted(constants)}.")
+    if not (leaves or common):
+        raise ConfigError(f"{who} gave no leaves at {site.path}.")
     above = f"{site.path}.{name}" if site.path else name
     keys = {leaf: f"{above}.{leaf}" for leaf in leaves}
     given = group.expanded[site.path] if group is not None and group.expanded else common
     twice = sorted(given.keys() & keys.keys())
     if twice:
         raise ConfigError(f"{type(config).__name__} gives {twice[0]!r} at {site.path} and as a shared leaf.")
-    if site.dtype.is_complex and not any(leaf.is_complex() for leaf in leaves.values()):
+    if site.dtype.is_complex and not any(leaf.value.is_complex() for leaf in leaves.values()):
         raise MatchError(
             f"{config.delta_type} cannot act at {site.path}: {site.module_type} computes in {site.dtype}, and the "
             f"leaves of {config.delta_type} are real. Leave it out: exclude_modules=[{site.path!r}]."
         )
+    site = dataclasses.replace(site, axes=tuple((leaf, one.axes) for leaf, one in leaves.items() if one.axes))
+    acts = config.acts(site)
     uncalled = [path for path in (site.path, site.exit) if path is not None and _read_by_parent(path, modules)]
-    if uncalled and not config.gives("weights"):
+    if uncalled and acts.weights is None:
         raise MatchError(
             f"{uncalled[0]} is read by the module above and never called, and {config.delta_type} has no weights "
             f"form: name {uncalled[0].rpartition('.')[0]} instead."
         )
     by_weights = bool(uncalled) or acts_by_weights(config, site)
-    if not by_weights and config.gives("weights") and _by_values(config):
+    constants = {leaf for leaf, one in leaves.items() if not one.trains}
+    still = constants | ({leaf for leaf, key in common.items() if key in group.constants} if group else set())
+    if not by_weights and acts.weights is not None and acts.by_values:
         as_config = dataclasses.replace(site, path="")
         if (config, as_config) not in compared:
             compared.add((config, as_config))
-            p = _leaves_at(config, site, leaves, group)
-            compare_forms(config, site, modules[site.path], p, frozenset(constants))
-    by_values = not by_weights and _by_values(config)
+            compare_forms(config, site, module, _leaves_at(config, site, leaves, group), frozenset(still))
+    all_keys = keys | given
     return Attachment(
         name=name,
         config=config,
         site=site,
-        leaves=keys | given,
-        shapes={keys[leaf]: tuple(tensor.shape) for leaf, tensor in leaves.items()},
-        dtypes={keys[leaf]: site.leaf_dtype if t.is_floating_point() else t.dtype for leaf, t in leaves.items()},
-        constants=tuple(keys[leaf] for leaf in constants if leaf in keys),
+        leaves=all_keys,
+        shapes={keys[leaf]: tuple(one.value.shape) for leaf, one in leaves.items()},
+        dtypes={keys[leaf]: _dtype(site, one.value) for leaf, one in leaves.items()},
+        constants=tuple(keys[leaf] for leaf in leaves if leaf in constants),
         key=next(iter((keys or common).values())),
+        leading=next((leaf for leaf in all_keys if leaf not in still), next(iter(all_keys))),
+        adds_keys=acts.attend is not None,
         by_weights=by_weights,
-        by_values=by_values,
-        prompt_rows=_prompt_rows(config, site, leaves, group) if config.gives("prompt") else 0,
+        by_values=not by_weights and acts.by_values,
+        prompt_rows=_prompt_rows(config, acts, site, leaves, group) if acts.prompt is not None else 0,
         read_by_parent=bool(uncalled),
-        has_two_forms=by_values and _has_weights_form(config, site, modules[site.path]),
+        has_two_forms=not by_weights and acts.by_values and _has_weights_form(acts, site, module),
     )
+
+
+def _check_acts(config: BaseDeltaConfig, acts: Acts) -> None:
+    """Refuse a config that would do nothing, or that says something of hidden values and acts on none."""
+    if not acts.anything:
+        raise ConfigError(
+            f"{type(config).__name__} gives none of before, after, weights, attend and prompt: it would do nothing."
+        )
+    if config.axis_order is not None and not acts.by_values:
+        raise ConfigError(f"axis_order: {type(config).__name__} acts on no hidden value; leave it out.")
+
+
+def _dtype(site: Site, value: Tensor) -> torch.dtype:
+    return site.leaf_dtype if value.is_floating_point() else value.dtype
 
 
 def acts_by_weights(config: BaseDeltaConfig, site: Site) -> bool:
@@ -452,11 +482,12 @@ def acts_by_weights(config: BaseDeltaConfig, site: Site) -> bool:
     >>> [acts_by_weights(fd.LoraConfig(), site_of("0", layer(2, 2))) for layer in (nn.Linear, Doubled)]
     [False, True]
     """
-    if not _by_values(config):
-        return not (config.gives("attend") or config.gives("prompt"))
-    if not config.gives("weights") or config.holds_on_values(site):
+    acts = config.acts(site)
+    if not acts.by_values:
+        return acts.attend is None and acts.prompt is None
+    if acts.weights is None or acts.exact:
         return False
-    refusal = config.unmergeable(site)
+    refusal = acts.unmergeable
     if refusal is not None:
         raise MatchError(
             f"{config.delta_type} cannot act at {site.path}: what the forward of {site.module_type} makes of the "
@@ -466,33 +497,32 @@ def acts_by_weights(config: BaseDeltaConfig, site: Site) -> bool:
     return True
 
 
-def _has_weights_form(config: BaseDeltaConfig, site: Site, module: nn.Module) -> bool:
+def _has_weights_form(acts: Acts, site: Site, module: nn.Module) -> bool:
     """Whether the method could as well rewrite the tensors of the module at the site, as they are there."""
-    if not config.gives("weights") or config.gives("before") or site.exit is not None or config.unmergeable(site):
+    if acts.weights is None or acts.before is not None or site.exit is not None or acts.unmergeable:
         return False
     own = [tensor for tensor in module._parameters.values() if tensor is not None]
     return not is_parametrized(module) and not any(map(is_quantised, own))
 
 
-def _by_values(config: BaseDeltaConfig) -> bool:
-    """Whether the method acts on hidden values."""
-    return config.gives("before") or config.gives("after")
-
-
 def _leaves_at(
-    config: BaseDeltaConfig, site: Site, leaves: Mapping[str, Tensor], group: Shared | None
+    config: BaseDeltaConfig, site: Site, leaves: Mapping[str, Leaf], group: Shared | None
 ) -> dict[str, Tensor]:
     """All leaves that the method's functions get at ``site``, at their start."""
+    own = values_of(leaves)
     if group is None:
-        return dict(leaves)
-    drawn = config.shared(group.sites, torch.Generator().manual_seed(0))
-    return dict(leaves) | (config.expand(group.sites, drawn)[site.path] if group.expanded else drawn)
+        return own
+    drawn = values_of(as_leaves(config.shared(group.sites, torch.Generator().manual_seed(0)), "shared"))
+    return own | (config.expand(group.sites, drawn)[site.path] if group.expanded else drawn)
 
 
-def _prompt_rows(config: BaseDeltaConfig, site: Site, leaves: dict[str, Tensor], group: Shared | None) -> int:
+def _prompt_rows(
+    config: BaseDeltaConfig, acts: Acts, site: Site, leaves: Mapping[str, Leaf], group: Shared | None
+) -> int:
     """How many rows the method's prompt has, as its leaves at their start tell."""
+    assert acts.prompt is not None
     with own_defaults():
-        rows = config.prompt(site, _leaves_at(config, site, leaves, group))
+        rows = acts.prompt(_leaves_at(config, site, leaves, group))
     if not isinstance(rows, Tensor) or rows.ndim != 2:
         found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
         raise ConfigError(f"{type(config).__name__}.prompt gave {found} at {site.path}; expected rows (P, d).")

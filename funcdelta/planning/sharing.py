@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import BaseDeltaConfig
 from ..errors import ConfigError
+from ..methods.config import BaseDeltaConfig
+from ..methods.leaf import as_leaves, values_of
 from ..pytrees.drawing import own_defaults
 from ..randomness import refuse_draws
 from ..sites.site import Site
@@ -56,9 +57,10 @@ class Shared:
 def share(config: BaseDeltaConfig, name: str, sites: tuple[Site, ...]) -> Shared | None:
     """The shared leaves that ``config`` has for its sites; ``None`` if it has none."""
     with refuse_draws(f"{type(config).__name__}.shared"), own_defaults():
-        leaves = config.shared(sites, torch.Generator().manual_seed(0))
-    if not leaves:
+        given = as_leaves(config.shared(sites, torch.Generator().manual_seed(0)), f"{type(config).__name__}.shared")
+    if not given:
         return None
+    leaves = values_of(given)
     keys = {leaf: f"{name}.{leaf}" for leaf in leaves}
     expanded: dict[str, dict[str, str]] = {}
     if config.gives("expand"):
@@ -66,7 +68,6 @@ def share(config: BaseDeltaConfig, name: str, sites: tuple[Site, ...]) -> Shared
         if set(found) != {site.path for site in sites}:
             raise ConfigError(f"{type(config).__name__}.expand gives leaves for {sorted(found)}; expected every site.")
         expanded = {path: {leaf: f"{path}.{name}.{leaf}" for leaf in found[path]} for path in found}
-    never = {leaf for site in sites for leaf in config.constants(site)}
     dtype = sites[0].leaf_dtype
     return Shared(
         name=name,
@@ -75,7 +76,7 @@ def share(config: BaseDeltaConfig, name: str, sites: tuple[Site, ...]) -> Shared
         leaves=keys,
         shapes={keys[leaf]: tuple(tensor.shape) for leaf, tensor in leaves.items()},
         dtypes={keys[leaf]: dtype if t.is_floating_point() else t.dtype for leaf, t in leaves.items()},
-        constants=tuple(key for leaf, key in keys.items() if leaf in never),
+        constants=tuple(key for leaf, key in keys.items() if not given[leaf].trains),
         expanded=expanded,
     )
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..config import BaseDeltaConfig
 from ..errors import FuncdeltaError, MatchError
+from ..methods.config import BaseDeltaConfig
 from ..sites.site import Site
 from ..transforms import is_wrapped
 

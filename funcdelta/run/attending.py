@@ -6,7 +6,6 @@ needs the numbers that its text has alone. The module that takes the text gets t
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -116,15 +115,15 @@ def _added(call: Call, path: str, bound: Bound, training: bool, query: Tensor, k
     if call.watch is not None and call.lift is not None and call.watch.axis(path, query) != 0:
         raise FoldError(f"{path} attends with rows that are not on the first axis")
     both, _ = act(call, path, bound, training, (slot,), (0,))
-    visible, present = None, attachment.config.present
-    if present(p) is not None or (call.lift is not None and call.lift.present is not None):
+    acts = bound.acts[training]
+    visible, present = None, acts.present
+    if (present is not None and present(p) is not None) or (call.lift is not None and call.lift.present is not None):
 
         def seen(p: Params, slot: Tensor) -> Tensor:
-            shown = present(p)
+            shown = present(p) if present is not None else None
             return torch.ones_like(slot) if shown is None else torch.zeros_like(slot) + shown
 
         visible = seen(p, slot) if call.lift is None else call.lift(seen, p, (slot,), (0,), path)[0]
         visible = visible.flatten() > 0
     keys, values = both.split([shape.key_width, shape.value_width], -1)
-    widen = functools.partial(attachment.config.widen_bias, attachment.at(training))
-    return Added(by_head(keys, shape.heads), by_head(values, shape.heads), visible, widen)
+    return Added(by_head(keys, shape.heads), by_head(values, shape.heads), visible, acts.widen_bias)

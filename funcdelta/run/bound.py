@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, MergeError
 from ..functional.tokenwise import Tokenwise
+from ..methods.acts import Acts
 from ..planning.axes import in_order
 from ..planning.plan import Attachment
 from .attention import joined
@@ -23,10 +22,12 @@ def rewritten(
 
     The arithmetic is done in the leaves' dtype: half-precision weights are raised to it and lowered again.
     """
-    path, dtype = attachment.site.path, _leaf_dtype(p, leading(attachment))
+    path, dtype = attachment.site.path, _leaf_dtype(p, attachment.leading)
+    weights = attachment.acts(training).weights
+    assert weights is not None
     raised = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in own.items()}
     try:
-        changed = attachment.config.weights(attachment.at(training), p, raised)
+        changed = weights(p, raised)
     except KeyError as error:
         if error.args[0] in raised:
             raise
@@ -47,13 +48,6 @@ MODES = (False, True)
 """Evaluation and training."""
 
 
-def leading(attachment: Attachment) -> str:
-    """The leaf whose precision the method computes in: the first that trains."""
-    never = attachment.config.constants(attachment.site)
-    trains = (leaf for leaf in attachment.leaves if leaf not in never)
-    return next(trains, next(iter(attachment.leaves)))
-
-
 class Bound:
     """One of a method's functions at its site.
 
@@ -62,20 +56,22 @@ class Bound:
         first: the leaf whose precision it computes in.
         spans: whether it gets what entered another module.
         functions: in evaluation and in training mode, computed in the leaves' dtype.
-        alone, together: the method itself in both modes, for one member and for many, where no axes have to be moved;
+        acts: what the method does there, in evaluation and in training mode.
+        alone, together: the function itself in both modes, for one member and for many, where no axes have to be moved;
             for hidden values of the leaves' own precision.
     """
 
-    __slots__ = ("alone", "attachment", "first", "functions", "key", "keys", "names", "spans", "together")
+    __slots__ = ("acts", "alone", "attachment", "first", "functions", "key", "keys", "names", "spans", "together")
 
     def __init__(
-        self, attachment: Attachment, make: Callable[[bool], Callable[..., Tensor]], method: Any = None
+        self, attachment: Attachment, make: Callable[[Acts], Callable[..., Tensor]], function: str = ""
     ) -> None:
-        self.attachment, self.key, self.first = attachment, attachment.key, leading(attachment)
+        self.attachment, self.key, self.first = attachment, attachment.key, attachment.leading
+        self.acts = attachment.acts(False), attachment.acts(True)
         self.names, self.keys = tuple(attachment.leaves), tuple(attachment.leaves.values())
         self.spans = attachment.site.exit is not None
-        self.functions = make(False), make(True)
-        self.alone = None if method is None else tuple(functools.partial(method, attachment.at(m)) for m in MODES)
+        self.functions = make(self.acts[False]), make(self.acts[True])
+        self.alone = tuple(getattr(acts, function) for acts in self.acts) if function else None
         self.together = self.alone and tuple(
             Tokenwise(own) if isinstance(function, Tokenwise) else own
             for own, function in zip(self.alone, self.functions, strict=True)
@@ -88,20 +84,19 @@ class Bound:
 
 def bound_in_both_modes(attachment: Attachment, function: str) -> Bound:
     """The method's function at its site, ready for both modes."""
-    config = attachment.config
-    method = None if config.axis_order is not None else getattr(config, function)
-    return Bound(attachment, lambda training: _bound(attachment, function, training), method)
+    as_it_is = function if attachment.config.axis_order is None else ""
+    return Bound(attachment, lambda acts: _bound(attachment, acts, function), as_it_is)
 
 
-def _bound(attachment: Attachment, function: str, training: bool) -> Callable[..., Tensor]:
+def _bound(attachment: Attachment, acts: Acts, function: str) -> Callable[..., Tensor]:
     """The method's function, computed in the leaves' dtype and returned in the hidden value's own."""
-    config, site = attachment.config, attachment.at(training)
-    method, first = in_order(getattr(config, function), config.axis_order), leading(attachment)
+    config, first = attachment.config, attachment.leading
+    method = in_order(getattr(acts, function), config.axis_order)
 
     def act(p: dict[str, Tensor], *values: Tensor) -> Tensor:
         dtype, own = _leaf_dtype(p, first), values[0].dtype
         raised = [v.to(dtype) if v.dtype != dtype and v.is_floating_point() else v for v in values]
-        result = method(site, p, *raised)
+        result = method(p, *raised)
         if not isinstance(result, Tensor):
             raise ConfigError(
                 f"{type(config).__name__}.{function} returned {type(result).__name__}; expected a tensor."
@@ -109,17 +104,18 @@ def _bound(attachment: Attachment, function: str, training: bool) -> Callable[..
         return result if result.dtype == own or not own.is_floating_point else result.to(own)
 
     # A config's order of axes counts those of the model's own value.
-    return Tokenwise(act) if config.tokenwise(site) and config.axis_order is None else act
+    return Tokenwise(act) if acts.tokenwise and config.axis_order is None else act
 
 
 def added_in_both_modes(attachment: Attachment) -> Bound:
     """What the method adds at an attention site, (P, key width + value width) for each row of the value given."""
 
-    def bound(training: bool) -> Callable[..., Tensor]:
-        site = attachment.at(training)
+    def bound(acts: Acts) -> Callable[..., Tensor]:
+        site, attend = attachment.site, acts.attend
+        assert attend is not None
 
         def act(p: dict[str, Tensor], slot: Tensor) -> Tensor:
-            added = joined(site.path, site.attention, *attachment.config.attend(site, p))
+            added = joined(site.path, site.attention, *attend(p))
             return added.to(slot.dtype).expand(slot.shape[0], *added.shape)
 
         return act

@@ -54,7 +54,8 @@ def is_of_tokens(mask: Any) -> bool:
 
 def expand_values(attachment: Attachment) -> dict[str, float]:
     """What is put before each input that has a value a position."""
-    return dict(getattr(attachment.config, "other_expand_ids", EXPAND))
+    told = attachment.acts().expand_ids
+    return dict(EXPAND if told is None else told)
 
 
 def hides(attachment: Attachment) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, EngineError
+from ..methods.acts import Acts
 from ..planning.plan import Attachment
 from .bound import Bound
 from .call import Call, Host
@@ -215,7 +216,7 @@ class Prompts:
         return [bound for bound in self.prompting if bound.key in call.params]
 
     def _strips(self, present: Sequence[Bound]) -> bool:
-        return self.entrance.head_counts_ids or any(getattr(a.config, "strip", False) for a in _attachments(present))
+        return self.entrance.head_counts_ids or any(bound.acts[0].strip for bound in present)
 
     def _prepended(self, call: Call, present: Sequence[Bound], x: Tensor, training: bool) -> Tensor:
         if call.lift is not None and getattr(call.lift, "present", None) is not None:
@@ -294,12 +295,13 @@ def _of_text(mask: Any, length: int, rows: int) -> Tensor | None:
     return mask[:, rows:] if mask.shape[1] == length + rows else mask
 
 
-def _rows_before(attachment: Attachment, training: bool) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+def _rows_before(attachment: Attachment, acts: Acts) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
     """The method's rows in the embeddings' dtype, before each row of the batch."""
-    config, site = attachment.config, attachment.at(training)
+    config, site, prompt = attachment.config, attachment.site, acts.prompt
+    assert prompt is not None
 
     def act(p: dict[str, Tensor], x: Tensor) -> Tensor:
-        rows = config.prompt(site, p)
+        rows = prompt(p)
         if rows.shape != (attachment.prompt_rows, x.shape[-1]):
             raise ConfigError(
                 f"{type(config).__name__}.prompt gave {tuple(rows.shape)} at {site.path or 'the model'}; expected "

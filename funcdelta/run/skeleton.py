@@ -132,8 +132,8 @@ class Skeleton:
         if not (attachments or begun):
             return
         opened = self.open(path)
-        opened.befores = [bound_in_both_modes(a, "before") for a in attachments if a.config.gives("before")]
-        opened.afters = [bound_in_both_modes(a, "after") for a in attachments if a.config.gives("after")]
+        opened.befores = [bound_in_both_modes(a, "before") for a in attachments if a.acts().before is not None]
+        opened.afters = [bound_in_both_modes(a, "after") for a in attachments if a.acts().after is not None]
         opened.begun = begun
         if not (opened.befores or begun) and all(bound.alone and not bound.spans for bound in opened.afters):
             opened.quick = tuple(opened.afters)

@@ -17,6 +17,7 @@ MADE_WITH: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("conv1d", "conv2d", "conv3d"), ("stride", "padding", "dilation", "groups", "padding_mode", "kernel_size")
     ),
+    "transposed_conv": (*("stride", "padding", "output_padding", "dilation", "groups", "padding_mode", "kernel_size"),),
     "embedding": ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
 }
 """The arguments of a layer that a formula on activations has to heed, by its kind."""
@@ -77,6 +78,8 @@ class Site:
             without calling it), so that formulas on activations do not hold and only its weights can be changed.
         packed: whether the weight does not hold the numbers of the matrix (quantised layers, weights that a hook
             computes), so that only activations can be changed.
+        axes: what the axes of the delta's own leaves are called there, pairs of a leaf and its names; known once a
+            delta has been built.
         why: of a module that looks like a layer and is ``other``, what is in the way.
 
     >>> site_of("0", torch.nn.Linear(3, 5, bias=False)).out_features
@@ -101,6 +104,7 @@ class Site:
     exit: str | None = None
     own_forward: bool = False
     packed: bool = False
+    axes: tuple[tuple[str, str], ...] = ()
     why: str = ""
 
     @property

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from ..config import AutoDeltaConfig, BaseDeltaConfig
 from ..match import near
+from ..methods.config import AutoDeltaConfig, BaseDeltaConfig
 from .errors import JobError
 
 MANAGED = ("backbone_class", "backbone_checkpoint_name", "backbone_hash", "batch_dim", "unfrozen_init", "strip")

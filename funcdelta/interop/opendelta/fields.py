@@ -7,10 +7,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ...config import METHODS, AutoDeltaConfig, BaseDeltaConfig
 from ...errors import CheckpointError
 from ...files.configfile import VERSION_FIELDS
 from ...match import near
+from ...methods.config import METHODS, AutoDeltaConfig, BaseDeltaConfig
 from .common_names import EXCLUDED
 from .spelling import BASE_FIELDS, DEAD_FIELDS, OURS, PROVENANCE, SPELLINGS, Spelling
 

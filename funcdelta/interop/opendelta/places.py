@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from ...config import BaseDeltaConfig
 from ...match import matches, within
+from ...methods.config import BaseDeltaConfig
 from ...model import DeltaModel
 from ...planning.spans import pair
 from .common_names import EXCLUDED, named_sites

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...config import BaseDeltaConfig
 from ...errors import CheckpointError, MatchError
 from ...files.checkpoint import home
 from ...match import near
+from ...methods.config import BaseDeltaConfig
 from ...model import DeltaModel
 from .common_names import EXCLUDED
 from .fields import COMPAT, config_of, spelling_of

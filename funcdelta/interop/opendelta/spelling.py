@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...config import BaseDeltaConfig
+from ...methods.config import BaseDeltaConfig
 from ...sites.site import Site
 
 Leaves = dict[str, dict[str, Tensor]]

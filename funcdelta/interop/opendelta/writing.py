@@ -13,7 +13,7 @@ from ...errors import CheckpointError, MatchError, ParamsError
 from ...files.checkpoint import backbone_facts
 from ...match import within
 from ...model import DeltaModel
-from ...packing.packed import PACKED
+from ...packing.packed import Packed
 from ...planning.plan import Attachment
 from ...run.checked import checks_of
 from .common_names import EXCLUDED, named_sites
@@ -48,7 +48,7 @@ def save_opendelta(
     >>> json.loads((folder / "config.json").read_text())["modified_modules"]
     ['0']
     """
-    if any(config.delta_type.startswith(PACKED) for config in delta.configs):
+    if any(isinstance(config, Packed) for config in delta.configs):
         raise CheckpointError(
             "This delta holds unlike members in one stack, which OpenDelta cannot read: save the pairs that "
             "fd.unpack(delta, stack) gives, each in a folder of its own."

@@ -8,9 +8,10 @@ method.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
@@ -18,19 +19,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError
-from .files.configfile import VERSION_FIELDS, data_at, naming_the_file, parts, save_alone, warn_if_newer
-from .kinds import check_kind
-from .match import near
+from ..errors import ConfigError
+from ..files.configfile import VERSION_FIELDS, data_at, naming_the_file, parts, save_alone, warn_if_newer
+from ..kinds import check_kind
+from ..match import near
+from .acts import Acts, Factors
+from .leaf import Leaves
 
 if TYPE_CHECKING:
-    from .sites.site import Site
+    from ..sites.own import Own
+    from ..sites.site import Site
 
 METHODS: dict[str, type[BaseDeltaConfig]] = {}
 """Every registered method by its ``delta_type``."""
 
-DERIVED: dict[str, Callable[[type[BaseDeltaConfig]], type[BaseDeltaConfig]]] = {}
-"""What makes a method of another one, by what stands before the dot in its delta type, as in ``packed.lora``."""
+COMPOSITIONS: dict[str, type[BaseDeltaConfig]] = {}
+"""Registered configs that hold other configs, and do nothing without them."""
 
 Config = TypeVar("Config", bound="type[BaseDeltaConfig]")
 
@@ -42,6 +46,12 @@ ELSEWHERE = {
     "adapter_name": "name",
     "bottleneck_size": "bottleneck_dim",
 }
+
+DONE_WHEN_BUILT = (
+    *("modified_modules", "exclude_modules", "unfrozen_modules", "unfrozen_init", "common_structure", "name"),
+    *("backbone_class", "backbone_checkpoint_name", "backbone_hash"),
+)
+"""Fields that have done their work when a delta has been built: no call reads them."""
 
 # Arguments of OpenDelta's from_dict and from_finetuned that have nothing to do here.
 GONE = {"return_unused_kwargs": "unknown fields are errors, so none is left over: leave it out"}
@@ -65,39 +75,18 @@ def register(delta_type: str) -> Callable[[Config], Config]:
     def add(cls: Config) -> Config:
         if "__dataclass_fields__" not in vars(cls):
             raise ConfigError(f"{cls.__name__} is not a dataclass: write @dataclass(frozen=True) below @register(...).")
-        known = METHODS.get(delta_type)
+        table = COMPOSITIONS if cls.composed else METHODS
+        known = METHODS.get(delta_type) or COMPOSITIONS.get(delta_type)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ConfigError(
                 f"The delta type {delta_type!r} is already {known.__module__}.{known.__qualname__}; "
                 f"register {cls.__qualname__} under another name."
             )
         cls.delta_type = delta_type
-        METHODS[delta_type] = cls
+        table[delta_type] = cls
         return cls
 
     return add
-
-
-@dataclass(frozen=True)
-class Paddable:
-    """One size of a method at a site, such as its rank, that zeros may make longer: the same in several leaves.
-
-    Attributes:
-        size: the rank, the width of a bottleneck.
-        axes: ``{leaf: the axis that has this size}``, counted from the last, -1.
-        pieces: ``{leaf: k}`` where the axis holds k pieces of that size, each made longer at its own end; else 1.
-
-    >>> Paddable(2, {"lora_A": -2}, {"lora_A": 3}).length("lora_A", 5)
-    15
-    """
-
-    size: int
-    axes: Mapping[str, int]
-    pieces: Mapping[str, int] = dataclasses.field(default_factory=dict)
-
-    def length(self, leaf: str, size: int) -> int:
-        """How long the leaf's axis is when the pieces are ``size`` long."""
-        return self.pieces.get(leaf, 1) * size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +119,8 @@ class BaseDeltaConfig:
     """Whether fresh params change nothing (law 2 is then tested)."""
     acts_on_parts: ClassVar[bool] = False
     """Whether the method heeds ``site.parts``, so that it can act on the queries of a fused q,k,v alone."""
+    composed: ClassVar[bool] = False
+    """Whether the config is made of other configs."""
     in_leaves: ClassVar[tuple[str, ...]] = ()
     """Fields that say how leaves start and how large they are, and that no other function reads: members that differ
     in them may share a config of one stack (:func:`funcdelta.pack`)."""
@@ -187,9 +178,13 @@ class BaseDeltaConfig:
 
     # -- the method: pure functions on one member's tensors at one site -------------------------------------------
 
-    def init(self, site: Site, rng: torch.Generator) -> dict[str, Tensor]:
-        """One member's leaves at ``site``, drawn from ``rng``: ``{leaf name: tensor}``."""
+    def init(self, site: Site, rng: torch.Generator) -> Leaves:
+        """One member's leaves at ``site``, drawn from ``rng``: ``{leaf name: tensor or Leaf}``."""
         raise ConfigError(f"{type(self).__name__} gives no init(self, site, rng).")
+
+    def leaves(self, site: Site, own: Own, rng: torch.Generator) -> Leaves:
+        """The same for a method that starts from the backbone's tensors: ``own["weight"]``, to be read only."""
+        return self.init(site, rng)
 
     def before(self, site: Site, p: dict[str, Tensor], x: Tensor) -> Tensor:
         """The hidden input that the site gets instead of ``x``."""
@@ -228,7 +223,7 @@ class BaseDeltaConfig:
 
     # -- what it adds to a weight, in factors (fd.algebra) ---------------------------------------------------------
 
-    def factors(self, site: Site, p: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    def factors(self, site: Site, p: dict[str, Tensor]) -> Factors:
         """``{own name: (B, A)}`` with ΔW = B A, scales folded in: B (rows, r), A (r, the weight's other axes, flat)."""
         raise ConfigError(f"{type(self).__name__} gives no factors(self, site, p).")
 
@@ -240,16 +235,9 @@ class BaseDeltaConfig:
         """The config whose leaves are those that :meth:`from_factors` makes of factors of that rank."""
         raise ConfigError(f"{type(self).__name__} gives no with_rank(self, rank).")
 
-    def unfactored(self, site: Site) -> str | None:
-        """Why the delta at ``site`` has no :meth:`factors`; ``None`` if it has."""
-        if self.gives("factors"):
-            return None
-        kind = self.delta_type or type(self).__name__
-        return self.unmergeable(site) or f"{kind} changes weights, but not by a product of low-rank factors"
-
     # -- leaves that sites share -----------------------------------------------------------------------------------
 
-    def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> dict[str, Tensor]:
+    def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> Leaves:
         """One member's leaves that all ``sites`` use: in params ``<delta name>.<leaf>``, in ``p`` beside a site's own.
 
         With :meth:`expand` a site gets what that computes from them instead.
@@ -266,18 +254,6 @@ class BaseDeltaConfig:
 
     # -- facts about the method ------------------------------------------------------------------------------------
 
-    def constants(self, site: Site) -> tuple[str, ...]:
-        """Names of leaves that never train (scales, frozen bases)."""
-        return ()
-
-    def padding(self, site: Site) -> dict[str, Paddable]:
-        """By name, the sizes at ``site`` that zeros may make longer without changing what the method computes."""
-        return {}
-
-    def present(self, p: Mapping[str, Tensor]) -> Tensor | None:
-        """Whether the member has this delta at the site, a number above 0 if so; ``None``: every member has."""
-        return None
-
     def tokenwise(self, site: Site) -> bool:
         """Whether ``before`` and ``after`` make of each token alone a token, by matrix products and elementwise steps.
 
@@ -287,6 +263,10 @@ class BaseDeltaConfig:
         """
         return False
 
+    def takes_parts(self) -> bool:
+        """Whether the method can act on a part of a fused output alone (``acts_on_parts``)."""
+        return self.acts_on_parts
+
     def own_sites(self, backbone: nn.Module) -> list[str] | None:
         """The sites when none are named, found by structure; ``None``: those of ``default_modified_modules``."""
         return None
@@ -294,13 +274,6 @@ class BaseDeltaConfig:
     def describe(self, site: Site, module: nn.Module) -> Site:
         """``site`` with what else the method has to know of the module there; ``dataclasses.replace`` it."""
         return site
-
-    def fill(self, site: Site, leaves: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-        """The leaves that ``init`` drew, with those that start as copies of the backbone's own values.
-
-        ``module`` is the backbone's module at ``site``, to be read only.
-        """
-        return leaves
 
     def spread(self, path: str, module: nn.Module) -> Iterator[str]:
         """The sites that a matched module stands for; itself unless the method spreads to modules below it."""
@@ -324,14 +297,44 @@ class BaseDeltaConfig:
         """
         return not site.own_forward
 
-    @classmethod
-    def gives(cls, function: str) -> bool:
+    def gives(self, function: str) -> bool:
         """Whether the method gives its own ``before``, ``after``, ``weights`` or another of the functions above.
 
-        >>> BaseDeltaConfig.gives("after")
+        >>> BaseDeltaConfig().gives("after")
         False
         """
-        return getattr(cls, function) is not getattr(BaseDeltaConfig, function)
+        return getattr(type(self), function) is not getattr(BaseDeltaConfig, function)
+
+    def acts(self, site: Site) -> Acts:
+        """What the method does at ``site``: the functions above that it gives. A composition of methods composes them.
+
+        >>> backbone = nn.Sequential(nn.Linear(4, 2))
+        >>> delta = fd.BitFitModel(backbone, modified_modules=["0"])
+        >>> acts = delta.configs[0].acts(delta.plan.all()[0].site)
+        >>> acts.after is None, acts.attend is None
+        (False, True)
+        """
+
+        def given(function: str) -> Any:
+            return functools.partial(getattr(self, function), site) if self.gives(function) else None
+
+        return Acts(
+            **{name: given(name) for name in ("before", "after", "weights", "attend", "prompt", "factors")},
+            widen_bias=functools.partial(self.widen_bias, site),
+            tokenwise=self.tokenwise(site),
+            exact=self.holds_on_values(site),
+            unmergeable=self.unmergeable(site),
+        )
+
+    def alike(self) -> Hashable:
+        """What members of one stack must agree in beside their leaves: every field that a call reads.
+
+        >>> fd.LoraConfig(lora_r=2).alike() == fd.LoraConfig(lora_r=4).alike()
+        True
+        """
+        free = {*DONE_WHEN_BUILT, *self.in_leaves, *self.as_leaves}
+        own = (f.name for f in dataclasses.fields(self) if f.name not in free)
+        return type(self), tuple((name, getattr(self, name)) for name in own)
 
     # -- data ------------------------------------------------------------------------------------------------------
 
@@ -483,12 +486,10 @@ class AutoDeltaConfig:
         >>> AutoDeltaConfig.for_type("lora").__name__
         'LoraConfig'
         """
-        prefix, dot, rest = delta_type.partition(".") if isinstance(delta_type, str) else ("", "", "")
-        if dot and prefix in DERIVED:
-            return DERIVED[prefix](AutoDeltaConfig.for_type(rest))
-        if not isinstance(delta_type, str) or delta_type not in METHODS:
-            raise ConfigError(f"There is no delta type {delta_type!r}.{near(str(delta_type), list(METHODS))}")
-        return METHODS[delta_type]
+        known = METHODS | COMPOSITIONS
+        if not isinstance(delta_type, str) or delta_type not in known:
+            raise ConfigError(f"There is no delta type {delta_type!r}.{near(str(delta_type), list(known))}")
+        return known[delta_type]
 
     @staticmethod
     def from_dict(data: Mapping[str, Any], **changes: Any) -> BaseDeltaConfig:

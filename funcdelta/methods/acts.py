@@ -1,0 +1,77 @@
+"""What a method does at one site, as a value: pure functions on one member's leaves, and facts about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Params = dict[str, Tensor]
+"""One member's leaves at a site, under their own names."""
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+"""``{own name: (B, A)}`` with ΔW = B A: B (rows, r), A (r, the weight's other axes, flat)."""
+
+
+def before_all(module: nn.Module, bias: Tensor, added: int) -> Tensor:
+    """``bias`` (1, heads, queries, length) with ``added`` columns of zeros in front.
+
+    >>> before_all(nn.Identity(), torch.ones(1, 1, 1, 2), 1)
+    tensor([[[[0., 1., 1.]]]])
+    """
+    return torch.nn.functional.pad(bias, (added, 0))
+
+
+@dataclass(frozen=True)
+class Acts:
+    """The functions that a method has at a site; ``None`` where it has none.
+
+    A composition of methods composes these, so that whatever its parts do it does, too.
+
+    Attributes:
+        before: ``(p, x)``, the hidden input that the site gets instead of x.
+        after: ``(p, y, x)``, the hidden output that leaves instead of y.
+        weights: ``(p, w)``, the site's own tensors rewritten.
+        attend: ``(p)``, keys and values that every query of the attention module sees too.
+        widen_bias: ``(module, bias, added)``, a position bias with columns for those keys in front.
+        prompt: ``(p)``, rows before the embedded input.
+        factors: ``(p)``, the change of weights as products of low rank.
+        present: ``(p)``, a number above 0 where the member has this delta here; ``None``: every member has.
+        tokenwise: whether ``before`` and ``after`` take the tokens of many members at once, in batched products.
+        exact: whether ``before`` and ``after`` compute what ``weights`` does; else the delta acts by its weights.
+        unmergeable: why ``weights`` does not give what the delta computes; ``None`` if it does.
+        unfactored: why there are no ``factors``, where that has a reason of its own.
+        expand_ids: with a prompt, ``{input name: what is put before it}``; ``None``: what is usual.
+        strip: whether the prompt's positions are left out of outputs.
+
+    >>> acts = Acts(after=lambda p, y, x: y + p["shift"])
+    >>> acts.by_values, acts.weights is None, acts.after({"shift": 2}, 1, 0)
+    (True, True, 3)
+    """
+
+    before: Callable[[Params, Tensor], Tensor] | None = None
+    after: Callable[[Params, Tensor, Tensor], Tensor] | None = None
+    weights: Callable[[Params, Params], Params] | None = None
+    attend: Callable[[Params], tuple[Tensor, Tensor]] | None = None
+    widen_bias: Callable[[nn.Module, Tensor, int], Tensor] = before_all
+    prompt: Callable[[Params], Tensor] | None = None
+    factors: Callable[[Params], Factors] | None = None
+    present: Callable[[Mapping[str, Tensor]], Tensor | None] | None = None
+    tokenwise: bool = False
+    exact: bool = True
+    unmergeable: str | None = None
+    unfactored: str | None = None
+    expand_ids: Mapping[str, float] | None = None
+    strip: bool = False
+
+    @property
+    def by_values(self) -> bool:
+        """Whether it acts on hidden values."""
+        return self.before is not None or self.after is not None
+
+    @property
+    def anything(self) -> bool:
+        """Whether it does anything at all."""
+        return self.by_values or any(act is not None for act in (self.weights, self.attend, self.prompt))
