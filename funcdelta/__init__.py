@@ -70,6 +70,14 @@ from .match import find_module as find_module
 from .methods.acts import Acts as Acts
 from .methods.additive import Additive as Additive
 from .methods.additive import LowRank as LowRank
+from .methods.combine import AverageConfig as AverageConfig
+from .methods.combine import ChainConfig as ChainConfig
+from .methods.combine import MixtureConfig as MixtureConfig
+from .methods.combine import ParallelConfig as ParallelConfig
+from .methods.combine import average as average
+from .methods.combine import chain as chain
+from .methods.combine import mixture as mixture
+from .methods.combine import parallel as parallel
 from .methods.config import AutoDeltaConfig as AutoDeltaConfig
 from .methods.config import BaseDeltaConfig as BaseDeltaConfig
 from .methods.config import register as register

@@ -267,6 +267,10 @@ class BaseDeltaConfig:
         """Whether the method can act on a part of a fused output alone (``acts_on_parts``)."""
         return self.acts_on_parts
 
+    def default_names(self) -> tuple[str, ...]:
+        """Names of the sites that are taken when none are given (``default_modified_modules``)."""
+        return self.default_modified_modules
+
     def own_sites(self, backbone: nn.Module) -> list[str] | None:
         """The sites when none are named, found by structure; ``None``: those of ``default_modified_modules``."""
         return None

@@ -99,6 +99,9 @@ class Packed(BaseDeltaConfig):
     def gives(self, function: str) -> bool:
         return self.method.gives(function)
 
+    def default_names(self) -> tuple[str, ...]:
+        return self.method.default_names()
+
     def takes_parts(self) -> bool:
         return self.method.takes_parts()
 

@@ -90,8 +90,6 @@ class Slot:
                 "exclude_modules": None,
                 "common_structure": None,
             }
-        if fields["modified_modules"] is None and first.default_modified_modules:
-            fields["modified_modules"] = first.default_modified_modules
         fields |= {"name": _free_name(self.name, taken, self.sites, delta.backbone), "unfrozen_modules": ("deltas",)}
         every = self.sites.keys()
         origins = (o if set(o.sites or ()) != every else dataclasses.replace(o, sites=None) for o in self.origins)

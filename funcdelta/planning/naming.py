@@ -54,7 +54,7 @@ def select(
         return dict.fromkeys(sorted({canonical[id(modules[path])] for path in own}, key=list(modules).index), ())
     common = config.common_structure
     if given is None:
-        given, common = config.default_modified_modules, None
+        given, common = config.default_names(), None
         if not given:
             raise MatchError(f"{config.delta_type} has no default sites: give modified_modules=[...].")
     if not given:

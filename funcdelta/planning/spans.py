@@ -23,7 +23,7 @@ def select_spans(config: BaseDeltaConfig, select: Callable[[BaseDeltaConfig], It
     A span with either end left out (``exclude_modules``) is left out.
     """
     kept = list(select(config))
-    names = config.modified_modules or config.default_modified_modules
+    names = config.modified_modules or config.default_names()
     found: dict[str, str] = {}
     for entry_name, end_name in config.spans(names):
         entries, ends = (

@@ -148,7 +148,7 @@ def _names(delta: DeltaModel, spelling: Spelling, places: Mapping[str, str]) -> 
     def saved(sites: Sites) -> Sites:
         return {site: end for site, end in sites.items() if not spelling.unsaved(modules[site])}
 
-    given = config.modified_modules or config.default_modified_modules
+    given = config.modified_modules or config.default_names()
     excluded = list(config.exclude_modules or EXCLUDED)
     # Common names, where they mean the same, say more than a list of paths.
     for names in sorted((given, spelling.sites), key=lambda names: not any("@" in name for name in names)):
