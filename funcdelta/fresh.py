@@ -46,7 +46,7 @@ def _drawn(
         drawn = values_of(as_leaves(group.config.shared(group.sites, rng), "shared"))
         params.update(_placed(group, drawn, group.sites[0], dtype, device))
     for attachment in plan.all():
-        rng = torch.Generator().manual_seed(derive(seed, f"{attachment.site.path}.{attachment.name}"))
+        rng = torch.Generator().manual_seed(derive(seed, f"{attachment.site.address}.{attachment.name}"))
         own = Own(backbone.get_submodule(attachment.site.path))
         drawn = values_of(as_leaves(attachment.config.leaves(attachment.site, own, rng), "init"))
         params.update(_placed(attachment, drawn, attachment.site, dtype, device))

@@ -64,6 +64,15 @@ def within(key: str, prefix: str) -> bool:
     return not prefix or key == prefix or key.startswith(prefix + ".")
 
 
+def below(path: str, name: str) -> str:
+    """The dotted name of what is called ``name`` in the module at ``path``; the model itself is at ``""``.
+
+    >>> below("layer.1", "weight"), below("", "weight")
+    ('layer.1.weight', 'weight')
+    """
+    return f"{path}.{name}" if path else name
+
+
 def find_module(root: nn.Module, key: str) -> tuple[nn.Module, str, nn.Module]:
     """The parent, the child's name and the child at the dotted path ``key`` of ``root``.
 

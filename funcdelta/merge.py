@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .errors import MergeError
+from .match import below
 from .planning.plan import Attachment, Plan, Planned
 from .run.bound import rewritten
 from .sites.structure import copy_module, is_quantised
@@ -125,7 +126,7 @@ def written(backbone: nn.Module, plan: Plan, params: Params, untie: bool = False
                 continue
             _check_mergeable(attachment, path, module)
             tensors = {
-                name: changed.get(f"{path}.{name}", tensor.detach())
+                name: changed.get(below(path, name), tensor.detach())
                 for name, tensor in module._parameters.items()
                 if tensor is not None
             }

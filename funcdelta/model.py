@@ -150,7 +150,7 @@ class DeltaModel(Habits):
         >>> delta.sites
         ('0',)
         """
-        return tuple(dict.fromkeys(a.site.path for a in self.plan.all()))
+        return tuple(dict.fromkeys(a.site.address for a in self.plan.all()))
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -86,19 +86,20 @@ class LoraConfig(Additive):
         return self._check_parts(site) if self.enable_lora is not None else None
 
     def init(self, site: Site, rng: torch.Generator) -> Leaves:
-        rows, *fan_in = self.matrix_shape(site)
+        many = self.matrix_shape(site)[:-2] if site.kind == "tensor" else ()  # one pair of factors an expert
+        rows, *fan_in = self.matrix_shape(site)[len(many) :]
         pieces = max(1, len(self.parts(site)))
         if site.kind == "embedding":
             # The output is a row of A, so it is A that has to start at zero.
             a, b = torch.zeros(self.lora_r, *fan_in), torch.randn(rows, self.lora_r, generator=rng)
         else:
             bound = 1 / math.sqrt(math.prod(fan_in))  # Kaiming uniform with a = sqrt 5, as torch.nn.Linear
-            a = torch.empty(pieces * self.lora_r, *fan_in).uniform_(-bound, bound, generator=rng)
-            b = torch.zeros(rows, self.lora_r)
+            a = torch.empty(*many, pieces * self.lora_r, *fan_in).uniform_(-bound, bound, generator=rng)
+            b = torch.zeros(*many, rows, self.lora_r)
         rank = math.sqrt(self.lora_r) if self.use_rslora else self.lora_r
         return {
-            "lora_A": Leaf(a, " ".join([f"{pieces}*rank", *"." * len(fan_in)])),
-            "lora_B": Leaf(b, ". rank"),
+            "lora_A": Leaf(a, " ".join(["."] * len(many) + [f"{pieces}*rank"] + ["."] * len(fan_in))),
+            "lora_B": Leaf(b, " ".join(["."] * (len(many) + 1) + ["rank"])),
             "scale": Leaf(torch.tensor(self.lora_alpha / rank), trains=False),
         }
 
@@ -112,7 +113,7 @@ class LoraConfig(Additive):
 
     def from_factors(self, site: Site, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """The factors as they are, with ``s = 1``."""
-        b, a = factors["weight"]
+        ((b, a),) = factors.values()
         if site.kind in TURNED:
             b, a = a.mT, b.mT
         return {"lora_A": a.unflatten(1, self.matrix_shape(site)[1:]), "lora_B": b, "scale": b.new_ones(())}

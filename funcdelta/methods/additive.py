@@ -29,6 +29,7 @@ class LowRank:
     Attributes:
         b: B (out, r), the rows of all parts one below the other.
         a: A (r, in, *kernel), or (k r, in) where each of k parts has a pair of its own.
+            Of a bare parameter that holds many matrices both have its leading axes first.
         scale: s.
 
     >>> LowRank(torch.ones(3, 1), torch.ones(1, 2), torch.tensor(2.0)).dense(()).tolist()
@@ -41,6 +42,8 @@ class LowRank:
 
     def dense(self, parts: tuple[Part, ...]) -> Tensor:
         """ΔW of one member."""
+        if self.b.ndim > 2:  # one matrix an expert
+            return self.scale * self.b @ self.a
         b, a = self.scale * self.b, self.a.flatten(1)
         if not self._in_pairs():
             return (b @ a).unflatten(1, self.a.shape[1:])
@@ -103,6 +106,9 @@ class Additive(BaseDeltaConfig):
         """What the change sees instead of ``x``: dropout in training."""
         return x
 
+    def takes_tensors(self) -> bool:
+        return True
+
     def parts(self, site: Site) -> tuple[Part, ...]:
         """The parts of the output that are changed; empty: all of it."""
         return site.parts
@@ -114,6 +120,8 @@ class Additive(BaseDeltaConfig):
     # -- what follows from it --------------------------------------------------------------------------------------
 
     def check(self, site: Site) -> str | None:
+        if site.kind == "tensor" and not site.why:
+            return None
         if site.kind not in KINDS or site.out_features is None or site.in_features is None:
             why = f": {site.why}" if site.why else ""
             return f"it adds to the weight of {NAMES}, and this is {site.module_type}{why}"
@@ -130,7 +138,8 @@ class Additive(BaseDeltaConfig):
 
     def weights(self, site: Site, p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
         """``W + ΔW``, in the layout of the module's weight."""
-        return w | {"weight": w["weight"] + to_weight(site, self.change(site, p), self.parts(site))}
+        name = site.tensor or "weight"
+        return w | {name: w[name] + to_weight(site, self.change(site, p), self.parts(site))}
 
     def holds_on_values(self, site: Site) -> bool:
         return formula_holds(site)
@@ -152,6 +161,8 @@ class Additive(BaseDeltaConfig):
             return dataclasses.replace(acts, unfactored=f"it acts on parts ({names}) of the output")
         if site.kind == "transposed_conv":
             return dataclasses.replace(acts, unfactored=f"the weight of {site.module_type} mixes rows and columns")
+        if site.kind == "tensor" and len(site.weight or ()) != 2:
+            return dataclasses.replace(acts, unfactored=f"{site.tensor} is not one matrix")
         return dataclasses.replace(acts, factors=lambda p: self._factors(site, p))
 
     def _factors(self, site: Site, p: dict[str, Tensor]) -> Factors:
@@ -159,7 +170,7 @@ class Additive(BaseDeltaConfig):
         found = self.low_rank(site, p)
         assert found is not None
         b, a = found.scale * found.b, found.a.flatten(1)
-        return {"weight": (a.mT, b.mT) if site.kind in TURNED else (b, a)}
+        return {site.tensor or "weight": (a.mT, b.mT) if site.kind in TURNED else (b, a)}
 
     @property
     def has_factors(self) -> bool:

@@ -104,6 +104,9 @@ class Composition(BaseDeltaConfig):
     def default_names(self) -> tuple[str, ...]:
         return self.parts[0].default_names()
 
+    def takes_tensors(self) -> bool:
+        return all(part.takes_tensors() for part in self.parts)
+
     def takes_parts(self) -> bool:
         return all(part.takes_parts() for part in self.parts)
 
@@ -152,7 +155,7 @@ class Composition(BaseDeltaConfig):
         return self._under_names(given)
 
     def expand(self, sites: tuple[Site, ...], p: Params) -> dict[str, Params]:
-        found: dict[str, Params] = {site.path: {} for site in sites}
+        found: dict[str, Params] = {site.address: {} for site in sites}
         for name, part in self.named.items():
             own = part_of(p, name)
             each = part.expand(sites, own) if own and part.gives("expand") else dict.fromkeys(found, own)

@@ -267,6 +267,10 @@ class BaseDeltaConfig:
         """Whether the method can act on a part of a fused output alone (``acts_on_parts``)."""
         return self.acts_on_parts
 
+    def takes_tensors(self) -> bool:
+        """Whether a site of the method may be one bare parameter (``site.kind == "tensor"``)."""
+        return False
+
     def default_names(self) -> tuple[str, ...]:
         """Names of the sites that are taken when none are given (``default_modified_modules``)."""
         return self.default_modified_modules

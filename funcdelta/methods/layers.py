@@ -31,10 +31,15 @@ NAMES = "Linear, Conv1D, Embedding, Conv1d/2d/3d and ConvTranspose1d/2d/3d"
 def matrix_shape(site: Site, parts: tuple[Part, ...] = ()) -> tuple[int, ...]:
     """The shape ``(out, in, *kernel)`` of a change; of ``parts`` of the output, their rows alone.
 
+    That of a bare parameter is its own.
+
     >>> from funcdelta.sites.site import site_of
     >>> [matrix_shape(site_of("0", layer)) for layer in (torch.nn.ConvTranspose1d(4, 6, 3), torch.nn.Embedding(9, 2))]
     [(6, 4, 3), (2, 9)]
     """
+    if site.kind == "tensor":
+        assert site.weight is not None
+        return site.weight
     rows = sum(part.size for part in parts) or site.width
     if "conv" in site.kind:
         assert site.weight is not None

@@ -102,6 +102,9 @@ class Packed(BaseDeltaConfig):
     def default_names(self) -> tuple[str, ...]:
         return self.method.default_names()
 
+    def takes_tensors(self) -> bool:
+        return self.method.takes_tensors()
+
     def takes_parts(self) -> bool:
         return self.method.takes_parts()
 
@@ -118,7 +121,7 @@ class Packed(BaseDeltaConfig):
         return self.method.spread(path, module)
 
     def check(self, site: Site) -> str | None:
-        own = (origin.config.check(site) for origin in self.origins if origin.at(site.path))
+        own = (origin.config.check(site) for origin in self.origins if origin.at(site.address))
         return next((why for why in own if why is not None), None)
 
     def baked(self) -> Self:
@@ -129,7 +132,7 @@ class Packed(BaseDeltaConfig):
 
     def leaves(self, site: Site, own: Own, rng: torch.Generator) -> Leaves:
         """The leaves of the first origin at ``site``, as large as the largest one's, with the site's constants."""
-        here = [origin for origin in self.origins if origin.at(site.path)] or [self.origins[0]]
+        here = [origin for origin in self.origins if origin.at(site.address)] or [self.origins[0]]
         drawn = [as_leaves(origin.config.leaves(site, own, rng), "init") for origin in here[:1]]
         drawn += [
             as_leaves(origin.config.leaves(site, own, torch.Generator().manual_seed(0)), "init") for origin in here[1:]
@@ -144,7 +147,7 @@ class Packed(BaseDeltaConfig):
                 found[leaf] = found[leaf]._replace(value=longest)
             if min(sizes) != max(sizes):
                 found[SIZE + name] = Leaf(torch.tensor(float(sizes[0])), trains=False)
-        return found | ({"present": Leaf(torch.ones(()), trains=False)} if self._lacking(site.path) else {})
+        return found | ({"present": Leaf(torch.ones(()), trains=False)} if self._lacking(site.address) else {})
 
     def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> Leaves:
         varying = {name: float(getattr(self.method, name)) for name in self.varying} | {"source": 0.0}
@@ -157,7 +160,7 @@ class Packed(BaseDeltaConfig):
         # A member without the delta at any site: its source says so, for present is known site by site.
         here = {"present": p["source"] + 1}
         written = {leaf: harmless(here, tensor) for leaf, tensor in written.items()}
-        found = self.method.expand(sites, written) if written else {site.path: {} for site in sites}
+        found = self.method.expand(sites, written) if written else {site.address: {} for site in sites}
         return {path: leaves | passed for path, leaves in found.items()}
 
     # -- a member's functions --------------------------------------------------------------------------------------

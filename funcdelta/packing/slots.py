@@ -73,6 +73,9 @@ class Slot:
                 return "size"
         return None if _shared_shapes(group) == _shared_shapes(self.shared) else "size"
 
+    def _paths(self) -> set[str]:
+        return {a.site.path for a in self.sites.values()}
+
     def config(self, taken: set[str], everyone: bool, delta: DeltaModel) -> Packed:
         """The packed config, named as no other and nothing in the backbone is."""
         first = self.origins[0].config
@@ -90,7 +93,7 @@ class Slot:
                 "exclude_modules": None,
                 "common_structure": None,
             }
-        fields |= {"name": _free_name(self.name, taken, self.sites, delta.backbone), "unfrozen_modules": ("deltas",)}
+        fields |= {"name": _free_name(self.name, taken, self._paths(), delta.backbone), "unfrozen_modules": ("deltas",)}
         every = self.sites.keys()
         origins = (o if set(o.sites or ()) != every else dataclasses.replace(o, sites=None) for o in self.origins)
         return Packed(**fields, origins=tuple(origins), optional=not everyone)
@@ -134,7 +137,7 @@ def sites_of(delta: DeltaModel, name: str) -> dict[str, Attachment]:
     >>> list(sites_of(fd.LoraModel(nn.Sequential(nn.Linear(4, 8)), modified_modules=["0"]), "lora"))
     ['0']
     """
-    return {a.site.path: a for a in delta.plan.all() if a.name == name}
+    return {a.site.address: a for a in delta.plan.all() if a.name == name}
 
 
 def _shared_shapes(group: Shared | None) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import MatchError
-from ..match import near, within
+from ..match import below, matches, near, within
 from ..methods.config import BaseDeltaConfig
 from ..sites.structure import is_quantised
 from ..structures import Names, Parts
@@ -63,9 +63,12 @@ def select(
     inner = any("parametrizations" in target for target in given)
     names = [path for path in modules if path and (inner or ".parametrizations." not in path)]
     excluded = _excluded(backbone, modules, names, config, known)
+    tensors = [name for name, _ in backbone.named_parameters(remove_duplicate=False)]
     named: dict[str, Parts] = {}
     for target in given:
         hits = known.find(target, common, names)
+        if not hits and config.takes_tensors():
+            hits = {address: () for address in tensors if matches(address, target)}
         if not hits:
             raise MatchError(
                 f"modified_modules: {target!r} matches no module of {type(backbone).__name__}."
@@ -89,10 +92,14 @@ def select(
                 if not parts:
                     continue
             found[canonical[id(modules[site])]] = _acceptable(config, site, parts, known)
+    for address in tensors:
+        if address in named and address not in modules and not any(within(address, out) for out in excluded):
+            path, _, name = address.rpartition(".")
+            found[below(canonical[id(modules[path])], name)] = ()
     if not found:
         raise MatchError(f"exclude_modules={list(excluded)} leaves none of the sites that {list(given)} name.")
-    order = {path: position for position, path in enumerate(modules)}
-    return {path: found[path] for path in sorted(found, key=order.__getitem__)}
+    order = {path: position for position, path in enumerate([*modules, *tensors])}
+    return {address: found[address] for address in sorted(found, key=order.__getitem__)}
 
 
 def _excluded(

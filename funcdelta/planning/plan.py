@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import ConfigError, MatchError
-from ..match import within
+from ..match import below, within
 from ..methods.acts import Acts
 from ..methods.config import BaseDeltaConfig
 from ..methods.leaf import Leaf, as_leaves, values_of
 from ..pytrees.drawing import own_defaults
 from ..randomness import refuse_draws
 from ..sites.own import Own
-from ..sites.site import AttentionShape, Shapes, Site, site_of
+from ..sites.site import AttentionShape, Shapes, Site, site_of, site_of_tensor
 from ..sites.structure import is_quantised
 from ..structures import Names, Parts
 from .axes import check_axes, sized
@@ -248,7 +248,7 @@ def build_plan(
     chosen = [_chosen(backbone, modules, canonical, config, known) for config in configs]
 
     ends = dict.fromkeys(end for spans, _ in chosen for span in spans.items() for end in span)
-    facts = {path: _facts(path, modules, known) for path in ends}
+    facts = {address: _facts(address, modules, known) for address in ends}
     sites = _sites(configs, chosen, facts, modules)
     unknown = list(
         dict.fromkeys(end for config, own in zip(configs, sites, strict=True) for end in _unknown(config, own))
@@ -326,9 +326,10 @@ def _sites(
         for site in found[-1]:
             refusal = config.check(site)
             if refusal:
-                inner = [inner for inner, _ in modules[site.path].named_modules() if inner]
-                below = f" Below it are: {', '.join(inner[:8])}." if inner else ""
-                raise MatchError(f"{config.delta_type} cannot act at {site.path}: {refusal}.{below}")
+                named = modules[site.path].named_modules() if not site.tensor else ()
+                inner = [inner for inner, _ in named if inner]
+                others = f" Below it are: {', '.join(inner[:8])}." if inner else ""
+                raise MatchError(f"{config.delta_type} cannot act at {site.address}: {refusal}.{others}")
     return found
 
 
@@ -356,8 +357,12 @@ def _with_attention(
     ]
 
 
-def _facts(path: str, modules: dict[str, nn.Module], known: Names) -> Site:
-    """What is known of the module at ``path``; where it is never called, no formula on activations holds."""
+def _facts(address: str, modules: dict[str, nn.Module], known: Names) -> Site:
+    """What is known of the module or the parameter there; where it is never called, no formula on activations holds."""
+    path = address
+    if address not in modules:
+        path, _, name = address.rpartition(".")
+        return site_of_tensor(path, modules[path], name)
     site = dataclasses.replace(site_of(path, modules[path]), fused=known.parts(path))
     return dataclasses.replace(site, own_forward=True) if _read_by_parent(path, modules) else site
 
@@ -409,9 +414,10 @@ def _attach(
     common = group.leaves if group is not None else {}
     if not (leaves or common):
         raise ConfigError(f"{who} gave no leaves at {site.path}.")
-    above = f"{site.path}.{name}" if site.path else name
+    # A module cannot have a child that is called as its parameter is, and the leaves are such children of views.
+    above = below(site.path, f"{name}.{site.tensor}" if site.tensor else name)
     keys = {leaf: f"{above}.{leaf}" for leaf in leaves}
-    given = group.expanded[site.path] if group is not None and group.expanded else common
+    given = group.expanded[site.address] if group is not None and group.expanded else common
     twice = sorted(given.keys() & keys.keys())
     if twice:
         raise ConfigError(f"{type(config).__name__} gives {twice[0]!r} at {site.path} and as a shared leaf.")
@@ -513,7 +519,7 @@ def _leaves_at(
     if group is None:
         return own
     drawn = values_of(as_leaves(config.shared(group.sites, torch.Generator().manual_seed(0)), "shared"))
-    return own | (config.expand(group.sites, drawn)[site.path] if group.expanded else drawn)
+    return own | (config.expand(group.sites, drawn)[site.address] if group.expanded else drawn)
 
 
 def _prompt_rows(

@@ -65,7 +65,7 @@ def share(config: BaseDeltaConfig, name: str, sites: tuple[Site, ...]) -> Shared
     expanded: dict[str, dict[str, str]] = {}
     if config.gives("expand"):
         found = config.expand(sites, leaves)
-        if set(found) != {site.path for site in sites}:
+        if set(found) != {site.address for site in sites}:
             raise ConfigError(f"{type(config).__name__}.expand gives leaves for {sorted(found)}; expected every site.")
         expanded = {path: {leaf: f"{path}.{name}.{leaf}" for leaf in found[path]} for path in found}
     dtype = sites[0].leaf_dtype

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, MergeError
 from ..functional.tokenwise import Tokenwise
+from ..match import below
 from ..methods.acts import Acts
 from ..planning.axes import in_order
 from ..planning.plan import Attachment
@@ -38,7 +39,7 @@ def rewritten(
         ) from error
     like = next(iter(own.values())).dtype if own else dtype
     return {
-        f"{path}.{name}": tensor.to(own[name].dtype if name in own else like)
+        below(path, name): tensor.to(own[name].dtype if name in own else like)
         for name, tensor in changed.items()
         if raised.get(name) is not tensor
     }

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import RecomputeError
-from ..match import within
+from ..match import below, within
 from ..planning.plan import Attachment, Plan
 from ..sites.structure import copy_structure, forget_batch_statistics, named_tensors
 from ..transforms import inside_transform, outside_transforms
@@ -202,11 +202,11 @@ class Skeleton:
                 call.reached.add(path)
             if any(a.has_two_forms for a in acting) and not (call.runs or torch.compiler.is_compiling()):
                 call.note(READ)[path, name] = tensor
-            changed = {f"{path}.{name}": tensor}
+            changed = {below(path, name): tensor}
             for attachment in acting:
                 own = self.own_tensors(path, changed)
                 changed.update(rewritten(attachment, attachment.of(call.params), own, self.training_at(path)))
-            found = changed[f"{path}.{name}"]
+            found = changed[below(path, name)]
             # What a view shows of a tensor that its delta leaves as it is must not lead to the backbone's storage.
             return tensor.clone() if found is tensor and call.never_ends else found
 
@@ -357,7 +357,7 @@ class Skeleton:
     def own_tensors(self, path: str, replaced: Params) -> dict[str, Tensor]:
         """The site's own tensors by their own names, as replaced so far."""
         module = self.module.get_submodule(path)
-        return {name: replaced.get(f"{path}.{name}", tensor) for name, tensor in own_parameters(module).items()}
+        return {name: replaced.get(below(path, name), tensor) for name, tensor in own_parameters(module).items()}
 
     def training_at(self, path: str) -> bool:
         """Whether the module at ``path`` is in training mode."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import MatchError
+from ..match import below
 from .forwards import Shown, channel_axis, family, is_known, is_plain, shown
 from .parts import Part
 
@@ -58,8 +59,10 @@ class Site:
 
     Attributes:
         path: dotted path in the backbone.
+        tensor: the parameter that is meant, where a name means one of the module's own parameters and not the module.
         kind: the layout of the weight: ``linear``, ``transposed_linear`` (Transformers' Conv1D), ``embedding``,
-            ``conv1d``, ``conv2d``, ``conv3d``, ``transposed_conv``, ``norm``, ``other`` or ``span`` (see ``exit``).
+            ``conv1d``, ``conv2d``, ``conv3d``, ``transposed_conv``, ``norm``, ``tensor`` (a bare parameter), ``other``
+            or ``span`` (see ``exit``).
         module_type: the module's class name.
         weight, bias: shapes of the module's own ``weight`` and ``bias``, ``None`` where there is none.
         in_features, out_features: widths of the hidden input and output.
@@ -104,8 +107,14 @@ class Site:
     exit: str | None = None
     own_forward: bool = False
     packed: bool = False
+    tensor: str = ""
     axes: tuple[tuple[str, str], ...] = ()
     why: str = ""
+
+    @property
+    def address(self) -> str:
+        """The dotted name that selected it: the module's path, or that of the one parameter that is meant."""
+        return below(self.path, self.tensor) if self.tensor else self.path
 
     @property
     def leaf_dtype(self) -> torch.dtype:
@@ -192,6 +201,35 @@ def site_of(path: str, module: nn.Module) -> Site:
         # A hook computes it anew before each call, from tensors of other names.
         packed=isinstance(vars(module).get("weight"), Tensor),
         **facts,
+    )
+
+
+def site_of_tensor(path: str, module: nn.Module, name: str) -> Site:
+    """The site of one parameter of ``module``, such as a table of experts (experts, rows, columns).
+
+    >>> attention = torch.nn.MultiheadAttention(4, 2)
+    >>> site = site_of_tensor("attention", attention, "in_proj_weight")
+    >>> site.address, site.kind, site.weight
+    ('attention.in_proj_weight', 'tensor', (12, 4))
+    """
+    tensor = module._parameters[name]
+    assert tensor is not None
+    shape = tuple(tensor.shape)
+    return Site(
+        path=path,
+        tensor=name,
+        kind="tensor",
+        module_type=type(module).__name__,
+        weight=shape,
+        bias=None,
+        in_features=shape[-1] if shape else None,
+        out_features=shape[-2] if len(shape) > 1 else None,
+        dtype=tensor.dtype,
+        device=tensor.device,
+        training=module.training,
+        own_forward=True,  # what the module makes of it is not known
+        packed=not is_plain(tensor),
+        why=f"{name} has one axis" if len(shape) < 2 else "",
     )
 
 
