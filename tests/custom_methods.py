@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -91,3 +92,73 @@ class WrittenConfig(fd.BaseDeltaConfig):
 
     def after(self, site: fd.Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
         return y + p["gain"] * torch.tanh(y)
+
+
+@fd.register("test_ia3")
+@dataclass(frozen=True)
+class ScaledOutputConfig(fd.BaseDeltaConfig):
+    """``l · y``, the output of a layer scaled feature by feature, bias included: IA3 (Liu et al. 2022)."""
+
+    identity_at_start: ClassVar[bool] = True
+
+    def init(self, site: fd.Site, rng: torch.Generator) -> fd.Leaves:
+        return {"scaled": torch.ones(site.width)}
+
+    def after(self, site: fd.Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
+        return y * p["scaled"].view(-1, *[1] * (-1 - site.features_axis(y)))
+
+
+@fd.register("test_hadamard")
+@dataclass(frozen=True)
+class HadamardConfig(fd.Additive):
+    """``ΔW = (B₁ A₁) ⊙ (B₂ A₂)`` on every kind of layer, from ``change`` alone: LoHa (Hyeon-Woo et al. 2021)."""
+
+    identity_at_start: ClassVar[bool] = True
+    rank: int = 2
+
+    def init(self, site: fd.Site, rng: torch.Generator) -> fd.Leaves:
+        rows, *columns = self.matrix_shape(site)
+        flat = math.prod(columns)
+        return {
+            "b1": fd.Leaf(torch.zeros(rows, self.rank), ". first"),
+            "a1": fd.Leaf(torch.randn(self.rank, flat, generator=rng), "first ."),
+            "b2": fd.Leaf(torch.randn(rows, self.rank, generator=rng), ". second"),
+            "a2": fd.Leaf(torch.randn(self.rank, flat, generator=rng), "second ."),
+        }
+
+    def change(self, site: fd.Site, p: dict[str, Tensor]) -> Tensor:
+        product = (p["b1"] @ p["a1"]) * (p["b2"] @ p["a2"])
+        return product.view(self.matrix_shape(site))
+
+
+@fd.register("test_chain")
+@dataclass(frozen=True)
+class ChainedConfig(fd.ChainConfig):
+    """LoRA, and an adapter on what it gives."""
+
+    composed: ClassVar[bool] = False
+    parts: tuple[fd.BaseDeltaConfig, ...] = (fd.LoraConfig(lora_r=2), fd.AdapterConfig(bottleneck_dim=3))
+
+
+@fd.register("test_average")
+@dataclass(frozen=True)
+class AveragedConfig(fd.AverageConfig):
+    """Two LoRAs of unlike rank, and their shares."""
+
+    composed: ClassVar[bool] = False
+    identity_at_start: ClassVar[bool] = True
+    parts: tuple[fd.BaseDeltaConfig, ...] = (fd.LoraConfig(lora_r=2), fd.LoraConfig(lora_r=3))
+    shares: tuple[float, ...] | None = (0.7, 0.4)
+
+
+@fd.register("test_mixture")
+@dataclass(frozen=True)
+class MixedConfig(fd.MixtureConfig):
+    """LoRAs mixed by gates that each token sets, as in X-LoRA (Buehler and Buehler 2024), and a chain among them."""
+
+    composed: ClassVar[bool] = False
+    identity_at_start: ClassVar[bool] = True
+    parts: tuple[fd.BaseDeltaConfig, ...] = (
+        fd.LoraConfig(lora_r=2),
+        fd.parallel(fd.LoraConfig(lora_r=1), GateConfig(), name="both"),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,7 @@ def targets(method: str, architecture: Architecture) -> tuple[str, ...] | None:
     return getattr(architecture, TARGETS.get(method, "linears"))
 
 
-PAIRS = [
+EVERY_PAIR = [
     (method, name)
     for method in UNDER_LAW
     for name in ZOO
@@ -83,14 +84,18 @@ def thinned(each_method: int = 4) -> list[tuple[str, str]]:
     """Pairs for the slow laws: every architecture with one method, every method with several architectures."""
     methods, names = UNDER_LAW, list(ZOO)
     pairs = {
-        next(p for k in range(len(methods)) if (p := (methods[(i + k) % len(methods)], name)) in PAIRS)
+        next(p for k in range(len(methods)) if (p := (methods[(i + k) % len(methods)], name)) in EVERY_PAIR)
         for i, name in enumerate(names)
     }
     for i, method in enumerate(methods):
-        own = [name for name in names if (method, name) in PAIRS]
+        own = [name for name in names if (method, name) in EVERY_PAIR]
         step = max(1, len(own) // each_method)
         pairs |= {(method, own[(i + k * step) % len(own)]) for k in range(each_method)}
     return sorted(pairs)
+
+
+PAIRS = EVERY_PAIR if os.environ.get("FUNCDELTA_PAIRS") == "all" else thinned(8)
+"""What most laws run on. ``FUNCDELTA_PAIRS=all`` takes every method on every architecture."""
 
 
 @dataclass(frozen=True)

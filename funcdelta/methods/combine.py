@@ -77,7 +77,8 @@ class Summed(Composition):
         def before(p: Params, x: Tensor) -> Tensor:
             found = x
             for one, share in zip(parts, self.shares_of(site, p, None), strict=True):
-                found = found if one.before is None else found + share * (one.before(p, x) - x)
+                given = x if one.before is None else one.before(p, x)
+                found = found if given is x else found + share * (given - x)
             return found
 
         def after(p: Params, y: Tensor, x: Tensor) -> Tensor:
