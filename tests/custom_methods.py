@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import funcdelta as fd
+from funcdelta.methods.layers import from_weight, to_weight
 
 
 @fd.register("test_gate")
@@ -162,3 +166,103 @@ class MixedConfig(fd.MixtureConfig):
         fd.LoraConfig(lora_r=2),
         fd.parallel(fd.LoraConfig(lora_r=1), GateConfig(), name="both"),
     )
+
+
+@fd.register("test_dora")
+@dataclass(frozen=True)
+class DoraConfig(fd.Additive):
+    """``m (W + B A) / ‖W + B A‖``, row by row: DoRA (Liu et al. 2024), in factors, from the site's own weight."""
+
+    identity_at_start: ClassVar[bool] = True
+    acts_on_parts: ClassVar[bool] = False
+    reads: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    rank: int = 2
+
+    def leaves(self, site: fd.Site, own: Mapping[str, Tensor], rng: torch.Generator) -> fd.Leaves:
+        rows, *columns = self.matrix_shape(site)
+        weight = from_weight(site, own["weight"].float())
+        return {
+            "b": fd.Leaf(torch.zeros(rows, self.rank), ". rank"),
+            "a": fd.Leaf(torch.randn(self.rank, *columns, generator=rng), " ".join(["rank", *"." * len(columns)])),
+            "magnitude": weight.flatten(1).norm(dim=1),
+        }
+
+    def low_rank(self, site: fd.Site, p: dict[str, Tensor]) -> fd.LowRank:
+        return fd.LowRank(p["b"], p["a"], p["b"].new_ones(()))
+
+    def tokenwise(self, site: fd.Site) -> bool:
+        return False
+
+    def after(self, site: fd.Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
+        axis = site.features_axis(y)
+        scale = self._scale(site, p, from_weight(site, p["own.weight"])).view(-1, *[1] * (-1 - axis))
+        bare = y - p["own.bias"].view(-1, *[1] * (-1 - axis)) if "own.bias" in p else y
+        return y + (scale - 1) * bare + scale * (super().after(site, p, y, x) - y)
+
+    def weights(self, site: fd.Site, p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
+        weight = from_weight(site, w["weight"])
+        scale = self._scale(site, p, weight).view(-1, *[1] * (weight.ndim - 1))
+        return w | {"weight": to_weight(site, scale * (weight + self.change(site, p)))}
+
+    def acts(self, site: fd.Site) -> fd.Acts:
+        return dataclasses.replace(super().acts(site), factors=None, unfactored="it scales rows of the weight")
+
+    def _scale(self, site: fd.Site, p: dict[str, Tensor], weight: Tensor) -> Tensor:
+        return p["magnitude"] / (weight + self.change(site, p)).flatten(1).norm(dim=1)
+
+    def takes_tensors(self) -> bool:
+        return False
+
+
+@fd.register("test_vera")
+@dataclass(frozen=True)
+class VeraConfig(fd.BaseDeltaConfig):
+    """``y + b ⊙ B (d ⊙ A x)``: VeRA (Kopiczko et al. 2024). A and B are one copy for all members and all sites."""
+
+    identity_at_start: ClassVar[bool] = True
+    rank: int = 3
+
+    def check(self, site: fd.Site) -> str | None:
+        return None if site.kind in ("linear", "transposed_linear") else f"{site.module_type} is not linear"
+
+    def shared(self, sites: tuple[fd.Site, ...], rng: torch.Generator) -> fd.Leaves:
+        widest, longest = max(site.input_width for site in sites), max(site.width for site in sites)
+        a, b = torch.randn(self.rank, widest, generator=rng), torch.randn(longest, self.rank, generator=rng)
+        return {"a": fd.Leaf(a, of="all"), "b": fd.Leaf(b, of="all")}
+
+    def init(self, site: fd.Site, rng: torch.Generator) -> fd.Leaves:
+        return {"d": torch.full((self.rank,), 0.1), "lambda": torch.zeros(site.width)}
+
+    def after(self, site: fd.Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
+        hidden = F.linear(x, p["a"][:, : site.input_width]) * p["d"]
+        return y + F.linear(hidden, p["b"][: site.width]) * p["lambda"]
+
+    def weights(self, site: fd.Site, p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
+        change = (p["lambda"].unsqueeze(1) * p["b"][: site.width] * p["d"]) @ p["a"][:, : site.input_width]
+        return w | {"weight": w["weight"] + to_weight(site, change)}
+
+    def tokenwise(self, site: fd.Site) -> bool:
+        return True
+
+
+@fd.register("test_pissa")
+@dataclass(frozen=True)
+class PissaConfig(fd.Additive):
+    """``W - B₀ A₀ + B A`` from the largest singular values of W: PiSSA (Meng et al. 2024)."""
+
+    identity_at_start: ClassVar[bool] = True
+    acts_on_parts: ClassVar[bool] = False
+    rank: int = 2
+
+    def leaves(self, site: fd.Site, own: Mapping[str, Tensor], rng: torch.Generator) -> fd.Leaves:
+        weight = from_weight(site, own["weight"].double()).flatten(1)
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        root = s[: self.rank].sqrt()
+        b, a = (u[:, : self.rank] * root).float(), (root.unsqueeze(1) * vh[: self.rank]).float()
+        return {"b": b, "a": a, "b0": fd.Leaf(b, of="all"), "a0": fd.Leaf(a, of="all")}
+
+    def change(self, site: fd.Site, p: dict[str, Tensor]) -> Tensor:
+        return (p["b"] @ p["a"] - p["b0"] @ p["a0"]).view(self.matrix_shape(site))
+
+    def takes_tensors(self) -> bool:
+        return False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,7 @@ class Acts:
         unmergeable: why ``weights`` does not give what the delta computes; ``None`` if it does.
         unfactored: why there are no ``factors``, where that has a reason of its own.
         expand_ids: with a prompt, ``{input name: what is put before it}``; ``None``: what is usual.
+        reads: names of the site's own tensors that its functions get, as ``p["own.weight"]``, to be read only.
         strip: whether the prompt's positions are left out of outputs.
 
     >>> acts = Acts(after=lambda p, y, x: y + p["shift"])
@@ -63,6 +66,7 @@ class Acts:
     exact: bool = True
     unmergeable: str | None = None
     unfactored: str | None = None
+    reads: tuple[str, ...] = ()
     expand_ids: Mapping[str, float] | None = None
     strip: bool = False
 
@@ -75,3 +79,31 @@ class Acts:
     def anything(self) -> bool:
         """Whether it does anything at all."""
         return self.by_values or any(act is not None for act in (self.weights, self.attend, self.prompt))
+
+
+def with_fixed(acts: Acts, fixed: Mapping[str, Tensor], leading: str) -> Acts:
+    """``acts`` whose functions get, beside a member's leaves, tensors that all members have together.
+
+    These have no member axis, so they are bound here, outside of every map over members. They follow the precision
+    and the device of the leaf ``leading``.
+
+    >>> acts = with_fixed(Acts(after=lambda p, y, x: y @ p["basis"] * p["d"]), {"basis": torch.eye(2)}, "d")
+    >>> acts.after({"d": torch.tensor(2.0)}, torch.ones(1, 2), None)
+    tensor([[2., 2.]])
+    """
+    if not fixed:
+        return acts
+
+    def bound(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        if function is None:
+            return None
+
+        def act(p: Params, *values: Any) -> Any:
+            like = p[leading]
+            same = {name: t.to(like.device, like.dtype) if t.is_floating_point() else t for name, t in fixed.items()}
+            return function({**same, **p}, *values)
+
+        return act
+
+    names = ("before", "after", "weights", "attend", "prompt", "factors")
+    return dataclasses.replace(acts, **{name: bound(getattr(acts, name)) for name in names})

@@ -225,6 +225,7 @@ def _whole(
         # One part that acts by weights alone makes all of them act so.
         exact=all(one.by_values and one.exact for one in parts),
         unmergeable=why,
+        reads=tuple(dict.fromkeys(name for one in parts for name in one.reads)),
         unfactored="it is a composition of methods; fd.algebra.materialise gives its change of every weight",
     )
 

@@ -29,6 +29,9 @@ REFUSED = {
 }
 """What cannot be composed at one site: such a config is given to the delta beside the composition."""
 
+OWN = "own."
+"""Before the name of one of the site's own tensors among leaves."""
+
 OF_THE_WHOLE = ("exclude_modules", "unfrozen_modules", "unfrozen_init", "common_structure", "batch_dim", "axis_order")
 """Fields that a part leaves to its composition."""
 
@@ -194,7 +197,8 @@ def part_of(p: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     {'scale': tensor(1.)}
     """
     start = f"{name}."
-    return {leaf.removeprefix(start): tensor for leaf, tensor in p.items() if leaf.startswith(start)}
+    own = {leaf.removeprefix(start): tensor for leaf, tensor in p.items() if leaf.startswith(start)}
+    return own | {leaf: tensor for leaf, tensor in p.items() if leaf.startswith(OWN)}
 
 
 def _with_leaves_of(name: str, acts: Acts) -> Acts:

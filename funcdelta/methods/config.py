@@ -119,6 +119,8 @@ class BaseDeltaConfig:
     """Whether fresh params change nothing (law 2 is then tested)."""
     acts_on_parts: ClassVar[bool] = False
     """Whether the method heeds ``site.parts``, so that it can act on the queries of a fused q,k,v alone."""
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Names of the site's own tensors that its functions get, to be read only: ``p["own.weight"]``."""
     composed: ClassVar[bool] = False
     """Whether the config is made of other configs."""
     in_leaves: ClassVar[tuple[str, ...]] = ()
@@ -330,6 +332,7 @@ class BaseDeltaConfig:
             **{name: given(name) for name in ("before", "after", "weights", "attend", "prompt", "factors")},
             widen_bias=functools.partial(self.widen_bias, site),
             tokenwise=self.tokenwise(site),
+            reads=self.reads,
             exact=self.holds_on_values(site),
             unmergeable=self.unmergeable(site),
         )

@@ -23,6 +23,8 @@ class Leaf(NamedTuple):
             computes, so that members of unlike size can share a stack; ``.`` is an axis that keeps its length. An axis
             that holds k pieces of such a size, each of which may grow, is written ``k*name``.
         trains: whether optimisers change it; scales, masks and frozen bases do not train.
+        of: ``"member"``, each has its own; or ``"all"``: drawn when the delta is built, the same for however many
+            members, and so neither in params nor in a stack. A method gets it as any leaf, without a member axis.
 
     >>> Leaf(torch.zeros(6, 4), "3*rank .").value.shape
     torch.Size([6, 4])
@@ -31,6 +33,7 @@ class Leaf(NamedTuple):
     value: Tensor
     axes: str = ""
     trains: bool = True
+    of: str = "member"
 
 
 Leaves = Mapping[str, Leaf | Tensor]
@@ -55,8 +58,20 @@ def as_leaves(given: Leaves, who: str) -> dict[str, Leaf]:
                 f"{who} names the axes of {name!r} {leaf.axes!r}, but its shape is {tuple(leaf.value.shape)}: write "
                 f'one word an axis, "." for one that keeps its length.'
             )
+        if leaf.of not in ("member", "all"):
+            raise ConfigError(f'{who} says that {name!r} is of {leaf.of!r}: write "member" or "all".')
         found[name] = leaf
     return found
+
+
+def members_and_all(leaves: Mapping[str, Leaf]) -> tuple[dict[str, Leaf], dict[str, Tensor]]:
+    """The leaves that each member has, and the tensors that all have together.
+
+    >>> members_and_all({"d": Leaf(torch.ones(2)), "basis": Leaf(torch.ones(2, 3), of="all")})[1].keys()
+    dict_keys(['basis'])
+    """
+    own = {name: leaf for name, leaf in leaves.items() if leaf.of == "member"}
+    return own, {name: leaf.value for name, leaf in leaves.items() if leaf.of == "all"}
 
 
 def values_of(leaves: Mapping[str, Leaf]) -> dict[str, Tensor]:

@@ -138,9 +138,10 @@ class Packed(BaseDeltaConfig):
             as_leaves(origin.config.leaves(site, own, torch.Generator().manual_seed(0)), "init") for origin in here[1:]
         ]
         first = drawn[0]
+        member = {leaf: one for leaf, one in first.items() if one.of == "member"}
         shapes = [{name: tuple(leaf.value.shape) for name, leaf in each.items()} for each in drawn]
         found = dict(first)
-        for name, axes in growing({leaf: one.axes for leaf, one in first.items()}).items():
+        for name, axes in growing({leaf: one.axes for leaf, one in member.items()}).items():
             sizes = [axes.size(each) for each in shapes]
             for leaf, axis in axes.axes.items():
                 longest = longer(found[leaf].value, axis, max(sizes), axes.pieces[leaf])

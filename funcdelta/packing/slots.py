@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ParamsError
@@ -69,6 +70,8 @@ class Slot:
             a, b = own[path], self.sites[path]
             if a.site.exit != b.site.exit or a.site.parts != b.site.parts:
                 return "sites"
+            if not _same(a.fixed, b.fixed):
+                return "method"
             if _beside_padding(a) != _beside_padding(b):
                 return "size"
         return None if _shared_shapes(group) == _shared_shapes(self.shared) else "size"
@@ -142,6 +145,13 @@ def sites_of(delta: DeltaModel, name: str) -> dict[str, Attachment]:
 
 def _shared_shapes(group: Shared | None) -> dict[str, tuple[int, ...]]:
     return {} if group is None else {leaf: group.shapes[key] for leaf, key in group.leaves.items()}
+
+
+def _same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    """Whether what all members have together is the same."""
+    if left.keys() != right.keys():
+        return False
+    return all(t is right[name] or torch.equal(t, right[name]) for name, t in left.items())
 
 
 def _shapes(a: Attachment) -> dict[str, list[int]]:

@@ -15,10 +15,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import ConfigError, MatchError
 from ..match import below, within
-from ..methods.acts import Acts
-from ..methods.config import BaseDeltaConfig
-from ..methods.leaf import Leaf, as_leaves, values_of
+from ..methods.acts import Acts, with_fixed
+from ..methods.config import BaseDeltaConfig, packed_weight
+from ..methods.leaf import Leaf, as_leaves, members_and_all, values_of
 from ..pytrees.drawing import own_defaults
+from ..pytrees.seeding import derive
 from ..randomness import refuse_draws
 from ..sites.own import Own
 from ..sites.site import AttentionShape, Shapes, Site, site_of, site_of_tensor
@@ -45,6 +46,7 @@ class Attachment:
         by_values: whether it acts on the hidden values that enter or leave the site.
         key: the key in params of the first leaf, own or shared, which stands for all.
         leading: the leaf whose precision the method computes in, the first that trains.
+        fixed: what all members have together, beside their leaves: ``{leaf: tensor}``.
         adds_keys: whether the delta adds keys and values to the site's attention.
         prompt_rows: how many positions it adds before the input.
         read_by_parent: whether the module above reads the site's tensors and never calls it.
@@ -62,6 +64,7 @@ class Attachment:
     by_values: bool
     key: str
     leading: str
+    fixed: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     adds_keys: bool = False
     prompt_rows: int = 0
     has_two_forms: bool = False
@@ -86,7 +89,7 @@ class Attachment:
 
     def acts(self, training: bool = False) -> Acts:
         """What the delta does here, in training or evaluation mode."""
-        return self.config.acts(self.at(training))
+        return with_fixed(self.config.acts(self.at(training)), self.fixed, self.leading)
 
     @property
     def axes(self) -> dict[str, str]:
@@ -263,7 +266,7 @@ def build_plan(
     shared: list[Shared] = []
     compared: set[tuple[BaseDeltaConfig, Site]] = set()
     for config, name, own in zip(configs, names, sites, strict=True):
-        group = share(config, name, own)
+        group, fixed = share(config, name, own)
         if group is not None:
             if name in modules or any(key in modules for key in group.shapes):
                 raise MatchError(
@@ -278,8 +281,10 @@ def build_plan(
                 raise MatchError(
                     f"{path} already has a child {name!r}: give the config another name, name={name + '_delta'!r}."
                 )
-            attachments.setdefault(site.exit or path, []).append(_attach(config, name, site, modules, group, compared))
+            attachment = _attach(config, name, site, modules, group, fixed, compared)
+            attachments.setdefault(site.exit or path, []).append(attachment)
     trains, fresh = trained(backbone, modules, configs, known)
+    _check_reads([a for acting in attachments.values() for a in acting], trains)
     return Plan(
         {path: tuple(group) for path, group in attachments.items()},
         trains,
@@ -405,12 +410,15 @@ def _attach(
     site: Site,
     modules: dict[str, nn.Module],
     group: Shared | None,
+    fixed: Mapping[str, Tensor],
     compared: set[tuple[BaseDeltaConfig, Site]],
 ) -> Attachment:
     """The delta of ``config`` at ``site``; ``compared`` are the sites but for their paths whose forms agree."""
     module, who = modules[site.path], f"{type(config).__name__}.init"
+    rng = torch.Generator().manual_seed(derive(0, f"{site.address}.{name}"))
     with refuse_draws(who), own_defaults():
-        leaves = as_leaves(config.leaves(site, Own(module), torch.Generator().manual_seed(0)), who)
+        leaves, own_fixed = members_and_all(as_leaves(config.leaves(site, Own(module), rng), who))
+    fixed = {leaf: _placed(site, tensor) for leaf, tensor in own_fixed.items()} | dict(fixed)
     common = group.leaves if group is not None else {}
     if not (leaves or common):
         raise ConfigError(f"{who} gave no leaves at {site.path}.")
@@ -428,6 +436,7 @@ def _attach(
         )
     site = dataclasses.replace(site, axes=tuple((leaf, one.axes) for leaf, one in leaves.items() if one.axes))
     acts = config.acts(site)
+    fixed |= _read(config, acts, site, Own(module))
     uncalled = [path for path in (site.path, site.exit) if path is not None and _read_by_parent(path, modules)]
     if uncalled and acts.weights is None:
         raise MatchError(
@@ -441,7 +450,8 @@ def _attach(
         as_config = dataclasses.replace(site, path="")
         if (config, as_config) not in compared:
             compared.add((config, as_config))
-            compare_forms(config, site, module, _leaves_at(config, site, leaves, group), frozenset(still))
+            p = {**fixed, **_leaves_at(config, site, leaves, group)}
+            compare_forms(config, site, module, p, frozenset(still | fixed.keys()))
     all_keys = keys | given
     return Attachment(
         name=name,
@@ -453,6 +463,7 @@ def _attach(
         constants=tuple(keys[leaf] for leaf in leaves if leaf in constants),
         key=next(iter((keys or common).values())),
         leading=next((leaf for leaf in all_keys if leaf not in still), next(iter(all_keys))),
+        fixed=fixed,
         adds_keys=acts.attend is not None,
         by_weights=by_weights,
         by_values=not by_weights and acts.by_values,
@@ -470,6 +481,39 @@ def _check_acts(config: BaseDeltaConfig, acts: Acts) -> None:
         )
     if config.axis_order is not None and not acts.by_values:
         raise ConfigError(f"axis_order: {type(config).__name__} acts on no hidden value; leave it out.")
+
+
+def _read(config: BaseDeltaConfig, acts: Acts, site: Site, own: Own) -> dict[str, Tensor]:
+    """The site's own tensors that the method reads, as leaves; one that the module lacks is not among them."""
+    if "weight" in acts.reads and site.packed:
+        raise MatchError(
+            f"{config.delta_type} cannot act at {site.path}: it reads the weight, and {packed_weight(site)}. Leave it "
+            f"out: exclude_modules=[{site.path!r}]."
+        )
+    return {f"own.{name}": own[name] for name in acts.reads if name in own}
+
+
+def _check_reads(attachments: Sequence[Attachment], trains: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuse a method that reads a tensor which differs by member: what it is given is the backbone's own."""
+    trained_names = {end for ends in trains.values() for end in ends}
+    rewriting = {a.site.path: a for a in attachments if a.by_weights}
+    for a in attachments:
+        read = [below(a.site.path, name) for name in a.acts().reads]
+        again = next((name for name in read if name in trained_names), None)
+        if again is not None:
+            raise MatchError(
+                f"{a.name} at {a.site.path} reads {again}, which unfrozen_modules trains, so it differs by member: "
+                f"leave one of the two out."
+            )
+        other = rewriting.get(a.site.path)
+        if read and other is not None and other is not a:
+            raise MatchError(
+                f"{a.name} at {a.site.path} reads {read[0]}, which {other.name} rewrites: give them sites of their own."
+            )
+
+
+def _placed(site: Site, tensor: Tensor) -> Tensor:
+    return tensor.to(site.device, _dtype(site, tensor))
 
 
 def _dtype(site: Site, value: Tensor) -> torch.dtype:
@@ -518,7 +562,7 @@ def _leaves_at(
     own = values_of(leaves)
     if group is None:
         return own
-    drawn = values_of(as_leaves(config.shared(group.sites, torch.Generator().manual_seed(0)), "shared"))
+    drawn = {**group.fixed, **values_of(group.start)}
     return own | (config.expand(group.sites, drawn)[site.address] if group.expanded else drawn)
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..methods.config import BaseDeltaConfig
-from ..methods.leaf import as_leaves, values_of
+from ..methods.leaf import Leaf, as_leaves, members_and_all, values_of
 from ..pytrees.drawing import own_defaults
+from ..pytrees.seeding import derive
 from ..randomness import refuse_draws
 from ..sites.site import Site
 from ..transforms import inside_backward
@@ -31,6 +32,8 @@ class Shared:
         leaves: ``{leaf: key in params}``.
         shapes, dtypes: of one member's leaves, by key.
         constants: keys of those that never train.
+        start: the leaves as one member starts.
+        fixed: what all members have together.
         expanded: ``{site path: {leaf: key}}`` of the leaves that the method computes from these for each site.
     """
 
@@ -42,6 +45,8 @@ class Shared:
     dtypes: dict[str, torch.dtype]
     constants: tuple[str, ...]
     expanded: dict[str, dict[str, str]]
+    start: dict[str, Leaf]
+    fixed: dict[str, Tensor]
 
     def among(self, params: Mapping[str, Any]) -> bool:
         """Whether ``params`` holds these leaves."""
@@ -49,22 +54,31 @@ class Shared:
 
     def expand(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """One member's leaves at every site, by key, as the method computes them from the shared ones."""
-        p = {leaf: params[key] for leaf, key in self.leaves.items()}
+        p = {**self.fixed, **{leaf: params[key] for leaf, key in self.leaves.items()}}
         found = self.config.expand(self.sites, p)
         return {key: found[path][leaf] for path, keys in self.expanded.items() for leaf, key in keys.items()}
 
 
-def share(config: BaseDeltaConfig, name: str, sites: tuple[Site, ...]) -> Shared | None:
-    """The shared leaves that ``config`` has for its sites; ``None`` if it has none."""
-    with refuse_draws(f"{type(config).__name__}.shared"), own_defaults():
-        given = as_leaves(config.shared(sites, torch.Generator().manual_seed(0)), f"{type(config).__name__}.shared")
+def share(config: BaseDeltaConfig, name: str, sites: tuple[Site, ...]) -> tuple[Shared | None, dict[str, Tensor]]:
+    """The leaves of a member that ``config`` has for all its sites, ``None`` if it has none; and what all members have.
+
+    What all members have is there once for all sites, too.
+    """
+    rng, who = torch.Generator().manual_seed(derive(0, name)), f"{type(config).__name__}.shared"
+    with refuse_draws(who), own_defaults():
+        given, of_all = members_and_all(as_leaves(config.shared(sites, rng), who))
+    like = sites[0]
+    fixed = {
+        leaf: tensor.to(like.device, like.leaf_dtype if tensor.is_floating_point() else tensor.dtype)
+        for leaf, tensor in of_all.items()
+    }
     if not given:
-        return None
+        return None, fixed
     leaves = values_of(given)
     keys = {leaf: f"{name}.{leaf}" for leaf in leaves}
     expanded: dict[str, dict[str, str]] = {}
     if config.gives("expand"):
-        found = config.expand(sites, leaves)
+        found = config.expand(sites, {**fixed, **leaves})
         if set(found) != {site.address for site in sites}:
             raise ConfigError(f"{type(config).__name__}.expand gives leaves for {sorted(found)}; expected every site.")
         expanded = {path: {leaf: f"{path}.{name}.{leaf}" for leaf in found[path]} for path in found}
@@ -78,7 +92,9 @@ def share(config: BaseDeltaConfig, name: str, sites: tuple[Site, ...]) -> Shared
         dtypes={keys[leaf]: dtype if t.is_floating_point() else t.dtype for leaf, t in leaves.items()},
         constants=tuple(key for leaf, key in keys.items() if not given[leaf].trains),
         expanded=expanded,
-    )
+        start=given,
+        fixed=fixed,
+    ), fixed
 
 
 def expand_member(shared: Sequence[Shared], params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
