@@ -59,6 +59,7 @@ def load(
     saved = configs_of(str(found.folder / CONFIG), found.data, provenance=False)
     configs = changed(found.folder, saved, delta_config, overrides)
     delta = DeltaModel(backbone, *configs, example=example, prepare=prepare)
+    checkpoint.check_fixed(found, delta.plan.fixed)
     params = checkpoint.fitted(found, backbone, delta.shapes, device)
     if configs != saved:
         _renew_constants(DeltaModel(backbone, *saved, example=example, prepare=prepare), delta, params)

@@ -606,7 +606,7 @@ class DeltaModel(Habits):
 
     def _facts(self) -> Facts:
         configs = [storable(type(config).__name__, config.to_dict()) for config in self.configs]
-        return Facts(configs, self.backbone, self._shapes)
+        return Facts(configs, self.backbone, self._shapes, self.plan.fixed)
 
     def _member(self, params: Params) -> dict[str, Tensor]:
         if self._generation != self.program.skeletons.generation:

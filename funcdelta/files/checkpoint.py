@@ -33,6 +33,8 @@ from .tensorfile import read_tensors, write_tensors
 __all__ = ["Facts", "Saved", "backbone_facts", "check_backbone", "fitted", "home", "load", "push", "save"]
 
 _SHOWN = 5
+FIXED = "fixed:"
+"""Before the name of a tensor that all members have together, in the file of tensors."""
 KIND_OF_HASH = "fd1:"
 _HASH_OF_OPENDELTA = re.compile(r"[0-9a-f]{32}")
 
@@ -44,19 +46,25 @@ class Facts(NamedTuple):
         configs: as :func:`funcdelta.files.configfile.storable` gives them.
         backbone: what the delta is for.
         shapes: of every leaf of one member, in their order.
+        fixed: what all members have together, by key; it is saved once.
     """
 
     configs: Sequence[Mapping[str, Any]]
     backbone: nn.Module
     shapes: Mapping[str, tuple[int, ...]]
+    fixed: Mapping[str, Tensor] = {}
 
 
 class Saved(NamedTuple):
-    """What was found in a saved delta: the folder, the data of its ``config.json``, and its tensors by name."""
+    """What was found in a saved delta: the folder, the data of its ``config.json``, and its tensors by name.
+
+    ``fixed`` is what all members have together.
+    """
 
     folder: Path
     data: dict[str, Any]
     tensors: dict[str, Tensor]
+    fixed: Mapping[str, Tensor] = {}
 
 
 def save(
@@ -108,7 +116,8 @@ def save(
     }
 
     def write(folder: Path) -> None:
-        write_tensors(folder / TENSORS, {name: params[name] for name in shapes}, metadata)
+        fixed = {FIXED + name: tensor for name, tensor in facts.fixed.items()}
+        write_tensors(folder / TENSORS, {name: params[name] for name in shapes} | fixed, metadata)
         write_config(folder / CONFIG, configs, about)
 
     if resumable:
@@ -175,7 +184,8 @@ def load(
         data.pop("members", None)
     if check_hash:
         check_backbone(f"'{path}'", data, metadata, backbone, tensors)
-    return Saved(folder, data, tensors)
+    fixed = {name.removeprefix(FIXED): t for name, t in tensors.items() if name.startswith(FIXED)}
+    return Saved(folder, data, {name: t for name, t in tensors.items() if not name.startswith(FIXED)}, fixed)
 
 
 def fitted(
@@ -206,6 +216,23 @@ def fitted(
         what = f"'{saved.folder}' does not fit the delta that its config describes:\n"
         raise CheckpointError(what + "\n".join(problems) + newer(data))
     return {name: saved.tensors[name].to(device or home(backbone, name)) for name in shapes}
+
+
+def check_fixed(saved: Saved, fixed: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` unless what all members have together is, bit for bit, what it was when they were saved.
+
+    It is drawn when a delta is built, from the config or from the backbone's weights, and the members were trained
+    with it.
+
+    >>> check_fixed(Saved(Path("run"), {}, {}, {"vera.a": torch.ones(2)}), {"vera.a": torch.ones(2)})
+    """
+    for name, tensor in saved.fixed.items():
+        drawn = fixed.get(name)
+        if drawn is None or drawn.shape != tensor.shape or not torch.equal(drawn.cpu(), tensor.to(drawn.dtype).cpu()):
+            raise CheckpointError(
+                f"'{saved.folder}' was trained with another {name} than this delta draws: its members would compute "
+                f"something else. Load it with the config and on the backbone that it was saved with."
+            )
 
 
 # --- the leaves ------------------------------------------------------------------------------------

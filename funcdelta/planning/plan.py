@@ -113,6 +113,7 @@ class Plan:
         ends: every parameter and buffer of the backbone, ``{name: every name of the same tensor}``.
         shared: the leaves that the sites of one delta share.
         names: one name a config, in their order.
+        fixed: what all members have together, ``{key: tensor}``, once.
         measured: shapes of what enters and leaves modules whose weights do not tell their widths.
     """
 
@@ -123,6 +124,7 @@ class Plan:
     shared: tuple[Shared, ...] = ()
     names: tuple[str, ...] = ()
     measured: Mapping[str, Shapes] = field(default_factory=dict)
+    fixed: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -264,9 +266,11 @@ def build_plan(
 
     attachments: dict[str, list[Attachment]] = {}
     shared: list[Shared] = []
+    of_all: dict[str, Tensor] = {}
     compared: set[tuple[BaseDeltaConfig, Site]] = set()
     for config, name, own in zip(configs, names, sites, strict=True):
         group, fixed = share(config, name, own)
+        of_all |= {f"{name}.{leaf}": tensor for leaf, tensor in fixed.items()}
         if group is not None:
             if name in modules or any(key in modules for key in group.shapes):
                 raise MatchError(
@@ -282,6 +286,8 @@ def build_plan(
                     f"{path} already has a child {name!r}: give the config another name, name={name + '_delta'!r}."
                 )
             attachment = _attach(config, name, site, modules, group, fixed, compared)
+            alone = attachment.fixed.keys() - fixed.keys() - {f"own.{read}" for read in config.acts(site).reads}
+            of_all |= {f"{site.address}.{name}.{leaf}": attachment.fixed[leaf] for leaf in sorted(alone)}
             attachments.setdefault(site.exit or path, []).append(attachment)
     trains, fresh = trained(backbone, modules, configs, known)
     _check_reads([a for acting in attachments.values() for a in acting], trains)
@@ -293,6 +299,7 @@ def build_plan(
         tuple(shared),
         tuple(names),
         measured,
+        of_all,
     )
 
 
