@@ -69,7 +69,6 @@ from .match import find_key as find_key
 from .match import find_module as find_module
 from .methods.acts import Acts as Acts
 from .methods.additive import Additive as Additive
-from .methods.additive import LowRank as LowRank
 from .methods.combine import AverageConfig as AverageConfig
 from .methods.combine import ChainConfig as ChainConfig
 from .methods.combine import MixtureConfig as MixtureConfig
@@ -83,6 +82,7 @@ from .methods.config import BaseDeltaConfig as BaseDeltaConfig
 from .methods.config import register as register
 from .methods.leaf import Leaf as Leaf
 from .methods.leaf import Leaves as Leaves
+from .methods.low_rank import LowRank as LowRank
 from .model import DeltaModel as DeltaModel
 from .packing.unlike import pack as pack
 from .packing.unlike import unpack as unpack

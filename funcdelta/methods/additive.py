@@ -10,65 +10,16 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..functional.tokenwise import linear
-from ..sites.parts import Part, place
+from ..functional.dropout import dropout
+from ..sites.parts import Part
 from ..sites.site import Site
 from .acts import Acts, Factors
 from .config import BaseDeltaConfig, packed_weight
-from .layers import KINDS, LINEAR, NAMES, TURNED, formula_holds, matrix_shape, through, through_factors, to_weight
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """``ΔW = s B A``; with several pairs each writes one of the parts of the output.
-
-    Attributes:
-        b: B (out, r), the rows of all parts one below the other.
-        a: A (r, in, *kernel), or (k r, in) where each of k parts has a pair of its own.
-            Of a bare parameter that holds many matrices both have its leading axes first.
-        scale: s.
-
-    >>> LowRank(torch.ones(3, 1), torch.ones(1, 2), torch.tensor(2.0)).dense(()).tolist()
-    [[2.0, 2.0], [2.0, 2.0], [2.0, 2.0]]
-    """
-
-    b: Tensor
-    a: Tensor
-    scale: Tensor
-
-    def dense(self, parts: tuple[Part, ...]) -> Tensor:
-        """ΔW of one member."""
-        if self.b.ndim > 2:  # one matrix an expert
-            return self.scale * self.b @ self.a
-        b, a = self.scale * self.b, self.a.flatten(1)
-        if not self._in_pairs():
-            return (b @ a).unflatten(1, self.a.shape[1:])
-        pairs = zip(b.split([part.size for part in parts], 0), a.chunk(len(parts), 0), strict=True)
-        return torch.cat([rows @ columns for rows, columns in pairs])
-
-    def onto(self, site: Site, y: Tensor, x: Tensor, parts: tuple[Part, ...]) -> Tensor:
-        """``y + s B (A x)``: two thin products; of a linear layer for one member or, tokenwise, for each of many."""
-        if site.kind not in LINEAR:
-            return y + through_factors(site, self.scale * self.b, self.a, x, y)
-        if self._in_pairs():
-            hidden = linear(x, self.a).chunk(len(parts), -1)
-            rows = (self.scale * self.b).split([part.size for part in parts], -2)
-            return y + place([linear(h, row) for h, row in zip(hidden, rows, strict=True)], parts, site.width)
-        # Scaled between the two products, where there are fewest numbers.
-        hidden = linear(x, self.a) * self.scale
-        if parts:
-            rows = linear(hidden, self.b).split([part.size for part in parts], -1)
-            return y + place(rows, parts, site.width)
-        if self.a.ndim == 2 or y.dtype.itemsize < 4:  # half precision rounds as it does for one member
-            return y + linear(hidden, self.b)
-        return torch.baddbmm(y, hidden, self.b.mT)
-
-    def _in_pairs(self) -> bool:
-        return self.a.shape[-2] != self.b.shape[-1] and self.a.ndim == self.b.ndim
+from .layers import KINDS, LINEAR, NAMES, TURNED, formula_holds, matrix_shape, through, to_weight
+from .low_rank import LowRank
 
 
 @dataclass(frozen=True)
@@ -90,6 +41,8 @@ class Additive(BaseDeltaConfig):
     """
 
     acts_on_parts: ClassVar[bool] = True
+    dropout_field: ClassVar[str] = ""
+    """The field with the probability of dropout on what enters the change, if the method has one."""
 
     def change(self, site: Site, p: dict[str, Tensor]) -> Tensor:
         """ΔW of one member, of the shape :meth:`matrix_shape`."""
@@ -103,8 +56,11 @@ class Additive(BaseDeltaConfig):
         return None
 
     def entering(self, site: Site, p: dict[str, Tensor], x: Tensor) -> Tensor:
-        """What the change sees instead of ``x``: dropout in training."""
-        return x
+        """What the change sees instead of ``x``: in training what the method's ``dropout_field`` leaves of it."""
+        if not self.dropout_field or site.kind == "embedding" or not site.training:
+            return x
+        probability = p[self.dropout_field] if self.dropout_field in p else getattr(self, self.dropout_field)
+        return dropout(x, probability, True)
 
     def takes_tensors(self) -> bool:
         return True
@@ -121,11 +77,23 @@ class Additive(BaseDeltaConfig):
 
     def check(self, site: Site) -> str | None:
         if site.kind == "tensor" and not site.why:
-            return None
+            return self._check_dropout(site)
         if site.kind not in KINDS or site.out_features is None or site.in_features is None:
             why = f": {site.why}" if site.why else ""
             return f"it adds to the weight of {NAMES}, and this is {site.module_type}{why}"
-        return None if site.weight is not None or site.kind in LINEAR else f"{site.module_type} has no weight tensor"
+        if site.weight is None and site.kind not in LINEAR:
+            return f"{site.module_type} has no weight tensor"
+        return self._check_dropout(site)
+
+    def _check_dropout(self, site: Site) -> str | None:
+        dropped = getattr(self, self.dropout_field) if self.dropout_field else 0
+        if not dropped or site.kind == "embedding" or self.holds_on_values(site):
+            return None
+        return (
+            f"{self.dropout_field}={dropped} drops what enters the change, and here the change is added to the weight "
+            f"of {site.module_type} instead, because no formula on its activations holds. Write {self.dropout_field}=0 "
+            f"for this site"
+        )
 
     def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
         """``y + layer(x; ΔW)``, through the factors where there are some."""

@@ -132,7 +132,7 @@ class AverageConfig(Summed):
     """
 
     default_name: ClassVar[str] = "average"
-    in_leaves: ClassVar[tuple[str, ...]] = ("shares",)
+    in_leaves: ClassVar[tuple[str, ...]] = ("parts", "shares")
 
     shares: tuple[float, ...] | None = None
 

@@ -49,6 +49,7 @@ class Composition(BaseDeltaConfig):
     """
 
     composed: ClassVar[bool] = True
+    in_leaves: ClassVar[tuple[str, ...]] = ("parts",)
 
     parts: tuple[BaseDeltaConfig, ...] = field(default=(), repr=True)
 
