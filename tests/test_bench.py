@@ -412,10 +412,10 @@ def test_the_checks_that_are_timed_are_those_that_refuse():
     for check in timed.values():
         check()
     stack["stray"] = torch.zeros(2)
-    with pytest.raises(contenders.fd.ParamsError, match="stray"):
+    with pytest.raises(contenders.fd.errors.ParamsError, match="stray"):
         timed["the stack's leaves"]()
     subject.backbone.layers[0].mlp.act_fn = torch.nn.Tanh()
-    with pytest.raises(contenders.fd.StaleBackboneError, match="act_fn"):
+    with pytest.raises(contenders.fd.errors.StaleBackboneError, match="act_fn"):
         timed["whether the backbone is the same"]()
 
 
