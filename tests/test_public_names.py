@@ -127,13 +127,21 @@ def test_another_name_says_where_it_is(name: str, pieces: list[str]) -> None:
     assert all(piece in str(caught.value) for piece in pieces)
 
 
-def test_notebooks_name_what_there_is() -> None:
-    for file in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        for path in set(re.findall(r"\bfd((?:\.[A-Za-z_]\w*)+)", file.read_text(encoding="utf-8"))):
-            value: Any = fd
-            for part in path[1:].split("."):
-                assert hasattr(value, part), f"{file.name}: fd{path}"
-                value = getattr(value, part)
+SOURCES = [file for file in sorted(Path(fd.__file__).parent.rglob("*.py")) if file.name != "habits.py"]
+"""All but those whose subject are names that are not there."""
+
+
+@pytest.mark.parametrize("files", [sorted((ROOT / "notebooks").glob("*.ipynb")), SOURCES], ids=["notebooks", "sources"])
+def test_messages_examples_and_notebooks_name_what_there_is(files: list[Path]) -> None:
+    found = {path: file for file in files for path in re.findall(r"\bfd((?:\.[A-Za-z_]\w*)+)", file.read_text("utf-8"))}
+    assert len(found) > 20
+    missing = {f"fd{path}": file.name for path, file in found.items() if not resolves(fd, path[1:].split("."))}
+    # Reading PEFT's checkpoints is promised, and not there yet.
+    assert {name: file for name, file in missing.items() if name != "fd.load_peft"} == {}
+
+
+def resolves(value: Any, path: list[str]) -> bool:
+    return not path or (hasattr(value, path[0]) and resolves(getattr(value, path[0]), path[1:]))
 
 
 @pytest.mark.parametrize("first", ["pack", "recipes"])

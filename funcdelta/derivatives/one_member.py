@@ -21,4 +21,4 @@ def one_member(call: str, instead: str = "map it over a stack with torch.vmap") 
     try:
         yield
     except StackError as error:
-        raise StackError(f"fd.{call} takes one member's params; {instead}. {error}") from error
+        raise StackError(f"fd.grad.{call} takes one member's params; {instead}. {error}") from error
