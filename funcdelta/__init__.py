@@ -1,11 +1,16 @@
-"""funcdelta: delta tuning as pure pytrees of tensors on a frozen backbone."""
+"""funcdelta: delta tuning as pure pytrees of tensors on a frozen backbone.
 
+Here are what makes deltas and what every program with them needs. The rest has a namespace each: ``fd.algebra``
+(arithmetic of what deltas do), ``fd.distributed`` (several processes), ``fd.errors``, ``fd.grad`` (derivatives),
+``fd.inspect`` (trees and figures), ``fd.interop`` (other libraries' files), ``fd.methods`` (what a method of your own
+is written on), ``fd.metrics``, ``fd.optim``, ``fd.recipes``, and ``fd.tree`` (leafwise arithmetic).
+"""
+
+import importlib as _importlib
 import typing as _typing
 
-from . import algebra as algebra
-from . import distributed as distributed
-from . import metrics as metrics
-from . import optim as optim
+from . import errors as errors
+from . import methods as methods
 from . import tree as tree
 from .auto import AdapterModel as AdapterModel
 from .auto import AutoDeltaModel as AutoDeltaModel
@@ -24,55 +29,11 @@ from .deltas import LowRankAdapterConfig as LowRankAdapterConfig
 from .deltas import ParallelAdapterConfig as ParallelAdapterConfig
 from .deltas import PrefixConfig as PrefixConfig
 from .deltas import SoftPromptConfig as SoftPromptConfig
-from .derivatives.directions import conjugate_gradient as conjugate_gradient
-from .derivatives.directions import hvp as hvp
-from .derivatives.directions import jacobian as jacobian
-from .derivatives.directions import jvp as jvp
-from .derivatives.directions import per_sample_grads as per_sample_grads
-from .derivatives.directions import vjp as vjp
 from .derivatives.gradients import value_and_grad as value_and_grad
-from .derivatives.reach import reached as reached
-from .derivatives.taps import Tap as Tap
-from .derivatives.taps import ghost_norms as ghost_norms
-from .derivatives.taps import kronecker_factors as kronecker_factors
-from .derivatives.taps import taps as taps
-from .derivatives.unrolling import unroll as unroll
-from .errors import CheckpointError as CheckpointError
-from .errors import ConfigError as ConfigError
-from .errors import EngineError as EngineError
-from .errors import EngineWarning as EngineWarning
-from .errors import FactorMeanWarning as FactorMeanWarning
-from .errors import FoldError as FoldError
-from .errors import FuncdeltaError as FuncdeltaError
-from .errors import MatchError as MatchError
-from .errors import MergeError as MergeError
-from .errors import ParamsError as ParamsError
-from .errors import PickError as PickError
-from .errors import RecomputeError as RecomputeError
-from .errors import StackError as StackError
-from .errors import StaleBackboneError as StaleBackboneError
-from .errors import UnreachedWarning as UnreachedWarning
 from .from_module import register_module as register_module
-from .functional.attention import higher_order as higher_order
 from .functional.tokenwise import linear as linear
-from .inspect import DeltaStatistics as DeltaStatistics
-from .inspect import OptimizerGroup as OptimizerGroup
-from .inspect import frozen_parameters_names as frozen_parameters_names
-from .inspect import inspect_optimizer as inspect_optimizer
-from .inspect import num_total_parameters as num_total_parameters
-from .inspect import num_trainable_parameters as num_trainable_parameters
-from .inspect import structure_graph as structure_graph
-from .inspect import trainable_parameters_names as trainable_parameters_names
-from .interop.opendelta import load_opendelta as load_opendelta
-from .interop.opendelta import save_opendelta as save_opendelta
 from .match import find_key as find_key
 from .match import find_module as find_module
-from .methods.acts import Acts as Acts
-from .methods.additive import Additive as Additive
-from .methods.combine import AverageConfig as AverageConfig
-from .methods.combine import ChainConfig as ChainConfig
-from .methods.combine import MixtureConfig as MixtureConfig
-from .methods.combine import ParallelConfig as ParallelConfig
 from .methods.combine import average as average
 from .methods.combine import chain as chain
 from .methods.combine import mixture as mixture
@@ -80,13 +41,7 @@ from .methods.combine import parallel as parallel
 from .methods.config import AutoDeltaConfig as AutoDeltaConfig
 from .methods.config import BaseDeltaConfig as BaseDeltaConfig
 from .methods.config import register as register
-from .methods.leaf import Leaf as Leaf
-from .methods.leaf import Leaves as Leaves
-from .methods.low_rank import LowRank as LowRank
 from .model import DeltaModel as DeltaModel
-from .packing.unlike import pack as pack
-from .packing.unlike import unpack as unpack
-from .picker import pick as pick
 from .sites.site import Site as Site
 from .stacks.params import broadcast as broadcast
 from .stacks.params import cat as cat
@@ -98,10 +53,120 @@ from .stacks.params import stack as stack
 from .stacks.params import take as take
 from .stacks.params import unstack as unstack
 from .stacks.resident import Resident as Resident
-from .structures import common_names as common_names
 from .views.unbound import unbind as unbind
 
-DeltaBase = DeltaModel
+__all__ = [
+    "AdapterConfig",
+    "AdapterModel",
+    "AutoDeltaConfig",
+    "AutoDeltaModel",
+    "BaseDeltaConfig",
+    "BitFitConfig",
+    "BitFitModel",
+    "CompacterConfig",
+    "CompacterModel",
+    "DeltaModel",
+    "LoraConfig",
+    "LoraModel",
+    "LowRankAdapterConfig",
+    "LowRankAdapterModel",
+    "ParallelAdapterConfig",
+    "ParallelAdapterModel",
+    "PrefixConfig",
+    "PrefixModel",
+    "Resident",
+    "Site",
+    "SoftPromptConfig",
+    "SoftPromptModel",
+    "algebra",
+    "average",
+    "broadcast",
+    "cat",
+    "chain",
+    "combine",
+    "distributed",
+    "errors",
+    "find_key",
+    "find_module",
+    "grad",
+    "inspect",
+    "interop",
+    "linear",
+    "load_opendelta",
+    "members",
+    "methods",
+    "metrics",
+    "mixture",
+    "optim",
+    "pack",
+    "parallel",
+    "partition",
+    "pick",
+    "recipes",  # pyright: ignore[reportUnsupportedDunderAll]  (see below)
+    "register",
+    "register_module",
+    "save_opendelta",
+    "seeds",
+    "stack",
+    "take",
+    "tree",
+    "unbind",
+    "unpack",
+    "unstack",
+    "value_and_grad",
+]
 
-if not _typing.TYPE_CHECKING:  # a type checker would then take every name for a public one
-    from .habits import function_of_opendelta as __getattr__  # noqa: F401  (called by Python)
+if _typing.TYPE_CHECKING:
+    # Imported when they are first asked for, by __getattr__. Recipes are written on this very package, so that a type
+    # checker, too, finds them by `from funcdelta import recipes`.
+    from . import algebra as algebra
+    from . import distributed as distributed
+    from . import grad as grad
+    from . import inspect as inspect
+    from . import interop as interop
+    from . import metrics as metrics
+    from . import optim as optim
+    from .interop import load_opendelta as load_opendelta
+    from .interop import save_opendelta as save_opendelta
+    from .packing import pack as pack
+    from .packing import unpack as unpack
+    from .picker import pick as pick
+else:  # a type checker would take every name for a public one
+    from .habits import missing_name as _missing_name
+
+    _NAMESPACES = (
+        *("algebra", "distributed", "errors", "grad", "inspect", "interop", "methods", "metrics", "optim", "recipes"),
+        "tree",
+    )
+    _HOMES = {
+        "interop": ("load_opendelta", "save_opendelta"),
+        "packing": ("pack", "unpack"),
+        "picker": ("pick",),
+        # These may be written without their namespace, too, and are not listed.
+        "errors": (
+            *("CheckpointError", "ConfigError", "EngineError", "EngineWarning", "FactorMeanWarning", "FoldError"),
+            *("FuncdeltaError", "MatchError", "MergeError", "ParamsError", "PickError", "RecomputeError", "StackError"),
+            *("StaleBackboneError", "UnreachedWarning"),
+        ),
+        "inspect": ("common_names", "inspect_optimizer", "structure_graph"),
+        "methods": ("Acts", "Additive", "Leaf", "Leaves", "LowRank"),
+        "grad": (
+            "reached",
+            *("conjugate_gradient", "ghost_norms", "higher_order", "hvp", "jacobian", "jvp", "kronecker_factors"),
+            *("per_sample_grads", "taps", "unroll", "vjp"),
+        ),
+    }
+    _HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+    def __getattr__(name: str) -> object:
+        if name in _NAMESPACES:
+            return _importlib.import_module(f"{__name__}.{name}")
+        if name in _HOME:
+            value = getattr(_importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+            globals()[name] = value  # found without this function from now on
+            return value
+        homes = [] if name.startswith("_") else [home for home in _NAMESPACES if name in __getattr__(home).__all__]
+        return _missing_name(name, homes)
+
+    def __dir__() -> list[str]:
+        return list(__all__)

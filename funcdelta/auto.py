@@ -24,7 +24,6 @@ from .files.checkpoint import check_backbone
 from .loading import load
 from .methods.config import AutoDeltaConfig, BaseDeltaConfig
 from .model import DeltaModel
-from .picker.interactive import picked
 from .run.call import Prepare
 
 
@@ -50,6 +49,8 @@ class MethodModel(DeltaModel):
             raise ConfigError(f"backend={backend!r}: any nn.Module is a backbone here; leave out backend.")
         config = self.config_class.from_dict(fields)
         if interactive_modify is not False:
+            from .picker.interactive import picked  # a web server's imports, where one is asked for
+
             config = picked(backbone_model, config, interactive_modify)
         super().__init__(backbone_model, config, example=example, prepare=prepare)
 

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from .costs.report import add_options
 from .errors import FuncdeltaError
+from .files.configfile import funcdelta_version
 
 WRONG, STOPPED = 2, 130
 """Exit codes: something is wrong with what was asked for; Ctrl-C."""
@@ -30,6 +31,20 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(WRONG)
 
 
+class Version(argparse.Action):
+    """Prints the installed version, looked up only where it is asked for.
+
+    >>> main(["--version"])
+    funcdelta ...
+    0
+    """
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        """Print the version and leave with exit code 0."""
+        print(f"{parser.prog} {funcdelta_version()}")
+        raise SystemExit(0)
+
+
 def build_parser() -> Parser:
     """The parser of all commands.
 
@@ -37,6 +52,9 @@ def build_parser() -> Parser:
     5
     """
     parser = Parser(prog="funcdelta", description="Deltas as pure functions of their parameters.")
+    parser.add_argument(
+        "--version", action=Version, nargs=0, default=argparse.SUPPRESS, help="print the installed version and leave"
+    )
     commands = parser.add_subparsers(dest="command", metavar="{train,bench,plan}", required=True)
     train = commands.add_parser(
         "train",

@@ -8,14 +8,18 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "EngineError",
+    "EngineWarning",
+    "FactorMeanWarning",
     "FoldError",
     "FuncdeltaError",
     "MatchError",
     "MergeError",
     "ParamsError",
     "PickError",
+    "RecomputeError",
     "StackError",
     "StaleBackboneError",
+    "UnreachedWarning",
 ]
 
 
@@ -25,7 +29,7 @@ class FuncdeltaError(Exception):
     >>> import funcdelta as fd
     >>> try:
     ...     fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(2, 2)), modified_modules=["1"])
-    ... except fd.FuncdeltaError as error:
+    ... except fd.errors.FuncdeltaError as error:
     ...     print(type(error).__name__)
     MatchError
     """
@@ -57,7 +61,7 @@ class ParamsError(FuncdeltaError, ValueError):
     >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(2, 2)), modified_modules=["0"])
     >>> try:
     ...     delta.apply({"0.lora.lora_a": torch.zeros(8, 2)}, torch.zeros(1, 2))
-    ... except fd.ParamsError as error:
+    ... except fd.errors.ParamsError as error:
     ...     print("lora_A" in str(error))
     True
     """
@@ -69,7 +73,7 @@ class StackError(ParamsError):
     >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(2, 2)), modified_modules=["0"])
     >>> try:
     ...     delta.apply(delta.init(0, n=3), torch.zeros(1, 2))
-    ... except fd.StackError as error:
+    ... except fd.errors.StackError as error:
     ...     print("apply_many" in str(error))
     True
     """
@@ -78,7 +82,7 @@ class StackError(ParamsError):
 class EngineError(FuncdeltaError, RuntimeError):
     """The chosen engine cannot run this model on these inputs; another one can.
 
-    >>> issubclass(fd.FoldError, fd.EngineError), issubclass(fd.EngineError, RuntimeError)
+    >>> issubclass(fd.errors.FoldError, fd.errors.EngineError), issubclass(fd.errors.EngineError, RuntimeError)
     (True, True)
     """
 
@@ -92,7 +96,7 @@ class FoldError(EngineError):
     >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(2, 2), Mean(2, 1)), modified_modules=["0"])
     >>> try:
     ...     delta.apply_many(delta.init(0, n=3), torch.zeros(4, 2), engine="fold")
-    ... except fd.FoldError as error:
+    ... except fd.errors.FoldError as error:
     ...     print(type(error).__name__)
     FoldError
     >>> delta.apply_many(delta.init(0, n=3), torch.zeros(4, 2), engine="vmap").shape
@@ -109,7 +113,7 @@ class RecomputeError(EngineError):
     >>> delta = fd.LoraModel(torch.nn.Sequential(Checkpointed(2, 2)), modified_modules=["0"])
     >>> try:
     ...     torch.func.grad(lambda params: delta.apply(params, torch.zeros(1, 2)).sum())(delta.init(0))
-    ... except fd.RecomputeError as error:
+    ... except fd.errors.RecomputeError as error:
     ...     print(str(error)[:38])
     0 checkpoints its activations, which t
     """
@@ -131,7 +135,7 @@ class CheckpointError(FuncdeltaError, ValueError):
 
     >>> try:
     ...     fd.AutoDeltaModel.from_finetuned("./no-such-folder", torch.nn.Sequential(torch.nn.Linear(2, 2)))
-    ... except fd.CheckpointError as error:
+    ... except fd.errors.CheckpointError as error:
     ...     print("no-such-folder" in str(error))
     True
     """
@@ -142,7 +146,7 @@ class PickError(FuncdeltaError, RuntimeError):
 
     >>> try:
     ...     fd.pick(torch.nn.Sequential(torch.nn.Linear(2, 2)), open_browser=False, timeout=0.01)
-    ... except fd.PickError as error:
+    ... except fd.errors.PickError as error:
     ...     print("timeout=None" in str(error))
     Pick modules of Sequential at http://127.0.0.1:.../ (Ctrl-C cancels)
     True
@@ -158,7 +162,7 @@ class StaleBackboneError(FuncdeltaError, RuntimeError):
     >>> backbone = backbone.double()
     >>> try:
     ...     delta.apply(params, x.double())
-    ... except fd.StaleBackboneError as error:
+    ... except fd.errors.StaleBackboneError as error:
     ...     print("refresh" in str(error))
     True
     """

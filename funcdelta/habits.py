@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from .errors import ConfigError, ParamsError
@@ -15,10 +15,10 @@ INSTEAD = {
     "save_checkpoint": "delta.save_finetuned(params, path)",
     "parameters": "params.values()",
     "named_parameters": "params.items()",
-    "trainable_parameters_names": "fd.trainable_parameters_names(delta, params)",
-    "frozen_parameters_names": "fd.frozen_parameters_names(delta, params)",
-    "num_trainable_parameters": "fd.num_trainable_parameters(delta, params)",
-    "num_total_parameters": "fd.num_total_parameters(delta, params)",
+    "trainable_parameters_names": "fd.inspect.trainable_parameters_names(delta, params)",
+    "frozen_parameters_names": "fd.inspect.frozen_parameters_names(delta, params)",
+    "num_trainable_parameters": "fd.inspect.num_trainable_parameters(delta, params)",
+    "num_total_parameters": "fd.inspect.num_total_parameters(delta, params)",
     "mark_as_delta": "delta.names, or fd.partition(full, delta.names)",
     "to": "params = fd.tree.map(lambda leaf: leaf.to(...), params)",
     "cuda": 'params = fd.tree.map(lambda leaf: leaf.to("cuda"), params)',
@@ -50,9 +50,10 @@ VERBS = {
 
 FUNCTIONS = {
     "set_axis_order": "axis_order=(...) in the config, for its own sites alone",
-    "Visualization": "fd.structure_graph(model), or delta.log(params)",
-    "inspect_optimizer_statistics": "fd.inspect_optimizer(optimizer)",
-    "CommonStructureMap": "fd.common_names(model)",
+    "DeltaBase": "fd.DeltaModel(backbone, config), or fd.BaseDeltaConfig for a method of your own",
+    "Visualization": "fd.inspect.structure_graph(model), or delta.log(params)",
+    "inspect_optimizer_statistics": "fd.inspect.inspect_optimizer(optimizer)",
+    "CommonStructureMap": "fd.inspect.common_names(model)",
 }
 """OpenDelta's functions that are not here, and what to write instead."""
 
@@ -88,16 +89,23 @@ def without_dead_options(method: str, options: Mapping[str, Any]) -> dict[str, A
     return {name: value for name, value in options.items() if name not in DEAD_OPTIONS}
 
 
-def function_of_opendelta(name: str) -> NoReturn:
+def missing_name(name: str, homes: Sequence[str]) -> NoReturn:
     """What ``fd.<name>`` does where there is no such name: an ``AttributeError`` that may know what was meant.
+
+    ``homes`` are the namespaces that have the name.
 
     >>> fd.set_axis_order
     Traceback (most recent call last):
     ...
     AttributeError: funcdelta has no set_axis_order: write axis_order=(...) in the config, for its own sites alone.
+    >>> fd.clip_by_norm
+    Traceback (most recent call last):
+    ...
+    AttributeError: funcdelta has no clip_by_norm: write fd.optim.clip_by_norm.
     """
-    if name in FUNCTIONS:
-        raise AttributeError(f"funcdelta has no {name}: write {FUNCTIONS[name]}.")
+    instead = FUNCTIONS.get(name) or " or ".join(f"fd.{home}.{name}" for home in homes)
+    if instead:
+        raise AttributeError(f"funcdelta has no {name}: write {instead}.")
     raise AttributeError(f"module 'funcdelta' has no attribute {name!r}.")
 
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .errors import FuncdeltaError
 
+__all__ = ["accuracy", "calibration_error", "negative_log_likelihood", "summary"]
+
 BINS = 15
 """How many equal confidence bins the calibration error uses (Guo et al. 2017 use 15)."""
 

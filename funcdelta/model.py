@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from .files.checkpoint import Facts, push, save
 from .files.configfile import storable
 from .fresh import fresh_member
 from .habits import Habits, need_dict, without_dead_options
-from .inspect import DeltaStatistics, log
 from .match import as_names
 from .merge import merge, merged
 from .methods.config import BaseDeltaConfig
@@ -41,6 +40,9 @@ from .transforms import current_transform
 from .views.bound import bind
 from .views.held import refuse_views
 from .views.routed import bind_rows
+
+if TYPE_CHECKING:
+    from .inspect import DeltaStatistics
 
 ENGINES = ("auto", *BY_NAME)
 FACTS = operator.attrgetter("shape", "dtype", "layout", "is_meta")
@@ -583,6 +585,8 @@ class DeltaModel(Habits):
         >>> stats.delta_parameters, stats.constant_parameters
         (24, 1)
         """
+        from .inspect import log  # drawing is not imported where nothing is drawn
+
         return log(self.program, params, delta_ratio, trainable_ratio, visualization, cuda_memory)
 
     def push_to_hub(self, params: Params | None = None, repo_id: str | None = None, **options: Any) -> str:

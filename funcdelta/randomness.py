@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import (
 )
 
 from .errors import ConfigError, ParamsError
+from .transforms import eager
 
 __all__ = ["Generators", "ThreadMode", "drawn", "private_random", "refuse_draws"]
 
@@ -83,6 +84,17 @@ class ThreadMode(TorchDispatchMode):
 
     # Otherwise calls of such operators (flex_attention, cond) would raise in the block.
     supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Torch would keep the compiler off by a wrapper around each operation, at as much time as many operations
+        # take, and would import torch._dynamo at the first one.
+        return False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__torch_dispatch__" in vars(cls):
+            eager(vars(cls)["__torch_dispatch__"])
 
     def __enter__(self) -> Self:
         _push_mode(self)
@@ -318,7 +330,7 @@ def _taking_a_generator(func: Any) -> Any:
         return [(a.name, str(a.type)) for a in schema.arguments if a.name != "generator"]
 
     packet = func._overloadpacket
-    for overload in map(packet.__getattr__, packet.overloads()):
+    for overload in (getattr(packet, name) for name in packet.overloads()):
         if "generator" in _places(overload) and signature(overload._schema) == signature(func._schema):
             return overload
     return None

@@ -1,4 +1,8 @@
-"""What ``torch.func`` is doing right now: the one place that asks torch's interpreter stack."""
+"""What ``torch.func`` is doing right now, and what ``torch.compile`` is to do with a function.
+
+This is the one place that asks torch's interpreter stack. The decorators for ``torch.compile`` do what those of
+``torch.compiler`` do; those import torch._dynamo, and with it sympy and much else, for everybody who imports funcdelta.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +15,53 @@ from torch import Tensor
 
 # torch has no public way to ask; its own Python layer uses these functions.
 _functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  (the type checker does not know the attribute)
-
+_frames: Any = getattr(torch._C, "_dynamo").eval_frame  # noqa: B009
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def eager(function: Function) -> Function:
-    """``function``, run as plain Python also where the code around it is compiled.
+    """``function``, it and all that it calls run as plain Python also where the code around it is compiled.
 
-    >>> eager(max)(1, 2)
+    >>> @eager
+    ... def larger(x, y):
+    ...     return max(x, y)
+    >>> larger(1, 2)
     2
     """
-    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
+    return _skipped(function, _frames._FrameAction.SKIP)
+
+
+def eager_alone(function: Function) -> Function:
+    """``function``, run as plain Python also where the code around it is compiled; what it calls may be compiled.
+
+    >>> @eager_alone
+    ... def call(function, *args):
+    ...     return function(*args)
+    >>> call(max, 1, 2)
+    2
+    """
+    return _skipped(function, _frames._FrameAction.DEFAULT)
+
+
+def _skipped(function: Function, what_it_calls: Any) -> Function:
+    strategy = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, what_it_calls)
+    _frames.set_code_exec_strategy(function.__code__, strategy)  # where it is called from plain Python
+    function.__dict__["_torchdynamo_disable"] = True  # where a call of it is traced
+    return function
+
+
+def constant_while_tracing(function: Function) -> Function:
+    """``function`` runs for real while ``torch.compile`` traces, and its result is a constant of the graph.
+
+    >>> @constant_while_tracing
+    ... def answer():
+    ...     return 42
+    >>> answer()
+    42
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
 
 
 current_transform: Callable[[], Any] = _functorch.peek_interpreter_stack

@@ -144,7 +144,7 @@ def members(rank: int, world: int, folder: Path) -> dict[str, Any]:
     }.items():
         try:
             call()
-        except fd.ParamsError as error:
+        except fd.errors.ParamsError as error:
             found[name] = str(error)
     return found
 
@@ -191,7 +191,7 @@ def backbone(rank: int, world: int, folder: Path) -> dict[str, Any]:
                 sum(p.numel() for p in model.parameters()),
             )
         if name == "trained":
-            found["bind"] = refusal(fd.ParamsError, lambda: sharded.bind(one))  # noqa: B023
+            found["bind"] = refusal(fd.errors.ParamsError, lambda: sharded.bind(one))  # noqa: B023
     found["unchanged"] = all(
         (id(t), t.data_ptr(), t._version) == before[name][:3] and torch.equal(t, before[name][3])
         for name, t in model.state_dict(keep_vars=True).items()
@@ -199,9 +199,9 @@ def backbone(rank: int, world: int, folder: Path) -> dict[str, Any]:
     deep = fd.DeltaModel(
         model, CONFIGS["bitfit"], prepare=lambda s: [fully_shard(b.attention.out_proj, mesh=mesh) for b in s.blocks]
     )
-    found["below"] = refusal(fd.EngineError, lambda: deep.apply(deep.init(0), ids[0]))
+    found["below"] = refusal(fd.errors.EngineError, lambda: deep.apply(deep.init(0), ids[0]))
     fully_shard(model, mesh=mesh)
-    found["already"] = refusal(fd.ConfigError, lambda: fd.DeltaModel(model, LORA))
+    found["already"] = refusal(fd.errors.ConfigError, lambda: fd.DeltaModel(model, LORA))
     return found
 
 

@@ -32,7 +32,7 @@ def law(test: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             test(*args, **kwargs)
-        except fd.MatchError as error:
+        except fd.errors.MatchError as error:
             if "may_refuse" not in EVERY[kwargs["name"]].flags:
                 raise
             pytest.skip(f"refused by name: {str(error)[:160]}")
@@ -170,7 +170,7 @@ def assert_member(case: Case, found: Tensor, member: int, rows: int, seed: int, 
 
 
 def number_or_refusal(
-    run: Callable[[], Tensor], must_run: bool, kinds: tuple[type[Exception], ...] = (fd.EngineError,)
+    run: Callable[[], Tensor], must_run: bool, kinds: tuple[type[Exception], ...] = (fd.errors.EngineError,)
 ) -> Tensor | str:
     """What ``run`` gives, or the message of its refusal by name; anything else that it raises is raised."""
     try:

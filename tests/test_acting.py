@@ -85,9 +85,9 @@ def test_deltas_of_one_kind_get_names_of_their_own(given: tuple[str | None, ...]
 
 
 def test_a_delta_cannot_take_the_name_of_a_child() -> None:
-    with raises_saying(fd.MatchError, "inner", "name="):
+    with raises_saying(fd.errors.MatchError, "inner", "name="):
         fd.DeltaModel(Block(), fd.LoraConfig(modified_modules=["inner"], name="weight"))
-    with raises_saying(fd.ConfigError, "x", "name="):
+    with raises_saying(fd.errors.ConfigError, "x", "name="):
         fd.DeltaModel(
             MLP(),
             fd.LoraConfig(name="x", modified_modules=["a"]),
@@ -208,7 +208,7 @@ def test_weights_that_are_read_directly_are_rewritten(entry: str, x: Tensor) -> 
 
 def test_weights_that_the_model_itself_reads_cannot_be_folded(x: Tensor) -> None:
     delta = lora(ReadsWeights().eval(), "read")
-    with raises_saying(fd.EngineError, "read", "engine="):
+    with raises_saying(fd.errors.EngineError, "read", "engine="):
         delta.apply_many(random_params(delta, 2), x, engine="fold")
 
 
@@ -224,7 +224,7 @@ def test_the_projection_that_torchs_attention_reads_is_a_site() -> None:
         assert_acts(found[0], model(**inputs))
         with torch.no_grad():
             assert_engines_agree(delta, random_params(delta, 3), **inputs)
-    with raises_saying(fd.MatchError, "out_proj", "self_attn"):
+    with raises_saying(fd.errors.MatchError, "out_proj", "self_attn"):
         fd.AdapterModel(model, modified_modules=["out_proj"])
 
 

@@ -307,13 +307,13 @@ def test_dare_drops_and_rescales_without_bias() -> None:
 
 def test_dense_changes_that_do_not_fit_are_refused() -> None:
     changes = tasks()
-    with raises_saying(fd.ParamsError, "one weight a change", "(3,)", "(2,)"):
+    with raises_saying(fd.errors.ParamsError, "one weight a change", "(3,)", "(2,)"):
         fd.algebra.task_arithmetic(changes, [1.0, 2.0])
-    with raises_saying(fd.ParamsError, "density=0"):
+    with raises_saying(fd.errors.ParamsError, "density=0"):
         fd.algebra.ties(changes, 0)
-    with raises_saying(fd.ParamsError, "drop=1"):
+    with raises_saying(fd.errors.ParamsError, "drop=1"):
         fd.algebra.dare(changes[0], 1, seed=0)
-    with raises_saying(fd.ParamsError, "b.bias", "member 0"):
+    with raises_saying(fd.errors.ParamsError, "b.bias", "member 0"):
         fd.algebra.ties([changes[0], {"a.weight": changes[1]["a.weight"]}])
 
 
@@ -414,17 +414,17 @@ def test_a_method_without_factors_is_refused_by_name(mlp: nn.Module) -> None:
             lambda d=delta, p=params: fd.algebra.truncate(d, p, 1),
             lambda d=delta: fd.algebra.from_dense(d, {}),
         ):
-            with raises_saying(fd.MergeError, delta.plan.names[0], "at b", reason, "fd.tree", "apply_many"):
+            with raises_saying(fd.errors.MergeError, delta.plan.names[0], "at b", reason, "fd.tree", "apply_many"):
                 call()
     adapter = fd.AdapterModel(mlp, modified_modules=["b"])
-    with raises_saying(fd.MergeError, "adapter", "b", "weights form"):
+    with raises_saying(fd.errors.MergeError, "adapter", "b", "weights form"):
         fd.algebra.materialise(adapter, adapter.init(0))
 
 
 def test_one_end_of_a_tied_pair_is_materialised_only_when_asked() -> None:
     delta = lora(Tied().double(), 2, "head")
     params = random_params(delta)
-    with raises_saying(fd.MergeError, "tied", "untie=True"):
+    with raises_saying(fd.errors.MergeError, "tied", "untie=True"):
         fd.algebra.materialise(delta, params)
     found = fd.algebra.materialise(delta, params, untie=True)
     assert_same(found, {"head.weight": low_rank(params, "head.lora")})
@@ -433,7 +433,7 @@ def test_one_end_of_a_tied_pair_is_materialised_only_when_asked() -> None:
 def test_packed_members_are_taken_apart_first(mlp: nn.Module) -> None:
     pairs = [(delta, random_params(delta)) for delta in (lora(mlp, 2, "a"), lora(mlp, 1, "a", "b"))]
     delta, stack = fd.pack(pairs)
-    with raises_saying(fd.MergeError, "fd.pack", "fd.unpack"):
+    with raises_saying(fd.errors.MergeError, "fd.pack", "fd.unpack"):
         fd.algebra.canonical(delta, stack)
     expected = fd.algebra.materialise(*fd.algebra.sum_exact(pairs))
     assert_same(fd.algebra.materialise(*fd.algebra.sum_exact(fd.unpack(delta, stack))), expected)
@@ -461,7 +461,7 @@ def test_what_cannot_be_added_is_refused(mlp: nn.Module) -> None:
         (lambda: fd.algebra.canonical(params, delta), ("delta and its params", "dict")),  # pyright: ignore
     ]
     for call, pieces in cases:
-        with raises_saying(fd.ParamsError, *pieces):
+        with raises_saying(fd.errors.ParamsError, *pieces):
             call()
 
 
@@ -479,7 +479,7 @@ def test_what_is_no_change_of_the_delta_is_refused(mlp: nn.Module) -> None:
         (twice, {"a.weight": dense["a.weight"]}, ("lora", "lora_1", "one config")),
     ]
     for one, given, pieces in cases:
-        with raises_saying(fd.ParamsError, *pieces):
+        with raises_saying(fd.errors.ParamsError, *pieces):
             fd.algebra.from_dense(one, given)
 
 
@@ -496,7 +496,7 @@ def test_pruning_keeps_the_largest_entries_of_all_weights_together() -> None:
         assert torch.equal(found[name], torch.where(leaf.abs() >= least, leaf, torch.zeros_like(leaf)))
     both = torch.vmap(lambda change: fd.algebra.prune(change, 0.25))(fd.stack([change, found]))
     assert torch.equal(both["w"][0], found["w"])
-    with pytest.raises(fd.ParamsError, match=r"density=0; write the share"):
+    with pytest.raises(fd.errors.ParamsError, match=r"density=0; write the share"):
         fd.algebra.prune(change, density=0)
 
 
@@ -535,7 +535,7 @@ def test_the_aligned_mean_is_the_exact_mean_also_of_unlike_sites_and_ranks(mlp: 
     expected = fd.algebra.materialise(*fd.algebra.sum_exact(pairs, weights=[0.5, 0.5]))
     assert_same(fd.algebra.materialise(*merged), expected)
     stacks = [(delta, fd.stack([params, params])) for delta, params in pairs]
-    with pytest.raises(fd.ParamsError, match="knots merges single members"):
+    with pytest.raises(fd.errors.ParamsError, match="knots merges single members"):
         fd.algebra.knots(stacks)
 
 
@@ -546,12 +546,12 @@ def test_a_soup_of_like_members_is_their_mean_and_of_unlike_ones_a_warning(mlp: 
     found = fd.algebra.soup(delta, near, weights=[0.5, 0.25, 0.25])
     for name, leaf in near.items():
         assert_close(found[name], 0.5 * leaf[0] + 0.25 * leaf[1] + 0.25 * leaf[2])
-    with pytest.warns(fd.FactorMeanWarning, match=r"by \d+%.*fd.algebra.sum_exact") as caught:
+    with pytest.warns(fd.errors.FactorMeanWarning, match=r"by \d+%.*fd.algebra.sum_exact") as caught:
         mean = fd.algebra.soup(delta, stack)
     dense = fd.algebra.materialise(delta, stack)["a.weight"].mean(0)
     off = (fd.algebra.materialise(delta, mean)["a.weight"] - dense).norm() / dense.norm()
     assert f"{float(off):.0%}" in str(caught[0].message)
-    with pytest.raises(fd.ParamsError, match="these params are one member"):
+    with pytest.raises(fd.errors.ParamsError, match="these params are one member"):
         fd.algebra.soup(delta, start)
-    with pytest.raises(fd.ParamsError, match=r"one weight a member, \(3,\)"):
+    with pytest.raises(fd.errors.ParamsError, match=r"one weight a member, \(3,\)"):
         fd.algebra.soup(delta, stack, weights=[1.0])

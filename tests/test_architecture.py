@@ -13,9 +13,9 @@ import funcdelta
 
 ROOT = Path(funcdelta.__file__).parent
 FROM_BELOW = (
-    *("errors", "locks", "randomness", "match", "kinds", "metrics", "transforms", "pytrees", "tree", "functional"),
+    *("errors", "locks", "transforms", "randomness", "match", "kinds", "metrics", "pytrees", "tree", "functional"),
     *("stacks", "files", "sites", "structures", "methods", "planning", "fresh", "run", "deltas"),
-    *("merge", "views", "derivatives", "habits", "optim", "inspect", "model", "loading", "distributed"),
+    *("merge", "views", "derivatives", "grad", "habits", "optim", "inspect", "model", "loading", "distributed"),
     *("from_module", "packing", "algebra", "picker", "auto", "interop", "__init__"),
     *("recipes", "train", "bench", "costs", "cli", "__main__"),
 )

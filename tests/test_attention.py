@@ -107,7 +107,7 @@ def test_only_this_thread_is_touched() -> None:
 
     thread = threading.Thread(target=work)
     thread.start()
-    with fd.higher_order(), MathematicalAttention():
+    with fd.grad.higher_order(), MathematicalAttention():
         inside.set()
         assert looked.wait(10)
     thread.join()
@@ -151,7 +151,7 @@ def test_create_graph_has_to_be_announced() -> None:
 
     with pytest.raises(RuntimeError, match=r"derivative|backward"):
         twice()
-    with fd.higher_order():
+    with fd.grad.higher_order():
         found = twice()
 
     def norm(p: dict[str, Tensor]) -> Tensor:
@@ -166,11 +166,11 @@ def test_create_graph_has_to_be_announced() -> None:
 def test_the_block_ends_with_an_error_too() -> None:
     from funcdelta.functional.attention import needs_mathematical_attention
 
-    with raises_saying(ZeroDivisionError), fd.higher_order():
+    with raises_saying(ZeroDivisionError), fd.grad.higher_order():
         _ = 1 / 0
     assert not needs_mathematical_attention()
-    with fd.higher_order():
-        with fd.higher_order():
+    with fd.grad.higher_order():
+        with fd.grad.higher_order():
             pass
         assert needs_mathematical_attention()
 

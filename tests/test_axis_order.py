@@ -140,12 +140,12 @@ def test_one_config_with_an_order_beside_one_without() -> None:
 
 def test_refusals(tmp_path) -> None:
     conv = nn.Sequential(nn.Conv1d(4, 4, 1))
-    with raises_saying(fd.MatchError, "axis_order=(0, 2, 1)", "0 (Conv1d)", "axis 1", "without axis_order"):
+    with raises_saying(fd.errors.MatchError, "axis_order=(0, 2, 1)", "0 (Conv1d)", "axis 1", "without axis_order"):
         fd.LoraModel(conv, modified_modules=["0"], axis_order=(0, 2, 1))
-    with raises_saying(fd.MatchError, "axis_order=(0, 2, 1)", "b (Linear)", "axis -1"):
+    with raises_saying(fd.errors.MatchError, "axis_order=(0, 2, 1)", "b (Linear)", "axis -1"):
         fd.AdapterModel(MLP(), modified_modules=["b"], axis_order=(0, 2, 1))
     fd.AdapterModel(MLP(), modified_modules=["b"], axis_order=(1, 0, 2))
-    with raises_saying(fd.ConfigError, "axis_order=(1, 2)", "from 0"):
+    with raises_saying(fd.errors.ConfigError, "axis_order=(1, 2)", "from 0"):
         fd.AdapterConfig(axis_order=(1, 2))
     with pytest.raises(AttributeError, match="axis_order="):
         fd.set_axis_order([0, 2, 1])  # pyright: ignore[reportAttributeAccessIssue]

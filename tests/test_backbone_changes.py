@@ -211,7 +211,7 @@ def test_every_change_is_seen_and_named(change: Callable[[Any], None], with_alia
     assert fingerprint.check() is False
     change(m)
     for _ in range(2):
-        with raises_saying(fd.StaleBackboneError, *CHANGES[change], "delta.refresh()"):
+        with raises_saying(fd.errors.StaleBackboneError, *CHANGES[change], "delta.refresh()"):
             fingerprint.check()
     assert Fingerprint(m).check() is False
 
@@ -219,7 +219,7 @@ def test_every_change_is_seen_and_named(change: Callable[[Any], None], with_alia
 def test_a_forward_that_is_replaced_in_its_class_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     fingerprint = Fingerprint(net())
     monkeypatch.setattr(nn.Tanh, "forward", lambda self, x: x)
-    with raises_saying(fd.StaleBackboneError, "Tanh.forward"):
+    with raises_saying(fd.errors.StaleBackboneError, "Tanh.forward"):
         fingerprint.check()
 
 
@@ -288,7 +288,7 @@ def test_a_changed_value_beside_shared_memory_is_still_a_change() -> None:
     fingerprint = Fingerprint(m)
     m.share_memory()
     m.head.weight.data = torch.randn(3, 4)
-    with raises_saying(fd.StaleBackboneError, "head.weight has other storage"):
+    with raises_saying(fd.errors.StaleBackboneError, "head.weight has other storage"):
         fingerprint.check()
 
 
@@ -367,7 +367,7 @@ def test_attributes_that_forwards_read_are_seen(change: Callable[[Any], None]) -
     delta.apply(delta.init(0), x)
     change(m)
     for _ in range(2):
-        with raises_saying(fd.StaleBackboneError, ATTRIBUTES[change], "delta.refresh()"):
+        with raises_saying(fd.errors.StaleBackboneError, ATTRIBUTES[change], "delta.refresh()"):
             delta.apply(delta.init(0), x)
     assert torch.equal(delta.refresh().apply(delta.init(0), x), m(x))
 
@@ -470,7 +470,7 @@ def test_buffers_that_a_forward_replaces_are_to_be_looked_up_again() -> None:
     m.table.data = torch.ones(4)
     assert fingerprint.check() is True
     m.table = torch.zeros(5)
-    with raises_saying(fd.StaleBackboneError, "table is another tensor", "(5,)"):
+    with raises_saying(fd.errors.StaleBackboneError, "table is another tensor", "(5,)"):
         fingerprint.check()
 
 
@@ -481,7 +481,7 @@ def test_a_copy_is_of_the_copied_backbone() -> None:
         assert other.backbone is not m
         assert other.check() is False
         other.backbone[1] = nn.Linear(2, 2)
-        with raises_saying(fd.StaleBackboneError, "1 is another Linear"):
+        with raises_saying(fd.errors.StaleBackboneError, "1 is another Linear"):
             other.check()
     assert fingerprint.check() is False
 
@@ -492,7 +492,7 @@ def test_tensors_without_storage_are_compared_by_kind() -> None:
     fingerprint = Fingerprint(m)
     assert fingerprint.check() is False
     m[1].half()
-    with raises_saying(fd.StaleBackboneError, "1.weight", "float16 on meta"):
+    with raises_saying(fd.errors.StaleBackboneError, "1.weight", "float16 on meta"):
         fingerprint.check()
 
 

@@ -70,7 +70,7 @@ def test_a_forward_that_writes_a_parameter_later_is_refused() -> None:
     params = random_params(delta)
     delta.apply(params, X)
     writes.now = True
-    with raises_saying(fd.StaleBackboneError, "b.weight was written in place"):
+    with raises_saying(fd.errors.StaleBackboneError, "b.weight was written in place"):
         delta.apply(params, X)
 
 
@@ -145,7 +145,7 @@ def test_a_hook_of_the_backward_pass_is_no_map() -> None:
     model = Model(plain)
     model.b.register_full_backward_hook(lambda module, given, taken: (given[0] * 2,))
     delta = lora(model)
-    with raises_saying(fd.EngineError, "b has a hook of the backward pass", 'engine="auto"'):
+    with raises_saying(fd.errors.EngineError, "b has a hook of the backward pass", 'engine="auto"'):
         delta.apply_many(random_params(delta, 3), X, engine="vmap")
 
 
@@ -181,7 +181,7 @@ def test_a_method_that_gives_no_tensor_later_is_named() -> None:
     for _ in range(2):
         delta.apply(params, x)
     Flaky.state.clear()
-    with raises_saying(fd.ConfigError, "The method at 0 returned NoneType"):
+    with raises_saying(fd.errors.ConfigError, "The method at 0 returned NoneType"):
         delta.apply(params, x)
 
 

@@ -84,7 +84,7 @@ def test_law_11_the_same_gradients_to_the_bit(method: str, name: str, reentrant:
     before = snapshot(model)
     for engine, call in calls.items():
         if reentrant and method == "prefix":
-            with raises_saying(fd.RecomputeError, "use_reentrant", "delta.bake(params)"):
+            with raises_saying(fd.errors.RecomputeError, "use_reentrant", "delta.bake(params)"):
                 gradients(delta, given[engine], call)
             continue
         found = gradients(delta, given[engine], call)
@@ -192,7 +192,7 @@ def test_what_the_code_does_not_show_is_known_from_the_second_call_on() -> None:
     model.around = functools.partial(checkpoint, use_reentrant=False)
     delta = fd.LoraModel(model, lora_r=2, modified_modules=["one.0", "two.0"])
     params = random_params(delta)
-    with raises_saying(fd.RecomputeError, "two.0", "make the call again"):
+    with raises_saying(fd.errors.RecomputeError, "two.0", "make the call again"):
         gradients(delta, params, lambda p: delta.apply(p, x))
     found = gradients(delta, params, lambda p: delta.apply(p, x))
     plain = Checkpointed().eval()
@@ -230,7 +230,7 @@ def test_an_output_that_is_gone_is_named() -> None:
     delta = fd.LoraModel(model, lora_r=2, modified_modules=["one.0"])
     params = {name: leaf.requires_grad_(delta.trainable(name)) for name, leaf in delta.init(0).items()}
     delta.apply(params, x)
-    with raises_saying(fd.RecomputeError, "one.0", "Hold one"):
+    with raises_saying(fd.errors.RecomputeError, "one.0", "Hold one"):
         kept[-1].sum().backward()
 
 
@@ -325,13 +325,15 @@ def test_value_and_grad_and_what_torch_refuses() -> None:
             for name, gradient in grads.items():
                 assert_close(found[name], gradient, 1e-5)
     one = fd.take(stack, 0)
-    with raises_saying(fd.RecomputeError, "model checkpoints", "fd.value_and_grad(loss)", "checkpointing_disable()"):
+    with raises_saying(
+        fd.errors.RecomputeError, "model checkpoints", "fd.value_and_grad(loss)", "checkpointing_disable()"
+    ):
         torch.func.grad(of_one)(one, weights[0])
-    with raises_saying(fd.RecomputeError, "require grad", "torch.Tensor.detach"):
+    with raises_saying(fd.errors.RecomputeError, "require grad", "torch.Tensor.detach"):
         fd.value_and_grad(of_one)({name: leaf.clone().requires_grad_() for name, leaf in one.items()}, weights[0])
-    with raises_saying(fd.RecomputeError, "fold"):
+    with raises_saying(fd.errors.RecomputeError, "fold"):
         delta.apply_many(stack, **inputs, engine="vmap")
-    with raises_saying(fd.RecomputeError, "fd.higher_order()"), fd.higher_order():
+    with raises_saying(fd.errors.RecomputeError, "fd.grad.higher_order()"), fd.grad.higher_order():
         of_one(one, weights[0])
     with raises_saying(Exception, "cannot be compiled"):
         torch.compile(of_one, fullgraph=True, backend="eager")(one, weights[0])
@@ -351,7 +353,7 @@ def test_value_and_grad_and_what_torch_refuses() -> None:
 def test_torch_func_on_a_module_of_ones_own_that_checkpoints() -> None:
     model, x = ByHelper().eval(), torch.randn(3, 4)
     delta = fd.LoraModel(model, lora_r=2, modified_modules=["one.0"])
-    with raises_saying(fd.RecomputeError, "The backbone checkpoints", "fd.value_and_grad(loss)"):
+    with raises_saying(fd.errors.RecomputeError, "The backbone checkpoints", "fd.value_and_grad(loss)"):
         torch.func.grad(lambda p: delta.apply(p, x).sum())(delta.init(0))
 
 

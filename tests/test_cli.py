@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -194,6 +195,11 @@ def test_help_and_light_imports() -> None:
     assert ended.returncode == 0, ended.stderr
     for option in ("--backbone", "--data", "--delta", "--set", "--sweep", "--seeds", "--steps", "--out", "--resume"):
         assert option in ended.stdout
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"funcdelta {importlib.metadata.version('funcdelta')}\n"
 
 
 def test_the_module_is_the_command() -> None:

@@ -182,13 +182,15 @@ def test_one_shared_rule_learns_from_every_site() -> None:
 
 def test_it_says_which_widths_work() -> None:
     pieces = ("its width 30", "30 // 16 = 1", "hypercomplex_division=4", "nearby that work: 64.")
-    with raises_saying(fd.MatchError, "compacter cannot act at 0", *pieces):
+    with raises_saying(fd.errors.MatchError, "compacter cannot act at 0", *pieces):
         fd.CompacterModel(nn.Sequential(nn.Linear(4, 30)), modified_modules=["0"])
-    with raises_saying(fd.MatchError, "nearby that work: 76, 128", "hypercomplex_division=2", "reduction_factor=12 or"):
+    with raises_saying(
+        fd.errors.MatchError, "nearby that work: 76, 128", "hypercomplex_division=2", "reduction_factor=12 or"
+    ):
         fd.CompacterModel(nn.Sequential(nn.Linear(4, 100)), modified_modules=["0"])
     # A width that has to be measured is asked about too.
     block = nn.Sequential(nn.Sequential(nn.Linear(4, 30), nn.Tanh()))
-    with raises_saying(fd.MatchError, "compacter cannot act at 0", "width 30", "30 // 16"):
+    with raises_saying(fd.errors.MatchError, "compacter cannot act at 0", "width 30", "30 // 16"):
         fd.CompacterModel(block, modified_modules=["[r]^0"], example=(torch.randn(2, 4),))
 
 
@@ -200,7 +202,7 @@ def test_what_it_suggests_works(width: int, division: int, factor: int) -> None:
         fd.DeltaModel(nn.Sequential(nn.Linear(4, size)), config)
 
     config = fd.CompacterConfig(hypercomplex_division=division, reduction_factor=factor, modified_modules=["0"])
-    with pytest.raises(fd.MatchError) as caught:
+    with pytest.raises(fd.errors.MatchError) as caught:
         build(width, config)
     told = str(caught.value)
     sizes = re.findall(r"\d+", told.partition("nearby that work: ")[2].partition(";")[0])
@@ -213,17 +215,19 @@ def test_what_it_suggests_works(width: int, division: int, factor: int) -> None:
 
 
 def test_it_says_what_is_wrong() -> None:
-    with raises_saying(fd.MatchError, "shared_W_phm=True needs sites of one width", "a has 8", "c has 12", "name="):
+    with raises_saying(
+        fd.errors.MatchError, "shared_W_phm=True needs sites of one width", "a has 8", "c has 12", "name="
+    ):
         model = nn.ModuleDict({"a": nn.Linear(4, 8), "c": nn.Linear(8, 12)})
         fd.CompacterModel(model, modified_modules=["a", "c"], shared_W_phm=True, **SMALL)
-    with raises_saying(fd.ConfigError, "hypercomplex_nonlinearity='phm'", "glorot-uniform"):
+    with raises_saying(fd.errors.ConfigError, "hypercomplex_nonlinearity='phm'", "glorot-uniform"):
         fd.CompacterConfig(hypercomplex_nonlinearity="phm")
-    with raises_saying(fd.ConfigError, "phm_c_init='zeros'", "normal", "uniform"):
+    with raises_saying(fd.errors.ConfigError, "phm_c_init='zeros'", "normal", "uniform"):
         fd.CompacterConfig(phm_c_init="zeros")
-    with raises_saying(fd.ConfigError, "learn_phm='yes'", "True or False"):
+    with raises_saying(fd.errors.ConfigError, "learn_phm='yes'", "True or False"):
         fd.CompacterConfig(learn_phm="yes")
-    with raises_saying(fd.ConfigError, "phm_rank=0", "at least 1"):
+    with raises_saying(fd.errors.ConfigError, "phm_rank=0", "at least 1"):
         fd.CompacterConfig(phm_rank=0)
     delta = fd.CompacterModel(MLP(), modified_modules=["b"], **SMALL)
-    with raises_saying(fd.MergeError, "compactor at b cannot be merged", "non-linear"):
+    with raises_saying(fd.errors.MergeError, "compactor at b cannot be merged", "non-linear"):
         delta.merge(delta.init(0))

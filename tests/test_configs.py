@@ -78,11 +78,11 @@ def test_two_configs_share_no_default() -> None:
 
 
 def test_left_over_arguments_are_named() -> None:
-    with raises_saying(fd.ConfigError, "return_unused_kwargs", "leave it out"):
+    with raises_saying(fd.errors.ConfigError, "return_unused_kwargs", "leave it out"):
         fd.AutoDeltaConfig.from_dict({"delta_type": "lora"}, return_unused_kwargs=True)
     for order in ((0, 1), (0, 1, 1)):
         if order != (0, 1):
-            with raises_saying(fd.ConfigError, "axis_order=(0, 1, 1)", "(0, 2, 1)"):
+            with raises_saying(fd.errors.ConfigError, "axis_order=(0, 1, 1)", "(0, 2, 1)"):
                 fd.LoraConfig(axis_order=order)
         else:
             assert fd.LoraConfig(axis_order=list(order)).axis_order == order  # pyright: ignore[reportArgumentType]
@@ -120,25 +120,25 @@ def test_a_config_from_a_folder_a_file_and_a_url(saved: Path, site: str, delta: 
             assert config.backbone_hash.startswith("fd1:")
             gone = dict.fromkeys(OF_OPENDELTA[4:])
             assert config.replace(**gone) == delta.configs[0].replace(lora_alpha=4)
-        with raises_saying(fd.ConfigError, "AdapterConfig", "LoraConfig"):
+        with raises_saying(fd.errors.ConfigError, "AdapterConfig", "LoraConfig"):
             fd.AdapterConfig.from_finetuned(place)
-        with raises_saying(fd.ConfigError, "lora_rank", "lora_r"):
+        with raises_saying(fd.errors.ConfigError, "lora_rank", "lora_r"):
             fd.AutoDeltaConfig.from_finetuned(place, lora_rank=4)
 
 
 def test_urls_that_give_no_config(saved: Path, site: str, delta: fd.DeltaModel) -> None:
     read = fd.AutoDeltaConfig.from_finetuned
-    with raises_saying(fd.CheckpointError, f"{site}/nothing.json", "404"):
+    with raises_saying(fd.errors.CheckpointError, f"{site}/nothing.json", "404"):
         read(f"{site}/nothing.json")
     (saved.parent / "page.html").write_text("<html>")
-    with raises_saying(fd.CheckpointError, f"{site}/page.html", "no JSON"):
+    with raises_saying(fd.errors.CheckpointError, f"{site}/page.html", "no JSON"):
         read(f"{site}/page.html")
     (saved.parent / "long.json").write_bytes(b" " * ((1 << 20) + 1))
-    with raises_saying(fd.CheckpointError, f"{site}/long.json", "1048576 bytes"):
+    with raises_saying(fd.errors.CheckpointError, f"{site}/long.json", "1048576 bytes"):
         read(f"{site}/long.json")
-    with raises_saying(fd.CheckpointError, "local_files_only=True", "give a file"):
+    with raises_saying(fd.errors.CheckpointError, "local_files_only=True", "give a file"):
         read(f"{site}/run/config.json", local_files_only=True)
-    with raises_saying(fd.CheckpointError, "a url gives a config alone", "hub id"):
+    with raises_saying(fd.errors.CheckpointError, "a url gives a config alone", "hub id"):
         fd.AutoDeltaModel.from_finetuned(f"{site}/run", backbone_model=delta.backbone)
 
 
@@ -146,13 +146,13 @@ def test_files_that_hold_no_config(tmp_path: Path) -> None:
     for text, piece in (("{", "no JSON"), ("[]", "delta_type"), ('{"lora_r": 2}', "delta_type")):
         (tmp_path / "config.json").write_text(text)
         for place in (tmp_path, tmp_path / "config.json"):
-            with raises_saying(fd.CheckpointError, str(tmp_path / "config.json"), piece):
+            with raises_saying(fd.errors.CheckpointError, str(tmp_path / "config.json"), piece):
                 fd.AutoDeltaConfig.from_finetuned(place)
     (tmp_path / "config.json").write_bytes(b"\xff\xfe")
-    with raises_saying(fd.CheckpointError, "is no text"):
+    with raises_saying(fd.errors.CheckpointError, "is no text"):
         fd.AutoDeltaConfig.from_finetuned(tmp_path)
     (tmp_path / "config.json").unlink()
-    with raises_saying(fd.CheckpointError, "has no config.json", "found nothing"):
+    with raises_saying(fd.errors.CheckpointError, "has no config.json", "found nothing"):
         fd.AutoDeltaConfig.from_finetuned(tmp_path)
 
 
@@ -185,7 +185,9 @@ def test_check_hash_of_a_config(saved: Path, delta: fd.DeltaModel) -> None:
     other = MLP().eval()
     for kind in (fd.AutoDeltaModel, fd.LoraModel):
         for given in (config, config.to_dict()):
-            with raises_saying(fd.CheckpointError, "The config was saved for another backbone", "check_hash=False"):
+            with raises_saying(
+                fd.errors.CheckpointError, "The config was saved for another backbone", "check_hash=False"
+            ):
                 kind.from_config(given, backbone_model=other)
             assert kind.from_config(given, backbone_model=other, check_hash=False).names == delta.names
     head = MLP().eval()
@@ -212,13 +214,15 @@ def test_arguments_of_loading_a_delta(saved: Path, delta: fd.DeltaModel, tmp_pat
         found = load(place, state_dict=others)[1]
         assert list(found) == list(delta.names)
         assert all(torch.equal(found[name], others[name]) for name in others)
-    with raises_saying(fd.CheckpointError, "1 missing: a.lora.lora_A", "1 not known to the delta: a.lora.lora_a"):
+    with raises_saying(
+        fd.errors.CheckpointError, "1 missing: a.lora.lora_A", "1 not known to the delta: a.lora.lora_a"
+    ):
         load(saved, state_dict={name.replace("a.lora.lora_A", "a.lora.lora_a"): leaf for name, leaf in others.items()})
     torch.manual_seed(1)
-    with raises_saying(fd.CheckpointError, "another backbone", "check_hash=False"):
+    with raises_saying(fd.errors.CheckpointError, "another backbone", "check_hash=False"):
         fd.AutoDeltaModel.from_finetuned(saved, MLP().eval(), state_dict=others)
     assert fd.LoraModel.from_finetuned(saved, delta.backbone)[0].names == delta.names
-    with raises_saying(fd.ConfigError, "LoraConfig", "fd.AutoDeltaModel.from_finetuned"):
+    with raises_saying(fd.errors.ConfigError, "LoraConfig", "fd.AutoDeltaModel.from_finetuned"):
         fd.AdapterModel.from_finetuned(saved, delta.backbone)
 
 
@@ -264,13 +268,15 @@ def test_pushing_keeps_nothing_here(
     found = fd.AutoDeltaModel.from_finetuned("me/members", delta.backbone)[1]
     assert all(torch.equal(found[name], stack[name]) for name in stack)
     calls = len(hub.calls)
-    with raises_saying(fd.CheckpointError, "Nothing is saved here, and the hub did not take it as 'forbidden/x': not"):
+    with raises_saying(
+        fd.errors.CheckpointError, "Nothing is saved here, and the hub did not take it as 'forbidden/x': not"
+    ):
         delta.push_to_hub(stack, "forbidden/x")
-    with raises_saying(fd.CheckpointError, "'a/b/c' is no name of a hub repository"):
+    with raises_saying(fd.errors.CheckpointError, "'a/b/c' is no name of a hub repository"):
         delta.push_to_hub(stack, "a/b/c")
-    with raises_saying(fd.ParamsError, 'delta.push_to_hub(params, "user/name")'):
+    with raises_saying(fd.errors.ParamsError, 'delta.push_to_hub(params, "user/name")'):
         delta.push_to_hub("me/members")  # pyright: ignore[reportArgumentType]
-    with raises_saying(fd.ParamsError, "a.lora.lora_A"):
+    with raises_saying(fd.errors.ParamsError, "a.lora.lora_A"):
         delta.push_to_hub({}, "me/members")
     assert len(hub.calls) == calls + 1
 
@@ -280,9 +286,9 @@ def test_a_config_alone_to_the_hub(hub: FakeHub, tmp_path: Path) -> None:
     config.save_finetuned(tmp_path / "sketch", push_to_hub=True, private=True)
     assert [file.name for file in (hub.root / "me/sketch").iterdir()] == ["config.json"]
     assert fd.AutoDeltaConfig.from_finetuned("me/sketch") == config
-    with raises_saying(fd.CheckpointError, "has no delta.safetensors"):
+    with raises_saying(fd.errors.CheckpointError, "has no delta.safetensors"):
         fd.AutoDeltaModel.from_finetuned("me/sketch", MLP())
-    with raises_saying(fd.ConfigError, "takes no push_to_dc"):
+    with raises_saying(fd.errors.ConfigError, "takes no push_to_dc"):
         config.save_finetuned(tmp_path / "sketch", push_to_dc=True)
 
 
@@ -294,7 +300,7 @@ def test_options_of_fetching_reach_the_hub(delta: fd.DeltaModel, hub: FakeHub, t
     def load(**more: Any) -> dict[str, torch.Tensor]:
         return fd.AutoDeltaModel.from_finetuned("me/lora", delta.backbone, **options, **more)[1]
 
-    with raises_saying(fd.CheckpointError, "'me/lora' is no folder here", "not in the cache"):
+    with raises_saying(fd.errors.CheckpointError, "'me/lora' is no folder here", "not in the cache"):
         load(local_files_only=True)
     first = load()
     assert cache.is_dir()
@@ -319,7 +325,7 @@ def test_without_the_hubs_package(delta: fd.DeltaModel, tmp_path: Path, monkeypa
         lambda: fd.AutoDeltaModel.from_finetuned("me/lora", delta.backbone),
         lambda: fd.AutoDeltaConfig.from_finetuned("me/lora"),
     ):
-        with raises_saying(fd.CheckpointError, "me/lora", "pip install huggingface_hub"):
+        with raises_saying(fd.errors.CheckpointError, "me/lora", "pip install huggingface_hub"):
             use()
     assert (tmp_path / "run" / "config.json").exists()
 
@@ -347,7 +353,7 @@ def test_without_the_hubs_package(delta: fd.DeltaModel, tmp_path: Path, monkeypa
 def test_an_argument_of_opendelta_is_answered(
     options: dict[str, Any], pieces: tuple[str, ...], delta: fd.DeltaModel, tmp_path: Path
 ) -> None:
-    with raises_saying(fd.ConfigError, *pieces):
+    with raises_saying(fd.errors.ConfigError, *pieces):
         delta.save_finetuned(random_params(delta), tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
 
@@ -417,5 +423,5 @@ def test_find_key_and_find_module() -> None:
     parent, name, child = fd.find_module(model, "0.0")
     assert parent is model[0]
     assert (name, child) == ("0", model[0][0])
-    with raises_saying(fd.MatchError, "'0.1'", "Sequential"):
+    with raises_saying(fd.errors.MatchError, "'0.1'", "Sequential"):
         fd.find_module(model, "0.1")

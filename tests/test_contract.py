@@ -19,7 +19,7 @@ from funcdelta.methods import config as configs
 
 NAMES = """
     BaseDeltaConfig AutoDeltaConfig LoraConfig AdapterConfig BitFitConfig
-    DeltaModel LoraModel AdapterModel BitFitModel AutoDeltaModel DeltaBase register
+    DeltaModel LoraModel AdapterModel BitFitModel AutoDeltaModel register
     stack unstack take cat broadcast members partition combine seeds
     value_and_grad unbind find_key find_module higher_order tree optim
 """
@@ -66,7 +66,6 @@ def test_all_ways_to_make_a_delta_make_the_same(x: Tensor) -> None:
         fd.LoraModel(backbone_model=model, **fields),
         fd.LoraModel(model, **fields),
         fd.DeltaModel(model, config),
-        fd.DeltaBase(model, config),
         fd.AutoDeltaModel.from_config(data, backbone_model=model),
         fd.AutoDeltaModel.from_config(config, backbone_model=model),
         fd.AutoDeltaModel.from_config({**data, "lora_alpha": 1}, backbone_model=model, lora_alpha=8),
@@ -151,7 +150,7 @@ def test_copied_and_fresh_heads() -> None:
 
 @pytest.mark.parametrize("seed", ["0", 0.5, None, [0.5], "12"])
 def test_what_is_no_seed(seed: Any) -> None:
-    with raises_saying(fd.ParamsError, "seed"):
+    with raises_saying(fd.errors.ParamsError, "seed"):
         lora().init(seed)
 
 

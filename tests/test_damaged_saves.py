@@ -63,7 +63,9 @@ LOADERS = pytest.mark.parametrize("loader", [load_all, load_without_metadata, lo
 @pytest.mark.parametrize("key", [*PROVENANCE, *VERSION_FIELDS])
 def test_facts_that_are_no_text(saved: Path, loader: Any, key: str, value: Any) -> None:
     edit_config(saved, **{key: value})
-    with raises_saying(fd.CheckpointError, "config.json'", f"{key}={value!r}: write a text or None (null in JSON)"):
+    with raises_saying(
+        fd.errors.CheckpointError, "config.json'", f"{key}={value!r}: write a text or None (null in JSON)"
+    ):
         loader(saved)
 
 
@@ -71,7 +73,7 @@ def test_facts_that_are_no_text(saved: Path, loader: Any, key: str, value: Any) 
 @pytest.mark.parametrize("value", ["3", 3.0, True, [3]], ids=repr)
 def test_members_that_are_no_number(saved: Path, loader: Any, value: Any) -> None:
     edit_config(saved, members=value)
-    with raises_saying(fd.CheckpointError, "config.json'", f"members={value!r}: write a whole number or None"):
+    with raises_saying(fd.errors.CheckpointError, "config.json'", f"members={value!r}: write a whole number or None"):
         loader(saved)
 
 
@@ -91,14 +93,14 @@ FIELDS = {
 def test_fields_of_a_wrong_type(saved: Path, loader: Any, key: str) -> None:
     value, message = FIELDS[key]
     edit_config(saved, **{key: value})
-    with raises_saying(fd.CheckpointError, "config.json'", message):
+    with raises_saying(fd.errors.CheckpointError, "config.json'", message):
         loader(saved)
 
 
 @pytest.mark.parametrize("key", FIELDS)
 def test_fields_of_a_wrong_type_beside_their_tensors(saved: Path, key: str) -> None:
     edit_config(saved, **{key: FIELDS[key][0]})
-    with raises_saying(fd.CheckpointError, "not of the same save", f"{key}: {FIELDS[key][0]!r} against"):
+    with raises_saying(fd.errors.CheckpointError, "not of the same save", f"{key}: {FIELDS[key][0]!r} against"):
         load_all(saved)
 
 
@@ -106,16 +108,16 @@ def test_fields_of_a_wrong_type_beside_their_tensors(saved: Path, key: str) -> N
 @pytest.mark.parametrize("parts", [None, 5, "ab", {}, [], [5]], ids=repr)
 def test_a_union_of_no_configs(saved: Path, loader: Any, parts: Any) -> None:
     edit_config(saved, delta_type="union", deltas=parts)
-    with raises_saying(fd.CheckpointError, "config.json'", f"deltas={parts!r}: write a list of configs"):
+    with raises_saying(fd.errors.CheckpointError, "config.json'", f"deltas={parts!r}: write a list of configs"):
         loader(saved)
 
 
 def test_data_and_fields_from_code() -> None:
-    with raises_saying(fd.ConfigError, "LoraConfig has no field 5"):
+    with raises_saying(fd.errors.ConfigError, "LoraConfig has no field 5"):
         fd.AutoDeltaConfig.from_dict({"delta_type": "lora", 5: 1})  # pyright: ignore[reportArgumentType]
-    with raises_saying(fd.ConfigError, "There is no delta type ['lora']"):
+    with raises_saying(fd.errors.ConfigError, "There is no delta type ['lora']"):
         fd.AutoDeltaConfig.from_dict({"delta_type": ["lora"]})
-    with raises_saying(fd.ConfigError, "backbone_hash=5: write a text or None"):
+    with raises_saying(fd.errors.ConfigError, "backbone_hash=5: write a text or None"):
         fd.LoraConfig(backbone_hash=5)  # pyright: ignore[reportArgumentType]
 
 
@@ -126,12 +128,12 @@ def test_data_and_fields_from_code() -> None:
 def test_a_hash_that_cannot_be_compared(saved: Path, value: str) -> None:
     edit_config(saved, backbone_hash=value)
     with raises_saying(
-        fd.CheckpointError, "run' has", f"backbone_hash={value!r}", "begins with 'fd1:'", "check_hash=False"
+        fd.errors.CheckpointError, "run' has", f"backbone_hash={value!r}", "begins with 'fd1:'", "check_hash=False"
     ):
         load_all(saved)
     load(saved, backbone(), check_hash=False)
     config = fd.AutoDeltaConfig.from_finetuned(saved)
-    with raises_saying(fd.CheckpointError, "The config has", f"backbone_hash={value!r}", "check_hash=False"):
+    with raises_saying(fd.errors.CheckpointError, "The config has", f"backbone_hash={value!r}", "check_hash=False"):
         fd.AutoDeltaModel.from_config(config, backbone())
     fd.AutoDeltaModel.from_config(config, backbone(), check_hash=False)
 
@@ -179,7 +181,9 @@ def test_versions_compare_by_number(saved: Path, monkeypatch: Any, installed: st
 @pytest.mark.parametrize("version", ["", "x", "newest", "1..2", "0.1 "])
 def test_a_version_that_is_none(saved: Path, loader: Any, version: str) -> None:
     edit_config(saved, funcdelta_version=version)
-    with raises_saying(fd.CheckpointError, "config.json'", f"funcdelta_version={version!r}: write a version, such as"):
+    with raises_saying(
+        fd.errors.CheckpointError, "config.json'", f"funcdelta_version={version!r}: write a version, such as"
+    ):
         loader(saved)
 
 
@@ -197,13 +201,13 @@ NEWER = {
 def test_errors_of_a_newer_version_say_so_and_do_not_warn(saved: Path, loader: Any, what: str) -> None:
     changes, named = NEWER[what]
     edit_config(saved, funcdelta_version="999.0", **changes)
-    with raises_saying(fd.CheckpointError, named, "written by funcdelta 999.0", f"and {INSTALLED} is installed"):
+    with raises_saying(fd.errors.CheckpointError, named, "written by funcdelta 999.0", f"and {INSTALLED} is installed"):
         loader(saved)
 
 
 def test_errors_of_this_version_do_not_speak_of_versions(saved: Path) -> None:
     edit_config(saved, of_tomorrow=1)
-    with pytest.raises(fd.CheckpointError, match="of_tomorrow") as caught:
+    with pytest.raises(fd.errors.CheckpointError, match="of_tomorrow") as caught:
         load_config_alone(saved)
     assert "pip install" not in str(caught.value)
     assert json.loads((saved / "config.json").read_text())["funcdelta_version"] == INSTALLED

@@ -46,7 +46,7 @@ def case() -> Case:
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_gradients_of_rows_are_those_of_a_loop(case: Case, chunk_size: int | None) -> None:
-    found = fd.per_sample_grads(case.loss, chunk_size)(case.params, case.tokens, case.labels)
+    found = fd.grad.per_sample_grads(case.loss, chunk_size)(case.params, case.tokens, case.labels)
     for i in range(5):
         alone = torch.func.grad(case.loss)(case.params, case.tokens[i : i + 1], case.labels[i : i + 1])
         for name, gradient in alone.items():
@@ -58,7 +58,7 @@ def test_gradients_of_rows_are_those_of_a_loop(case: Case, chunk_size: int | Non
 
 
 def test_gradients_of_rows_map_over_members(case: Case) -> None:
-    each = fd.per_sample_grads(case.loss)
+    each = fd.grad.per_sample_grads(case.loss)
     both = torch.vmap(each, in_dims=(0, None, None))(case.stack, case.tokens, case.labels)
     second = each(fd.take(case.stack, 1), case.tokens, case.labels)
     for name, gradient in second.items():
@@ -78,7 +78,7 @@ def dense_hessian(case: Case):
 def test_a_hessian_times_a_vector_is_the_dense_product(case: Case) -> None:
     hessian, _, trained = dense_hessian(case)
     direction = fd.tree.randn_like(case.params, 4)
-    product = fd.hvp(case.loss, case.params, direction, case.tokens, case.labels)
+    product = fd.grad.hvp(case.loss, case.params, direction, case.tokens, case.labels)
     expected = hessian @ fd.tree.ravel({name: direction[name] for name in trained})[0]
     torch.testing.assert_close(fd.tree.ravel({name: product[name] for name in trained})[0], expected)
     assert expected.abs().max() > 1e-4
@@ -88,8 +88,8 @@ def test_conjugate_gradients_solve_against_the_hessian(case: Case) -> None:
     hessian, unravel, trained = dense_hessian(case)
     damping = float(-torch.linalg.eigvalsh(hessian)[0]) + 0.5
     b = torch.func.grad(case.loss)(case.params, case.tokens, case.labels)
-    found = fd.conjugate_gradient(
-        lambda v: fd.hvp(case.loss, case.params, v, case.tokens, case.labels), b, steps=40, damping=damping
+    found = fd.grad.conjugate_gradient(
+        lambda v: fd.grad.hvp(case.loss, case.params, v, case.tokens, case.labels), b, steps=40, damping=damping
     )
     flat = fd.tree.ravel({name: b[name] for name in trained})[0]
     expected = torch.linalg.solve(hessian + damping * torch.eye(len(flat), dtype=flat.dtype), flat)
@@ -105,19 +105,19 @@ def test_conjugate_gradients_map_and_rest_when_done() -> None:
     b[2] = 0
 
     def solve(matrix, b):
-        return fd.conjugate_gradient(lambda x: {"w": matrix @ x["w"]}, {"w": b}, steps=12)["w"]
+        return fd.grad.conjugate_gradient(lambda x: {"w": matrix @ x["w"]}, {"w": b}, steps=12)["w"]
 
     found = torch.vmap(solve)(matrices, b)
     torch.testing.assert_close(found, torch.linalg.solve(matrices, b))
 
 
 def test_messages(case: Case) -> None:
-    with pytest.raises(fd.ParamsError, match=r"one length, found \[\(5,\), \(3,\)\]"):
-        fd.per_sample_grads(case.loss)(case.params, case.tokens, case.labels[:3])
-    with pytest.raises(fd.ParamsError, match=r"one loss, \(\).*found shape \(1, 3\)"):
-        fd.per_sample_grads(lambda p, t: case.delta.apply(p, input_ids=t).logits)(case.params, case.tokens)
-    with pytest.raises(fd.ParamsError, match=r"steps=0.*1 or more"):
-        fd.conjugate_gradient(lambda x: x, {"w": torch.ones(1)}, steps=0)
+    with pytest.raises(fd.errors.ParamsError, match=r"one length, found \[\(5,\), \(3,\)\]"):
+        fd.grad.per_sample_grads(case.loss)(case.params, case.tokens, case.labels[:3])
+    with pytest.raises(fd.errors.ParamsError, match=r"one loss, \(\).*found shape \(1, 3\)"):
+        fd.grad.per_sample_grads(lambda p, t: case.delta.apply(p, input_ids=t).logits)(case.params, case.tokens)
+    with pytest.raises(fd.errors.ParamsError, match=r"steps=0.*1 or more"):
+        fd.grad.conjugate_gradient(lambda x: x, {"w": torch.ones(1)}, steps=0)
 
 
 def finite_difference(f, params, direction, step: float = 1e-5):
@@ -173,17 +173,17 @@ def trained_direction(smooth: Plain, seed: int = 3):
 def test_products_with_the_jacobian_are_finite_differences(smooth: Plain) -> None:
     params, direction = trained_direction(smooth)
     expected = finite_difference(lambda p: smooth.outputs(p, *smooth.data), params, direction)
-    found = fd.jvp(smooth.outputs, params, direction, *smooth.data)
+    found = fd.grad.jvp(smooth.outputs, params, direction, *smooth.data)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
     cotangent = torch.randn_like(found)
-    pulled = fd.vjp(smooth.outputs, params, cotangent, *smooth.data)
+    pulled = fd.grad.vjp(smooth.outputs, params, cotangent, *smooth.data)
     torch.testing.assert_close(fd.tree.vdot(pulled, direction), (cotangent * expected).sum(), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 4])
 def test_the_jacobian_is_that_of_finite_differences(smooth: Plain, chunk_size: int | None) -> None:
     params, direction = trained_direction(smooth)
-    found = fd.jacobian(smooth.outputs, params, *smooth.data, chunk_size=chunk_size)
+    found = fd.grad.jacobian(smooth.outputs, params, *smooth.data, chunk_size=chunk_size)
     assert list(found) == list(params)
     shape = smooth.outputs(params, *smooth.data).shape
     moved = sum((leaf * direction[name]).reshape(*shape, -1).sum(-1) for name, leaf in found.items())
@@ -198,14 +198,14 @@ def test_gradients_of_rows_are_finite_differences(smooth: Plain, chunk_size: int
     def each(p):
         return smooth.outputs(p, *smooth.data).flatten(1).sin().sum(1)
 
-    found = fd.per_sample_grads(lambda p, x: smooth.outputs(p, x).sin().sum(), chunk_size)(params, *smooth.data)
+    found = fd.grad.per_sample_grads(lambda p, x: smooth.outputs(p, x).sin().sum(), chunk_size)(params, *smooth.data)
     moved = sum((leaf * direction[name]).reshape(len(leaf), -1).sum(1) for name, leaf in found.items())
     torch.testing.assert_close(moved, finite_difference(each, params, direction), rtol=1e-6, atol=1e-8)
 
 
 def test_derivatives_map_over_members(smooth: Plain) -> None:
-    every = torch.vmap(lambda p: fd.jacobian(smooth.outputs, p, *smooth.data))(smooth.stack)
-    second = fd.jacobian(smooth.outputs, fd.take(smooth.stack, 1), *smooth.data)
+    every = torch.vmap(lambda p: fd.grad.jacobian(smooth.outputs, p, *smooth.data))(smooth.stack)
+    second = fd.grad.jacobian(smooth.outputs, fd.take(smooth.stack, 1), *smooth.data)
     for name, leaf in second.items():
         torch.testing.assert_close(every[name][1], leaf)
 
@@ -217,7 +217,7 @@ def test_the_hessian_product_is_a_finite_difference_of_gradients(smooth: Plain) 
         return smooth.outputs(p, *data).square().sum()
 
     gradient = torch.func.grad(loss)
-    found = fd.hvp(loss, params, direction, *smooth.data)
+    found = fd.grad.hvp(loss, params, direction, *smooth.data)
     for name in smooth.delta.constants:
         assert not found[name].any()
     for name in set(params) - set(smooth.delta.constants):
@@ -227,31 +227,33 @@ def test_the_hessian_product_is_a_finite_difference_of_gradients(smooth: Plain) 
 
 def test_conjugate_gradients_do_not_hide_a_direction_without_curvature() -> None:
     signs = torch.tensor([1.0, -1.0])
-    found = fd.conjugate_gradient(lambda x: {"w": signs * x["w"]}, {"w": torch.ones(2)}, steps=3)
+    found = fd.grad.conjugate_gradient(lambda x: {"w": signs * x["w"]}, {"w": torch.ones(2)}, steps=3)
     assert not found["w"].isfinite().all()
 
 
 def test_no_rows_have_no_gradients(case: Case) -> None:
-    found = fd.per_sample_grads(case.loss)(case.params, case.tokens[:0], case.labels[:0])
+    found = fd.grad.per_sample_grads(case.loss)(case.params, case.tokens[:0], case.labels[:0])
     assert {name: leaf.shape for name, leaf in found.items()} == {n: (0, *p.shape) for n, p in case.params.items()}
 
 
 def test_more_messages(case: Case) -> None:
     for chunk_size in (0, 1.5):
-        with pytest.raises(fd.ParamsError, match=f"chunk_size={chunk_size}.*whole number"):
-            fd.per_sample_grads(case.loss, chunk_size)(case.params, case.tokens, case.labels)
-        with pytest.raises(fd.ParamsError, match=f"chunk_size={chunk_size}.*whole number"):
-            fd.jacobian(case.loss, case.params, case.tokens, case.labels, chunk_size=chunk_size)
-    with pytest.raises(fd.ParamsError, match=r"hvp needs a loss that is one number, \(\); found shape \(5, 3\)"):
-        fd.hvp(lambda p: case.delta.apply(p, input_ids=case.tokens).logits, case.params, case.params)
-    with pytest.raises(fd.ParamsError, match="matvec of conjugate_gradient gives"):
-        fd.conjugate_gradient(lambda x: {"v": x["w"]}, {"w": torch.ones(2)}, steps=1)
-    with pytest.raises(fd.ParamsError, match="the tangent of jvp"):
-        fd.jvp(case.loss, case.params, {}, case.tokens, case.labels)
-    with pytest.raises(fd.StackError, match=r"fd.hvp\(loss, ...\) takes one member's params; map .* torch.vmap"):
-        fd.hvp(case.loss, case.stack, case.stack, case.tokens, case.labels)
-    with pytest.raises(fd.StackError, match=r"per_sample_grads\(loss\) takes one member's params"):
-        fd.per_sample_grads(case.loss)(case.stack, case.tokens, case.labels)
+        with pytest.raises(fd.errors.ParamsError, match=f"chunk_size={chunk_size}.*whole number"):
+            fd.grad.per_sample_grads(case.loss, chunk_size)(case.params, case.tokens, case.labels)
+        with pytest.raises(fd.errors.ParamsError, match=f"chunk_size={chunk_size}.*whole number"):
+            fd.grad.jacobian(case.loss, case.params, case.tokens, case.labels, chunk_size=chunk_size)
+    with pytest.raises(fd.errors.ParamsError, match=r"hvp needs a loss that is one number, \(\); found shape \(5, 3\)"):
+        fd.grad.hvp(lambda p: case.delta.apply(p, input_ids=case.tokens).logits, case.params, case.params)
+    with pytest.raises(fd.errors.ParamsError, match="matvec of conjugate_gradient gives"):
+        fd.grad.conjugate_gradient(lambda x: {"v": x["w"]}, {"w": torch.ones(2)}, steps=1)
+    with pytest.raises(fd.errors.ParamsError, match="the tangent of jvp"):
+        fd.grad.jvp(case.loss, case.params, {}, case.tokens, case.labels)
+    with pytest.raises(
+        fd.errors.StackError, match=r"fd.grad.hvp\(loss, ...\) takes one member's params; map .* torch.vmap"
+    ):
+        fd.grad.hvp(case.loss, case.stack, case.stack, case.tokens, case.labels)
+    with pytest.raises(fd.errors.StackError, match=r"per_sample_grads\(loss\) takes one member's params"):
+        fd.grad.per_sample_grads(case.loss)(case.stack, case.tokens, case.labels)
 
 
 def test_conjugate_gradients_stay_where_they_have_arrived() -> None:
@@ -259,7 +261,7 @@ def test_conjugate_gradients_stay_where_they_have_arrived() -> None:
     for scale in (1.0, 1e-2, 1e-3):
         values = scale * torch.linspace(1, 2, 20)
         b = torch.randn(20, generator=torch.Generator().manual_seed(0))
-        found = fd.conjugate_gradient(lambda x, a=values: {"w": a * x["w"]}, {"w": b}, steps=100)
+        found = fd.grad.conjugate_gradient(lambda x, a=values: {"w": a * x["w"]}, {"w": b}, steps=100)
         torch.testing.assert_close(found["w"], b / values, rtol=1e-4, atol=1e-4)
 
 
@@ -289,13 +291,13 @@ def test_the_order_of_keys_decides_nothing(smooth: Plain, seed: int) -> None:
     cotangent = {"b": {"d": value["b"]["d"] * 2, "c": value["b"]["c"] * 3}, "a": value["a"]}
     in_order = {"a": value["a"], "b": {"c": value["b"]["c"] * 3, "d": value["b"]["d"] * 2}}
     calls = {
-        "jvp": lambda p, t: fd.jvp(smooth.outputs, p, t, *smooth.data),
-        "hvp": lambda p, t: fd.hvp(loss, p, t, *smooth.data),
-        "mapped": lambda p, t: torch.vmap(lambda t: fd.jvp(smooth.outputs, p, t, *smooth.data))(
+        "jvp": lambda p, t: fd.grad.jvp(smooth.outputs, p, t, *smooth.data),
+        "hvp": lambda p, t: fd.grad.hvp(loss, p, t, *smooth.data),
+        "mapped": lambda p, t: torch.vmap(lambda t: fd.grad.jvp(smooth.outputs, p, t, *smooth.data))(
             {k: many[k] for k in t}
         ),
-        "solve": lambda p, t: fd.conjugate_gradient(
-            lambda v: fd.tree.add(shuffled(fd.hvp(loss, p, v, *smooth.data), 1), v), t, steps=2, damping=3.0
+        "solve": lambda p, t: fd.grad.conjugate_gradient(
+            lambda v: fd.tree.add(shuffled(fd.grad.hvp(loss, p, v, *smooth.data), 1), v), t, steps=2, damping=3.0
         ),
     }
     for name, call in calls.items():
@@ -306,10 +308,10 @@ def test_the_order_of_keys_decides_nothing(smooth: Plain, seed: int) -> None:
                 assert found.keys() == expected.keys()
                 found = {k: found[k] for k in expected}
             torch.testing.assert_close(found, expected, msg=lambda text, name=name: f"{name}: {text}")
-    pulled = fd.vjp(both, params, in_order, *smooth.data)
-    torch.testing.assert_close(fd.vjp(both, params, cotangent, *smooth.data), pulled)
-    rows = fd.per_sample_grads(lambda p, x: loss(p, x))(params, *smooth.data)
-    again = fd.per_sample_grads(lambda p, x: loss(p, x))(shuffled(params, seed), *smooth.data)
+    pulled = fd.grad.vjp(both, params, in_order, *smooth.data)
+    torch.testing.assert_close(fd.grad.vjp(both, params, cotangent, *smooth.data), pulled)
+    rows = fd.grad.per_sample_grads(lambda p, x: loss(p, x))(params, *smooth.data)
+    again = fd.grad.per_sample_grads(lambda p, x: loss(p, x))(shuffled(params, seed), *smooth.data)
     torch.testing.assert_close({k: again[k] for k in rows}, rows)
 
 
@@ -327,10 +329,12 @@ def test_leaves_without_derivatives_get_zeros() -> None:
     row = x[0]
     t = {"w": torch.tensor([1.0, 10.0, 100.0])}
     zeros = fd.tree.map(torch.zeros_like, whole)
-    torch.testing.assert_close(fd.jvp(f, whole, zeros | t, row), fd.jvp(alone, {"w": w}, t, row))
+    torch.testing.assert_close(fd.grad.jvp(f, whole, zeros | t, row), fd.grad.jvp(alone, {"w": w}, t, row))
     cotangent = {"y": torch.ones(3), "z": torch.tensor(2.0)}
-    torch.testing.assert_close(fd.vjp(f, whole, cotangent, row), zeros | fd.vjp(alone, {"w": w}, cotangent, row))
-    found, expected = fd.jacobian(f, whole, row), fd.jacobian(alone, {"w": w}, row)
+    torch.testing.assert_close(
+        fd.grad.vjp(f, whole, cotangent, row), zeros | fd.grad.vjp(alone, {"w": w}, cotangent, row)
+    )
+    found, expected = fd.grad.jacobian(f, whole, row), fd.grad.jacobian(alone, {"w": w}, row)
     for name, shape in (("y", (3,)), ("z", ())):
         torch.testing.assert_close(found[name]["w"], expected[name]["w"])
         assert found[name]["steps"].shape == (*shape, 2)
@@ -343,9 +347,11 @@ def test_leaves_without_derivatives_get_zeros() -> None:
     def loss_alone(p, x):
         return loss(whole | p, x)
 
-    torch.testing.assert_close(fd.hvp(loss, whole, zeros | t, row), zeros | fd.hvp(loss_alone, {"w": w}, t, row))
-    rows = fd.per_sample_grads(loss)(whole, x)
-    torch.testing.assert_close(rows["w"], fd.per_sample_grads(loss_alone)({"w": w}, x)["w"])
+    torch.testing.assert_close(
+        fd.grad.hvp(loss, whole, zeros | t, row), zeros | fd.grad.hvp(loss_alone, {"w": w}, t, row)
+    )
+    rows = fd.grad.per_sample_grads(loss)(whole, x)
+    torch.testing.assert_close(rows["w"], fd.grad.per_sample_grads(loss_alone)({"w": w}, x)["w"])
     assert rows["steps"].shape == (4, 2)
     assert not rows["steps"].any()
 
@@ -365,15 +371,15 @@ def test_what_cannot_be_a_direction_is_named() -> None:
         ({"w": torch.ones(2).double(), "b": torch.ones(1)}, r"'w' of the tangent of jvp is \(2,\), torch.float64"),
         ({"w": None, "b": torch.ones(1)}, "'w' of the tangent of jvp is None"),
     ):
-        with pytest.raises(fd.ParamsError, match=words):
-            fd.jvp(f, p, t)
-        with pytest.raises(fd.ParamsError, match=words.replace("tangent of jvp", "vector of hvp")):
-            fd.hvp(f, p, t)
-    with pytest.raises(fd.ParamsError, match=r"found the key 0 \(int\)"):
-        fd.jvp(lambda params: params[0], {0: torch.ones(1)}, {0: torch.ones(1)})
-    with pytest.raises(fd.ParamsError, match="no leaf to differentiate in"):
-        fd.jacobian(lambda params: params["n"], {"n": torch.tensor(3)})
-    with pytest.raises(fd.ParamsError, match=r"'w' is torch\.sparse_coo"):
-        fd.vjp(f, {"w": torch.eye(2).to_sparse()}, torch.ones(()))
-    with pytest.raises(fd.ParamsError, match=r"jacobian is of real numbers, and leaf 'w' is torch\.complex64"):
-        fd.jacobian(f, {"w": torch.ones(2) * 1j})
+        with pytest.raises(fd.errors.ParamsError, match=words):
+            fd.grad.jvp(f, p, t)
+        with pytest.raises(fd.errors.ParamsError, match=words.replace("tangent of jvp", "vector of hvp")):
+            fd.grad.hvp(f, p, t)
+    with pytest.raises(fd.errors.ParamsError, match=r"found the key 0 \(int\)"):
+        fd.grad.jvp(lambda params: params[0], {0: torch.ones(1)}, {0: torch.ones(1)})
+    with pytest.raises(fd.errors.ParamsError, match="no leaf to differentiate in"):
+        fd.grad.jacobian(lambda params: params["n"], {"n": torch.tensor(3)})
+    with pytest.raises(fd.errors.ParamsError, match=r"'w' is torch\.sparse_coo"):
+        fd.grad.vjp(f, {"w": torch.eye(2).to_sparse()}, torch.ones(()))
+    with pytest.raises(fd.errors.ParamsError, match=r"jacobian is of real numbers, and leaf 'w' is torch\.complex64"):
+        fd.grad.jacobian(f, {"w": torch.ones(2) * 1j})

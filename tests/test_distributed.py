@@ -120,19 +120,19 @@ def test_parts_are_joined_cut_and_missed(tmp_path: Path) -> None:
         mine = slice(first, stop)
         state = {"step": torch.arange(first, stop)}
         fd.distributed.save_shard(delta, fd.take(stack, mine), tmp_path, mine, state, hash_backbone=False)
-    with pytest.raises(fd.CheckpointError, match=r"lacks the members 2 to 3, 7 to 9 of 0 to 9 .*members-4-6"):
+    with pytest.raises(fd.errors.CheckpointError, match=r"lacks the members 2 to 3, 7 to 9 of 0 to 9 .*members-4-6"):
         fd.distributed.load_shards(delta, tmp_path, 10)
     part, state = fd.distributed.load_shards(delta, tmp_path, slice(5, 7), like={"step": torch.zeros(1)})
     assert state["step"].tolist() == [5, 6]
     assert all(torch.equal(leaf, stack[name][5:7]) for name, leaf in part.items())
-    with pytest.raises(fd.CheckpointError, match="overlaps members-1-4"):
+    with pytest.raises(fd.errors.CheckpointError, match="overlaps members-1-4"):
         fd.distributed.save_shard(delta, fd.take(stack, slice(1, 5)), tmp_path, slice(1, 5))
-    with pytest.raises(fd.ParamsError, match="are not 10 members"):
+    with pytest.raises(fd.errors.ParamsError, match="are not 10 members"):
         fd.distributed.save_shard(delta, stack, tmp_path, slice(0, 3))
-    with pytest.raises(fd.CheckpointError, match="does not fit like="):
+    with pytest.raises(fd.errors.CheckpointError, match="does not fit like="):
         fd.distributed.load_shards(delta, tmp_path, slice(0, 2), like={"count": torch.zeros(1)})
     other = fd.DeltaModel(worker.Tiny(), worker.LORA.replace(lora_r=3))
-    with pytest.raises(fd.CheckpointError, match="is of another delta"):
+    with pytest.raises(fd.errors.CheckpointError, match="is of another delta"):
         fd.distributed.load_shards(other, tmp_path, slice(0, 2))
 
 
@@ -140,5 +140,5 @@ def test_one_process_has_all_members() -> None:
     assert fd.distributed.shard(3) == slice(0, 3)
     tree = {"a": torch.ones(3, 2)}
     assert fd.distributed.gather(tree)["a"] is tree["a"]
-    with pytest.raises(fd.StackError):
+    with pytest.raises(fd.errors.StackError):
         fd.distributed.gather({"a": torch.ones(())})

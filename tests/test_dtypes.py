@@ -60,7 +60,7 @@ def test_bfloat16_backbones_have_float32_leaves(method: str, name: str) -> None:
         for engine in engines:
             try:
                 found = s.many(inputs, engine)
-            except fd.EngineError:
+            except fd.errors.EngineError:
                 assert s.flags & {"no_vmap", "no_func", "vmap_mask_raises", "batch_free_target", "moe"}
                 continue
             assert found.dtype == torch.bfloat16
@@ -98,7 +98,7 @@ def test_autocast_is_the_same_by_every_engine(method: str, name: str) -> None:
             assert loop.dtype == bare.dtype
             for engine in ("fold", "vmap"):
                 if engine == "vmap" and name == "conv2d":
-                    with raises_saying(fd.EngineError, "out of autocast", 'engine="auto"'):
+                    with raises_saying(fd.errors.EngineError, "out of autocast", 'engine="auto"'):
                         s.many(inputs, engine)
                     continue
                 found = s.many(inputs, engine)

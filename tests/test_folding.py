@@ -210,7 +210,7 @@ def test_pruning_leaves_what_has_parameters_and_what_has_a_delta() -> None:
 
 
 def test_what_has_no_tree_is_said() -> None:
-    with raises_saying(fd.ConfigError, "LoraModel", "tree(delta.backbone, delta.plan)"):
+    with raises_saying(fd.errors.ConfigError, "LoraModel", "tree(delta.backbone, delta.plan)"):
         tree(fd.LoraModel(Layers(), modified_modules=["layer.0"]))
-    with raises_saying(fd.ConfigError, "0.weight has no shape yet", "run the model once"):
+    with raises_saying(fd.errors.ConfigError, "0.weight has no shape yet", "run the model once"):
         tree(nn.Sequential(nn.LazyLinear(3)))

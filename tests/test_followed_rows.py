@@ -98,7 +98,7 @@ def test_a_value_that_changes_with_every_call_ends_the_learning() -> None:
     for step in range(MANY + 3):
         found = delta.apply_many(stack, x, torch.tensor(step), in_dims={"1": None})
         assert_close(found, one_by_one(delta, stack, x, torch.tensor(step)))
-    with raises_saying(fd.FoldError, "reads the values of 1 in Python", f"{MANY} of them"):
+    with raises_saying(fd.errors.FoldError, "reads the values of 1 in Python", f"{MANY} of them"):
         delta.apply_many(stack, x, torch.tensor(-1), in_dims={"1": None}, engine="fold")
 
 
@@ -175,7 +175,7 @@ def test_a_backward_pass_that_mixes_rows_is_seen(kind: str) -> None:
     if kind == "own rows":
         assert_close(gradient(lambda p: delta.apply_many(p, x, engine="fold")), expected)
         return
-    with raises_saying(fd.FoldError, "in the backward pass"):
+    with raises_saying(fd.errors.FoldError, "in the backward pass"):
         gradient(lambda p: delta.apply_many(p, x, engine="fold"))
     rows = gradient(lambda p: delta.apply_rows(p, [0, 1, 2, 0], x))
     each = [gradient(lambda p, r=r, i=i: delta.apply(fd.take(p, i), x[r : r + 1])) for r, i in enumerate([0, 1, 2, 0])]
@@ -299,7 +299,7 @@ def test_a_module_that_acts_by_weights_never_runs_without_them() -> None:
     delta.apply_many(stack, tokens, engine="fold")
     layouts = [layout for layout in delta.program.layouts.values() if hasattr(layout, "unused")]
     assert all("inner.embed" in layout.unused for layout in layouts)
-    assert issubclass(LayoutMismatchError, fd.FoldError)
+    assert issubclass(LayoutMismatchError, fd.errors.FoldError)
 
 
 def test_parts_in_threads_run_alone() -> None:
@@ -316,7 +316,7 @@ def test_parts_in_threads_run_alone() -> None:
     delta, x = lora(Threads()), torch.randn(2, 6)
     stack = random_params(delta, N)
     expected = one_by_one(delta, stack, x)
-    with raises_saying(fd.FoldError, "a runs in a thread of its own"):
+    with raises_saying(fd.errors.FoldError, "a runs in a thread of its own"):
         delta.apply_many(stack, x, engine="fold")
     assert_close(delta.apply_many(stack, x), expected)
     assert_close(delta.apply_rows(stack, [1, 2], x), torch.stack([expected[1, 0], expected[2, 1]]))
@@ -381,5 +381,5 @@ def test_what_computes_after_the_call_is_refused(lazy: Callable[..., Any]) -> No
         "chunks": lambda: delta.apply_many(stack, x, chunk_size=2),
     }
     for call in calls.values():
-        with raises_saying(fd.EngineError, "computes after the call has ended", "Return a list"):
+        with raises_saying(fd.errors.EngineError, "computes after the call has ended", "Return a list"):
             call()

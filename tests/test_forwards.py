@@ -354,7 +354,7 @@ def test_no_build_draws_from_torchs_generator() -> None:
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
 def test_a_class_of_ones_own_that_computes_something_else_is_refused(layer: type[nn.Module], said: str) -> None:
-    with raises_saying(fd.MatchError, "layer", layer.__name__, said):
+    with raises_saying(fd.errors.MatchError, "layer", layer.__name__, said):
         fd.LoraModel(Holder(layer()), modified_modules=["layer"])
     # Methods that act on what leaves a module act on any.
     width = layer().out_features
@@ -368,13 +368,13 @@ def test_packed_weights_take_the_formula_and_no_change() -> None:
     params = random_params(delta)
     change = params["layer.lora.scale"] * params["layer.lora.lora_B"] @ params["layer.lora.lora_A"]
     assert_close(delta.apply(params, X), model(X) + X @ change.T)
-    with raises_saying(fd.MergeError, "layer", "Packed", "packed", "(6, 4)"):
+    with raises_saying(fd.errors.MergeError, "layer", "Packed", "packed", "(6, 4)"):
         delta.merge(params)
 
 
 def test_dropout_has_no_place_in_a_change_of_weights() -> None:
     for layer in (Doubled(4, 6), nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular")):
-        with raises_saying(fd.MatchError, "layer", "lora_dropout=0.1", "lora_dropout=0 "):
+        with raises_saying(fd.errors.MatchError, "layer", "lora_dropout=0.1", "lora_dropout=0 "):
             fd.LoraModel(Holder(layer), lora_dropout=0.1, modified_modules=["layer"])
     fd.LoraModel(Holder(nn.Linear(4, 6)), lora_dropout=0.1, modified_modules=["layer"])
 
@@ -458,12 +458,12 @@ class IgnoresBias(nn.Linear):
 
 
 def test_a_bias_that_nothing_would_read_is_refused() -> None:
-    with raises_saying(fd.MatchError, "layer", "IgnoresBias", "adds no bias"):
+    with raises_saying(fd.errors.MatchError, "layer", "IgnoresBias", "adds no bias"):
         fd.BitFitModel(Holder(IgnoresBias(4, 6, bias=False)), modified_modules=["layer"])
     own = fd.BitFitModel(Holder(Own(bias=False)).eval(), modified_modules=["layer"])
     params = random_params(own)
     assert_close(own.apply(params, X), own.backbone(X) + params["layer.bitfit.bias"])
-    with raises_saying(fd.MergeError, "layer", "Own", "adds no bias"):
+    with raises_saying(fd.errors.MergeError, "layer", "Own", "adds no bias"):
         own.merge(params)
 
 
@@ -512,7 +512,7 @@ def test_features_of_a_convolution_without_rows_are_where_they_are() -> None:
 @pytest.mark.parametrize("kind", [fd.LoraConfig, fd.BitFitConfig, fd.AdapterConfig, fd.LowRankAdapterConfig])
 def test_complex_layers_are_refused_by_name(kind: type[fd.BaseDeltaConfig]) -> None:
     model = nn.Sequential(nn.Linear(32, 32, dtype=torch.complex64), nn.Linear(32, 32))
-    with raises_saying(fd.MatchError, "0", "torch.complex64", "exclude_modules"):
+    with raises_saying(fd.errors.MatchError, "0", "torch.complex64", "exclude_modules"):
         fd.DeltaModel(model, kind(modified_modules=["0"]))
 
 
@@ -545,7 +545,7 @@ def test_a_method_of_ones_own_takes_the_form_that_holds() -> None:
 
 def test_a_method_whose_two_forms_differ_is_told_when_it_is_built() -> None:
     wrong = own_method(weights=lambda self, site, p, w: w | {"weight": w["weight"] * p["gain"][:, None]})
-    with raises_saying(fd.ConfigError, "Own", "layer", "weights", "unmergeable"):
+    with raises_saying(fd.errors.ConfigError, "Own", "layer", "weights", "unmergeable"):
         fd.DeltaModel(Holder(nn.Linear(4, 6)), wrong)
     fd.DeltaModel(Holder(nn.Linear(4, 6, bias=False)), wrong)
 
@@ -553,7 +553,7 @@ def test_a_method_whose_two_forms_differ_is_told_when_it_is_built() -> None:
 def test_a_method_that_cannot_act_by_weights_is_refused_where_it_would_have_to() -> None:
     refusing = own_method(weights=rows, unmergeable=lambda self, site: "its rows are counted")
     fd.DeltaModel(Holder(nn.Linear(4, 6)), refusing)
-    with raises_saying(fd.MatchError, "layer", "Doubled", "its rows are counted"):
+    with raises_saying(fd.errors.MatchError, "layer", "Doubled", "its rows are counted"):
         fd.DeltaModel(Holder(Doubled(4, 6)), refusing)
     # Where its formula holds all the same, it says so.
     delta = fd.DeltaModel(Holder(Doubled(4, 6)), own_method(weights=rows, holds_on_values=lambda self, site: True))

@@ -34,7 +34,7 @@ def test_moved_tensors_are_noticed_and_refreshed() -> None:
     params = delta.init(0)
     delta.apply(params, x)
     backbone.to(torch.float64)
-    with pytest.raises(fd.StaleBackboneError, match=r"delta\.refresh\(\)"):
+    with pytest.raises(fd.errors.StaleBackboneError, match=r"delta\.refresh\(\)"):
         delta.apply(params, x.double())
     delta.refresh()
     torch.testing.assert_close(delta.apply(params, x.double()), backbone(x.double()))

@@ -91,7 +91,7 @@ def test_a_module_at_a_site(insert: str, tmp_path: Path) -> None:
     again, loaded = fd.AutoDeltaModel.from_finetuned(tmp_path / "run", backbone_model=model)
     assert type(again.configs[0]) is KINDS[insert]
     assert torch.equal(again.apply_many(loaded, x), delta.apply_many(stack, x))
-    with raises_saying(fd.MergeError, "cannot be merged", "no weights form"):
+    with raises_saying(fd.errors.MergeError, "cannot be merged", "no weights form"):
         delta.merge(fd.take(stack, 0))
     assert_unchanged(model, before)
 
@@ -208,17 +208,17 @@ def test_second_order() -> None:
 
 def test_messages() -> None:
     register = fd.register_module
-    with raises_saying(fd.ConfigError, "insert='after'", "sequential"):
+    with raises_saying(fd.errors.ConfigError, "insert='after'", "sequential"):
         register("test_bad", insert="after")
-    with raises_saying(fd.ConfigError, "'m'", "default"):
+    with raises_saying(fd.errors.ConfigError, "'m'", "default"):
         register("test_bad")(lambda site, m: nn.Linear(m, m))
-    with raises_saying(fd.ConfigError, "'name'", "another name"):
+    with raises_saying(fd.errors.ConfigError, "'name'", "another name"):
         register("test_bad")(lambda site, name="x": nn.Linear(1, 1))
-    with raises_saying(fd.ConfigError, "sizes=[1]", "tuple"):
+    with raises_saying(fd.errors.ConfigError, "sizes=[1]", "tuple"):
         register("test_bad")(lambda site, sizes=[1]: nn.Linear(1, 1))
-    with raises_saying(fd.ConfigError, "takes nothing", "site"):
+    with raises_saying(fd.errors.ConfigError, "takes nothing", "site"):
         register("test_bad")(lambda: nn.Linear(1, 1))
-    with raises_saying(fd.ConfigError, "'lora'", "already"):
+    with raises_saying(fd.errors.ConfigError, "'lora'", "already"):
         register("lora")(After.make)
     assert "test_bad" not in METHODS
     cases = {
@@ -228,11 +228,11 @@ def test_messages() -> None:
     for name, (make, pieces) in cases.items():
         kind = register(name)(make)
         try:
-            with raises_saying(fd.ConfigError, *pieces):
+            with raises_saying(fd.errors.ConfigError, *pieces):
                 fd.DeltaModel(MLP(), kind(modified_modules=["b"]))
         finally:
             del METHODS[name]
-    with raises_saying(fd.ConfigError, "bottleneck", "m"):
+    with raises_saying(fd.errors.ConfigError, "bottleneck", "m"):
         After(bottleneck=3)
-    with raises_saying(fd.ConfigError, "m=2.5"):
+    with raises_saying(fd.errors.ConfigError, "m=2.5"):
         After(m=2.5)

@@ -122,7 +122,7 @@ def test_merged_is_apply_where_it_can_be_merged(name: str) -> None:
     case = Case(name)
     try:
         merged, state = case.delta.merged(case.params(0)), case.delta.merge(case.params(0))
-    except fd.MergeError as error:
+    except fd.errors.MergeError as error:
         pytest.skip(f"refused by name: {str(error)[:120]}")
     loaded = case.hard.build()
     loaded.load_state_dict(state)
@@ -177,7 +177,7 @@ def test_rows_are_the_written_copies(name: str, way: str) -> None:
             found = number_or_refusal(
                 lambda c=case, b=batch, i=index: getattr(c, way)(b, i),
                 "routes" in case.hard.flags,
-                (fd.EngineError, fd.ParamsError),
+                (fd.errors.EngineError, fd.errors.ParamsError),
             )
         if isinstance(found, str):
             assert "engine=" not in found, "the advice is for apply_many, and nothing here takes engine="
@@ -199,7 +199,7 @@ def test_gradients_of_rows_are_those_of_the_written_form(name: str) -> None:
     output = number_or_refusal(
         lambda: case.hard.output(case.delta.apply_rows(params, index, **batch)),
         "routes" in case.hard.flags,
-        (fd.EngineError, fd.ParamsError),
+        (fd.errors.EngineError, fd.errors.ParamsError),
     )
     if isinstance(output, str):
         return
@@ -257,7 +257,7 @@ def test_decoding_is_that_of_the_written_copy(name: str, routed: bool) -> None:
     try:
         view = case.delta.bind_rows(case.stack(), index) if routed else case.delta.bind(case.params(0))
         found = view.generate(**batch, **options)
-    except fd.EngineError:
+    except fd.errors.EngineError:
         assert routed
         return
     for i, member in enumerate(index):
@@ -277,7 +277,7 @@ def test_the_backbone_and_torchs_generator_stay_what_they_were(name: str) -> Non
     state = torch.get_rng_state()
     try:
         case = Case(name, model)
-    except fd.MatchError:
+    except fd.errors.MatchError:
         assert "may_refuse" in hard.flags
         assert_unchanged(model, before)
         return

@@ -98,9 +98,14 @@ def test_figures_are_an_independent_sum(name: str) -> None:
     assert stats.all_trainable_parameters == 3 * trainable
     assert stats.all_total_parameters == total + 2 * trainable
     assert (stats.members, stats.all_delta_parameters) == (3, 3 * added)
-    assert (fd.num_trainable_parameters(delta, params), fd.num_total_parameters(delta)) == (trainable, total)
-    assert fd.trainable_parameters_names(delta, params) == [name for name in delta.names if name in trained]
-    assert fd.frozen_parameters_names(delta, params) == [name for name in own if name not in trained] + list(constants)
+    assert (fd.inspect.num_trainable_parameters(delta, params), fd.inspect.num_total_parameters(delta)) == (
+        trainable,
+        total,
+    )
+    assert fd.inspect.trainable_parameters_names(delta, params) == [name for name in delta.names if name in trained]
+    assert fd.inspect.frozen_parameters_names(delta, params) == [name for name in own if name not in trained] + list(
+        constants
+    )
 
 
 def test_figures_are_data(delta: fd.DeltaModel) -> None:
@@ -132,8 +137,8 @@ def test_detached_is_the_backbone_alone(delta: fd.DeltaModel, capsys: Printed) -
     assert "lora" not in capsys.readouterr().out
     head = {name: leaf for name, leaf in delta.init(0).items() if name.startswith("head")}
     assert delta.log(head, visualization=False).trainable_parameters == 27
-    assert fd.trainable_parameters_names(delta, head) == ["head.weight", "head.bias"]
-    assert fd.frozen_parameters_names(delta, head) == ["a.weight", "a.bias", "b.weight", "b.bias"]
+    assert fd.inspect.trainable_parameters_names(delta, head) == ["head.weight", "head.bias"]
+    assert fd.inspect.frozen_parameters_names(delta, head) == ["a.weight", "a.bias", "b.weight", "b.bias"]
     full = delta.attach(delta.init(0))
     assert delta.log(full, visualization=False) == delta.log(visualization=False)
 
@@ -227,7 +232,7 @@ def test_colours_come_from_the_partition_and_not_from_flags(delta: fd.DeltaModel
 
 
 def test_names_are_text_and_never_markup(capsys: Printed) -> None:
-    fd.structure_graph(nn.ModuleDict({"[red]x[/nothing]": nn.Linear(2, 2)}))
+    fd.inspect.structure_graph(nn.ModuleDict({"[red]x[/nothing]": nn.Linear(2, 2)}))
     assert "[red]x[/nothing] (Linear) weight:[2, 2] bias:[2]\n" in capsys.readouterr().out
 
 
@@ -235,23 +240,25 @@ def test_a_missing_rich_is_said_with_the_line_to_run(
     delta: fd.DeltaModel, monkeypatch: pytest.MonkeyPatch, capsys: Printed
 ) -> None:
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    for show in (delta.log, lambda: fd.structure_graph(delta.backbone)):
-        with raises_saying(fd.FuncdeltaError, "rich", "pip install 'funcdelta[demo]'", "visualization=False"):
+    for show in (delta.log, lambda: fd.inspect.structure_graph(delta.backbone)):
+        with raises_saying(fd.errors.FuncdeltaError, "rich", "pip install 'funcdelta[demo]'", "visualization=False"):
             show()
     assert not capsys.readouterr().out
     assert delta.log(visualization=False).trainable_parameters == 83
-    assert fd.structure_graph(delta.backbone, print_tree=False).children[0].name == "a"
+    assert fd.inspect.structure_graph(delta.backbone, print_tree=False).children[0].name == "a"
 
 
 def test_what_cannot_be_logged_is_said(delta: fd.DeltaModel) -> None:
-    with raises_saying(fd.ParamsError, "log", "found MLP", "delta.log(params)"):
+    with raises_saying(fd.errors.ParamsError, "log", "found MLP", "delta.log(params)"):
         delta.log(delta.backbone)
-    with raises_saying(fd.ParamsError, "'a.lora.lora_a'", "a.lora.lora_A"):
+    with raises_saying(fd.errors.ParamsError, "'a.lora.lora_a'", "a.lora.lora_A"):
         delta.log({"a.lora.lora_a": torch.zeros(2, 4)})
     stack = delta.init(0, n=3)
-    with raises_saying(fd.ParamsError, "a.lora.lora_A", "(2, 4)"):
+    with raises_saying(fd.errors.ParamsError, "a.lora.lora_A", "(2, 4)"):
         delta.log(stack | {"a.lora.lora_A": torch.zeros(2, 4)})
-    with raises_saying(AttributeError, "num_trainable_parameters", "fd.num_trainable_parameters(delta, params)"):
+    with raises_saying(
+        AttributeError, "num_trainable_parameters", "fd.inspect.num_trainable_parameters(delta, params)"
+    ):
         delta.num_trainable_parameters()
     with raises_saying(AttributeError, "stats = delta.log(params)"):
         _ = delta.stat
@@ -262,7 +269,7 @@ def test_what_cannot_be_logged_is_said(delta: fd.DeltaModel) -> None:
 
 def test_the_graph_of_bert(capsys: Printed) -> None:
     model = ZOO["bert"].build().bert
-    root = fd.structure_graph(model, common_structure=True)
+    root = fd.inspect.structure_graph(model, common_structure=True)
     assert (
         capsys.readouterr().out
         == """\
@@ -290,9 +297,12 @@ BertModel
     └── dense (Linear) weight:[16, 16] bias:[16]
 """
     )
-    assert root == fd.structure_graph(model, print_tree=False)
+    assert root == fd.inspect.structure_graph(model, print_tree=False)
     capsys.readouterr()
-    assert [child.name for child in fd.structure_graph(model, only_common=True).children] == ["embeddings", "encoder"]
+    assert [child.name for child in fd.inspect.structure_graph(model, only_common=True).children] == [
+        "embeddings",
+        "encoder",
+    ]
     printed = capsys.readouterr().out
     assert "encoder@" in printed
     assert "position_embeddings" not in printed
@@ -311,9 +321,9 @@ def test_a_common_name_that_is_shown_means_the_module_that_it_stands_at(name: st
 def test_tensors_on_their_own_lines_and_what_has_no_parameters(capsys: Printed) -> None:
     model = nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2, bias=False), nn.ReLU())
     model[1].weight.requires_grad_(False)
-    fd.structure_graph(model, expand_params=True)
+    fd.inspect.structure_graph(model, expand_params=True)
     assert capsys.readouterr().out == "Sequential\n└── 1 (Linear)\n    └── weight:[2, 4]\n"
-    fd.structure_graph(model, keep_non_params=True)
+    fd.inspect.structure_graph(model, keep_non_params=True)
     assert capsys.readouterr().out == (
         "Sequential\n"
         "├── 0 (BatchNorm1d) running_mean:[4] running_var:[4] num_batches_tracked:[] int64\n"
@@ -324,7 +334,7 @@ def test_tensors_on_their_own_lines_and_what_has_no_parameters(capsys: Printed) 
 
 
 def test_the_graph_of_a_view_shows_what_trains_in_it(delta: fd.DeltaModel, capsys: Printed) -> None:
-    fd.structure_graph(delta.bind(delta.init(0)))
+    fd.inspect.structure_graph(delta.bind(delta.init(0)))
     printed = capsys.readouterr().out
     # A view holds what trains in it, and nothing else.
     assert "lora (Leaves) lora_A:[2, 4] lora_B:[8, 2]" in printed
@@ -332,10 +342,12 @@ def test_the_graph_of_a_view_shows_what_trains_in_it(delta: fd.DeltaModel, capsy
 
 
 def test_what_has_no_graph_is_said(delta: fd.DeltaModel) -> None:
-    with raises_saying(fd.ConfigError, "found LoraModel", "fd.structure_graph(model)", "delta.log(params)"):
-        fd.structure_graph(delta)
-    with raises_saying(fd.MatchError, "MLP", "bert"):
-        fd.structure_graph(delta.backbone, common_structure=True)
+    with raises_saying(
+        fd.errors.ConfigError, "found LoraModel", "fd.inspect.structure_graph(model)", "delta.log(params)"
+    ):
+        fd.inspect.structure_graph(delta)
+    with raises_saying(fd.errors.MatchError, "MLP", "bert"):
+        fd.inspect.structure_graph(delta.backbone, common_structure=True)
 
 
 # -- optimisers ----------------------------------------------------------------------------------------------------
@@ -349,14 +361,14 @@ def test_groups_of_torchs_optimisers(capsys: Printed) -> None:
         {"params": model.head.parameters()},
     ]
     optimizer = torch.optim.SGD(groups, lr=0.25, momentum=0.9)
-    first, second = fd.inspect_optimizer(optimizer)
+    first, second = fd.inspect.inspect_optimizer(optimizer)
     assert (first.total_parameters, first.trainable_parameters, first.trainable_ratio) == (112, 72, 72 / 112)
     assert (second.total_parameters, second.trainable_parameters) == (27, 27)
     assert first.options == {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
     assert second.to_dict()["options"]["lr"] == 0.25
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("group 0: trainable 72/112 = 64.2857 %; lr 0.5, momentum 0.9")
-    fd.inspect_optimizer(optimizer, verbose=False)
+    fd.inspect.inspect_optimizer(optimizer, verbose=False)
     assert not capsys.readouterr().out
 
 
@@ -365,21 +377,21 @@ def test_the_state_of_our_optimisers(delta: fd.DeltaModel) -> None:
     for optimizer in (fd.optim.adamw(lr=1e-3), fd.optim.sgd(lr=1e-3, momentum=0.9), fd.optim.sgd(lr=1e-3)):
         state = optimizer.init(stack, n=3)
         _, state = optimizer.update(fd.tree.map(torch.ones_like, stack), state, stack)
-        (group,) = fd.inspect_optimizer(state, stack, verbose=False)
+        (group,) = fd.inspect.inspect_optimizer(state, stack, verbose=False)
         assert (group.total_parameters, group.trainable_parameters) == (3 * 85, 3 * 83)
         assert group.options == {"state": type(state).__name__, "step": 1, "members": 3}
-    (group,) = fd.inspect_optimizer(fd.optim.adam(lr=1e-3).init(fd.take(stack, 0)), verbose=False)
+    (group,) = fd.inspect.inspect_optimizer(fd.optim.adam(lr=1e-3).init(fd.take(stack, 0)), verbose=False)
     assert (group.total_parameters, group.trainable_parameters) == (83, 83)
 
 
 def test_what_is_no_optimiser_is_said(delta: fd.DeltaModel) -> None:
     params = delta.init(0)
     state = fd.optim.sgd(lr=0.1).init(params)
-    with raises_saying(fd.ConfigError, "found Optimizer", "state = opt.init(params)"):
-        fd.inspect_optimizer(fd.optim.sgd(lr=0.1))
-    with raises_saying(fd.ConfigError, "keeps no sizes", "fd.inspect_optimizer(state, params)"):
-        fd.inspect_optimizer(state)
-    with raises_saying(fd.ConfigError, "'a.lora.lora_A'", "no leaf of params"):
-        fd.inspect_optimizer(state, {"other": torch.zeros(1)})
-    with raises_saying(fd.ConfigError, "hold their own"):
-        fd.inspect_optimizer(torch.optim.SGD(delta.backbone.parameters(), lr=0.1), params)
+    with raises_saying(fd.errors.ConfigError, "found Optimizer", "state = opt.init(params)"):
+        fd.inspect.inspect_optimizer(fd.optim.sgd(lr=0.1))
+    with raises_saying(fd.errors.ConfigError, "keeps no sizes", "fd.inspect.inspect_optimizer(state, params)"):
+        fd.inspect.inspect_optimizer(state)
+    with raises_saying(fd.errors.ConfigError, "'a.lora.lora_A'", "no leaf of params"):
+        fd.inspect.inspect_optimizer(state, {"other": torch.zeros(1)})
+    with raises_saying(fd.errors.ConfigError, "hold their own"):
+        fd.inspect.inspect_optimizer(torch.optim.SGD(delta.backbone.parameters(), lr=0.1), params)

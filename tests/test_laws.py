@@ -114,7 +114,7 @@ def many_or_named_refusal(s: Subject, inputs: dict[str, Any], engine: str, **opt
         return s.many(inputs, engine, **options)
     try:
         return s.many(inputs, engine, **options)
-    except fd.EngineError as error:
+    except fd.errors.EngineError as error:
         message = str(error)
     assert "engine=" in message
     return None
@@ -187,7 +187,7 @@ def test_law_4_rows_are_members_picked_row_by_row(method: str, name: str) -> Non
     with torch.no_grad():
         try:
             found = routed()
-        except fd.EngineError as error:
+        except fd.errors.EngineError as error:
             refusal = str(error)
         if refusal and not prompted:
             assert s.flags & {"batch_free_target", "moe"}
@@ -225,7 +225,7 @@ def test_law_4_gradients_of_rows_go_to_the_members_picked(method: str, name: str
         found = gradients(
             lambda stack: s.architecture.call(lambda *a, **k: s.delta.apply_rows(stack, index, *a, **k), inputs)
         )
-    except fd.EngineError:
+    except fd.errors.EngineError:
         assert s.flags & {"batch_free_target", "moe"}
         return
     for leaf, other in zip(found, expected, strict=True):
@@ -238,7 +238,7 @@ def test_law_5_merged_weights_equal_apply(method: str, name: str) -> None:
     s = subject(method, name)
     params, inputs = s.member(1), s.inputs()
     if any(a.config.unmergeable(a.site) for a in s.delta.plan.all()):
-        with pytest.raises(fd.MergeError, match="cannot be merged"):
+        with pytest.raises(fd.errors.MergeError, match="cannot be merged"):
             s.delta.merge(params)
         return
     before = snapshot(s.model)
@@ -332,7 +332,7 @@ def test_law_9_gradients_are_derivatives(method: str, name: str) -> None:
         back = torch.func.grad(loss)({key: leaf - step * direction[key] for key, leaf in trained.items()})
         for key in curvature:
             assert_close(curvature[key], (there[key] - back[key]) / (2 * step), 1e-4)
-        with fd.higher_order():
+        with fd.grad.higher_order():
             leaves = {key: leaf.clone().requires_grad_() for key, leaf in trained.items()}
             first = torch.autograd.grad(loss(leaves), list(leaves.values()), create_graph=True, materialize_grads=True)
             second = torch.autograd.grad(
@@ -363,7 +363,7 @@ def test_law_10_compiled_without_a_break(method: str, name: str) -> None:
             assert_close(compiled(s.member(1), other), s.apply(s.member(1), other))
         try:
             expected = s.many(inputs, "fold")
-        except fd.EngineError:
+        except fd.errors.EngineError:
             return
         assert_close(folded(s.stack, inputs), expected)
         with torch.compiler.set_stance("fail_on_recompile"):

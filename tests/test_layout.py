@@ -152,7 +152,7 @@ def test_a_bias_table_without_rows_is_right_or_refused() -> None:
     assert_engines_agree(delta, stack, engines=("loop", "vmap", "auto"), pick=logits, **inputs)
     try:
         assert_engines_agree(delta, stack, engines=("fold",), pick=logits, **inputs)
-    except fd.FoldError as error:
+    except fd.errors.FoldError as error:
         assert "relative_attention_bias" in str(error)  # noqa: PT017  (either outcome is right)
 
 
@@ -172,7 +172,7 @@ class Contrast(nn.Module):
 def test_an_output_with_two_growing_axes_is_refused_by_name() -> None:
     delta = lora(Contrast(), "text")
     stack, inputs = random_params(delta, 3), (torch.randn(4, 4), torch.randn(4, 4))
-    with raises_saying(fd.FoldError, "logits_per_text", "rows", "engine="):
+    with raises_saying(fd.errors.FoldError, "logits_per_text", "rows", "engine="):
         delta.apply_many(stack, *inputs, engine="fold")
     rows = delta.apply_rows(stack, [0, 1, 2, 0], *inputs)["logits_per_text"]
     alone = [delta.apply(fd.take(stack, m), *(x[i : i + 1] for x in inputs)) for i, m in enumerate([0, 1, 2, 0])]
@@ -270,7 +270,7 @@ def test_labels_under_fold_name_the_loss_to_use(name: str) -> None:
     inputs = ZOO[name].inputs(4)
     labels = torch.tensor([0, 1, 2, 0]) if name == "bert" else inputs["input_ids"]
     stack = random_params(delta, 3)
-    with raises_saying(fd.FoldError, "loss", "labels", "torch.vmap(F.cross_entropy)", "engine="):
+    with raises_saying(fd.errors.FoldError, "loss", "labels", "torch.vmap(F.cross_entropy)", "engine="):
         delta.apply_many(stack, **inputs, labels=labels, engine="fold")
     assert_engines_agree(
         delta, stack, engines=("loop", "vmap", "auto"), pick=lambda output: output.loss, **inputs, labels=labels
@@ -283,5 +283,5 @@ def test_batch_norm_that_refuses_a_single_row_in_training() -> None:
     stack, x = random_params(delta, 3), torch.randn(5, 4)
     assert_engines_agree(delta, stack, x, engines=("loop", "vmap", "fold", "auto"))
     assert "native_batch_norm" in delta.explain(stack, x).once_per_member["1"]
-    with raises_saying(fd.FoldError, "1 normalises over the batch", "delta.mode(train=False)"):
+    with raises_saying(fd.errors.FoldError, "1 normalises over the batch", "delta.mode(train=False)"):
         delta.apply_many(stack, x[:1], engine="fold")

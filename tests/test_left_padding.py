@@ -332,11 +332,11 @@ def test_what_cannot_be_right_is_refused(name: str, build: Callable[[], nn.Modul
     pair: dict[str, Any] = {"decoder_input_ids": torch.tensor([[2, 30]] * 2)} if name == "bart" else {}
     message = r"padded in front.*differs by.*Pad behind the text \(tokenizer.padding_side = \"right\"\)"
     for _ in range(2):
-        with pytest.raises(fd.ParamsError, match=message):
+        with pytest.raises(fd.errors.ParamsError, match=message):
             delta.apply(params, input_ids=IDS, attention_mask=MASK, **pair)
-    with pytest.raises(fd.ParamsError, match=message):
+    with pytest.raises(fd.errors.ParamsError, match=message):
         delta.apply_many(fd.stack([params, params]), input_ids=IDS, attention_mask=MASK, engine="fold", **pair)
-    with pytest.raises(fd.ParamsError, match=message):
+    with pytest.raises(fd.errors.ParamsError, match=message):
         torch.func.grad(
             lambda p: next(iter(delta.apply(p, input_ids=IDS, attention_mask=MASK, **pair).values())).sum()
         )(params)
@@ -351,9 +351,9 @@ def test_several_texts_in_one_row_are_refused() -> None:
     two = torch.cat([TEXT, OTHER], 1)
     at = torch.cat([torch.arange(5), torch.arange(9)]).unsqueeze(0)
     delta, params, _ = prompted(model)
-    with pytest.raises(fd.ParamsError, match="position_ids says that several texts share a row"):
+    with pytest.raises(fd.errors.ParamsError, match="position_ids says that several texts share a row"):
         delta.apply(params, two, position_ids=at)
-    with pytest.raises(fd.ParamsError, match="cu_seq_lens_q says that several texts share a row"):
+    with pytest.raises(fd.errors.ParamsError, match="cu_seq_lens_q says that several texts share a row"):
         delta.apply(params, two, cu_seq_lens_q=torch.tensor([0, 5, 14]))
     prefix = fd.PrefixModel(model, prefix_token_num=P, reparameterize=False)
     params = random_params(prefix)

@@ -243,7 +243,7 @@ def test_query_and_value_of_gpt2() -> None:
     ],
 )
 def test_impossible_fields(fields: dict[str, Any], pieces: list[str]) -> None:
-    with raises_saying(fd.FuncdeltaError, *pieces):
+    with raises_saying(fd.errors.FuncdeltaError, *pieces):
         fd.LoraModel(MLP(), modified_modules=["a"], **fields)
 
 

@@ -81,14 +81,14 @@ def test_it_starts_as_opendeltas_layers(kind: str, largest: float) -> None:
 
 
 def test_it_says_what_is_wrong() -> None:
-    with raises_saying(fd.MatchError, "b has 8 outputs", "reduction_factor=32", "at most 8"):
+    with raises_saying(fd.errors.MatchError, "b has 8 outputs", "reduction_factor=32", "at most 8"):
         fd.LowRankAdapterModel(MLP(), modified_modules=["b"])
-    with raises_saying(fd.ConfigError, "low_rank_rank=0", "at least 1"):
+    with raises_saying(fd.errors.ConfigError, "low_rank_rank=0", "at least 1"):
         fd.LowRankAdapterConfig(low_rank_rank=0)
-    with raises_saying(fd.ConfigError, "low_rank_w_init='glorot'", "glorot-uniform"):
+    with raises_saying(fd.errors.ConfigError, "low_rank_w_init='glorot'", "glorot-uniform"):
         fd.LowRankAdapterConfig(low_rank_w_init="glorot")
     delta = fd.LowRankAdapterModel(MLP(), modified_modules=["b"], reduction_factor=2)
-    with raises_saying(fd.MergeError, "low_rank_adapter at b cannot be merged", "non-linear"):
+    with raises_saying(fd.errors.MergeError, "low_rank_adapter at b cannot be merged", "non-linear"):
         delta.merge(delta.init(0))
 
 

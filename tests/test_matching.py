@@ -65,7 +65,7 @@ def test_find_module_gives_parent_name_and_child(bert: nn.Module) -> None:
     assert parent is bert.get_submodule(f"{LAYER}.1.attention.self")
     assert name == "query"
     assert child is parent.query
-    with raises_saying(fd.MatchError, "qurey", "query"):
+    with raises_saying(fd.errors.MatchError, "qurey", "query"):
         fd.find_module(bert, f"{LAYER}.1.attention.self.qurey")
 
 
@@ -167,22 +167,22 @@ def test_common_names_mean_the_same_everywhere(bert: nn.Module) -> None:
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
 def test_a_name_that_means_nothing_is_an_error(bert: nn.Module, fields: dict[str, Any], pieces: list[str]) -> None:
-    with raises_saying(fd.MatchError, *pieces):
+    with raises_saying(fd.errors.MatchError, *pieces):
         sites(bert, **fields)
 
 
 def test_own_sites_on_an_unknown_family_name_the_remedy() -> None:
-    with raises_saying(fd.MatchError, "MLP", "modified_modules"):
+    with raises_saying(fd.errors.MatchError, "MLP", "modified_modules"):
         sites(MLP())
 
 
 def test_a_container_names_the_layers_below_it() -> None:
-    with raises_saying(fd.MatchError, "0", "Block", "Linear", "inner"):
+    with raises_saying(fd.errors.MatchError, "0", "Block", "Linear", "inner"):
         sites(nn.Sequential(Block(), Block()), modified_modules=["0"])
 
 
 def test_a_bare_layer_is_no_site_of_its_own() -> None:
-    with raises_saying(fd.MatchError, "Linear"):
+    with raises_saying(fd.errors.MatchError, "Linear"):
         sites(nn.Linear(4, 3), modified_modules=[""])
 
 

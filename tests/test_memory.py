@@ -220,7 +220,7 @@ def test_a_forward_that_writes_parameters_writes_none_of_the_backbones(kind: Any
     model, x = nn.Sequential(kind(4, 4), nn.Linear(4, 4)), torch.randn(3, 4)
     before = copy.deepcopy(model.state_dict())
     if kind is Above and site == "0":
-        with raises_saying(fd.MatchError, "0.inner.weight may be written", 'exclude_modules=["0.inner"]'):
+        with raises_saying(fd.errors.MatchError, "0.inner.weight may be written", 'exclude_modules=["0.inner"]'):
             fd.LoraModel(model, modified_modules=["0.inner"], lora_r=2)
         return
     delta = fd.LoraModel(model, modified_modules=[site], lora_r=2)
@@ -252,7 +252,9 @@ class Unseen(nn.Linear):
 
 def test_a_parameter_that_is_written_where_code_does_not_tell_is_told() -> None:
     delta = fd.LoraModel(nn.Sequential(Unseen(4, 4), nn.Linear(4, 4)), modified_modules=["1"])
-    with raises_saying(fd.StaleBackboneError, "0.weight was written in place", "weight = self.weight.clamp(min=0)"):
+    with raises_saying(
+        fd.errors.StaleBackboneError, "0.weight was written in place", "weight = self.weight.clamp(min=0)"
+    ):
         delta.apply(delta.init(0), torch.randn(2, 4))
 
 
@@ -286,7 +288,7 @@ def test_a_site_that_runs_with_a_tensor_made_of_its_own_counts_the_delta_once() 
         lambda: delta.bind(fd.take(stack, 0))(x),
     ]
     for call in calls:
-        with raises_saying(fd.MatchError, "a.weight is read", 'unfrozen_modules=["deltas", "a.weight"]'):
+        with raises_saying(fd.errors.MatchError, "a.weight is read", 'unfrozen_modules=["deltas", "a.weight"]'):
             call()
     trained = fd.LoraModel(model, modified_modules=["head"], lora_r=2, unfrozen_modules=["deltas", "a.weight"])
     stack = fd.tree.randn_like(trained.init(0, n=2), seed=1)

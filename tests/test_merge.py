@@ -70,9 +70,9 @@ def test_what_is_not_there_is_not_merged(x: Tensor) -> None:
         MLP().eval(), fd.AdapterConfig(modified_modules=["a"]), fd.LoraConfig(modified_modules=["a", "b"])
     )
     params = random_params(delta)
-    with raises_saying(fd.MergeError, "adapter", "a", "bind"):
+    with raises_saying(fd.errors.MergeError, "adapter", "a", "bind"):
         delta.merge(params)
-    with raises_saying(fd.MergeError, "adapter", "a", "bind"):
+    with raises_saying(fd.errors.MergeError, "adapter", "a", "bind"):
         delta.merged(params)
     assert_merges(delta, {name: leaf for name, leaf in params.items() if ".adapter." not in name}, x)
     assert all(torch.equal(tensor, delta.backbone.state_dict()[name]) for name, tensor in delta.merge({}).items())
@@ -89,7 +89,7 @@ def test_a_bias_that_was_not_there(x: Tensor) -> None:
 
 def test_a_norm_without_a_bias_cannot_hold_an_offset(x: Tensor) -> None:
     delta = fd.BitFitModel(ZOO["llama"].build(), modified_modules=["input_layernorm"])
-    with raises_saying(fd.MergeError, "input_layernorm", "RMSNorm", "bias"):
+    with raises_saying(fd.errors.MergeError, "input_layernorm", "RMSNorm", "bias"):
         delta.merge(random_params(delta))
 
 
@@ -115,7 +115,7 @@ def test_one_end_of_a_tied_pair_is_untied_only_when_asked(name: str) -> None:
     delta = fd.LoraModel(model, lora_r=2, modified_modules=[name])
     params = random_params(delta)
     for refused in (delta.merge, delta.merged):
-        with raises_saying(fd.MergeError, "embedding.weight", "head.weight", "tied", "untie=True"):
+        with raises_saying(fd.errors.MergeError, "embedding.weight", "head.weight", "tied", "untie=True"):
             refused(params)
     assert_merges(delta, params, tokens, untie=True)
     merged = delta.merged(params, untie=True)
@@ -306,7 +306,7 @@ def test_computed_weights_cannot_hold_a_change(norm: str, style: str, x: Tensor)
     delta = fd.LoraModel(model, lora_r=2, modified_modules=["0", "1"])
     params = random_params(delta)
     assert_acts(delta.apply(params, x), model(x))  # the old style keeps what it computed, which deepcopy refuses
-    with raises_saying(fd.MergeError, "0", "weight"):
+    with raises_saying(fd.errors.MergeError, "0", "weight"):
         delta.merge(params)
     beside = fd.LoraModel(model, lora_r=2, modified_modules=["1"])
     params = random_params(beside)

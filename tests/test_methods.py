@@ -111,13 +111,13 @@ def test_adapters_own_sites() -> None:
 
 def test_a_width_that_weights_do_not_tell_needs_an_example() -> None:
     model, x = nn.Sequential(nn.Sequential(nn.Linear(4, 6), nn.Tanh()), nn.Linear(6, 3)).eval(), torch.randn(5, 4)
-    with raises_saying(fd.MatchError, "0", "width", "example="):
+    with raises_saying(fd.errors.MatchError, "0", "width", "example="):
         fd.AdapterModel(model, modified_modules=["[r]^0"])
     for example in ((x,), [x], {"input": x}):
         delta = fd.AdapterModel(model, modified_modules=["[r]^0"], example=example)
         assert delta.shapes["0.adapter.up_proj.bias"] == (6,)
     assert_engines_agree(delta, random_params(delta, 3), x)
-    with raises_saying(fd.MatchError, "0", "example"):
+    with raises_saying(fd.errors.MatchError, "0", "example"):
         fd.AdapterModel(model, modified_modules=["[r]^0"], example=(torch.randn(5, 7),))
 
 
@@ -181,7 +181,7 @@ def test_bitfit_on_whole_models(name: str) -> None:
 
 
 def test_bitfit_needs_something_that_has_a_bias() -> None:
-    with raises_saying(fd.MatchError, "1"):
+    with raises_saying(fd.errors.MatchError, "1"):
         fd.BitFitModel(nn.Sequential(nn.Linear(4, 3), nn.Tanh()), modified_modules=["1"])
 
 
@@ -197,18 +197,18 @@ def method(**functions: Callable[..., Any]) -> fd.BaseDeltaConfig:
 
 
 def test_a_method_that_draws_from_the_global_generator() -> None:
-    with raises_saying(fd.ConfigError, "Own.init", "generator=rng"):
+    with raises_saying(fd.errors.ConfigError, "Own.init", "generator=rng"):
         fd.DeltaModel(MLP(), method(init=lambda self, site, rng: {"w": torch.randn(3)}, after=lambda *a: a[3]))
 
 
 def test_a_method_that_does_nothing() -> None:
-    with raises_saying(fd.ConfigError, "Own", "before", "after", "weights"):
+    with raises_saying(fd.errors.ConfigError, "Own", "before", "after", "weights"):
         fd.DeltaModel(MLP(), method())
 
 
 def test_a_method_that_returns_nothing() -> None:
     delta = fd.DeltaModel(MLP(), method(after=lambda self, site, p, y, x: None))
-    with raises_saying(fd.FuncdeltaError, "Own", "after", "NoneType"):
+    with raises_saying(fd.errors.FuncdeltaError, "Own", "after", "NoneType"):
         delta.apply(delta.init(0), torch.randn(2, 4))
 
 
@@ -234,5 +234,5 @@ def test_a_method_that_mixes_rows_is_refused_by_fold() -> None:
     # The rows of one member may be mixed by its own method: fold gives it them alone.
     try:
         assert_engines_agree(delta, stack, x, engines=("fold",))
-    except fd.FoldError as error:
+    except fd.errors.FoldError as error:
         assert "rows" in str(error)  # noqa: PT017  (either outcome is right)

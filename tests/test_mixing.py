@@ -45,10 +45,10 @@ class Centred(nn.Module):
 def test_rows_that_are_mixed_without_a_trace_in_the_shapes() -> None:
     delta = lora(Centred(), "layer")
     stack, x = random_params(delta, 3), torch.randn(4, 4)
-    with raises_saying(fd.FoldError, "rows", "engine="):
+    with raises_saying(fd.errors.FoldError, "rows", "engine="):
         delta.apply_many(stack, x, engine="fold")
     # A fresh LoRA changes nothing, so only random leaves show the mistake.
-    with raises_saying(fd.FoldError, "rows"):
+    with raises_saying(fd.errors.FoldError, "rows"):
         lora(Centred(), "layer").apply_many(delta.init(0, n=3), x, engine="fold")
     assert_engines_agree(delta, stack, x, engines=("auto",))
 
@@ -71,7 +71,7 @@ def test_rows_that_tell_nothing_teach_nothing(first: Tensor) -> None:
     stack, x = random_params(delta, 3), torch.randn(5, 4)
     assert_engines_agree(delta, stack, first, engines=("auto",))
     assert_engines_agree(delta, stack, x, engines=("auto",))
-    with raises_saying(fd.FoldError, "rows"):
+    with raises_saying(fd.errors.FoldError, "rows"):
         delta.apply_many(stack, x, engine="fold")
 
 
@@ -149,6 +149,6 @@ def test_a_tensor_of_the_model_itself_cannot_be_folded() -> None:
     model = TorchTransformer().eval()
     delta = lora(model, "linear1", unfrozen_modules=["deltas", "position"])
     stack, inputs = random_params(delta, 3), ZOO["torch_transformer"].inputs(4)
-    with raises_saying(fd.FoldError, "position", "engine="):
+    with raises_saying(fd.errors.FoldError, "position", "engine="):
         delta.apply_many(stack, **inputs, engine="fold")
     assert_engines_agree(delta, stack, engines=("loop", "vmap", "auto"), **inputs)

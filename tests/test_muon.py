@@ -54,7 +54,7 @@ def test_muon_is_that_of_torch_on_matrices_and_adamw_elsewhere(nesterov: bool, m
     for name, leaf in leaves.items():
         moved, expected = found[name] - start(0)[name], leaf.detach() - start(0)[name]
         torch.testing.assert_close(moved, expected, **({"rtol": 0.02, "atol": 4e-4} if leaf.ndim == 2 else EXACT))
-    assert fd.inspect_optimizer(state, verbose=False)[0].trainable_parameters == 30
+    assert fd.inspect.inspect_optimizer(state, verbose=False)[0].trainable_parameters == 30
 
 
 @pytest.mark.parametrize("nesterov", [True, False])

@@ -71,7 +71,7 @@ def test_what_take_reads_is_that_of_a_list(index: Any, rows: list[int]) -> None:
 
 @pytest.mark.parametrize(("index", "words"), BAD, ids=range(len(BAD)))
 def test_a_member_that_is_not_there_is_named(index: Any, words: str) -> None:
-    with pytest.raises(fd.ParamsError, match=words):
+    with pytest.raises(fd.errors.ParamsError, match=words):
         fd.take(STACK, index)
 
 
@@ -80,7 +80,7 @@ def test_indices_that_a_transform_hides() -> None:
         return fd.take(STACK, i)["b"]
 
     assert torch.vmap(pick)(torch.tensor([2, -1, 0])).tolist() == [2.0, 2.0, 0.0]
-    with pytest.raises(fd.ParamsError, match=r"no such member.*has 3 members"):
+    with pytest.raises(fd.errors.ParamsError, match=r"no such member.*has 3 members"):
         torch.vmap(pick)(torch.tensor([2, 3]))
 
 
@@ -106,7 +106,7 @@ def test_stacks_of_no_members() -> None:
         (lambda: fd.seeds(0, "3"), "a whole number; found n='3'"),  # pyright: ignore[reportArgumentType]
         (lambda: fd.seeds(0, 2.5), "a whole number; found n=2.5"),  # pyright: ignore[reportArgumentType]
     ):
-        with pytest.raises(fd.ParamsError, match=words):
+        with pytest.raises(fd.errors.ParamsError, match=words):
             call()
 
 
@@ -133,7 +133,7 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "randn_like": lambda t: tree.randn_like(t, 0),
     "init": lambda t: fd.optim.adamw(0.1).init(t),
     "update": lambda t: fd.optim.sgd(0.1).update({}, fd.optim.sgd(0.1).init({}), t),
-    "reached": lambda t: fd.reached(lambda p: torch.ones(()), t),
+    "reached": lambda t: fd.grad.reached(lambda p: torch.ones(()), t),
 }
 KEYS = {
     "an int": {0: torch.ones(3)},
@@ -146,7 +146,7 @@ INNER = {"below": {"a": {1: torch.ones(3)}}, "in a list": {"a": [torch.ones(3), 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("keys", [*KEYS, *INNER])
 def test_keys_that_are_not_strings_are_named(name: str, keys: str) -> None:
-    with pytest.raises(fd.ParamsError, match=r"Names of leaves are strings; found the key .*\{str\(key\): leaf"):
+    with pytest.raises(fd.errors.ParamsError, match=r"Names of leaves are strings; found the key .*\{str\(key\): leaf"):
         FUNCTIONS[name]((KEYS | INNER)[keys])
 
 
@@ -158,7 +158,9 @@ def test_leaves_that_are_not_dense_are_named(name: str, layout: str) -> None:
         "csr": lambda: _csr(),
         "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
     }[layout]()
-    with pytest.raises(fd.ParamsError, match=r"'x'.*(dense|torch\.(sparse|jagged|strided)|nested).*Write leaf\.to_"):
+    with pytest.raises(
+        fd.errors.ParamsError, match=r"'x'.*(dense|torch\.(sparse|jagged|strided)|nested).*Write leaf\.to_"
+    ):
         FUNCTIONS[name]({**STACK, "x": leaf})
 
 
@@ -170,7 +172,9 @@ def _csr() -> Tensor:
 
 @pytest.mark.parametrize("name", ["stack", "members", "add", "norm", "init", "partition", "broadcast"])
 def test_arrays_are_no_leaves(name: str) -> None:
-    with pytest.raises(fd.ParamsError, match=r"Leaves are tensors; ('x' is|found) a ndarray\. Write torch\.as_tensor"):
+    with pytest.raises(
+        fd.errors.ParamsError, match=r"Leaves are tensors; ('x' is|found) a ndarray\. Write torch\.as_tensor"
+    ):
         FUNCTIONS[name]({**STACK, "x": np.ones((3, 2))})
 
 
@@ -195,7 +199,7 @@ def test_integers_and_booleans_keep_their_dtype() -> None:
         (lambda: tree.norm(whole), "norm is of real numbers, and leaf 'count'"),
         (lambda: tree.randn_like(whole, 0), "randn_like is of real numbers, and leaf 'count'"),
     ):
-        with pytest.raises(fd.ParamsError, match=words):
+        with pytest.raises(fd.errors.ParamsError, match=words):
             call()
 
 
@@ -206,15 +210,15 @@ def test_leaves_of_other_dtypes_and_devices_are_named() -> None:
         assert function(single, single)["w"].dtype == torch.float32
         for a, b in ((single, double), (half, single)):
             with pytest.raises(
-                fd.ParamsError, match=r"Leaf 'w' is .* in the first tree and .* would make it .*Convert"
+                fd.errors.ParamsError, match=r"Leaf 'w' is .* in the first tree and .* would make it .*Convert"
             ):
                 function(a, b)
         with pytest.raises(
-            fd.ParamsError, match=r"'w' is on cpu in the first tree and on meta in the second\. Move one"
+            fd.errors.ParamsError, match=r"'w' is on cpu in the first tree and on meta in the second\. Move one"
         ):
             function(single, meta)
     assert tree.add(single, half)["w"].dtype == torch.float32
-    with pytest.raises(fd.ParamsError, match=r"torch\.bfloat16 in the second"):
+    with pytest.raises(fd.errors.ParamsError, match=r"torch\.bfloat16 in the second"):
         tree.lerp(single, half, 0.5)
     mixed = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0], dtype=torch.float64)}
     assert tree.norm(mixed).item() == 5.0
@@ -223,7 +227,7 @@ def test_leaves_of_other_dtypes_and_devices_are_named() -> None:
     vector, unravel = tree.ravel(mixed)
     assert {name: leaf.dtype for name, leaf in unravel(vector).items()} == {"a": torch.float32, "b": torch.float64}
     for function in (tree.norm, tree.ravel):
-        with pytest.raises(fd.ParamsError, match=r"Leaf 'w' is on cpu, 'v' on meta\. Move one"):
+        with pytest.raises(fd.errors.ParamsError, match=r"Leaf 'w' is on cpu, 'v' on meta\. Move one"):
             function({**single, "v": meta["w"]})
     assert fd.stack([meta, meta])["w"].shape == (2, 2)
     assert tree.norm(meta).device.type == "meta"
@@ -241,7 +245,7 @@ def test_labels_that_are_no_classes_are_named() -> None:
             (torch.tensor([True, False]), r"found torch\.bool"),
             (torch.zeros(2, dtype=torch.long, device="meta"), "Labels are on meta, probabilities on cpu"),
         ):
-            with pytest.raises(fd.FuncdeltaError, match=words):
+            with pytest.raises(fd.errors.FuncdeltaError, match=words):
                 metric(p, labels)
         mapped = torch.vmap(metric, in_dims=(None, 0))(p, torch.tensor([[0, 1], [1, 1]]))
         assert torch.equal(mapped[1], metric(p, torch.tensor([1, 1])))
@@ -257,7 +261,7 @@ def test_changes_that_are_none_are_named() -> None:
         (lambda: algebra.dare({"w": 3}, 0.5, 0), "The change of 'w' is int"),
         (lambda: algebra.task_arithmetic([change, change], ["a", "b"]), r"one weight a change, 2 numbers; found \['a'"),
     ):
-        with pytest.raises(fd.ParamsError, match=words):
+        with pytest.raises(fd.errors.ParamsError, match=words):
             call()
     assert algebra.prune({}, 0.5) == {}
     backbone = torch.nn.Sequential(torch.nn.Linear(2, 2))
@@ -270,5 +274,5 @@ def test_changes_that_are_none_are_named() -> None:
         (lambda: algebra.knots(pair, merge=lambda aligned: {}), r"gives a dict with the names .* no '0\.weight'"),
         (lambda: algebra.knots(pair, merge=lambda aligned: None), "found NoneType"),
     ):
-        with pytest.raises(fd.ParamsError, match=words):
+        with pytest.raises(fd.errors.ParamsError, match=words):
             call()

@@ -84,7 +84,7 @@ def test_b03_exclude_modules_of_every_method(kind: type[MethodModel]) -> None:
     model, first = bert(), "encoder.layer.0."
     every = {a.site.path for a in kind(model).plan.all()}
     if not any(path.startswith(first) for path in every):  # one site, not in a layer
-        with raises_saying(fd.MatchError, "exclude_modules", "the one site"):
+        with raises_saying(fd.errors.MatchError, "exclude_modules", "the one site"):
             kind(model, exclude_modules=["embeddings", *every])
         return
     kept = {a.site.path for a in kind(model, exclude_modules=["encoder.layer.0"]).plan.all()}
@@ -96,7 +96,7 @@ def test_b04_exclude_modules_with_the_methods_own_sites() -> None:
     model, _ = hugging("bert")
     delta = lora(model, exclude_modules=["bert.encoder.layer.0"])
     assert set(delta.sites) == {site for site in lora(model).sites if "layer.1." in site}
-    with raises_saying(fd.MatchError, "'layer.0'", "bert.encoder.layer.0"):
+    with raises_saying(fd.errors.MatchError, "'layer.0'", "bert.encoder.layer.0"):
         lora(model, exclude_modules=["layer.0"])
 
 
@@ -123,7 +123,7 @@ class NeedsExample(nn.Module):
 
 def test_b05_nothing_fails_in_silence_while_shapes_are_found(x: Tensor) -> None:
     """Errors of the forward pass that creates layers were swallowed, and the delta then had no parameters."""
-    with raises_saying(fd.MatchError, "block", "dummy_inputs", "give example="):
+    with raises_saying(fd.errors.MatchError, "block", "dummy_inputs", "give example="):
         fd.AdapterModel(NeedsExample(), modified_modules=["block"])
     delta = fd.AdapterModel(NeedsExample(), bottleneck_dim=2, modified_modules=["block"], example=(x,))
     assert delta.shapes["block.adapter.down_proj.weight"] == (2, 6)
@@ -146,7 +146,7 @@ def test_b06_lora_on_a_fused_projection() -> None:
 def test_b07_a_name_that_matches_nothing() -> None:
     """A misspelt name gave a delta without parameters, without a word, also beside one that matched."""
     for names in (["qurey"], ["query", "qurey"]):
-        with raises_saying(fd.MatchError, "'qurey'", "query"):
+        with raises_saying(fd.errors.MatchError, "'qurey'", "query"):
             lora(hugging("bert")[0], *names)
 
 
@@ -171,7 +171,7 @@ def test_b09_freezing_twice() -> None:
 
 def test_b10_the_delta_is_not_frozen_by_leaving_out_a_word() -> None:
     """Without the word deltas in the list, as in an example of the manual, the delta itself was frozen."""
-    with raises_saying(fd.ConfigError, "'deltas'", "unfrozen_modules=['deltas', 'head']"):
+    with raises_saying(fd.errors.ConfigError, "'deltas'", "unfrozen_modules=['deltas', 'head']"):
         lora(MLP(), "a", unfrozen_modules=["head"])
 
 
@@ -232,7 +232,7 @@ def test_b14_spans_are_paired_by_path() -> None:
     for entry, end in spans:
         assert entry.rpartition(".")[0] == end.rpartition(".")[0]
         assert end.endswith(".wo")
-    with raises_saying(fd.ConfigError, "3 names", "pairs"):
+    with raises_saying(fd.errors.ConfigError, "3 names", "pairs"):
         fd.ParallelAdapterModel(MLP(), modified_modules=["a", "b", "head"])
 
 
@@ -334,7 +334,7 @@ def test_b15_bitfit_on_t5() -> None:
 @pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
 def test_b17_no_method_takes_a_backend_and_forgets_it(kind: type[MethodModel]) -> None:
     """Compacter took a backend and did not hand it on."""
-    with raises_saying(fd.ConfigError, "backend='bmt'", "leave out"):
+    with raises_saying(fd.errors.ConfigError, "backend='bmt'", "leave out"):
         kind(bert(), backend="bmt")
     assert kind(bert(), backend="hf").names
 
@@ -352,7 +352,7 @@ def test_b21_the_hash_is_of_the_untouched_backbone(tmp_path: Path, x: Tensor) ->
     delta = lora(half, "a")
     delta.save_finetuned(delta.init(0), tmp_path / "half")
     fd.AutoDeltaModel.from_finetuned(tmp_path / "half", backbone_model=half)
-    with raises_saying(fd.CheckpointError, "another backbone", "check_hash=False"):
+    with raises_saying(fd.errors.CheckpointError, "another backbone", "check_hash=False"):
         fd.AutoDeltaModel.from_finetuned(tmp_path / "run", backbone_model=half)
 
 
@@ -362,7 +362,7 @@ def test_b22_from_config_takes_a_dict_and_overriding_fields() -> None:
     for given in (config, config.to_dict()):
         delta = fd.AutoDeltaModel.from_config(given, backbone_model=MLP(), lora_r=2)
         assert delta.shapes["a.lora.lora_A"] == (2, 4)
-    with raises_saying(fd.CheckpointError, "another backbone"):
+    with raises_saying(fd.errors.CheckpointError, "another backbone"):
         fd.AutoDeltaModel.from_config(config.replace(backbone_hash="fd1:0"), MLP(), check_hash=True)
 
 
@@ -375,7 +375,7 @@ def test_b23_the_path_of_a_config_may_be_a_file(tmp_path: Path) -> None:
 def test_b24_sharing_a_delta_needs_no_call_before(tmp_path: Path) -> None:
     """Uploading failed unless log() had been called."""
     delta = lora(MLP(), "a")
-    with raises_saying(fd.ConfigError, "push_to_dc", "push_to_hub"):
+    with raises_saying(fd.errors.ConfigError, "push_to_dc", "push_to_hub"):
         delta.save_finetuned(delta.init(0), tmp_path / "run", push_to_dc=True)
 
 
@@ -445,7 +445,9 @@ def test_b28_loading_accounts_for_every_key(tmp_path: Path) -> None:
     delta.save_finetuned(delta.init(0), tmp_path / "run")
     state = load_file(tmp_path / "run" / "delta.safetensors")
     renamed = {name.replace("b.lora", "c.lora"): leaf for name, leaf in state.items()}
-    with raises_saying(fd.CheckpointError, "3 missing: b.lora.lora_A", "3 not known to the delta: c.lora.lora_A"):
+    with raises_saying(
+        fd.errors.CheckpointError, "3 missing: b.lora.lora_A", "3 not known to the delta: c.lora.lora_A"
+    ):
         fd.AutoDeltaModel.from_finetuned(tmp_path / "run", delta.backbone, state_dict=renamed)
 
 
@@ -525,7 +527,7 @@ def test_page_what_is_unfrozen_trains(x: Tensor) -> None:
     for names in (["LayerNorm"], ["layer_norm@"]):
         encoder = lora(hugging("bert")[0], unfrozen_modules=["deltas", *names])
         assert "bert.encoder.layer.1.output.LayerNorm.weight" in encoder.names
-    with raises_saying(fd.MatchError, "'LayrNorm'", "LayerNorm"):
+    with raises_saying(fd.errors.MatchError, "'LayrNorm'", "LayerNorm"):
         lora(hugging("bert")[0], unfrozen_modules=["deltas", "LayrNorm"])
 
 
@@ -548,5 +550,5 @@ def test_page_arguments_that_never_were() -> None:
     delta = lora(MLP(), "a")
     with pytest.raises(TypeError, match="prefix"):
         delta.freeze_module(delta.attach(delta.init(0)), prefix="a")  # pyright: ignore[reportCallIssue]
-    with raises_saying(fd.ConfigError, "registraction_name"):
+    with raises_saying(fd.errors.ConfigError, "registraction_name"):
         lora(MLP(), "a", registraction_name="deltas")

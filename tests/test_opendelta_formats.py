@@ -151,14 +151,14 @@ def test_several_deltas_in_one_file(tmp_path: Path) -> None:
     tensors = loras() | {k.replace(".lora.", ".lora_1."): t * 0.5 for k, t in loras().items()} | adapters(dense)
     folder = write(tmp_path / "saved", LORA, tensors)
     with pytest.raises(
-        fd.CheckpointError, match=r"several deltas \(lora, lora_1, adapter\).*others=\{'lora_1': .*'lora'"
+        fd.errors.CheckpointError, match=r"several deltas \(lora, lora_1, adapter\).*others=\{'lora_1': .*'lora'"
     ):
         fd.load_opendelta(folder, model)
     others = {
         "lora_1": fd.LoraConfig(lora_r=2, lora_alpha=8),
         "adapter": fd.AdapterConfig(bottleneck_dim=3, non_linearity="relu"),
     }
-    with pytest.raises(fd.CheckpointError, match=r"no delta in .* is called 'lora_2'\. Near names: lora_1"):
+    with pytest.raises(fd.errors.CheckpointError, match=r"no delta in .* is called 'lora_2'\. Near names: lora_1"):
         fd.load_opendelta(folder, model, others={"lora_2": others["lora_1"]})
     delta, params = fd.load_opendelta(folder, model, others=others)
     first = with_loras(model, {k: t for k, t in tensors.items() if ".lora." in k})
@@ -207,7 +207,7 @@ def test_tied_tensors_and_second_names_in_a_whole_model(tmp_path: Path) -> None:
     loaded, params = fd.load_opendelta(write(tmp_path / "trained", data, whole), model)
     assert len(loaded.plan.trained) == 1
     whole["lm_head.weight"] = whole["lm_head.weight"] + 1
-    with pytest.raises(fd.CheckpointError, match=r"1 that name one tied tensor and differ: lm_head\.weight"):
+    with pytest.raises(fd.errors.CheckpointError, match=r"1 that name one tied tensor and differ: lm_head\.weight"):
         fd.load_opendelta(write(tmp_path / "torn", data, whole), model)
 
 
@@ -270,12 +270,12 @@ def test_models_inside_wrappers_and_out_of_them(tmp_path: Path) -> None:
         torch.testing.assert_close(logits(delta.apply, "bert", params), logits(made.apply, "bert", leaves))
     deeper = write(tmp_path / "deeper", LORA, loras((QUERIES[0].replace(".0.", ".7."),)))
     with pytest.raises(
-        fd.CheckpointError,
+        fd.errors.CheckpointError,
         match=r"no tensor of a delta, .* known to BertForS.*: .*layer\.7\..*Near names: bert\.encoder\.layer",
     ):
         fd.load_opendelta(deeper, model)
     two = nn.ModuleDict({"a": BertModel(BertConfig(vocab_size=20, **SIZES)), "b": model.bert})
-    with pytest.raises(fd.CheckpointError, match=r"Not known to ModuleDict: encoder\.layer\.0"):
+    with pytest.raises(fd.errors.CheckpointError, match=r"Not known to ModuleDict: encoder\.layer\.0"):
         fd.load_opendelta(write(tmp_path / "bare", LORA, {k.removeprefix("bert."): t for k, t in loras().items()}), two)
 
 
@@ -284,7 +284,7 @@ def test_safetensors_are_read_and_other_files_are_not(tmp_path: Path) -> None:
     expected = fd.load_opendelta(folder, bert())[1]
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(
-        fd.CheckpointError, match=r"expected config\.json and pytorch_model\.bin in it, found config\.json"
+        fd.errors.CheckpointError, match=r"expected config\.json and pytorch_model\.bin in it, found config\.json"
     ):
         fd.load_opendelta(folder, bert())
     save_file(loras(), folder / "model.safetensors")
@@ -319,23 +319,23 @@ def test_a_pickle_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for content in (Hostile(), {"a": Hostile()}):
         (folder / "pytorch_model.bin").write_bytes(pickle.dumps(content, protocol=2))
         with pytest.raises(
-            fd.CheckpointError, match=r"holds more than tensors, .* refused.*torch\.save\(model\.state_dict"
+            fd.errors.CheckpointError, match=r"holds more than tensors, .* refused.*torch\.save\(model\.state_dict"
         ):
             fd.load_opendelta(folder, bert())
         torch.save(content, folder / "pytorch_model.bin")
-        with pytest.raises(fd.CheckpointError, match="holds more than tensors"):
+        with pytest.raises(fd.errors.CheckpointError, match="holds more than tensors"):
             fd.load_opendelta(folder, bert())
     assert not (tmp_path / "ran").exists()
     torch.save([torch.ones(1)], folder / "pytorch_model.bin")
-    with pytest.raises(fd.CheckpointError, match="expected tensors by key, found a list"):
+    with pytest.raises(fd.errors.CheckpointError, match="expected tensors by key, found a list"):
         fd.load_opendelta(folder, bert())
     torch.save({"epoch": 3}, folder / "pytorch_model.bin")
-    with pytest.raises(fd.CheckpointError, match="found a int as 'epoch'"):
+    with pytest.raises(fd.errors.CheckpointError, match="found a int as 'epoch'"):
         fd.load_opendelta(folder, bert())
     write(folder, LORA, loras())
     whole = (folder / "pytorch_model.bin").read_bytes()
     (folder / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(fd.CheckpointError, match=r"is damaged or cut off \(\d+ bytes\)"):
+    with pytest.raises(fd.errors.CheckpointError, match=r"is damaged or cut off \(\d+ bytes\)"):
         fd.load_opendelta(folder, bert())
 
 
@@ -400,7 +400,7 @@ def first_site(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_what_does_not_fit_is_named(
     data: dict[str, Any], tensors: dict[str, Tensor], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(fd.CheckpointError, match=f"(?s){message}"):
+    with pytest.raises(fd.errors.CheckpointError, match=f"(?s){message}"):
         fd.load_opendelta(write(tmp_path / "saved", {**LORA, **data}, tensors), bert())
 
 
@@ -411,7 +411,7 @@ def test_the_fixes_that_errors_name_work(tmp_path: Path) -> None:
     delta, params = fd.load_opendelta(folder, bert(), **given)
     assert delta.sites == QUERIES[:1]
     assert float(params[f"{QUERIES[0]}.lora.scale"]) == 2.0
-    with pytest.raises(fd.CheckpointError, match="compat='exact': write compat=\"opendelta\""):
+    with pytest.raises(fd.errors.CheckpointError, match="compat='exact': write compat=\"opendelta\""):
         fd.load_opendelta(folder, bert(), compat="exact")
 
 
@@ -423,7 +423,9 @@ def test_a_rule_that_was_not_saved_is_missing(tmp_path: Path) -> None:
     data = json.loads((folder / "config.json").read_text())
     tensors = torch.load(folder / "pytorch_model.bin")
     write(folder, {**data, "learn_phm": False}, {key: t for key, t in tensors.items() if "phm_rule" not in key})
-    with pytest.raises(fd.CheckpointError, match=r"2 missing: .*phm_rule.*does not save leaves that do not train"):
+    with pytest.raises(
+        fd.errors.CheckpointError, match=r"2 missing: .*phm_rule.*does not save leaves that do not train"
+    ):
         fd.load_opendelta(folder, model)
 
 
@@ -436,7 +438,7 @@ def test_fields_that_never_had_an_effect(tmp_path: Path) -> None:
     data = {**LORA, "exclude_modules": ["bert.encoder.layer.1"]}
     assert fd.load_opendelta(write(tmp_path / "b", data, loras()), model)[0].sites == QUERIES
     data = {**ADAPTER, "modified_modules": ["output.dense"], "exclude_modules": ["bert.encoder.l"], "scaled": None}
-    with pytest.raises(fd.CheckpointError, match="has no tensor of a delta"):
+    with pytest.raises(fd.errors.CheckpointError, match="has no tensor of a delta"):
         fd.load_opendelta(write(tmp_path / "c", {**data, "scaled": None}, {}), model, scaled=None)
 
 
@@ -470,7 +472,7 @@ def test_fields_that_never_had_an_effect(tmp_path: Path) -> None:
 )
 def test_what_opendelta_cannot_hold(config: fd.BaseDeltaConfig, message: str, tmp_path: Path) -> None:
     delta = fd.DeltaModel(bert(), config)
-    with pytest.raises(fd.CheckpointError, match=f"{message}.*Save it here: delta.save_finetuned"):
+    with pytest.raises(fd.errors.CheckpointError, match=f"{message}.*Save it here: delta.save_finetuned"):
         fd.save_opendelta(delta, delta.init(0), tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
@@ -478,15 +480,15 @@ def test_what_opendelta_cannot_hold(config: fd.BaseDeltaConfig, message: str, tm
 def test_stacks_unions_and_other_methods_are_refused(tmp_path: Path) -> None:
     model = bert()
     delta = fd.LoraModel(model, modified_modules=["query"])
-    with pytest.raises(fd.StackError, match=r"fd\.take\(stack, 0\)"):
+    with pytest.raises(fd.errors.StackError, match=r"fd\.take\(stack, 0\)"):
         fd.save_opendelta(delta, delta.init(0, n=3), tmp_path / "saved")
     params = delta.init(0)
-    with pytest.raises(fd.ParamsError, match=r"6 leaves are missing, first .*lora_A"):
+    with pytest.raises(fd.errors.ParamsError, match=r"6 leaves are missing, first .*lora_A"):
         fd.save_opendelta(delta, {}, tmp_path / "saved")
     both = fd.DeltaModel(model, delta.configs[0], fd.AdapterConfig(modified_modules=["query"]))
-    with pytest.raises(fd.CheckpointError, match=r"one config a folder, and this delta has 2 \(lora, adapter\)"):
+    with pytest.raises(fd.errors.CheckpointError, match=r"one config a folder, and this delta has 2 \(lora, adapter\)"):
         fd.save_opendelta(both, both.init(0), tmp_path / "saved")
-    with pytest.raises(fd.CheckpointError, match=r"written by OpenDelta: write fd\.load_opendelta\("):
+    with pytest.raises(fd.errors.CheckpointError, match=r"written by OpenDelta: write fd\.load_opendelta\("):
         fd.AutoDeltaModel.from_finetuned(fd.save_opendelta(delta, params, tmp_path / "saved"), model)
 
 
@@ -509,7 +511,7 @@ def test_scales_that_opendelta_cannot_be_told(tmp_path: Path) -> None:
 
 def test_t5_prefixes_are_written_only_as_what_they_become(tmp_path: Path) -> None:
     delta = fd.PrefixModel(t5(), prefix_token_num=2, embed_dim=3, mid_dim=4)
-    with pytest.raises(fd.CheckpointError, match=r'position bias in the first layer alone.*compat="opendelta"'):
+    with pytest.raises(fd.errors.CheckpointError, match=r'position bias in the first layer alone.*compat="opendelta"'):
         fd.save_opendelta(delta, delta.init(0), tmp_path / "saved")
     folder = fd.save_opendelta(delta, delta.init(0), tmp_path / "saved", compat="opendelta")
     assert next(iter(torch.load(folder / "pytorch_model.bin"))) == "encoder.block.0.layer.0.reparams.wte.weight"
@@ -522,7 +524,7 @@ def test_prefixes_of_models_that_were_built_from_others(name: str, tmp_path: Pat
     delta = fd.PrefixModel(family.model, prefix_token_num=2, reparameterize=False)
     params = fd.tree.randn_like(delta.init(0), seed=1)
     if name == "mt5":
-        with pytest.raises(fd.CheckpointError, match="position bias in the first layer alone"):
+        with pytest.raises(fd.errors.CheckpointError, match="position bias in the first layer alone"):
             fd.save_opendelta(delta, params, tmp_path / "saved")
     folder = fd.save_opendelta(delta, params, tmp_path / "saved", compat="opendelta")
     loaded, again = fd.load_opendelta(folder, family.model)
@@ -537,7 +539,7 @@ def test_a_bias_where_opendelta_makes_one_too_late(tmp_path: Path) -> None:
     assert not any("layer_norm" in key for key in torch.load(folder / "pytorch_model.bin"))
     name = next(name for name in delta.names if "layer_norm" in name)
     with pytest.raises(
-        fd.CheckpointError, match=r"cannot hold .*layer_norm\.bias: T5LayerNorm has none.*exclude_modules"
+        fd.errors.CheckpointError, match=r"cannot hold .*layer_norm\.bias: T5LayerNorm has none.*exclude_modules"
     ):
         fd.save_opendelta(delta, params | {name: params[name] + 1}, tmp_path / "other")
 
@@ -546,7 +548,7 @@ def test_a_stack_of_unlike_members_is_sent_to_unpack(tmp_path):
     backbone = bert()
     small, large = (fd.LoraModel(backbone, lora_r=rank, modified_modules=["query"]) for rank in (2, 4))
     packed, stack = fd.pack([(small, small.init(0)), (large, large.init(1))])
-    with pytest.raises(fd.CheckpointError, match=r"unlike members.*fd\.unpack\(delta, stack\)"):
+    with pytest.raises(fd.errors.CheckpointError, match=r"unlike members.*fd\.unpack\(delta, stack\)"):
         fd.save_opendelta(packed, fd.take(stack, 0), tmp_path / "run")
     for number, (delta, params) in enumerate(fd.unpack(packed, stack)):
         fd.save_opendelta(delta, params, tmp_path / str(number))

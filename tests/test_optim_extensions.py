@@ -43,7 +43,7 @@ def test_lion_is_the_loop_of_the_paper(row: tuple[float, float, float, float]) -
     found, state = by_us(opt, start(3))
     torch.testing.assert_close(found, lion_by_hand(start(3), *row, steps=25), **EXACT)
     assert state.step.item() == 25
-    assert fd.inspect_optimizer(state, verbose=False)[0].options["state"] == "LionState"
+    assert fd.inspect.inspect_optimizer(state, verbose=False)[0].options["state"] == "LionState"
 
 
 def test_lion_with_one_value_a_member() -> None:
@@ -207,7 +207,7 @@ def test_members_copied_by_index_train_on_as_separate_runs(kind: str) -> None:
     torch.testing.assert_close((stack, state), params.stack(alone), **EXACT)
 
 
-# fd.unroll
+# fd.grad.unroll
 
 BATCH = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -246,7 +246,7 @@ def meta(step: Any, checkpoint: bool, steps: int = 4) -> tuple[Tensor, Tensors, 
     rate = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
     x = BATCH.clone().requires_grad_()
     state: Any = (p, optim.adamw(lr=rate).init(p)) if step is by_optimizer else p
-    end = fd.unroll(step, state, steps, rate, x, checkpoint=checkpoint)
+    end = fd.grad.unroll(step, state, steps, rate, x, checkpoint=checkpoint)
     end = end[0] if step is by_optimizer else end
     return inner_loss(end, BATCH), p, rate, x
 
@@ -267,7 +267,7 @@ def test_unroll_has_the_gradients_of_the_plain_loop(step: Any) -> None:
 
 def test_unroll_against_finite_differences() -> None:
     def after(rate: Tensor) -> Tensor:
-        return inner_loss(fd.unroll(by_autograd, start_pair(), 4, rate, BATCH), BATCH)
+        return inner_loss(fd.grad.unroll(by_autograd, start_pair(), 4, rate, BATCH), BATCH)
 
     assert torch.autograd.gradcheck(after, (torch.tensor(0.05, dtype=torch.float64, requires_grad=True),))
     assert torch.autograd.gradgradcheck(after, (torch.tensor(0.05, dtype=torch.float64, requires_grad=True),))
@@ -303,7 +303,7 @@ def held(steps: int, width: int, checkpoint: bool) -> int:
     rate = torch.tensor(0.01, dtype=torch.float64, requires_grad=True)
     before = Held.live
     with torch.autograd.graph.saved_tensors_hooks(Held, lambda one: one.tensor):
-        end = fd.unroll(by_autograd, p, steps, rate, x, checkpoint=checkpoint)
+        end = fd.grad.unroll(by_autograd, p, steps, rate, x, checkpoint=checkpoint)
     found = Held.live - before
     torch.autograd.grad(inner_loss(end, BATCH), rate)
     return found
@@ -325,7 +325,7 @@ def test_unroll_draws_the_same_random_numbers_again() -> None:
     for checkpoint in (True, False):
         torch.manual_seed(0)
         w = torch.ones(40, dtype=torch.float64, requires_grad=True)
-        end = fd.unroll(noisy, w, 3, checkpoint=checkpoint)
+        end = fd.grad.unroll(noisy, w, 3, checkpoint=checkpoint)
         torch.rand(3)
         (slope,) = torch.autograd.grad(end.sum(), w)
         results.append((end, slope, torch.rand(3)))
@@ -347,8 +347,8 @@ def test_unroll_through_a_backbone_differentiated_outside_the_block_of_higher_or
         return {name: w - rate * g for (name, w), g in zip(p.items(), found, strict=True)}
 
     def after(rate: Tensor) -> Tensor:
-        with fd.higher_order():
-            end = fd.unroll(step, p, 3, rate, checkpoint=checkpoint)
+        with fd.grad.higher_order():
+            end = fd.grad.unroll(step, p, 3, rate, checkpoint=checkpoint)
         return delta.apply(end, x)[:, 0, :3].sum()
 
     rate = torch.tensor(0.1, requires_grad=True)
@@ -365,45 +365,45 @@ def test_unroll_gives_leaves_that_step_reads_from_outside_their_gradients() -> N
         return {**s, "w": layer(s["w"]).tanh(), "count": s["count"] + 1}
 
     def slopes(checkpoint: bool) -> list[Tensor]:
-        end = fd.unroll(step, state, 3, checkpoint=checkpoint)
+        end = fd.grad.unroll(step, state, 3, checkpoint=checkpoint)
         assert end["count"].item() == 3
         return list(torch.autograd.grad(end["w"].sum(), list(layer.parameters())))
 
     torch.testing.assert_close(slopes(True), slopes(False), **EXACT)
-    end = fd.unroll(step, state, 3)
+    end = fd.grad.unroll(step, state, 3)
     with pytest.raises(RecomputeError, match=r"shape \(3, 3\)|shape \(3,\)"):
         torch.autograd.grad(end["w"].sum(), list(layer.parameters()), create_graph=True)
 
 
 def test_unroll_is_the_loop_also_for_no_steps_and_without_gradients() -> None:
     w = torch.ones(2, requires_grad=True)
-    assert fd.unroll(lambda s, i: s * 2, w, 0) is w
+    assert fd.grad.unroll(lambda s, i: s * 2, w, 0) is w
     with torch.no_grad():
-        assert fd.unroll(lambda s, i: s * (i + 1), w, 3).tolist() == [6.0, 6.0]
-        mapped = torch.vmap(lambda s: fd.unroll(lambda s, i: s * (i + 1), s, 3))(w)
+        assert fd.grad.unroll(lambda s, i: s * (i + 1), w, 3).tolist() == [6.0, 6.0]
+        mapped = torch.vmap(lambda s: fd.grad.unroll(lambda s, i: s * (i + 1), s, 3))(w)
     assert mapped.tolist() == [6.0, 6.0]
-    same = fd.unroll(lambda s, i: s, {"lr": w}, 2)["lr"]
+    same = fd.grad.unroll(lambda s, i: s, {"lr": w}, 2)["lr"]
     assert torch.autograd.grad(same.sum(), w)[0].tolist() == [1.0, 1.0]
 
 
 def test_unroll_leaves_its_arguments_as_they_are() -> None:
     p, x = start_pair(), BATCH.clone()
     before = [y.clone() for y in pytree.tree_leaves((p, x))]
-    fd.unroll(lambda s, i, x: by_autograd(s, i, x.requires_grad_().mean(), x), p, 2, x)
+    fd.grad.unroll(lambda s, i, x: by_autograd(s, i, x.requires_grad_().mean(), x), p, 2, x)
     assert all(torch.equal(a, b) for a, b in zip(before, pytree.tree_leaves((p, x)), strict=True))
     assert not x.requires_grad
 
 
 def test_unroll_inside_a_transform_without_checkpoint() -> None:
     def after(rate: Tensor) -> Tensor:
-        return inner_loss(fd.unroll(by_func, p, 4, rate, BATCH, checkpoint=False), BATCH)
+        return inner_loss(fd.grad.unroll(by_func, p, 4, rate, BATCH, checkpoint=False), BATCH)
 
     p = start_pair()
     rates = torch.tensor([0.01, 0.05], dtype=torch.float64)
     found = torch.vmap(torch.func.grad(after))(rates)
     for rate, slope in zip(rates, found, strict=True):
         leaf = rate.clone().requires_grad_()
-        end = fd.unroll(by_func, start_pair(), 4, leaf, BATCH)
+        end = fd.grad.unroll(by_func, start_pair(), 4, leaf, BATCH)
         torch.testing.assert_close(torch.autograd.grad(inner_loss(end, BATCH), leaf)[0], slope)
 
 
@@ -411,7 +411,7 @@ def test_unroll_inside_a_transform_without_checkpoint() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_unroll_in_compiled_code() -> None:
     def train(rate: Tensor, p: Tensors) -> Tensors:
-        return fd.unroll(by_func, p, 3, rate * 1.0, BATCH)
+        return fd.grad.unroll(by_func, p, 3, rate * 1.0, BATCH)
 
     rate = torch.tensor(0.05, dtype=torch.float64, requires_grad=True)
     found, expected = (
@@ -464,22 +464,22 @@ PAIR: Tensors = {"l.w": torch.ones(2, 2), "l.b": torch.ones(2)}
             StackError,
             r"peak of the schedule has 3 values.*of 2 members.*peak=peak\[index\]",
         ),
-        (lambda: fd.unroll(lambda s, i: s, ONE, -1), ParamsError, "steps of fd.unroll .* found -1"),
-        (lambda: fd.unroll(lambda s, i: {"x": s["w"]}, {"w": ONE}, 2), ParamsError, "step gave at i=0"),
+        (lambda: fd.grad.unroll(lambda s, i: s, ONE, -1), ParamsError, "steps of fd.grad.unroll .* found -1"),
+        (lambda: fd.grad.unroll(lambda s, i: {"x": s["w"]}, {"w": ONE}, 2), ParamsError, "step gave at i=0"),
         (
-            lambda: fd.unroll(lambda s, i: {"w": s["w"].add_(1)}, {"w": torch.ones(2)}, 2),
+            lambda: fd.grad.unroll(lambda s, i: {"w": s["w"].add_(1)}, {"w": torch.ones(2)}, 2),
             ParamsError,
             r"writes into its argument '0\.w' at i=0.*Return new tensors",
         ),
         (
-            lambda: fd.unroll(lambda s, i: s * DOUBLED, ONE, 2),
+            lambda: fd.grad.unroll(lambda s, i: s * DOUBLED, ONE, 2),
             RecomputeError,
             "at i=0 a tensor that requires grad and is neither .*MulBackward0.*checkpoint=False",
         ),
         (
-            lambda: torch.func.grad(lambda w: fd.unroll(lambda s, i: s * w, w, 2).sum())(torch.ones(2)),
+            lambda: torch.func.grad(lambda w: fd.grad.unroll(lambda s, i: s * w, w, 2).sum())(torch.ones(2)),
             RecomputeError,
-            r"inside a torch\.func transform.*Write fd\.unroll\(\.\.\., checkpoint=False\)",
+            r"inside a torch\.func transform.*Write fd\.grad\.unroll\(\.\.\., checkpoint=False\)",
         ),
     ],
 )

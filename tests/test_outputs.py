@@ -199,7 +199,7 @@ REFUSED: dict[str, tuple[list[Any], tuple[str, ...]]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_stacked_is_refused_by_name(name: str) -> None:
     column, said = REFUSED[name]
-    with raises_saying(fd.EngineError, *said):
+    with raises_saying(fd.errors.EngineError, *said):
         stack_members([{"out": (leaf, 1)} for leaf in column])
 
 
@@ -213,7 +213,7 @@ def test_an_equality_that_fails_is_none() -> None:
 
     one = Odd()
     assert stack_members([one, one]) is one
-    with raises_saying(fd.EngineError, "of the model", "Odd"):
+    with raises_saying(fd.errors.EngineError, "of the model", "Odd"):
         stack_members([Odd(), Odd()])
 
 
@@ -260,11 +260,11 @@ def cache() -> DynamicCache:
 )
 def test_a_cache_is_refused_by_what_was_written(given: dict[str, Any], said: str, unsaid: str) -> None:
     output = {"logits": torch.zeros(2), "past_key_values": cache()}
-    with raises_saying(fd.EngineError, "past_key_values", "DynamicCache", said):
+    with raises_saying(fd.errors.EngineError, "past_key_values", "DynamicCache", said):
         stack_members([output, output], given)
-    with raises_saying(fd.EngineError, "past_key_values", "DynamicCache", said):
+    with raises_saying(fd.errors.EngineError, "past_key_values", "DynamicCache", said):
         check_visible(flatten(output)[0], names(output), given)
-    with pytest.raises(fd.EngineError) as caught:
+    with pytest.raises(fd.errors.EngineError) as caught:
         stack_members([output, output], given)
     assert unsaid not in str(caught.value)
 
@@ -275,7 +275,7 @@ def test_the_advice_about_caches_is_right() -> None:
     )
     model, ids = transformers.LlamaForCausalLM(config).eval(), torch.tensor([[1, 2, 3]])
     with torch.no_grad():
-        with raises_saying(fd.EngineError, "use_cache=False"):
+        with raises_saying(fd.errors.EngineError, "use_cache=False"):
             stack_members([model(ids), model(ids)])
         assert stack_members([model(ids, use_cache=False)] * 2).logits.shape == (2, 1, 3, 30)
         model.config.use_cache = False

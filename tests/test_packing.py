@@ -356,7 +356,7 @@ def test_members_of_a_packed_stack_are_taken_joined_and_merged() -> None:
         for name in expected:
             assert_close(merged[name], expected[name])
         assert torch.equal(delta.merge(fd.take(stack, 0))["b.weight"], backbone.b.weight)
-    with pytest.raises(fd.MergeError, match="adapter at b cannot be merged"):
+    with pytest.raises(fd.errors.MergeError, match="adapter at b cannot be merged"):
         delta.merge(fd.take(stack, 2))
     view = delta.bind(fd.take(stack, 2))
     assert_close(view(x), singles[2][0].apply(singles[2][1], x))
@@ -414,7 +414,7 @@ def test_sizes_share_a_slot_or_have_their_own() -> None:
         assert list(delta.plan.names) == names
         assert sum(leaf[0].numel() for name, leaf in stack.items() if name.endswith("lora_A")) == numbers
         assert_same(fd.unpack(delta, stack), pairs)
-    with raises_saying(fd.ParamsError, "padding='all'", "auto, pad, group"):
+    with raises_saying(fd.errors.ParamsError, "padding='all'", "auto, pad, group"):
         fd.pack(pairs, padding="all")
 
 
@@ -434,7 +434,7 @@ def test_half_precision_members_keep_their_dtype() -> None:
         for one in [fd.LoraModel(delta.backbone, lora_alpha=i, modified_modules=["a"])]
     ]
     delta, stack = fd.pack(many)
-    with raises_saying(fd.ParamsError, "lora.source is torch.bfloat16", "cannot count to 300", "float32"):
+    with raises_saying(fd.errors.ParamsError, "lora.source is torch.bfloat16", "cannot count to 300", "float32"):
         fd.unpack(delta, fd.tree.map(lambda leaf: leaf.bfloat16(), stack))
 
 
@@ -499,7 +499,7 @@ def test_soft_prompts_of_one_length_share_a_stack_and_others_do_not() -> None:
             assert_close(out, ZOO["bert"].call(functools.partial(one.apply, params), inputs))
     longer = fd.SoftPromptModel(model, soft_token_num=3, strip=True)
     for other in (longer, fd.LoraModel(model)):
-        with raises_saying(fd.ParamsError, "soft_prompt_layer makes inputs longer", "by themselves"):
+        with raises_saying(fd.errors.ParamsError, "soft_prompt_layer makes inputs longer", "by themselves"):
             fd.pack([*pairs, (other, other.init(0))])
 
 
@@ -531,7 +531,7 @@ def test_refusals_say_what_differs_and_what_to_write() -> None:
     packed = fd.pack(pairs)
 
     def refused(*words: str, other: fd.DeltaModel | None = None, given: Any = None) -> None:
-        with raises_saying(fd.ParamsError, *words):
+        with raises_saying(fd.errors.ParamsError, *words):
             other_delta = other or first
             fd.pack([(first, params), (other_delta, other_delta.init(0) if given is None else given)])
 
@@ -542,12 +542,12 @@ def test_refusals_say_what_differs_and_what_to_write() -> None:
     refused("packed already", "fd.unpack(delta, stack)", other=packed[0])
     refused("leaves are missing", "head.weight", given={n: p for n, p in params.items() if "head" not in n})
     refused("torch.float32", "torch.float64", "leaf.to(", given=first.init(0, dtype=torch.float64))
-    with raises_saying(fd.ParamsError, "fd.pack([(delta_a, params_a)"):
+    with raises_saying(fd.errors.ParamsError, "fd.pack([(delta_a, params_a)"):
         fd.pack([first])
-    with raises_saying(fd.StackError, "fd.stack([params])"):
+    with raises_saying(fd.errors.StackError, "fd.stack([params])"):
         fd.unpack(packed[0], fd.take(packed[1], 0))
-    with raises_saying(fd.ParamsError, "was not made by fd.pack", "fd.unstack(stack)"):
+    with raises_saying(fd.errors.ParamsError, "was not made by fd.pack", "fd.unstack(stack)"):
         fd.unpack(first, fd.stack([params]))
     sizes = [fd.PrefixModel(subject("lora", "gpt2").model, prefix_token_num=p, reparameterize=False) for p in (1, 2)]
-    with raises_saying(fd.ParamsError, "prefix", "no zeros can make equal", 'padding="auto"'):
+    with raises_saying(fd.errors.ParamsError, "prefix", "no zeros can make equal", 'padding="auto"'):
         fd.pack([(one, one.init(0)) for one in sizes], padding="pad")

@@ -324,7 +324,7 @@ def test_left_out_with_either_end() -> None:
     for path in ("blocks.0", "blocks.0.up", "blocks.0.down"):
         delta = fd.ParallelAdapterModel(TwoBlocks(), modified_modules=["up", "down"], exclude_modules=[path])
         assert delta.sites == ("blocks.1.up",)
-    with raises_saying(fd.MatchError, "exclude_modules", "one end of every span"):
+    with raises_saying(fd.errors.MatchError, "exclude_modules", "one end of every span"):
         fd.ParallelAdapterModel(
             TwoBlocks(), modified_modules=["up", "down"], exclude_modules=["blocks.0", "blocks.1.up"]
         )
@@ -334,38 +334,42 @@ def test_ends_that_do_not_pair_are_named() -> None:
     def build(*names: str, model: nn.Module | None = None, **fields: Any) -> fd.DeltaModel:
         return fd.ParallelAdapterModel(model or TwoBlocks(), modified_modules=names, **fields)
 
-    with raises_saying(fd.ConfigError, "['up', 'down', 'mid'] has 3 names", "pairs", "['up', 'up']"):
+    with raises_saying(fd.errors.ConfigError, "['up', 'down', 'mid'] has 3 names", "pairs", "['up', 'up']"):
         build("up", "down", "mid")
-    with raises_saying(fd.MatchError, "ends at blocks.1.down begins nowhere", "blocks.0.up", "exclude_modules"):
+    with raises_saying(fd.errors.MatchError, "ends at blocks.1.down begins nowhere", "blocks.0.up", "exclude_modules"):
         build("0.up", "down")
-    with raises_saying(fd.MatchError, "begins at blocks.1.up ends nowhere", "blocks.0.down"):
+    with raises_saying(fd.errors.MatchError, "begins at blocks.1.up ends nowhere", "blocks.0.down"):
         build("up", "0.down")
-    with raises_saying(fd.MatchError, "begins at blocks.0.up could end at blocks.0.mid or blocks.0.down"):
+    with raises_saying(fd.errors.MatchError, "begins at blocks.0.up could end at blocks.0.mid or blocks.0.down"):
         build("up", r"[r](mid|down)")
-    with raises_saying(fd.MatchError, "begin at blocks.0.up twice", "blocks.0.mid", "blocks.0.down", "name="):
+    with raises_saying(fd.errors.MatchError, "begin at blocks.0.up twice", "blocks.0.mid", "blocks.0.down", "name="):
         build("up", "mid", "up", "down")
-    with raises_saying(fd.MatchError, "'pu' matches no module", "up"):
+    with raises_saying(fd.errors.MatchError, "'pu' matches no module", "up"):
         build("pu", "down")
     bert = ZOO["bert"].build()
-    with raises_saying(fd.MatchError, "begins at bert.encoder.layer.0.intermediate.dense could end at", "output.dense"):
+    with raises_saying(
+        fd.errors.MatchError, "begins at bert.encoder.layer.0.intermediate.dense could end at", "output.dense"
+    ):
         build("intermediate.dense", "output.dense", model=bert)  # attention.output.dense too
-    with raises_saying(fd.MatchError, "could begin at", "layer.0.attention.self.query", "layer.0.intermediate.dense"):
+    with raises_saying(
+        fd.errors.MatchError, "could begin at", "layer.0.attention.self.query", "layer.0.intermediate.dense"
+    ):
         build(r"[r](query|intermediate\.dense)", r"[r]layer\.\d+\.output\.dense", model=bert)
-    with raises_saying(fd.MatchError, "cannot act at conv1", "stride is (2, 2)"):
+    with raises_saying(fd.errors.MatchError, "cannot act at conv1", "stride is (2, 2)"):
         build("conv1", model=ZOO["conv2d"].build())
-    with raises_saying(fd.MatchError, "from depthwise (Conv2d) to hidden (Linear)", "axis 1", "axis -1"):
+    with raises_saying(fd.errors.MatchError, "from depthwise (Conv2d) to hidden (Linear)", "axis 1", "axis -1"):
         build("depthwise", "hidden", model=ZOO["conv2d"].build())
     for names in (["tokens"], ["tokens", "project"]):
-        with raises_saying(fd.MatchError, "cannot act at tokens", "token numbers"):
+        with raises_saying(fd.errors.MatchError, "cannot act at tokens", "token numbers"):
             build(*names, model=ZOO["embedding"].build())
-    with raises_saying(fd.MatchError, "what enters bert.embeddings", "without a tensor of features"):
+    with raises_saying(fd.errors.MatchError, "what enters bert.embeddings", "without a tensor of features"):
         build("bert.embeddings", model=bert)
-    with raises_saying(fd.MatchError, "self_attn.out_proj is read by the module above"):
+    with raises_saying(fd.errors.MatchError, "self_attn.out_proj is read by the module above"):
         build("linear1", "self_attn.out_proj", model=ZOO["torch_transformer"].build())
-    with raises_saying(fd.ConfigError, "scaled='big'", "a number"):
+    with raises_saying(fd.errors.ConfigError, "scaled='big'", "a number"):
         fd.ParallelAdapterConfig(scaled="big")
     delta = build("up", "down")
-    with raises_saying(fd.MergeError, "parallel_adapter at blocks.0.down cannot be merged", "non-linear"):
+    with raises_saying(fd.errors.MergeError, "parallel_adapter at blocks.0.down cannot be merged", "non-linear"):
         delta.merge(delta.init(0))
 
 
@@ -373,7 +377,7 @@ def test_ends_that_do_not_pair_are_named() -> None:
 def test_ends_in_the_wrong_order_are_told_at_the_first_call(call: str) -> None:
     delta = fd.ParallelAdapterModel(TwoBlocks().eval(), modified_modules=["down", "up"])
     x = torch.randn(5, 4)
-    with raises_saying(fd.MatchError, "blocks.0.up was called before blocks.0.down"):
+    with raises_saying(fd.errors.MatchError, "blocks.0.up was called before blocks.0.down"):
         {
             "apply": lambda: delta.apply(delta.init(0), x),
             "apply_many": lambda: delta.apply_many(delta.init(0, n=2), x),
@@ -394,16 +398,18 @@ def test_what_a_span_cannot_mean_is_told() -> None:
         with torch.no_grad():
             return delta.apply(delta.init(0), x)
 
-    with raises_saying(fd.FuncdeltaError, "a was called twice before b was called once"):
+    with raises_saying(fd.errors.FuncdeltaError, "a was called twice before b was called once"):
         call(EntersTwice(), x, "a", "b")
     in_place = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4))
-    with raises_saying(fd.FuncdeltaError, "at 1 was changed in place before it ended at 2"):
+    with raises_saying(fd.errors.FuncdeltaError, "at 1 was changed in place before it ended at 2"):
         fd.DeltaModel(in_place, fd.ParallelAdapterConfig(modified_modules=["1", "2"]), example=(x,))
         delta = fd.ParallelAdapterModel(in_place.eval(), modified_modules=["1", "2"], example=(x,))
         with torch.no_grad():
             delta.apply(delta.init(0), x)
     pooled = nn.Sequential(nn.Linear(4, 4), nn.AdaptiveAvgPool1d(4), nn.Flatten(1), nn.Linear(20, 3))
-    with raises_saying(fd.MatchError, "from 0 to 3", "(2, 5, 4)", "(2, 5, 3)", "(2, 3) leaves", "positions stay"):
+    with raises_saying(
+        fd.errors.MatchError, "from 0 to 3", "(2, 5, 4)", "(2, 5, 3)", "(2, 3) leaves", "positions stay"
+    ):
         call(pooled, torch.randn(2, 5, 4), "0", "3")
 
 
@@ -414,7 +420,7 @@ def test_a_span_is_acted_on_by_after_alone() -> None:
         "spans": lambda self, names: ((names[0], names[1]),),
     }
     own = dataclass(frozen=True)(type("Own", (fd.BaseDeltaConfig,), functions))
-    with raises_saying(fd.ConfigError, "Own gives spans", "after"):
+    with raises_saying(fd.errors.ConfigError, "Own gives spans", "after"):
         fd.DeltaModel(TwoBlocks(), own(modified_modules=["up", "down"]))
 
 
@@ -440,6 +446,6 @@ def test_a_span_into_a_module_that_runs_once_per_member() -> None:
         stack = random_params(delta, 3)
         expected = assert_engines_agree(delta, stack, x, engines=("loop", "vmap", "auto", *(["fold"] if folds else [])))
         if not folds:
-            with raises_saying(fd.FoldError, "1 runs once per member", "from 0 to 1.inner", "engine="):
+            with raises_saying(fd.errors.FoldError, "1 runs once per member", "from 0 to 1.inner", "engine="):
                 delta.apply_many(stack, x, engine="fold")
         assert_close(delta.bind(fd.take(stack, 1))(x), expected[1])

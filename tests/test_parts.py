@@ -189,7 +189,7 @@ def test_an_excluded_part_leaves_the_others() -> None:
 
     assert parts("attn@.q@", "attn@.v@", without="attn@.q@") == ("v",)
     assert parts("attn.c_attn", without="attn@.k@") == ("q", "v")
-    with raises_saying(fd.MatchError, "exclude_modules", "attn@.q@"):
+    with raises_saying(fd.errors.MatchError, "exclude_modules", "attn@.q@"):
         parts("attn@.q@", without="attn@.q@")
 
 
@@ -226,7 +226,7 @@ def test_two_deltas_may_mean_different_parts_of_one_layer() -> None:
     ids=["adapter", "bitfit", "contradiction", "count"],
 )
 def test_parts_that_cannot_be(make: Callable[[], Any], pieces: list[str]) -> None:
-    with raises_saying(fd.MatchError, *pieces):
+    with raises_saying(fd.errors.MatchError, *pieces):
         make()
 
 
@@ -240,7 +240,7 @@ def test_a_layer_that_was_cut_has_no_known_parts() -> None:
     model = FAMILIES["phi3"].build()
     attention = model.get_submodule("model.layers.0.self_attn")
     attention.qkv_proj = nn.Linear(8, 13)
-    with raises_saying(fd.MatchError, "model.layers.0.self_attn.qkv_proj", "13", "whole"):
+    with raises_saying(fd.errors.MatchError, "model.layers.0.self_attn.qkv_proj", "13", "whole"):
         fd.LoraModel(model)
 
 

@@ -104,7 +104,7 @@ def test_a_module_with_two_names_is_one_site() -> None:
 
 def test_nothing_chosen_and_something_unknown() -> None:
     assert short_names(PATHS, []) == []
-    with raises_saying(fd.MatchError, "qurey", "Near names: query"):
+    with raises_saying(fd.errors.MatchError, "qurey", "Near names: query"):
         short_names(PATHS, ["encoder.layer.0.attention.self.qurey"])
 
 

@@ -297,10 +297,10 @@ def test_cancelling_raises_and_a_page_left_over_says_so(driver: Any) -> None:
         page.click("cancel")
         page.until(lambda: page.text("ended") == "Cancelled")
 
-    with raises_saying(fd.PickError, "cancelled on the page"):
+    with raises_saying(fd.errors.PickError, "cancelled on the page"):
         fd.pick(MLP(), open_browser=act, timeout=60)
     left: list[Page] = []
-    with raises_saying(fd.PickError, "within 0.1 s"):
+    with raises_saying(fd.errors.PickError, "within 0.1 s"):
         fd.pick(MLP(), open_browser=lambda address: left.append(Page(driver, address)), timeout=0.1)
     left[0].click_row("a")
     left[0].until(lambda: "does not listen" in left[0].text("reason"))

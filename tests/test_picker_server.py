@@ -164,7 +164,7 @@ def test_every_method_is_counted_or_says_why_not(method: str) -> None:
         found = client.post("count", method=method, paths=chosen).json
         config = METHODS[method](modified_modules=found["names"])
         if found["error"]:
-            with raises_saying(fd.FuncdeltaError, found["error"]):
+            with raises_saying(fd.errors.FuncdeltaError, found["error"]):
                 fd.DeltaModel(client.picking.model, config)
         else:
             assert found["sites"] == len(fd.DeltaModel(client.picking.model, config).sites)
@@ -300,9 +300,9 @@ def test_the_server_listens_on_the_loopback_address_alone() -> None:
 
 
 def test_cancel_timeout_and_a_browser_that_fails_raise() -> None:
-    with raises_saying(fd.PickError, "cancelled on the page"):
+    with raises_saying(fd.errors.PickError, "cancelled on the page"):
         fd.pick(MLP(), open_browser=lambda address: send(address, "cancel", cancel=True))
-    with raises_saying(fd.PickError, "within 0.05 s", "timeout=None"):
+    with raises_saying(fd.errors.PickError, "within 0.05 s", "timeout=None"):
         fd.pick(MLP(), open_browser=False, timeout=0.05)
     threads = threading.active_count()
     with pytest.raises(ZeroDivisionError):
@@ -325,7 +325,7 @@ def test_ctrl_c_closes_the_server() -> None:
 def test_a_port_in_use_is_said_and_can_be_used_again() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with raises_saying(fd.PickError, f"Port {port} of 127.0.0.1 is in use", "port=0"):
+        with raises_saying(fd.errors.PickError, f"Port {port} of 127.0.0.1 is in use", "port=0"):
             fd.pick(MLP(), port=port, open_browser=False)
     for _ in range(2):
         assert fd.pick(MLP(), port=port, open_browser=lambda a: send(a, "done", paths=["a"])) == ["a"]
@@ -333,21 +333,21 @@ def test_a_port_in_use_is_said_and_can_be_used_again() -> None:
 
 @pytest.mark.parametrize("port", [-1, 70000, "8888", True, None, 1.5])
 def test_a_port_that_is_none(port: Any) -> None:
-    with raises_saying(fd.ConfigError, f"port={port!r}", "65535"):
+    with raises_saying(fd.errors.ConfigError, f"port={port!r}", "65535"):
         fd.pick(MLP(), port=port, open_browser=False)
 
 
 def test_models_that_nothing_can_be_picked_from() -> None:
-    with raises_saying(fd.ConfigError, "str", "nn.Module"):
+    with raises_saying(fd.errors.ConfigError, "str", "nn.Module"):
         fd.pick("bert-base")  # pyright: ignore[reportArgumentType]
-    with raises_saying(fd.ConfigError, "Linear", "no modules inside"):
+    with raises_saying(fd.errors.ConfigError, "Linear", "no modules inside"):
         fd.pick(nn.Linear(2, 2))
 
 
 def test_without_the_library_the_command_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "flask" else find(name))
-    with raises_saying(fd.PickError, "Flask", 'pip install "funcdelta[web]"'):
+    with raises_saying(fd.errors.PickError, "Flask", 'pip install "funcdelta[web]"'):
         fd.pick(MLP(), open_browser=False)
 
 
@@ -361,7 +361,7 @@ def test_only_a_graphical_browser_is_opened(monkeypatch: pytest.MonkeyPatch) -> 
 
     for browser in (none, lambda: webbrowser.GenericBrowser("lynx"), lambda: webbrowser.BackgroundBrowser("firefox")):
         monkeypatch.setattr(webbrowser, "get", browser)
-        with raises_saying(fd.PickError, "within"):
+        with raises_saying(fd.errors.PickError, "within"):
             fd.pick(MLP(), timeout=0.02)
     assert len(opened) == 1
     assert opened[0].startswith("http://127.0.0.1:")
@@ -402,7 +402,7 @@ def test_interactive_modify_sets_the_modules(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("given", [{"modified_modules": ["a"]}, {"exclude_modules": ["a"]}])
 def test_interactive_modify_beside_names_raises(given: dict[str, Any]) -> None:
-    with raises_saying(fd.ConfigError, "interactive_modify", next(iter(given)), "['a']", "one of the two"):
+    with raises_saying(fd.errors.ConfigError, "interactive_modify", next(iter(given)), "['a']", "one of the two"):
         fd.LoraModel(MLP(), interactive_modify=8888, **given)
     with raises_saying(ValueError, "common_structure"):
         fd.LoraModel(MLP(), interactive_modify=True, common_structure=True)

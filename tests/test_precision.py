@@ -104,5 +104,5 @@ def test_quantised_layers_need_nothing_more(name: str, x: Tensor) -> None:
     stack = random_params(delta, 3)
     assert all(leaf.dtype == torch.float32 for leaf in stack.values())
     assert_acts(assert_engines_agree(delta, stack, x)[0], model(x))
-    with raises_saying(fd.MergeError, "0", "weight"):
+    with raises_saying(fd.errors.MergeError, "0", "weight"):
         delta.merge(fd.take(stack, 0))

@@ -200,7 +200,7 @@ def test_an_attention_of_the_users_own_choice_gets_the_same_keys(monkeypatch: py
         found = other.apply_rows(stack, [1, -1, 0], input_ids=tokens(3), **extra).logits
         assert_close(found[real], expected[real])
     windowed = model_of("Mistral", "ForCausalLM", "test_flash", **WIDE, sliding_window=8)
-    with raises_saying(fd.MatchError, "model.layers.0.self_attn", "window of 8", 'attn_implementation="sdpa"'):
+    with raises_saying(fd.errors.MatchError, "model.layers.0.self_attn", "window of 8", 'attn_implementation="sdpa"'):
         windowed_delta, windowed_params = plain_prefix(windowed)
         windowed_delta.apply(windowed_params, input_ids=tokens(3))
 
@@ -264,7 +264,7 @@ def test_baked_prefixes_give_the_same() -> None:
     )
     written = hidden @ stack["prefix.control_trans.2.weight"][1].T + stack["prefix.control_trans.2.bias"][1]
     assert_close(plain["transformer.h.1.attn.prefix.past_value"][1], written.view(PREFIX, 4, 16)[:, 3])
-    with raises_saying(fd.ConfigError, "plain already", "nothing to bake"):
+    with raises_saying(fd.errors.ConfigError, "plain already", "nothing to bake"):
         baked.bake(plain)
 
 
@@ -440,22 +440,24 @@ def test_images_and_speech() -> None:
 @pytest.mark.parametrize("name", [name for name, architecture in ZOO.items() if not architecture.attention])
 def test_where_it_cannot_act_it_says_so(name: str) -> None:
     architecture = ZOO[name]
-    with raises_saying(fd.MatchError, "prefix cannot act at", "attention interface", "soft prompt"):
+    with raises_saying(fd.errors.MatchError, "prefix cannot act at", "attention interface", "soft prompt"):
         fd.PrefixModel(architecture.build(), modified_modules=["[r].+"])
 
 
 def test_what_cannot_be_is_refused() -> None:
     bert = ZOO["bert"].build()
-    with raises_saying(fd.MatchError, "bert.encoder.layer.0.attention.self.query", "Linear neither is nor holds"):
+    with raises_saying(
+        fd.errors.MatchError, "bert.encoder.layer.0.attention.self.query", "Linear neither is nor holds"
+    ):
         fd.PrefixModel(bert, modified_modules=["query"])
-    with raises_saying(fd.ConfigError, "prefix_token_num=0", "at least 1"):
+    with raises_saying(fd.errors.ConfigError, "prefix_token_num=0", "at least 1"):
         fd.PrefixConfig(prefix_token_num=0)
-    with raises_saying(fd.ConfigError, "position_bias='none'", "kept, first_layer_only"):
+    with raises_saying(fd.errors.ConfigError, "position_bias='none'", "kept, first_layer_only"):
         fd.PrefixConfig(position_bias="none")
     delta, params = plain_prefix(bert)
-    with raises_saying(fd.MergeError, "cannot be merged", "keys and values that no weight"):
+    with raises_saying(fd.errors.MergeError, "cannot be merged", "keys and values that no weight"):
         delta.merge(params)
-    with raises_saying(fd.MatchError, "of no family", "attn@"):
+    with raises_saying(fd.errors.MatchError, "of no family", "attn@"):
         fd.PrefixModel(MLP())
 
 
@@ -472,7 +474,9 @@ def test_sites_of_unlike_width_need_prefixes_of_their_own() -> None:
             return self.a(input_ids).logits.sum(-1) + self.b(input_ids).last_hidden_state.sum((-1, -2))
 
     example = {"input_ids": tokens(2)}
-    with raises_saying(fd.ConfigError, "equally wide", "b.encoder.layer.0.attention.self", "reparameterize=False"):
+    with raises_saying(
+        fd.errors.ConfigError, "equally wide", "b.encoder.layer.0.attention.self", "reparameterize=False"
+    ):
         fd.PrefixModel(Two(), example=example)
     delta, params = plain_prefix(Two(), example=example)
     assert params["b.encoder.layer.0.attention.self.prefix.past_key"].shape == (PREFIX, 8)
@@ -482,14 +486,16 @@ def test_sites_of_unlike_width_need_prefixes_of_their_own() -> None:
 def test_a_site_that_its_example_or_a_call_leaves_out_is_named() -> None:
     model = model_of("T5", "ForConditionalGeneration", **T5_SIZES)
     example = {"encoder_outputs": (torch.zeros(2, 6, 16),), "decoder_input_ids": tokens(2)}
-    with raises_saying(fd.MatchError, "encoder.block.0.layer.0.SelfAttention", "did not go through", "exclude_modules"):
+    with raises_saying(
+        fd.errors.MatchError, "encoder.block.0.layer.0.SelfAttention", "did not go through", "exclude_modules"
+    ):
         plain_prefix(model, example=example)
     delta, params = plain_prefix(model)
     with pytest.warns(UnreachedWarning, match=r"did not pass through encoder.block.0.layer.0.SelfAttention"):
         found = delta.apply(params, **example).logits
     decoder, _ = plain_prefix(model, "[r]decoder.+SelfAttention")
     assert_close(found, decoder.apply({name: params[name] for name in decoder.names}, **example).logits)
-    with raises_saying(fd.ConfigError, "attend gave keys (3, 5)", "expected (P, 24)", "4 heads of 6"):
+    with raises_saying(fd.errors.ConfigError, "attend gave keys (3, 5)", "expected (P, 24)", "4 heads of 6"):
         fd.DeltaModel(model, NarrowConfig(modified_modules=["SelfAttention"])).apply(
             {name: torch.zeros(3, 5) for name in [f"{site}.narrow.k" for site in delta.sites]},
             input_ids=tokens(2),

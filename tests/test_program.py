@@ -245,7 +245,7 @@ def test_a_moved_backbone_is_an_error_that_names_refresh(call: str, x: Tensor) -
     delta.apply(params, x)
     model.double()
     wide = x.double()
-    with raises_saying(fd.StaleBackboneError, "float32", "float64", "delta.refresh()"):
+    with raises_saying(fd.errors.StaleBackboneError, "float32", "float64", "delta.refresh()"):
         {
             "apply": lambda: delta.apply(params, wide),
             "detached": lambda: delta.apply({}, wide),
@@ -336,7 +336,7 @@ def test_an_embedding_that_renormalises_itself_does_not_touch_the_backbone() -> 
     try:
         delta.apply({}, tokens)
         delta.apply(random_params(delta), tokens)
-    except fd.FuncdeltaError as error:
+    except fd.errors.FuncdeltaError as error:
         assert "0.weight" in str(error)  # noqa: PT017  (either outcome is right)
     assert_unchanged(model, before)
 

@@ -324,7 +324,7 @@ def test_what_a_model_prepares_in_its_own_way_is_refused_by_name() -> None:
     }
     seen: dict[str, Any] = {"cross_attention_mask": torch.ones(1, 4, 1, 1, dtype=torch.long)}
     delta, params, _ = prompted(model)
-    with pytest.raises(fd.ParamsError, match=r"cross_attention_mask has the shape.*call the model without it"):
+    with pytest.raises(fd.errors.ParamsError, match=r"cross_attention_mask has the shape.*call the model without it"):
         delta.apply(params, ids, **image, **seen)
     assert delta.apply(params, ids).logits.shape == (1, P + 4, 64)
 

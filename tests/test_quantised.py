@@ -77,7 +77,7 @@ def test_saved_and_loaded_with_the_fingerprint_of_the_int8_weights(quantised: An
     delta.save_finetuned(stack, tmp_path / "delta")
     _, again = fd.AutoDeltaModel.from_finetuned(tmp_path / "delta", backbone_model=model)
     assert all(torch.equal(again[name], leaf) for name, leaf in stack.items())
-    with raises_saying(fd.CheckpointError, "check_hash=False"):
+    with raises_saying(fd.errors.CheckpointError, "check_hash=False"):
         fd.AutoDeltaModel.from_finetuned(tmp_path / "delta", backbone_model=ZOO["llama"].build())
 
 
@@ -85,7 +85,7 @@ def test_what_would_write_into_int8_weights_is_refused(quantised: Any) -> None:
     model = quantised("llama")
     delta, stack = subject(model, "lora", "llama")
     for merge in (delta.merge, delta.merged):
-        with raises_saying(fd.MergeError, "q_proj", "Int8Tensor", "delta.apply"):
+        with raises_saying(fd.errors.MergeError, "q_proj", "Int8Tensor", "delta.apply"):
             merge(fd.take(stack, 0))
-    with raises_saying(fd.MatchError, "q_proj.weight", "Int8Tensor", "unfrozen_modules"):
+    with raises_saying(fd.errors.MatchError, "q_proj.weight", "Int8Tensor", "unfrozen_modules"):
         fd.LoraModel(model, modified_modules=["v_proj"], unfrozen_modules=["deltas", "q_proj"])

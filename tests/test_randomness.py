@@ -16,6 +16,7 @@ from torch.utils import _python_dispatch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from funcdelta import randomness
 from funcdelta.errors import ConfigError, ParamsError
 from funcdelta.randomness import ATTENTION, DRAWN_BEFORE, Generators, drawn, private_random, refuse_draws
 
@@ -437,3 +438,10 @@ def test_threads_that_take_turns_leave_no_mark_on_the_process(block: Callable[[]
     thread.join(3)
     assert not _python_dispatch.is_in_torch_dispatch_mode()
     assert not _python_dispatch.is_in_any_mode_without_ignore_compile_internals()
+
+
+def test_torchs_operators_stay_the_same_objects() -> None:
+    """Torch's tables are by operator: one that was made again would be in none of them."""
+    before = {name: getattr(torch.ops.aten.rand, name) for name in torch.ops.aten.rand.overloads()}
+    randomness._find(before["default"])
+    assert all(getattr(torch.ops.aten.rand, name) is overload for name, overload in before.items())

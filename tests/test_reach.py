@@ -1,4 +1,4 @@
-"""fd.reached: which leaves a function differentiates in, against what is known of the delta."""
+"""fd.grad.reached: which leaves a function differentiates in, against what is known of the delta."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def case() -> Case:
 
 @pytest.mark.parametrize("engine", ["fold", "vmap", "loop", "auto"])
 def test_constants_are_not_reached_by_any_engine(case: Case, engine: str) -> None:
-    assert fd.reached(lambda s: case.delta.apply_many(s, case.x, engine=engine), case.stack) == case.trains
-    assert fd.reached(case.delta.apply, case.params, case.x) == case.trains
-    assert fd.reached(lambda s: case.delta.apply_rows(s, [0, 1, -1, 1, 0], case.x), case.stack) == case.trains
+    assert fd.grad.reached(lambda s: case.delta.apply_many(s, case.x, engine=engine), case.stack) == case.trains
+    assert fd.grad.reached(case.delta.apply, case.params, case.x) == case.trains
+    assert fd.grad.reached(lambda s: case.delta.apply_rows(s, [0, 1, -1, 1, 0], case.x), case.stack) == case.trains
 
 
 def accuracy(case: Case, stack: Params) -> Tensor:
@@ -77,14 +77,14 @@ def by_a_view(case: Case, stack: Params) -> Any:
 
 @pytest.mark.parametrize("f", [accuracy, without_gradients, in_numbers, member_by_member, moved, by_a_view])
 def test_leaves_are_seen_where_the_result_has_no_gradient(case: Case, f: Callable[[Case, Params], Any]) -> None:
-    assert fd.reached(lambda stack: f(case, stack), case.stack) == case.trains
+    assert fd.grad.reached(lambda stack: f(case, stack), case.stack) == case.trains
 
 
 def test_it_works_inside_transforms_and_changes_nothing(case: Case) -> None:
     found = []
 
     def f(params: Params) -> Tensor:
-        found.append(fd.reached(case.delta.apply, params, case.x))
+        found.append(fd.grad.reached(case.delta.apply, params, case.x))
         return case.delta.apply(params, case.x).sum()
 
     plain = [f(case.params), torch.func.grad(lambda p: case.delta.apply(p, case.x).sum())(case.params)]
@@ -104,7 +104,7 @@ def test_it_works_inside_transforms_and_changes_nothing(case: Case) -> None:
 def test_a_compiled_function_is_looked_into(case: Case) -> None:
     compiled = torch.compile(case.delta.apply, backend="eager", fullgraph=True)
     expected = compiled(case.params, case.x)
-    assert fd.reached(compiled, case.params, case.x) == case.trains
+    assert fd.grad.reached(compiled, case.params, case.x) == case.trains
     counted = torch._dynamo.utils.counters["frames"].copy()
     assert torch.equal(compiled(case.params, case.x), expected)
     assert torch._dynamo.utils.counters["frames"] == counted  # nothing was compiled again
@@ -118,7 +118,7 @@ def test_threads_do_not_leave_compiling_switched_off(case: Case) -> None:
         go.wait(10)
         return case.delta.apply(params, case.x)
 
-    threads = [threading.Thread(target=fd.reached, args=(slow, case.params)) for _ in range(2)]
+    threads = [threading.Thread(target=fd.grad.reached, args=(slow, case.params)) for _ in range(2)]
     for thread in threads:
         thread.start()
     go.set()
@@ -138,26 +138,26 @@ def test_generation_is_followed() -> None:
         text = delta.bind_rows(stack, [0, 1]).generate(prompt, max_new_tokens=3, do_sample=False)
         return torch.tensor(text.numpy().sum(-1).astype("float32"))
 
-    found = fd.reached(score, delta.init(0, n=2))
+    found = fd.grad.reached(score, delta.init(0, n=2))
     assert found == set(filter(delta.trainable, delta.names))
 
 
 def test_sites_that_a_call_passes_by_are_not_reached(case: Case) -> None:
-    assert fd.reached(lambda p, x: p["a"] * x + p["b"].detach(), dict.fromkeys("abc", torch.ones(1)), 2.0) == {"a"}
-    assert fd.reached(lambda p: p["a"].sum() + p["b"].sum(), {"a": torch.ones(1), "b": torch.tensor(3)}) == {"a"}
-    assert fd.reached(lambda p: 0, {"w": torch.ones(1), "steps": torch.tensor(3)}) == {"w"}
+    assert fd.grad.reached(lambda p, x: p["a"] * x + p["b"].detach(), dict.fromkeys("abc", torch.ones(1)), 2.0) == {"a"}
+    assert fd.grad.reached(lambda p: p["a"].sum() + p["b"].sum(), {"a": torch.ones(1), "b": torch.tensor(3)}) == {"a"}
+    assert fd.grad.reached(lambda p: 0, {"w": torch.ones(1), "steps": torch.tensor(3)}) == {"w"}
 
 
 def test_where_nothing_is_seen_it_says_what_to_write(case: Case) -> None:
-    with pytest.raises(fd.ParamsError, match=r"trainable=delta\.trainable, or some, rest = fd\.partition"):
-        fd.reached(lambda params: 3.0, case.params)
-    with pytest.raises(fd.ParamsError, match=r"flat dict .* found list"):
-        fd.reached(lambda params: 3.0, [torch.ones(2)])  # pyright: ignore[reportArgumentType]
-    with pytest.raises(fd.ParamsError, match=r"'w' is torch\.sparse_coo"):
-        fd.reached(lambda params: 3.0, {"v": torch.ones(2), "w": torch.eye(2).to_sparse()})
+    with pytest.raises(fd.errors.ParamsError, match=r"trainable=delta\.trainable, or some, rest = fd\.partition"):
+        fd.grad.reached(lambda params: 3.0, case.params)
+    with pytest.raises(fd.errors.ParamsError, match=r"flat dict .* found list"):
+        fd.grad.reached(lambda params: 3.0, [torch.ones(2)])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(fd.errors.ParamsError, match=r"'w' is torch\.sparse_coo"):
+        fd.grad.reached(lambda params: 3.0, {"v": torch.ones(2), "w": torch.eye(2).to_sparse()})
 
     def wrong(params: Params) -> Tensor:
         raise RuntimeError("the user's own")
 
     with pytest.raises(RuntimeError, match="the user's own"):
-        fd.reached(wrong, case.params)
+        fd.grad.reached(wrong, case.params)

@@ -241,6 +241,6 @@ def test_a_head_tied_to_the_embedding(smollm: tuple[nn.Module, Any]) -> None:
     tokens = tokenizer("Water boils", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         expected = delta.apply(params, input_ids=tokens).logits
-        with pytest.raises(fd.MergeError, match="untie=True"):
+        with pytest.raises(fd.errors.MergeError, match="untie=True"):
             delta.merge(params)
         assert_close(delta.merged(params, untie=True)(input_ids=tokens).logits, expected, 1e-4)

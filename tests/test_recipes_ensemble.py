@@ -73,13 +73,13 @@ def test_auroc_of_nothing_known_is_not_a_number() -> None:
 
 
 def test_what_does_not_fit_is_named() -> None:
-    with pytest.raises(fd.ParamsError, match=r"auroc compares scores \(\.\.\., a\)"):
+    with pytest.raises(fd.errors.ParamsError, match=r"auroc compares scores \(\.\.\., a\)"):
         ensemble.auroc(torch.zeros(2, 3), torch.zeros(3, 3))
-    with pytest.raises(fd.ParamsError, match="a and b at least 1"):
+    with pytest.raises(fd.errors.ParamsError, match="a and b at least 1"):
         ensemble.auroc(torch.zeros(0), torch.zeros(3))
-    with pytest.raises(fd.ParamsError, match="a and b at least 1"):
+    with pytest.raises(fd.errors.ParamsError, match="a and b at least 1"):
         ensemble.auroc(torch.tensor(0.0), torch.zeros(3))
-    with pytest.raises(fd.ParamsError, match=r"for one member write entropy"):
+    with pytest.raises(fd.errors.ParamsError, match=r"for one member write entropy"):
         ensemble.disagreement(torch.ones(3))
 
 

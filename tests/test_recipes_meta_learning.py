@@ -46,7 +46,7 @@ class Few:
         roots = {name: leaf.clone().requires_grad_() for name, leaf in self.params.items()}
         moving = [name for name in roots if name not in self.delta.constants]
         total = torch.zeros((), dtype=torch.float64)
-        with fd.higher_order():
+        with fd.grad.higher_order():
             for i in range(TASKS):
                 now = dict(roots)
                 for _ in range(STEPS):
@@ -95,7 +95,7 @@ def test_checkpointed_steps_have_the_same_meta_gradient(few: Few, first_order: b
 
 
 def test_checkpointed_steps_keep_no_activations(few: Few) -> None:
-    """Nodes of the graph, each of which may save tensors: fd.unroll's own tests count what a step saves."""
+    """Nodes of the graph, each of which may save tensors: fd.grad.unroll's own tests count what a step saves."""
 
     def nodes(steps: int, checkpoint: bool) -> int:
         roots = {name: leaf.clone().requires_grad_(few.delta.trainable(name)) for name, leaf in few.params.items()}

@@ -79,7 +79,7 @@ def test_an_empty_slot_raises_wherever_it_is_named(delta: fd.DeltaModel, x: Tens
         lambda: resident.rows([0, 1]),
         lambda: resident.pick([0, 1]),
     ):
-        with raises_saying(fd.StackError, "Slot 1 holds no member: it was removed", "in use are 0, 2", "-1"):
+        with raises_saying(fd.errors.StackError, "Slot 1 holds no member: it was removed", "in use are 0, 2", "-1"):
             refused()
     # The row's next member goes by another number; the old one never answers for it.
     assert resident.put(delta.init(0)) == 6
@@ -89,48 +89,50 @@ def test_an_empty_slot_raises_wherever_it_is_named(delta: fd.DeltaModel, x: Tens
         lambda: resident.remove(1),
         lambda: resident.pick(torch.tensor([1])),
     ):
-        with raises_saying(fd.StackError, "Slot 1 holds no member: it was removed, and slot 6 took its place"):
+        with raises_saying(fd.errors.StackError, "Slot 1 holds no member: it was removed, and slot 6 took its place"):
             refused()
     for slot in (5, 11, -1):
-        with raises_saying(fd.StackError, f"Slot {slot} holds no member. The slots in use are 0, 2, 6", "put(params)"):
+        with raises_saying(
+            fd.errors.StackError, f"Slot {slot} holds no member. The slots in use are 0, 2, 6", "put(params)"
+        ):
             resident.remove(slot)
-    with raises_saying(fd.ParamsError, "-2 to 0", "slots are 0 or more"):
+    with raises_saying(fd.errors.ParamsError, "-2 to 0", "slots are 0 or more"):
         resident.check([0, -2])
-    with raises_saying(fd.ParamsError, "the number that put(params) gave", "'anna'"):
+    with raises_saying(fd.errors.ParamsError, "the number that put(params) gave", "'anna'"):
         resident.member("anna")  # type: ignore[arg-type]
 
 
 def test_what_does_not_fit(delta: fd.DeltaModel) -> None:
     params = delta.init(0)
     resident = fd.Resident(delta, 1)
-    with raises_saying(fd.StackError, "no member yet", "put(params)"):
+    with raises_saying(fd.errors.StackError, "no member yet", "put(params)"):
         resident.members()
-    with raises_saying(fd.ParamsError, "a.lora.lora_A of (8, 4); found (3, 8, 4)", "one member at a time"):
+    with raises_saying(fd.errors.ParamsError, "a.lora.lora_A of (8, 4); found (3, 8, 4)", "one member at a time"):
         resident.put(delta.init(0, n=3))
     missing = {name: leaf for name, leaf in params.items() if name != "head.bias"}
-    with raises_saying(fd.ParamsError, "head.bias of (3,); found nothing"):
+    with raises_saying(fd.errors.ParamsError, "head.bias of (3,); found nothing"):
         resident.put(missing)
-    with raises_saying(fd.ParamsError, "head.weights of no shape"):
+    with raises_saying(fd.errors.ParamsError, "head.weights of no shape"):
         resident.put(params | {"head.weights": torch.zeros(1)})
     for leaf, found in (
         ([0.0] * 3, "a list"),
         (torch.zeros(3, device="meta"), "a meta tensor"),
         (torch.zeros(3).to_sparse(), "the layout torch.sparse_coo"),
     ):
-        with raises_saying(fd.ParamsError, f"head.bias of (3,); found {found}"):
+        with raises_saying(fd.errors.ParamsError, f"head.bias of (3,); found {found}"):
             resident.put(params | {"head.bias": leaf})  # type: ignore[dict-item]
-    with raises_saying(fd.ParamsError, "a dict of tensors; found int"):
+    with raises_saying(fd.errors.ParamsError, "a dict of tensors; found int"):
         resident.put(3)  # type: ignore[arg-type]
     assert resident.used == ()
     assert not any(leaf.any() for leaf in resident.values())
     resident.put(params)
-    with raises_saying(fd.StackError, "All 1 slots hold a member", "fd.Resident.of(", "capacity=2"):
+    with raises_saying(fd.errors.StackError, "All 1 slots hold a member", "fd.Resident.of(", "capacity=2"):
         resident.put(params)
-    with raises_saying(fd.ParamsError, "capacity=0", "at least 1"):
+    with raises_saying(fd.errors.ParamsError, "capacity=0", "at least 1"):
         fd.Resident(delta, 0)
-    with raises_saying(fd.ParamsError, "'head.weights' is no leaf", "delta.names"):
+    with raises_saying(fd.errors.ParamsError, "'head.weights' is no leaf", "delta.names"):
         fd.Resident(delta, 2, names=["head.weights"])
-    with raises_saying(fd.ParamsError, "3 members does not fit into capacity=2"):
+    with raises_saying(fd.errors.ParamsError, "3 members does not fit into capacity=2"):
         fd.Resident.of(delta, delta.init(0, n=3), 2)
 
 
@@ -283,7 +285,7 @@ def test_any_sequence_of_changes_is_that_of_a_dict(delta: fd.DeltaModel) -> None
             assert [mark(stack, i) for i in range(len(expected))] == [expected[slot] for slot in sorted(expected)]
         for slot in choose.sample(range(max(ever, default=0) + 5), 5):
             if slot not in expected:
-                with pytest.raises(fd.StackError):
+                with pytest.raises(fd.errors.StackError):
                     resident.check([slot])
     assert len(ever) > 50
 
@@ -304,7 +306,7 @@ def test_a_reader_waits_for_a_change_that_is_half_done(delta: fd.DeltaModel, cha
         try:
             picked = resident.pick([slots[1], slots[0]])
             found.append([mark(picked, 0), mark(picked, 1)])
-        except fd.StackError:
+        except fd.errors.StackError:
             found.append("gone")
 
     writer, reader = threading.Thread(target=write), threading.Thread(target=read)
@@ -359,7 +361,7 @@ def test_a_member_that_cannot_be_brought_back_is_gone(delta: fd.DeltaModel) -> N
     slot = resident.put(marked(delta, 1.0))
     with pytest.raises(KeyboardInterrupt), Failing(0, lambda: None):  # at every write
         resident.replace(slot, marked(delta, 2.0))
-    with raises_saying(fd.StackError, "Slot 0 holds no member"):
+    with raises_saying(fd.errors.StackError, "Slot 0 holds no member"):
         resident.pick([slot])
     assert resident.put(marked(delta, 3.0)) == 1
 
@@ -404,7 +406,7 @@ def test_threads_that_put_replace_remove_and_read(delta: fd.DeltaModel) -> None:
             index = [choose.choice(known) for _ in range(2)]
             try:
                 picked = resident.pick(index)
-            except fd.StackError:
+            except fd.errors.StackError:
                 counts[0] += 1
                 continue
             counts[1] += 1
@@ -446,7 +448,7 @@ def test_a_child_forked_during_a_change(delta: fd.DeltaModel) -> None:
     def child() -> bool:
         try:
             resident.pick([second])
-        except fd.StackError:  # half the one and half the other
+        except fd.errors.StackError:  # half the one and half the other
             return mark(resident.pick([first]), 0) == 1.0 and resident.put(marked(delta, 4.0)) == 4
         return False
 

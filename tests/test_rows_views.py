@@ -198,9 +198,9 @@ def test_what_a_view_holds() -> None:
         assert list(found) == list(stack) == list(view.state_dict())
         assert all(torch.equal(found[key], leaf) and found[key] is not leaf for key, leaf in stack.items())
         assert view.to("cpu")(x).equal(expected)
-    with raises_saying(fd.ParamsError, "would stay behind", "delta.refresh()"):
+    with raises_saying(fd.errors.ParamsError, "would stay behind", "delta.refresh()"):
         view.double()
-    with raises_saying(fd.ParamsError, "holds no params of its own", "delta.bind_rows(stack, index)"):
+    with raises_saying(fd.errors.ParamsError, "holds no params of its own", "delta.bind_rows(stack, index)"):
         view.load_state_dict(stack)
 
 
@@ -220,25 +220,25 @@ def test_modes_of_a_view() -> None:
 def test_what_cannot_be_routed_says_what_to_write() -> None:
     delta, stack = subject("llama")
     inputs = padded("llama")
-    with raises_saying(fd.ParamsError, "4 rows", "runs 3 rows", "view.route(index)"):
+    with raises_saying(fd.errors.ParamsError, "4 rows", "runs 3 rows", "view.route(index)"):
         delta.bind_rows(stack, [0, 1, 2]).generate(**inputs, **GREEDY)
-    with raises_saying(fd.ParamsError, "0 to 4", "0 to 3, and -1"):
+    with raises_saying(fd.errors.ParamsError, "0 to 4", "0 to 3, and -1"):
         delta.bind_rows(stack, [0, 4])
-    with raises_saying(fd.ParamsError, "index is empty"):
+    with raises_saying(fd.errors.ParamsError, "index is empty"):
         delta.bind_rows(stack, [])
-    with raises_saying(fd.StackError, "This is one member"):
+    with raises_saying(fd.errors.StackError, "This is one member"):
         delta.bind_rows(fd.take(stack, 0), [0])
     view = delta.bind_rows(stack, INDEX)
-    with raises_saying(fd.EngineError, "model.layers.0.self_attn.q_proj ran by itself", "the whole model"):
+    with raises_saying(fd.errors.EngineError, "model.layers.0.self_attn.q_proj ran by itself", "the whole model"):
         view.get_submodule("model.layers.0.self_attn.q_proj")(torch.zeros(4, 1, 16))
-    with raises_saying(fd.FoldError, "loss is a scalar", "torch.vmap(F.cross_entropy)"):
+    with raises_saying(fd.errors.FoldError, "loss is a scalar", "torch.vmap(F.cross_entropy)"):
         view(**inputs, labels=inputs["input_ids"])
     view.generate(**inputs, **GREEDY)  # an error leaves the view as it was
     delta, stack = subject("llama", "soft_prompt")
-    with raises_saying(fd.EngineError, "makes the input longer", "delta.bind({})"):
+    with raises_saying(fd.errors.EngineError, "makes the input longer", "delta.bind({})"):
         delta.bind_rows(stack, INDEX)
     delta, stack = subject("llama", "bitfit")
-    with raises_saying(fd.EngineError, "ran by itself"):
+    with raises_saying(fd.errors.EngineError, "ran by itself"):
         delta.bind_rows(stack, INDEX).get_submodule("model.norm")(torch.zeros(4, 1, 16))
 
 
@@ -253,5 +253,5 @@ def test_guidance_that_lays_a_second_batch_behind_the_first_is_refused() -> None
     view = delta.bind_rows(random_params(delta, 2), [0, 1])
     tokens = ZOO["llama"].inputs(2)["input_ids"]
     assert view.generate(tokens, **GREEDY).shape[0] == 2
-    with raises_saying(fd.EngineError, "guidance_scale=None"):
+    with raises_saying(fd.errors.EngineError, "guidance_scale=None"):
         view.generate(tokens, **GREEDY, guidance_scale=3.0)

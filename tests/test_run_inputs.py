@@ -331,7 +331,7 @@ def test_mapped_tensors_are_those_with_a_member_axis(name: str) -> None:
     case = CASES[name]
     inputs = given(case)
     if "numpy of each" in name:
-        with raises_saying(fd.EngineError, "x", "numpy array", 'engine="loop"'):
+        with raises_saying(fd.errors.EngineError, "x", "numpy array", 'engine="loop"'):
             inputs.mapped()
         return
     for i in range(N):
@@ -412,7 +412,7 @@ def test_only_the_fold_needs_to_know_the_rows(name: str) -> None:
     args, kwargs, said = UNCLEAR[name]
     inputs = read(*args, **kwargs)
     for call in (inputs.folded, lambda: inputs.b, inputs.check_rows, lambda: inputs.rows([0])):
-        with raises_saying(fd.FoldError, *said):
+        with raises_saying(fd.errors.FoldError, *said):
             call()
     for found in (inputs.member(1), inputs.chunk(0, 2).member(0), inputs.fill_mapped(inputs.mapped()), inputs.shared()):
         leaves, expected = flatten(found)[0], flatten((args, kwargs))[0]
@@ -433,7 +433,7 @@ def test_the_advice_is_right() -> None:
 
 def test_a_value_of_each_members_own_has_no_place_in_one_batch() -> None:
     inputs = read(X, scale=torch.tensor([1.0, 2.0, 3.0]), in_dims={"scale": 0})
-    with raises_saying(fd.FoldError, "scale", 'engine="auto"'):
+    with raises_saying(fd.errors.FoldError, "scale", 'engine="auto"'):
         inputs.folded()
     assert [inputs.member(i)[1]["scale"].item() for i in range(N)] == [1, 2, 3]
     assert inputs.mapped()[0].tolist() == [1, 2, 3]
@@ -458,23 +458,23 @@ def test_an_explicit_none_is_never_taken_for_rows(shared: Any) -> None:
 
 
 def test_nothing_but_shared_inputs_has_no_rows() -> None:
-    with raises_saying(fd.FoldError, "No input"):
+    with raises_saying(fd.errors.FoldError, "No input"):
         read(X, X, in_dims={"x": None, "y": None}).folded()
 
 
 def test_what_in_dims_may_be() -> None:
-    with raises_saying(fd.ParamsError, "'mask'", "not an input"):
+    with raises_saying(fd.errors.ParamsError, "'mask'", "not an input"):
         read(X, in_dims={"mask": None})
-    with raises_saying(fd.ParamsError, "in_dims['x']=1", "0", "None"):
+    with raises_saying(fd.errors.ParamsError, "in_dims['x']=1", "0", "None"):
         read(X, in_dims={"x": 1})
-    with raises_saying(fd.ParamsError, "in_dims=1", "None"):
+    with raises_saying(fd.errors.ParamsError, "in_dims=1", "None"):
         read(X, in_dims=1)
-    with raises_saying(fd.ParamsError, "x", "(4, 5)", "3 members", "in_dims={'x': None}"):
+    with raises_saying(fd.errors.ParamsError, "x", "(4, 5)", "3 members", "in_dims={'x': None}"):
         read(X, in_dims=0)
-    with raises_saying(fd.ParamsError, "y.scale", "()", "in_dims={'y': None}"):
+    with raises_saying(fd.errors.ParamsError, "y.scale", "()", "in_dims={'y': None}"):
         read(OWN, y={"scale": torch.tensor(1.0)}, in_dims=0)
     hidden = types.SimpleNamespace(x=OWN)
-    with raises_saying(fd.EngineError, "y", "SimpleNamespace", "tuple", "in_dims={'y': None}"):
+    with raises_saying(fd.errors.EngineError, "y", "SimpleNamespace", "tuple", "in_dims={'y': None}"):
         read(OWN, hidden, in_dims=0)
     assert read(OWN, hidden, in_dims={"x": 0}).folded()[0][1] is hidden
 
@@ -500,14 +500,14 @@ def test_sparse_tensors_of_each_members_own_run_one_by_one() -> None:
     for i in range(N):
         assert torch.equal(inputs.member(i)[0][1].to_dense(), dense[i])
     assert torch.equal(inputs.chunk(1, 3).member(1)[0][1].to_dense(), dense[2])
-    with raises_saying(fd.FoldError, "y", 'engine="auto" or "loop"'):
+    with raises_saying(fd.errors.FoldError, "y", 'engine="auto" or "loop"'):
         inputs.folded()
-    with raises_saying(fd.EngineError, "y", "torch.sparse_coo", 'engine="loop"'):
+    with raises_saying(fd.errors.EngineError, "y", "torch.sparse_coo", 'engine="loop"'):
         inputs.mapped()
     same = csr(torch.eye(B).expand(N, B, B))
     rows = read(X, same, in_dims={"y": 0})
     assert torch.equal(rows.member(2)[0][1].to_dense(), torch.eye(B))
-    with raises_saying(fd.EngineError, "y", "chunk_size"):
+    with raises_saying(fd.errors.EngineError, "y", "chunk_size"):
         rows.chunk(0, 2)
 
 
@@ -539,7 +539,7 @@ def test_an_index_says_how_many_rows_there_are(
 
 
 def test_no_rows_for_an_index() -> None:
-    with raises_saying(fd.FoldError, "No input", "3 entries"):
+    with raises_saying(fd.errors.FoldError, "No input", "3 entries"):
         read(torch.tensor(1.0), entries=3).check_rows()
     assert read(TEXTS, entries=4).rows([3, 0]).shared()[0] == (["d", "a"],)
 
@@ -589,7 +589,7 @@ def test_whatever_comes_in_is_read_or_refused_by_name(odd: Any, in_dims: Any) ->
             for name in ("z", "position_ids", "cache_position"):
                 try:
                     inputs = read(*args, **{name: odd}, in_dims=in_dims, entries=entries)
-                except fd.FuncdeltaError:
+                except fd.errors.FuncdeltaError:
                     continue
                 for use in (
                     *(inputs.folded, inputs.mapped, lambda inputs=inputs: inputs.rows([0, -1]).folded()),
@@ -597,7 +597,7 @@ def test_whatever_comes_in_is_read_or_refused_by_name(odd: Any, in_dims: Any) ->
                 ):
                     try:
                         use()
-                    except fd.FuncdeltaError as error:
+                    except fd.errors.FuncdeltaError as error:
                         assert str(error)  # noqa: PT017
 
 

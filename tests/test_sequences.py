@@ -110,7 +110,7 @@ def take(case: Case, step: Step) -> None:
         n = max(step.n, step.rows)
         index = list(reversed(range(step.rows))) if "mixes" in flags else [2, -1, 0, 2][: step.rows]
         call = case.rows if step.way == "rows" else case.rows_of_view
-        kinds = (fd.EngineError, fd.ParamsError)
+        kinds = (fd.errors.EngineError, fd.errors.ParamsError)
         found = number_or_refusal(lambda: call(batch, index, n), "routes" in flags, kinds)
         if isinstance(found, str):
             return
@@ -190,7 +190,7 @@ def test_one_members_loss_is_mapped_or_refused_by_name(name: str) -> None:
     loss = fd.value_and_grad(lambda params: weighted_sum(case.hard.output(case.delta.apply(params, **batch))))
     try:
         losses, grads = loss(case.stack())
-    except fd.EngineError:
+    except fd.errors.EngineError:
         return
     for member in range(3):
         params, trained = with_leaves(case.delta, case.params(member))

@@ -78,12 +78,12 @@ def test_baking_gives_each_site_its_leaves(x: Tensor, n: int | None) -> None:
 
 def test_nothing_to_bake_is_said() -> None:
     delta = fd.LoraModel(MLP(), modified_modules=["a"])
-    with raises_saying(fd.ConfigError, "LoraConfig has nothing to bake"):
+    with raises_saying(fd.errors.ConfigError, "LoraConfig has nothing to bake"):
         delta.bake(delta.init(0))
 
 
 def test_a_shared_leaf_needs_a_free_name() -> None:
-    with raises_saying(fd.MatchError, "already has a module 'b'", "name='b_delta'"):
+    with raises_saying(fd.errors.MatchError, "already has a module 'b'", "name='b_delta'"):
         fd.DeltaModel(MLP(), SharedGainConfig(modified_modules=["a"], name="b"))
 
 
@@ -91,7 +91,7 @@ def test_half_of_a_delta_with_shared_leaves_is_refused(x: Tensor) -> None:
     delta = fd.DeltaModel(MLP(), SharedGainConfig(modified_modules=["a", "b"]))
     params = delta.init(0)
     del params["test_shared.gain"]
-    with raises_saying(fd.ParamsError, "lacks 1 of the 3 leaves", "test_shared.gain"):
+    with raises_saying(fd.errors.ParamsError, "lacks 1 of the 3 leaves", "test_shared.gain"):
         delta.apply(params, x)
 
 

@@ -151,7 +151,7 @@ def test_odd_params_are_told(world: World, name: str) -> None:
     for what, leaf, params in odd(world.params if name in ONE else world.stack):
         try:
             function(world, params)
-        except fd.FuncdeltaError as error:
+        except fd.errors.FuncdeltaError as error:
             said = str(error)
             assert len(said) < MOST, (what, len(said))
             # Where a leaf has a shape that may be a stack's, the others are the odd ones.
@@ -186,7 +186,7 @@ def test_what_is_as_it_should_be_passes(world: World) -> None:
 )
 def test_numbers_of_another_kind(world: World, change: Any, words: tuple[str, ...]) -> None:
     for function, params in ((ONE["apply"], world.params), (MANY["apply_many auto"], world.stack)):
-        with pytest.raises(fd.ParamsError) as caught:
+        with pytest.raises(fd.errors.ParamsError) as caught:
             function(world, {**params, "0.lora.lora_A": change(params["0.lora.lora_A"])})
         assert all(word in str(caught.value) for word in words), str(caught.value)
 
@@ -197,7 +197,7 @@ def test_autocast_converts_what_differs(world: World) -> None:
         found = world.delta.apply(params, world.x)
         expected = world.delta.apply(world.params, world.x)
     assert torch.allclose(found.float(), expected.float(), atol=0.1)
-    with pytest.raises(fd.ParamsError, match="one dtype"):  # and nothing that autocast lets pass is remembered
+    with pytest.raises(fd.errors.ParamsError, match="one dtype"):  # and nothing that autocast lets pass is remembered
         world.delta.apply(params, world.x)
 
 
@@ -283,7 +283,7 @@ def test_odd_indices_and_arguments_are_told(world: World, name: str) -> None:
     for what, index in {**INDICES, "nested": nested, "quantised": quantised}.items():
         try:
             TAKING[name](world, index)
-        except fd.FuncdeltaError as error:
+        except fd.errors.FuncdeltaError as error:
             said = str(error)
             if len(said) >= MOST:
                 raise AssertionError(f"{what}: {len(said)} letters") from error
@@ -294,17 +294,17 @@ def test_odd_indices_and_arguments_are_told(world: World, name: str) -> None:
 @pytest.mark.parametrize("n", [0, -1])
 def test_no_members(world: World, n: int) -> None:
     for function in (TAKING["init(n=)"], TAKING["broadcast"]):
-        with pytest.raises(fd.FuncdeltaError, match=r"member|negative"):
+        with pytest.raises(fd.errors.FuncdeltaError, match=r"member|negative"):
             function(world, n)
     empty = {name: leaf[:0] for name, leaf in world.stack.items()}
     for call in (MANY["apply_many auto"], MANY["apply_rows"], MANY["bind_rows"], MANY["value_and_grad"]):
-        with pytest.raises(fd.StackError, match="at least one member"):
+        with pytest.raises(fd.errors.StackError, match="at least one member"):
             call(world, empty)
 
 
 def test_devices_that_are_none(world: World) -> None:
     for device in ("nowhere", 5.0, object()):
-        with pytest.raises(fd.ParamsError, match="names no device"):
+        with pytest.raises(fd.errors.ParamsError, match="names no device"):
             world.delta.init(0, device=device)  # pyright: ignore[reportArgumentType]
 
 
@@ -315,7 +315,7 @@ def test_devices_that_are_none(world: World) -> None:
 @pytest.mark.parametrize("lazy", [nn.LazyLinear(4), nn.LazyBatchNorm1d()], ids=["LazyLinear", "LazyBatchNorm1d"])
 def test_lazy_modules_have_to_run_first(lazy: nn.Module) -> None:
     backbone = nn.Sequential(nn.Linear(4, 4), lazy)
-    with pytest.raises(fd.MatchError, match=r"1\.weight has no shape yet .*backbone\(inputs\)"):
+    with pytest.raises(fd.errors.MatchError, match=r"1\.weight has no shape yet .*backbone\(inputs\)"):
         fd.LoraModel(backbone, modified_modules=["0"])
     backbone(torch.randn(3, 4))
     assert fd.LoraModel(backbone, modified_modules=["0"]).sites == ("0",)

@@ -281,7 +281,7 @@ def test_going_on_from_a_cache_by_hand() -> None:
             numbers = at[:, 4:] + P if counted else at[:, 4:]
             rest = delta.apply(params, ids[:, 4:], attention_mask=more, position_ids=numbers, **cache).logits
             torch.testing.assert_close(rest, whole[:, P + 4 :])
-        with pytest.raises(fd.ParamsError, match=r"attention_mask has 5 positions, the cache 9 and the input 2"):
+        with pytest.raises(fd.errors.ParamsError, match=r"attention_mask has 5 positions, the cache 9 and the input 2"):
             delta.apply(params, ids[:, 4:], attention_mask=mask[:, :5], **cache)
 
 
@@ -301,7 +301,7 @@ def test_states_of_an_encoder_run_without_it_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize(("method", "name"), CANNOT_ACT)
 def test_says_where_it_cannot_act(method: str, name: str) -> None:
-    with pytest.raises(fd.MatchError, match=CANNOT_ACT[method, name]):
+    with pytest.raises(fd.errors.MatchError, match=CANNOT_ACT[method, name]):
         fd.DeltaModel(ZOO[name].build(), fd.AutoDeltaConfig.for_type(method)())
 
 
@@ -323,12 +323,14 @@ def test_found_inside_wrappers() -> None:
     with torch.no_grad():
         expected = inner.apply(dict.fromkeys(inner.names, next(iter(params.values()))), tokens(2)).logits.sum((1, 2))
         torch.testing.assert_close(delta.apply(params, tokens(2)), expected)
-    with pytest.raises(fd.MatchError, match=r"several models that take token ids \(models.0.transformer, models.1.mod"):
+    with pytest.raises(
+        fd.errors.MatchError, match=r"several models that take token ids \(models.0.transformer, models.1.mod"
+    ):
         prompted(Wrapped(one, two))
     assert prompted(Wrapped(one, two), modified_modules=["models.1.model"])[0].sites == ("models.1.model",)
-    with pytest.raises(fd.MatchError, match="exclude_modules leaves out 'transformer'"):
+    with pytest.raises(fd.errors.MatchError, match="exclude_modules leaves out 'transformer'"):
         prompted(one, exclude_modules=["transformer"])
-    with pytest.raises(fd.MatchError, match=r"cannot act at .*c_attn: Conv1D has no get_input_embeddings"):
+    with pytest.raises(fd.errors.MatchError, match=r"cannot act at .*c_attn: Conv1D has no get_input_embeddings"):
         prompted(one, modified_modules=["c_attn"])
 
 
@@ -400,7 +402,9 @@ def test_starts_as_the_first_tokens_with_their_scale() -> None:
     (rows,) = drawn.values()
     assert 0.2 < float(rows.abs().max()) <= 0.25
     assert not torch.equal(rows[0], rows[1])
-    with pytest.raises(fd.MatchError, match=r"copies 65 tokens, but the vocabulary has 64; write token_init=False"):
+    with pytest.raises(
+        fd.errors.MatchError, match=r"copies 65 tokens, but the vocabulary has 64; write token_init=False"
+    ):
         fd.SoftPromptModel(model, soft_token_num=65)
 
 
@@ -427,7 +431,7 @@ def test_the_config_is_hashable_data() -> None:
         ({"batch_dim": 1}, "rows have to be axis 0"),
         ({"other_expand_ids": ("attention_mask",)}, "write pairs of an input's name and a number"),
     ]:
-        with pytest.raises(fd.ConfigError, match=message):
+        with pytest.raises(fd.errors.ConfigError, match=message):
             fd.SoftPromptConfig(**fields)
 
 
@@ -439,27 +443,31 @@ def test_what_cannot_be_extended_is_refused() -> None:
     delta, params, _ = prompted(model)
     ids = tokens(2)
     prepared = torch.zeros(2, 1, 6, 6)
-    with pytest.raises(fd.ParamsError, match=r"attention_mask has the shape \(2, 1, 6, 6\).*one of two axes only"):
+    with pytest.raises(
+        fd.errors.ParamsError, match=r"attention_mask has the shape \(2, 1, 6, 6\).*one of two axes only"
+    ):
         delta.apply(params, ids, attention_mask=prepared)
-    with pytest.raises(fd.ParamsError, match=r"attention_mask has the shape \(2, 5\) beside an input of 6 positions"):
+    with pytest.raises(
+        fd.errors.ParamsError, match=r"attention_mask has the shape \(2, 5\) beside an input of 6 positions"
+    ):
         delta.apply(params, ids, attention_mask=torch.ones(2, 5))
     with pytest.raises(
-        fd.ParamsError, match=r"has 32 positions, but the prompt \(3\) and the text \(30\) need 33: shorte"
+        fd.errors.ParamsError, match=r"has 32 positions, but the prompt \(3\) and the text \(30\) need 33: shorte"
     ):
         delta.apply(params, tokens(2, length=30))
     assert delta.apply(params, tokens(2, length=29)).logits.shape == (2, 32, 64)
-    with pytest.raises(fd.EngineError, match=r"StaticCache was made for the text without the prompt"):
+    with pytest.raises(fd.errors.EngineError, match=r"StaticCache was made for the text without the prompt"):
         delta.bind(params).generate(ids, max_new_tokens=2, cache_implementation="static", pad_token_id=1)  # type: ignore[operator]
-    with pytest.raises(fd.MergeError, match="rows before the input are not a function of the weights"):
+    with pytest.raises(fd.errors.MergeError, match="rows before the input are not a function of the weights"):
         delta.merge(params)
     with pytest.raises(ValueError, match="input_ids"):
         delta.apply(params, attention_mask=torch.ones(2, 6))
 
     xlnet = pretrained("XLNet", "Model", vocab_size=64, d_model=16, n_layer=1, n_head=2, d_inner=16)()
     delta, params, _ = prompted(xlnet)
-    with pytest.raises(fd.ParamsError, match=r'add \("perm_mask", value\) to other_expand_ids'):
+    with pytest.raises(fd.errors.ParamsError, match=r'add \("perm_mask", value\) to other_expand_ids'):
         delta.apply(params, ids, perm_mask=torch.zeros(2, 6, 6))
-    with pytest.raises(fd.EngineError, match="was given mems, which does not tell"):
+    with pytest.raises(fd.errors.EngineError, match="was given mems, which does not tell"):
         delta.apply(params, ids, mems=[torch.zeros(4, 2, 16)])
 
 

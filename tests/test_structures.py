@@ -65,7 +65,7 @@ def test_a_common_name_means_what_is_written_by_hand(family: Family) -> None:
 
 @on_every_family
 def test_every_module_has_one_name(family: Family) -> None:
-    names = fd.common_names(family.model)
+    names = fd.inspect.common_names(family.model)
     assert list(names) == [path for path, _ in family.model.named_modules(remove_duplicate=False) if path]
     for stack, _ in family.layers:
         assert names[stack].endswith("block@")
@@ -87,7 +87,7 @@ def test_every_module_has_one_name(family: Family) -> None:
     ],
 )
 def test_translations_that_opendelta_gives_too(family: str, path: str, name: str) -> None:
-    assert fd.common_names(FAMILIES[family].model)[path] == name
+    assert fd.inspect.common_names(FAMILIES[family].model)[path] == name
 
 
 def test_older_releases_of_vit() -> None:
@@ -117,7 +117,7 @@ def test_each_model_inside_a_module_keeps_to_its_own_table() -> None:
             for path in find(FAMILIES[family].model, name)
         ]
         assert find(both, name) == expected
-    names = fd.common_names(both)
+    names = fd.inspect.common_names(both)
     assert names["wte"] == "wte"
     assert names["layer.bert.encoder.layer.0.output"] == "layer.bert.encoder@.block@.0.ff@"
     assert structures.families(both) == ["t5", "bert"]
@@ -127,7 +127,7 @@ def test_each_model_inside_a_module_keeps_to_its_own_table() -> None:
 def test_a_model_of_an_unknown_type_inside_a_known_one_has_no_table() -> None:
     tower = FAMILIES["gemma3"].model
     assert not [path for path in find(tower, "attn@") if "vision" in path]
-    assert fd.common_names(tower)["model.vision_tower.encoder.layers.0.self_attn"].endswith("self_attn")
+    assert fd.inspect.common_names(tower)["model.vision_tower.encoder.layers.0.self_attn"].endswith("self_attn")
 
 
 def test_a_backbone_twice_in_one_module_is_found_twice() -> None:
@@ -139,9 +139,9 @@ def test_a_backbone_twice_in_one_module_is_found_twice() -> None:
 def test_a_stack_of_layers_without_its_model_is_translated_too() -> None:
     bert, bart, t5 = (FAMILIES[name].model for name in ("bert", "bart", "t5"))
     assert sites(bert.bert.encoder, "attn@.q@") == [f"layer.{i}.attention.self.query" for i in (0, 1)]
-    assert fd.common_names(bart.model.decoder)["layers.1.encoder_attn.q_proj"] == "block@.1.crossattn@.q@"
+    assert fd.inspect.common_names(bart.model.decoder)["layers.1.encoder_attn.q_proj"] == "block@.1.crossattn@.q@"
     # The second sublayer of a T5 is one thing in the encoder and another in the decoder.
-    with raises_saying(fd.MatchError, "attn@.q@", "T5Stack"):
+    with raises_saying(fd.errors.MatchError, "attn@.q@", "T5Stack"):
         sites(t5.encoder, "attn@.q@")
 
 
@@ -203,7 +203,7 @@ def test_trained_leaves_by_common_names() -> None:
     # Tied: the head is trained under the first name of its tensors.
     assert trained("bert", "lm_head@.proj@") == ["bert.embeddings.word_embeddings.weight", "cls.predictions.bias"]
     assert trained("gpt2", "0.attn@.q,k,v@") == [f"transformer.h.0.attn.c_attn.{leaf}" for leaf in ("weight", "bias")]
-    with raises_saying(fd.MatchError, "unfrozen_modules", "attn@.q@", "c_attn", "q,k,v@"):
+    with raises_saying(fd.errors.MatchError, "unfrozen_modules", "attn@.q@", "c_attn", "q,k,v@"):
         trained("gpt2", "attn@.q@")
 
 
@@ -235,13 +235,13 @@ def test_targets_in_the_backbones_own_names() -> None:
     ids=lambda value: str(value)[:50] if isinstance(value, dict) else "",
 )
 def test_a_common_name_that_means_nothing_is_an_error(family: str, fields: dict[str, Any], pieces: list[str]) -> None:
-    with raises_saying(fd.MatchError, *pieces):
+    with raises_saying(fd.errors.MatchError, *pieces):
         fd.LoraModel(FAMILIES[family].model, **fields)
 
 
-@pytest.mark.parametrize("use", [fd.common_names, lambda model: sites(model, "attn@.q@"), fd.LoraModel])
+@pytest.mark.parametrize("use", [fd.inspect.common_names, lambda model: sites(model, "attn@.q@"), fd.LoraModel])
 def test_a_module_without_a_table_says_which_families_exist(use: Any) -> None:
-    with raises_saying(fd.MatchError, "MLP", "bert", "whisper", "clip_vision_model"):
+    with raises_saying(fd.errors.MatchError, "MLP", "bert", "whisper", "clip_vision_model"):
         use(MLP())
 
 
@@ -268,12 +268,12 @@ def test_a_new_family_is_one_table() -> None:
     fused = structures.Fused("attn@", ("q", "v"), lambda config, names, width: equal_parts(names, width))
     table = {"h": "block@", "h.*": {"qv": fused, "up": ("ff@.w1@", "ff@.w2@", "attn@.proj@")}}
     with known_family("pair_of_layers", table):
-        assert fd.common_names(Holder(inner=model))["inner.h.1.qv"] == "inner.block@.1.attn@.q,v@"
+        assert fd.inspect.common_names(Holder(inner=model))["inner.h.1.qv"] == "inner.block@.1.attn@.q,v@"
         delta = fd.LoraModel(model, lora_r=1, modified_modules=["1.attn@.v@"])
         assert delta.shapes["h.1.qv.lora.lora_B"] == (4, 1)
         assert list(fd.AdapterModel(model).sites) == ["h.0.up", "h.1.up"]
-    with raises_saying(fd.MatchError, "no family"):
-        fd.common_names(model)
+    with raises_saying(fd.errors.MatchError, "no family"):
+        fd.inspect.common_names(model)
 
 
 # -- defaults ------------------------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def test_every_method_has_own_sites_that_act_or_says_why_not(method: str, name: 
         return [next(value for value in output.values() if isinstance(value, torch.Tensor)) for output in found]
 
     if (method, name) in REFUSED:
-        with raises_saying(fd.FuncdeltaError, *REFUSED[method, name]):
+        with raises_saying(fd.errors.FuncdeltaError, *REFUSED[method, name]):
             outputs()
         return
     bare, found = outputs()

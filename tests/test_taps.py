@@ -34,7 +34,7 @@ def test_taps_are_the_gradients_of_every_row(method: str, name: str) -> None:
     params, inputs = s.member(0), s.inputs()
     if s.apply(params, inputs).shape[0] != ROWS:
         pytest.skip("the output's first axis is not that of rows")
-    found = fd.taps(lambda p: each_row(s, p, inputs), params)
+    found = fd.grad.taps(lambda p: each_row(s, p, inputs), params)
     assert set(found) <= set(params)
     names = list(found)
     assert names or method not in WITH_TAPS
@@ -49,7 +49,7 @@ def test_taps_are_the_gradients_of_every_row(method: str, name: str) -> None:
 def test_every_matrix_of_a_product_has_a_tap(method: str, name: str) -> None:
     s = subject(method, name)
     params = s.member(0)
-    found = fd.taps(lambda p: each_row(s, p, s.inputs()), params)
+    found = fd.grad.taps(lambda p: each_row(s, p, s.inputs()), params)
     # Tables of embeddings and patches are no products with a matrix.
     assert set(found) == {key for key, leaf in params.items() if leaf.ndim == 2 and "embed" not in key}
 
@@ -87,13 +87,13 @@ def case() -> Case:
 
 
 def test_a_trained_head_has_a_tap_and_ghost_norms_are_norms(case: Case) -> None:
-    found = fd.taps(case.losses, case.params, case.x, case.y)
+    found = fd.grad.taps(case.losses, case.params, case.x, case.y)
     assert set(found) == {"body.lora.lora_A", "body.lora.lora_B", "head.weight"}
     assert found["head.weight"].inputs.shape == (6, 1, 7)
     assert found["body.lora.lora_A"].inputs.shape == (6, 4, 5)
-    rows = fd.per_sample_grads(case.loss)(case.params, case.x, case.y)
+    rows = fd.grad.per_sample_grads(case.loss)(case.params, case.x, case.y)
     expected = fd.tree.norm({name: rows[name] for name in found}, per_member=True)
-    torch.testing.assert_close(fd.ghost_norms(found), expected)
+    torch.testing.assert_close(fd.grad.ghost_norms(found), expected)
 
 
 @pytest.mark.parametrize("t", [1, 40])
@@ -101,15 +101,15 @@ def test_ghost_norms_by_either_way(t: int) -> None:
     torch.manual_seed(0)
     x, g = torch.randn(3, t, 9, dtype=torch.float64), torch.randn(3, t, 8, dtype=torch.float64)
     expected = torch.einsum("bto,bti->boi", g, x).flatten(1).norm(dim=1)
-    torch.testing.assert_close(fd.ghost_norms({"w": fd.Tap(x, g)}), expected)
+    torch.testing.assert_close(fd.grad.ghost_norms({"w": fd.grad.Tap(x, g)}), expected)
 
 
 def test_kronecker_factors_are_the_mean_of_outer_products_where_x_and_g_are_independent() -> None:
     torch.manual_seed(0)
     x, g = torch.randn(4, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
     pairs = [(a, b) for a in x for b in g]  # every input with every gradient
-    tap = fd.Tap(torch.stack([a for a, _ in pairs])[:, None], torch.stack([b for _, b in pairs])[:, None])
-    a, g_factor = fd.kronecker_factors({"w": tap})["w"]
+    tap = fd.grad.Tap(torch.stack([a for a, _ in pairs])[:, None], torch.stack([b for _, b in pairs])[:, None])
+    a, g_factor = fd.grad.kronecker_factors({"w": tap})["w"]
     gradients = torch.einsum("bto,bti->boi", tap.grads, tap.inputs).flatten(1)
     torch.testing.assert_close(torch.kron(g_factor, a), gradients.mT @ gradients / len(pairs))
 
@@ -119,9 +119,9 @@ def test_a_leaf_that_acts_twice_adds_up(case: Case) -> None:
         return F.linear(F.linear(x, params["w"]).tanh(), params["w"]).square().sum(1)
 
     w, x = torch.randn(3, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
-    tap = fd.taps(losses, {"w": w}, x)["w"]
+    tap = fd.grad.taps(losses, {"w": w}, x)["w"]
     assert tap.inputs.shape == (4, 2, 3)
-    expected = fd.per_sample_grads(lambda p, x: losses(p, x).sum())({"w": w}, x)["w"]
+    expected = fd.grad.per_sample_grads(lambda p, x: losses(p, x).sum())({"w": w}, x)["w"]
     torch.testing.assert_close(torch.einsum("bto,bti->boi", tap.grads, tap.inputs), expected)
 
 
@@ -129,28 +129,28 @@ def test_a_leaf_that_acts_otherwise_too_has_no_tap() -> None:
     def losses(params: dict[str, Tensor], x: Tensor) -> Tensor:
         return F.linear(x, params["w"]).sum(1) + params["w"].square().sum()
 
-    assert fd.taps(losses, {"w": torch.ones(3, 3)}, torch.ones(2, 3)) == {}
+    assert fd.grad.taps(losses, {"w": torch.ones(3, 3)}, torch.ones(2, 3)) == {}
 
 
 def test_messages(case: Case) -> None:
-    with pytest.raises(fd.ParamsError, match=r"one loss a row, \(6,\); found shape \(\).*reduction="):
-        fd.taps(case.loss, case.params, case.x, case.y)
-    with pytest.raises(fd.StackError, match=r"fd.taps takes one member's params"):
-        fd.taps(case.losses, fd.stack([case.params] * 2), case.x, case.y)
+    with pytest.raises(fd.errors.ParamsError, match=r"one loss a row, \(6,\); found shape \(\).*reduction="):
+        fd.grad.taps(case.loss, case.params, case.x, case.y)
+    with pytest.raises(fd.errors.StackError, match=r"fd.grad.taps takes one member's params"):
+        fd.grad.taps(case.losses, fd.stack([case.params] * 2), case.x, case.y)
 
     def mixed(params: dict[str, Tensor], x: Tensor) -> Tensor:
         logits = case.delta.apply(params, x)
         return (logits - logits.mean(0)).square().sum(1)
 
-    with pytest.raises(fd.ParamsError, match=r"even rows depend on what .* makes of odd ones"):
-        fd.taps(mixed, case.params, case.x)
-    assert fd.taps(mixed, case.params, case.x, check=False)
+    with pytest.raises(fd.errors.ParamsError, match=r"even rows depend on what .* makes of odd ones"):
+        fd.grad.taps(mixed, case.params, case.x)
+    assert fd.grad.taps(mixed, case.params, case.x, check=False)
 
     def before(params: dict[str, Tensor], x: Tensor) -> Tensor:
         logits = case.delta.apply(params, x)
         return (logits - logits.roll(1, 0)).square().sum(1)
 
-    with pytest.raises(fd.ParamsError, match=r"even rows depend on"):
-        fd.taps(before, case.params, case.x)
-    with pytest.raises(fd.ParamsError, match="at least one tap"):
-        fd.ghost_norms({})
+    with pytest.raises(fd.errors.ParamsError, match=r"even rows depend on"):
+        fd.grad.taps(before, case.params, case.x)
+    with pytest.raises(fd.errors.ParamsError, match="at least one tap"):
+        fd.grad.ghost_norms({})

@@ -396,7 +396,7 @@ def test_a_state_of_another_shape_is_named(tmp_path: Path) -> None:
 def test_what_is_wrong_is_named_before_anything_is_written(
     place: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(fd.FuncdeltaError, match=message):
+    with pytest.raises(fd.errors.FuncdeltaError, match=message):
         run(options(place, tmp_path / "run", **changes))
     assert list(tmp_path.iterdir()) == []
 

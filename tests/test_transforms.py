@@ -214,7 +214,7 @@ def test_data_may_be_dicts_with_masks_of_members_own() -> None:
 
 def test_an_average_over_members_is_no_loss(x: Tensor) -> None:
     delta = lora()
-    with raises_saying(fd.ParamsError, "one number", "5 members", "(5,)"):
+    with raises_saying(fd.errors.ParamsError, "one number", "5 members", "(5,)"):
         fd.value_and_grad(lambda s: delta.apply_many(s, x).square().mean())(random_params(delta, 5))
 
 

@@ -235,7 +235,7 @@ def test_a_backbone_that_checkpoints_is_folded() -> None:
     model.activation_checkpointing_enable({"use_reentrant": False})
     delta = fd.DeltaModel(model, lora("3.attention.self.query")).mode(train=True)
     stack = {name: leaf.requires_grad_() for name, leaf in random_params(delta, N).items()}
-    with raises_saying(fd.FoldError, 'engine="trunk"', "checkpoints its activations", 'Use engine="fold"'):
+    with raises_saying(fd.errors.FoldError, 'engine="trunk"', "checkpoints its activations", 'Use engine="fold"'):
         delta.apply_many(stack, **text(), engine="trunk")
     grads = [
         torch.autograd.grad(delta.apply_many(stack, **text(), engine=engine).logits.square().sum(), leaf)[0]
@@ -276,13 +276,13 @@ def test_a_module_that_writes_its_input_is_not_shared() -> None:
 def test_where_nothing_can_be_shared() -> None:
     delta = fd.LoraModel(Odd(""), lora_r=2, modified_modules=["trunk.0"])
     stack, x = random_params(delta, N), torch.randn(B, 4)
-    with raises_saying(fd.FoldError, 'engine="trunk"', "in common", 'Use engine="fold"'):
+    with raises_saying(fd.errors.FoldError, 'engine="trunk"', "in common", 'Use engine="fold"'):
         delta.apply_many(stack, x, engine="trunk")
     assert_close(delta.apply_many(stack, x), delta.apply_many(stack, x, engine="loop"))
     late = fd.LoraModel(Odd(""), lora_r=2, modified_modules=["head"])
     each = torch.randn(N, B, 4)
     stack = random_params(late, N)
-    with raises_saying(fd.FoldError, "members share no work", "its own x", 'engine="fold"'):
+    with raises_saying(fd.errors.FoldError, "members share no work", "its own x", 'engine="fold"'):
         late.apply_many(stack, each, in_dims=0, engine="trunk")
     assert_close(late.apply_many(stack, each, in_dims=0), late.apply_many(stack, each, in_dims=0, engine="loop"))
 
@@ -306,7 +306,7 @@ def test_a_model_whose_calls_depend_on_the_rows_is_folded_then() -> None:
     stack, usual = random_params(delta, N), torch.randn(B, 4)
     assert_close(delta.apply_many(stack, usual), delta.apply_many(stack, usual, engine="loop"))
     odd = usual - 200
-    with raises_saying(fd.FoldError, "rows of several members", "engine="):
+    with raises_saying(fd.errors.FoldError, "rows of several members", "engine="):
         delta.apply_many(stack, odd, engine="trunk")
     assert_close(delta.apply_many(stack, odd), delta.apply_many(stack, odd, engine="loop"))
 

@@ -143,7 +143,7 @@ def test_a_slot_that_another_member_took_does_not_answer_for_the_old_one() -> No
         view(**inputs)
         resident.remove(1)
         slot = resident.put(fd.take(stack, 4))
-        with raises_saying(fd.StackError, "Slot 1 holds no member", f"slot {slot} took its place"):
+        with raises_saying(fd.errors.StackError, "Slot 1 holds no member", f"slot {slot} took its place"):
             view(**inputs)
         found = view.route([0, slot, -1, 0])(**inputs).logits
         assert_close(found, delta.apply_rows(stack, [0, 4, -1, 0], **inputs).logits, 1e-5)
@@ -214,7 +214,7 @@ def test_a_fork_in_the_middle_of_another_threads_call_is_told() -> None:
     if child == 0:
         try:
             view(x)
-        except fd.EngineError:
+        except fd.errors.EngineError:
             os._exit(7)
         finally:
             os._exit(1)

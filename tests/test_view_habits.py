@@ -116,7 +116,7 @@ def test_a_view_advises_no_engine(name: str) -> None:
         for _ in range(2):
             try:
                 delta.bind_rows(stack, [2, 0])(torch.randn(2, 4), extra)
-            except fd.FuncdeltaError as error:
+            except fd.errors.FuncdeltaError as error:
                 said.append(str(error))
     said += [str(one.message) for one in told]
     assert said

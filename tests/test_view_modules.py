@@ -196,7 +196,7 @@ def test_what_is_the_backbones_own_is_not_written_through_an_attribute(what: str
     delta = fd.LoraModel(MLP().eval(), modified_modules=["a"])
     before = snapshot(delta.backbone)
     view = delta.bind(delta.init(0))
-    with raises_saying(fd.StaleBackboneError, "weight", "unfrozen_modules", ".clone()"), torch.no_grad():
+    with raises_saying(fd.errors.StaleBackboneError, "weight", "unfrozen_modules", ".clone()"), torch.no_grad():
         REFUSED[what](view)
     assert_unchanged(delta.backbone, before)
 
@@ -338,7 +338,7 @@ def test_a_part_of_a_view_is_copied_as_an_ordinary_module() -> None:
     assert torch.equal(part.weight, delta.backbone.b.weight)
     assert part.weight.data_ptr() != delta.backbone.b.weight.data_ptr()
     for acting in (view.a, view.head):
-        with raises_saying(fd.ParamsError, "a delta acts", "copy the whole view"):
+        with raises_saying(fd.errors.ParamsError, "a delta acts", "copy the whole view"):
             copy.deepcopy(acting)
 
 
@@ -346,7 +346,7 @@ def test_a_delta_on_a_view_is_refused() -> None:
     delta, params = _head_of_an_mlp()
     view = delta.bind(params)
     for model in (view, Parent(view)):
-        with raises_saying(fd.ConfigError, "is a view of a delta", "delta.configs", "delta.merged"):
+        with raises_saying(fd.errors.ConfigError, "is a view of a delta", "delta.configs", "delta.merged"):
             fd.LoraModel(model, modified_modules=["b"])
 
 
@@ -454,19 +454,19 @@ def test_unbind_looks_into_wrappers() -> None:
     view = delta.bind(params)
     for wrapped in (torch.compile(view, backend="eager"), nn.DataParallel(view), torch.compile(nn.DataParallel(view))):
         assert all(torch.equal(leaf, params[name]) for name, leaf in fd.unbind(wrapped).items())
-    with raises_saying(fd.ParamsError, "Parent is not a view"):
+    with raises_saying(fd.errors.ParamsError, "Parent is not a view"):
         fd.unbind(Parent(view))
 
 
 def test_a_load_that_would_load_nothing_raises() -> None:
     delta, params = _head_of_an_mlp()
     view, nothing = delta.bind(params), {"model.a.lora.lora_A": torch.zeros(8, 4)}
-    with raises_saying(fd.ParamsError, "Nothing of this state dict", "model.a.lora.lora_A", "a.lora.lora_A"):
+    with raises_saying(fd.errors.ParamsError, "Nothing of this state dict", "model.a.lora.lora_A", "a.lora.lora_A"):
         view.load_state_dict(nothing, strict=False)
     with pytest.raises(RuntimeError, match="Nothing of this state dict"):
         Parent(view).load_state_dict({f"net.{key}": value for key, value in nothing.items()}, strict=False)
     Parent(view).load_state_dict({"scale": torch.zeros(())}, strict=False)  # nothing is meant for the view
-    with raises_saying(fd.ParamsError, "Missing: ['a.lora.lora_B'"):
+    with raises_saying(fd.errors.ParamsError, "Missing: ['a.lora.lora_B'"):
         view.load_state_dict({"a.lora.lora_A": params["a.lora.lora_A"]})
     assert all(torch.equal(leaf, params[name]) for name, leaf in fd.unbind(view).items())
 

@@ -101,9 +101,9 @@ def test_the_state_dict_holds_the_delta_alone(delta: fd.DeltaModel, x: Tensor) -
 def test_a_backbones_state_dict_is_refused_and_writes_nothing(delta: fd.DeltaModel) -> None:
     before = snapshot(delta.backbone)
     view = delta.bind(delta.init(0))
-    with raises_saying(fd.ParamsError, "a.lora.lora_A", "a.weight"):
+    with raises_saying(fd.errors.ParamsError, "a.lora.lora_A", "a.weight"):
         view.load_state_dict(MLP().state_dict())
-    with raises_saying(fd.ParamsError, "a.lora.lora_A", "(9, 4)", "(2, 4)"):
+    with raises_saying(fd.errors.ParamsError, "a.lora.lora_A", "(9, 4)", "(2, 4)"):
         view.load_state_dict({**delta.init(0), "a.lora.lora_A": torch.zeros(9, 4)})
     view.load_state_dict(MLP().state_dict(), strict=False)
     assert_unchanged(delta.backbone, before)
@@ -117,7 +117,7 @@ def test_a_write_to_what_a_view_shares_does_not_reach_the_backbone(delta: fd.Del
 
 
 def test_what_is_no_view(delta: fd.DeltaModel) -> None:
-    with raises_saying(fd.ParamsError, "MLP", "delta.bind(params)"):
+    with raises_saying(fd.errors.ParamsError, "MLP", "delta.bind(params)"):
         fd.unbind(delta.backbone)
 
 
@@ -281,7 +281,7 @@ def test_pickling_a_view_works_or_says_what_to_write(delta: fd.DeltaModel, x: Te
     view = delta.bind(random_params(delta))
     try:
         again = pickle.loads(pickle.dumps(view))
-    except fd.FuncdeltaError as error:
+    except fd.errors.FuncdeltaError as error:
         assert "unbind" in str(error)  # noqa: PT017  (either outcome is right)
         return
     assert_close(again(x), view(x), 1e-6)

@@ -49,8 +49,8 @@ def parser() -> argparse.ArgumentParser:
         description="Time one training step of n LoRA members by fold, vmap, loop and PEFT against the bare "
         "backbone's forward and input gradient on the same tokens, and a single step against PEFT and "
         "hand-written LoRA; rows that each have a member of their own, in a forward and in greedy decoding; a "
-        "second-order MAML step over tasks; an ensemble on one batch with deltas on the last layers; memory; what a "
-        "call costs besides its arithmetic (core); and models with experts. "
+        "second-order MAML step over tasks; an ensemble on one batch with deltas on the last layers; memory; what "
+        "starting and calls cost besides arithmetic (core); and models with experts. "
         "Ratios are medians of ratios paired within a round; a table whose yardstick spreads by more than 10 % is "
         "measured again, and marked if it stays so.",
     )

@@ -1,4 +1,4 @@
-"""What a call costs besides arithmetic: functions called, the first fold, overhead a site, and what every call checks.
+"""What is paid besides arithmetic: starting, functions called, the first fold, overhead a site, checks of every call.
 
 The figures that these had before the core was rebuilt are given beside them.
 """
@@ -31,6 +31,7 @@ from funcdelta.bench.measure import (
     in_milliseconds,
 )
 from funcdelta.bench.rivals import ALPHA, RANK, HandWritten, sites_of
+from funcdelta.bench.starting import starting_table
 from funcdelta.bench.subjects import Shape, Subject, narrow_llama
 from funcdelta.bench.timing import Ratio, Samples, interleave, quiet, spread, timed
 
@@ -51,8 +52,9 @@ def core_tables(
     >>> from funcdelta.bench.subjects import tiny
     >>> tables = core_tables(tiny(), Shape(2, 1, 4), 1, Effort(repeats=1, attempts=1))
     >>> [table.what for table in tables]
-    ['one call', 'one forward pass', 'one forward pass', 'one forward pass', 'checks of one call']
+    ['processor time', 'one call', 'one forward pass', 'one forward pass', 'one forward pass', 'checks of one call']
     """
+    yield starting_table(effort, notify)
     yield calls_table(notify)
     yield first_table(layers, effort, notify)
     yield from overhead_tables(layers, effort, notify)

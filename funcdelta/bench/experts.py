@@ -114,7 +114,7 @@ def experts_table(subject: Subject, where: str, shape: Shape, effort: Effort, no
 
         try:
             gradients = step()
-        except fd.EngineError as reason:
+        except fd.errors.EngineError as reason:
             refused.append(f"{engine} cannot run it: {str(reason)[:120]}")
             continue
         worst = disagreement(gradients, expected)

@@ -91,7 +91,7 @@ def jvp(f: Callable[..., Any], params: Tree, tangent: Tree, *data: Any) -> Any:
     """J t, with J = ∂f/∂params: how ``f(params, *data)``, any pytree of tensors, changes along ``tangent``.
 
     Forward mode: one pass, no graph. Constants of a delta do not move what ``apply`` gives. For several tangents map
-    over them: ``torch.vmap(lambda t: fd.jvp(f, params, t))(tangents)``.
+    over them: ``torch.vmap(lambda t: fd.grad.jvp(f, params, t))(tangents)``.
 
     >>> jvp(lambda params: params["w"] ** 2, {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.0, 10.0])})
     tensor([ 2., 40.])
@@ -135,7 +135,7 @@ def jacobian(f: Callable[..., Any], params: Any, *data: Any, chunk_size: int | N
         if parted.leaves[place].is_complex():
             raise ParamsError(
                 f"jacobian is of real numbers, and leaf {parted.names[place]!r} is {parted.leaves[place].dtype}. Write "
-                f"fd.vjp for each output, or give it torch.view_as_real(leaf)."
+                f"fd.grad.vjp for each output, or give it torch.view_as_real(leaf)."
             )
 
     def run(reals: list[Tensor]) -> Any:

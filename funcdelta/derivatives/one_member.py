@@ -13,12 +13,12 @@ def one_member(call: str, instead: str = "map it over a stack with torch.vmap") 
     """A block in which ``apply`` is given one member; for a stack the error says what ``fd.<call>`` wants instead.
 
     >>> with one_member("hvp(loss, ...)"):
-    ...     raise fd.StackError("This is a stack.")
+    ...     raise fd.errors.StackError("This is a stack.")
     Traceback (most recent call last):
     ...
-    funcdelta.errors.StackError: fd.hvp(loss, ...) takes one member's params; map it over a stack ... This is a stack.
+    funcdelta.errors.StackError: fd.grad.hvp(loss, ...) takes one member's params; map it over a stack ... This is...
     """
     try:
         yield
     except StackError as error:
-        raise StackError(f"fd.{call} takes one member's params; {instead}. {error}") from error
+        raise StackError(f"fd.grad.{call} takes one member's params; {instead}. {error}") from error

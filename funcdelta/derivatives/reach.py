@@ -41,7 +41,7 @@ def reached(f: Callable[..., Any], params: Mapping[str, Tensor], *data: Any) -> 
     Raises ``ParamsError`` where no gradient is seen at all (``f`` computes in numpy, or in other threads).
 
     >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
-    >>> sorted(fd.reached(delta.apply, delta.init(0), torch.ones(3, 4)))
+    >>> sorted(fd.grad.reached(delta.apply, delta.init(0), torch.ones(3, 4)))
     ['0.lora.lora_A', '0.lora.lora_B']
     """
     if not isinstance(params, Mapping):

@@ -24,7 +24,7 @@ __all__ = ["Tap", "ghost_norms", "kronecker_factors", "taps"]
 class Tap(NamedTuple):
     """``inputs`` x (b, t, in) of a matrix (out, in), and ``grads`` g (b, t, out) of each row's own loss.
 
-    >>> tap = fd.Tap(inputs=torch.tensor([[[1.0, 2.0]]]), grads=torch.tensor([[[3.0]]]))
+    >>> tap = fd.grad.Tap(inputs=torch.tensor([[[1.0, 2.0]]]), grads=torch.tensor([[[3.0]]]))
     >>> tap.grads.mT @ tap.inputs  # the gradient of each row's loss, (b, out, in)
     tensor([[[3., 6.]]])
     """
@@ -40,7 +40,7 @@ def taps(loss: Callable[..., Tensor], params: Mapping[str, Tensor], *data: Any, 
     are one member's. A position t is a token, or one more use of the same leaf; a matrix behind a pooled value has one.
     Leaves that are not matrices (biases, scales), are constant, act otherwise (embeddings, convolutions, x @ W) or on
     inputs without the rows in front have no tap: for those, and as the slow form of all, there is
-    :func:`funcdelta.per_sample_grads`.
+    :func:`funcdelta.grad.per_sample_grads`.
 
     With ``check`` a second backward pass makes sure that losses of even rows do not depend on odd rows, as they do in
     any usual mixture of rows.
@@ -49,7 +49,7 @@ def taps(loss: Callable[..., Tensor], params: Mapping[str, Tensor], *data: Any, 
 
     >>> def loss(params, x):
     ...     return F.linear(x, params["w"]).square().sum((1, 2)) / 2
-    >>> tap = fd.taps(loss, {"w": torch.tensor([[1.0, 2.0]])}, torch.tensor([[[1.0, 0.0]], [[1.0, 1.0]]]))["w"]
+    >>> tap = fd.grad.taps(loss, {"w": torch.tensor([[1.0, 2.0]])}, torch.tensor([[[1.0, 0.0]], [[1.0, 1.0]]]))["w"]
     >>> torch.einsum("bto,bti->boi", tap.grads, tap.inputs)
     tensor([[[1., 0.]],
     <BLANKLINE>
@@ -94,8 +94,8 @@ def _refuse_mixed(uses: Mapping[str, list[tuple[Tensor, Tensor]]], grads: list[T
     for name, g in zip(names, grads, strict=True):
         if bool(g[1::2].any()):
             raise ParamsError(
-                f"fd.taps: losses of even rows depend on what {name} makes of odd ones, so gradients cannot be told "
-                f"apart by row. Is one number a row lost in an average, the batch not the first axis, or a batch "
+                f"fd.grad.taps: losses of even rows depend on what {name} makes of odd ones, so gradients cannot be "
+                f"told apart by row. Is one number a row lost in an average, the batch not the first axis, or a batch "
                 f"norm in training?"
             )
 
@@ -106,7 +106,7 @@ def ghost_norms(tapped: Mapping[str, Tap]) -> Tensor:
     Costs t² (in + out) a row and leaf, or t · in · out where that is less. Li et al. 2022, "Large Language Models Can
     Be Strong Differentially Private Learners".
 
-    >>> fd.ghost_norms({"w": fd.Tap(torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[2.0]]]))})
+    >>> fd.grad.ghost_norms({"w": fd.grad.Tap(torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[2.0]]]))})
     tensor([10.])
     """
     if not tapped:
@@ -131,8 +131,8 @@ def kronecker_factors(tapped: Mapping[str, Tap]) -> dict[str, tuple[Tensor, Tens
     model. Positions count as rows of their own ("expand"). Martens and Grosse 2015; Eschenhagen et al. 2023,
     "Kronecker-Factored Approximate Curvature for Modern Neural Network Architectures".
 
-    >>> tap = fd.Tap(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]), torch.tensor([[[2.0]], [[2.0]]]))
-    >>> fd.kronecker_factors({"w": tap})["w"]
+    >>> tap = fd.grad.Tap(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]), torch.tensor([[[2.0]], [[2.0]]]))
+    >>> fd.grad.kronecker_factors({"w": tap})["w"]
     (tensor([[0.5000, 0.0000],
             [0.0000, 0.5000]]), tensor([[4.]]))
     """
@@ -181,7 +181,7 @@ def _rows(losses: Any, data: tuple[Any, ...]) -> int:
     if not isinstance(losses, Tensor) or losses.ndim != 1 or (lengths and losses.shape[0] not in lengths):
         found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
         raise ParamsError(
-            f"fd.taps needs one loss a row, ({next(iter(lengths), 'b')},); found {found}. Write for example "
+            f"fd.grad.taps needs one loss a row, ({next(iter(lengths), 'b')},); found {found}. Write for example "
             f'F.cross_entropy(logits, labels, reduction="none").'
         )
     return losses.shape[0]

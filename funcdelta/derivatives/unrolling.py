@@ -27,7 +27,8 @@ def unroll(step: Callable[..., State], state: State, steps: int, *data: Any, che
     ``torch.func.grad``, or ``torch.autograd.grad`` with ``create_graph=True``). With ``checkpoint=True`` the graph of
     a step is dropped when the step ends and made again in the backward pass, so that memory grows by one state a
     step, not by the activations of a step; each step then runs twice. Random numbers, autocast and
-    ``fd.higher_order()`` are the same both times. Without gradients to keep (``torch.no_grad()``) it is the plain loop.
+    ``fd.grad.higher_order()`` are the same both times. Without gradients to keep (``torch.no_grad()``) it is the plain
+    loop.
 
     Tensors that require grad reach ``step`` by ``state`` and ``data``; leaves that it reads from outside get their
     gradients too, other tensors from outside raise ``RecomputeError``. So do ``torch.func`` transforms around the loop:
@@ -40,18 +41,18 @@ def unroll(step: Callable[..., State], state: State, steps: int, *data: Any, che
     >>> def step(w, i, rate):
     ...     (slope,) = torch.autograd.grad((w**2).sum(), w, create_graph=True)
     ...     return w - rate * slope
-    >>> w = fd.unroll(step, torch.ones(1, requires_grad=True), 3, rate)
+    >>> w = fd.grad.unroll(step, torch.ones(1, requires_grad=True), 3, rate)
     >>> w, torch.autograd.grad(w.sum(), rate)[0]
     (tensor([0.5120], grad_fn=...), tensor(-3.8400))
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ParamsError(f"steps of fd.unroll is how often step runs, an int from 0; found {steps!r}.")
+        raise ParamsError(f"steps of fd.grad.unroll is how often step runs, an int from 0; found {steps!r}.")
     keeps = checkpoint and torch.is_grad_enabled()
     if keeps and inside_transform():
         raise RecomputeError(
-            "fd.unroll stands inside a torch.func transform (grad, vmap, jvp), where a step cannot be recomputed in "
-            "the backward pass. Write fd.unroll(..., checkpoint=False), or differentiate with loss.backward() or "
-            "torch.autograd.grad."
+            "fd.grad.unroll stands inside a torch.func transform (grad, vmap, jvp), where a step cannot be recomputed "
+            "in the backward pass. Write fd.grad.unroll(..., checkpoint=False), or differentiate with loss.backward() "
+            "or torch.autograd.grad."
         )
     if keeps:
         return _checkpointed(step, state, steps, data)
@@ -100,8 +101,8 @@ class _Run:
         for name, x, version in zip(self.names, leaves, versions, strict=True):
             if isinstance(x, Tensor) and x._version != version:
                 raise ParamsError(
-                    f"step of fd.unroll writes into its argument {name!r} at i={self.i}, which is needed unchanged in "
-                    "the backward pass. Return new tensors: p - lr * g, fd.tree.add(params, updates)."
+                    f"step of fd.grad.unroll writes into its argument {name!r} at i={self.i}, which is needed "
+                    "unchanged in the backward pass. Return new tensors: p - lr * g, fd.tree.add(params, updates)."
                 )
         return result
 
@@ -123,9 +124,9 @@ class _Recomputed(torch.autograd.Function):
         captured, higher = run.captured, torch.is_grad_enabled()
         if higher and captured:
             raise RecomputeError(
-                f"The gradient of fd.unroll is itself differentiated, and step reads a tensor of shape "
+                f"The gradient of fd.grad.unroll is itself differentiated, and step reads a tensor of shape "
                 f"{tuple(captured[0].shape)} that requires grad and is neither in state nor in data. Give it as data, "
-                "fd.unroll(step, state, steps, it), or write checkpoint=False."
+                "fd.grad.unroll(step, state, steps, it), or write checkpoint=False."
             )
         with torch.enable_grad(), run.surroundings.again():
             # Inputs may depend on one another outside this step; a view of each is the step's own.
@@ -209,14 +210,14 @@ def _refuse_from_outside(run: _Run, older: list[Any], since: int) -> None:
     both = set(older) & set(again)
     if both:
         raise RecomputeError(
-            f"step of fd.unroll reads at i={run.i} a tensor that requires grad and is neither in state nor in data "
-            f"(the output of {next(iter(both)).name()}); its gradient would be lost. Give it as data, "
-            "fd.unroll(step, state, steps, it), or write checkpoint=False."
+            f"step of fd.grad.unroll reads at i={run.i} a tensor that requires grad and is neither in state nor in "
+            f"data (the output of {next(iter(both)).name()}); its gradient would be lost. Give it as data, "
+            "fd.grad.unroll(step, state, steps, it), or write checkpoint=False."
         )
 
 
 class _Surroundings:
-    """The random generators, autocast and ``fd.higher_order()`` under which a step ran."""
+    """The random generators, autocast and ``fd.grad.higher_order()`` under which a step ran."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.devices = sorted({x.get_device() for x in tensors if x.is_cuda})

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..transforms import wants_mathematical_attention
+from ..transforms import constant_while_tracing, wants_mathematical_attention
 
 
 class _Wanted(threading.local):
@@ -98,7 +98,7 @@ def needs_mathematical_attention() -> bool:
     return wanted.yes or wants_mathematical_attention()
 
 
-@torch._dynamo.assume_constant_result
+@constant_while_tracing
 def _needed_while_tracing() -> bool:
     return needs_mathematical_attention()
 

@@ -5,20 +5,38 @@ A page or a printer needs ``folded(model)`` (or ``folded(tree(delta.backbone, de
 a folded one apart. ``node.paths`` are real module paths whatever the label says: they are what a choice means.
 """
 
-from .folding import folded as folded
-from .folding import label as label
-from .folding import unfold as unfold
-from .graph import structure_graph as structure_graph
-from .log import log as log
-from .nodes import Leaf as Leaf
-from .nodes import Node as Node
-from .nodes import pruned as pruned
-from .nodes import tree as tree
-from .optimizers import OptimizerGroup as OptimizerGroup
-from .optimizers import inspect_optimizer as inspect_optimizer
-from .statistics import DeltaStatistics as DeltaStatistics
-from .statistics import frozen_parameters_names as frozen_parameters_names
-from .statistics import num_total_parameters as num_total_parameters
-from .statistics import num_trainable_parameters as num_trainable_parameters
-from .statistics import statistics as statistics
-from .statistics import trainable_parameters_names as trainable_parameters_names
+from ..structures import common_names
+from .folding import folded, label, unfold
+from .graph import structure_graph
+from .log import log
+from .nodes import Leaf, Node, pruned, tree
+from .optimizers import OptimizerGroup, inspect_optimizer
+from .statistics import (
+    DeltaStatistics,
+    frozen_parameters_names,
+    num_total_parameters,
+    num_trainable_parameters,
+    statistics,
+    trainable_parameters_names,
+)
+
+__all__ = [
+    "DeltaStatistics",
+    "Leaf",
+    "Node",
+    "OptimizerGroup",
+    "common_names",
+    "folded",
+    "frozen_parameters_names",
+    "inspect_optimizer",
+    "label",
+    "log",
+    "num_total_parameters",
+    "num_trainable_parameters",
+    "pruned",
+    "statistics",
+    "structure_graph",
+    "trainable_parameters_names",
+    "tree",
+    "unfold",
+]

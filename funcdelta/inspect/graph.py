@@ -32,7 +32,7 @@ def structure_graph(
         print_tree: ``False`` returns the tree without printing it, and needs no rich.
 
     >>> linears = [torch.nn.Linear(4, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)]
-    >>> node = fd.structure_graph(torch.nn.Sequential(*linears))
+    >>> node = fd.inspect.structure_graph(torch.nn.Sequential(*linears))
     Sequential
     ├── 0 (Linear) weight:[8, 4] bias:[8]
     └── 1-2 (Linear) weight:[8, 8] bias:[8]
@@ -41,8 +41,8 @@ def structure_graph(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(
-            f"structure_graph draws an nn.Module; found {type(model).__name__}. Write fd.structure_graph(model), or, "
-            f"for a backbone with a delta in it, delta.log(params)."
+            f"structure_graph draws an nn.Module; found {type(model).__name__}. Write "
+            f"fd.inspect.structure_graph(model), or, for a backbone with a delta in it, delta.log(params)."
         )
     root = tree(model)
     common = common_names_of(model) if common_structure or only_common else {}

@@ -25,7 +25,7 @@ class OptimizerGroup:
         options: everything else that the group holds: learning rate, betas, …
 
     >>> layer = torch.nn.Linear(2, 2)
-    >>> fd.inspect_optimizer(torch.optim.SGD(layer.parameters(), lr=0.1), verbose=False)[0].trainable_ratio
+    >>> fd.inspect.inspect_optimizer(torch.optim.SGD(layer.parameters(), lr=0.1), verbose=False)[0].trainable_ratio
     1.0
     """
 
@@ -52,7 +52,7 @@ def inspect_optimizer(
 
     >>> params = {"w": torch.zeros(3, 2), "scale": torch.ones(3)}
     >>> opt = fd.optim.adamw(lr=torch.tensor([1e-3, 1e-2, 1e-1]), trainable=["w"])
-    >>> groups = fd.inspect_optimizer(opt.init(params), params)
+    >>> groups = fd.inspect.inspect_optimizer(opt.init(params), params)
     group 0: trainable 6/9 = 66.6667 %; state AdamState, step 0, members 3
     >>> groups[0].trainable_parameters
     6
@@ -96,7 +96,7 @@ def _from_state(state: State, params: Mapping[str, Tensor] | None) -> OptimizerG
             )
         sizes = {name: params[name].numel() for name in params}
     elif isinstance(state, SGDState) and not any(moment.numel() for moment in moments.values()):
-        raise ConfigError("SGD without momentum keeps no sizes: write fd.inspect_optimizer(state, params).")
+        raise ConfigError("SGD without momentum keeps no sizes: write fd.inspect.inspect_optimizer(state, params).")
     else:
         sizes = {name: moment.numel() for name, moment in moments.items()}
     total, moved = sum(sizes.values()), sum(sizes[name] for name in moments)

@@ -132,7 +132,7 @@ def trainable_parameters_names(delta: Planned, params: Mapping[str, Tensor] | No
     """The names in ``params`` (default: all of the delta's) that train: delta leaves and trained backbone leaves.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
-    >>> fd.trainable_parameters_names(fd.LoraModel(model, modified_modules=["0"]))
+    >>> fd.inspect.trainable_parameters_names(fd.LoraModel(model, modified_modules=["0"]))
     ['0.lora.lora_A', '0.lora.lora_B']
     """
     count_members(delta, params)
@@ -144,7 +144,8 @@ def frozen_parameters_names(delta: Planned, params: Mapping[str, Tensor] | None 
     """The names that do not train: the backbone's parameters, each tied one once, then the delta's constants.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
-    >>> fd.frozen_parameters_names(fd.LoraModel(model, modified_modules=["0"], unfrozen_modules=["deltas", "0.bias"]))
+    >>> delta = fd.LoraModel(model, modified_modules=["0"], unfrozen_modules=["deltas", "0.bias"])
+    >>> fd.inspect.frozen_parameters_names(delta)
     ['0.weight', '0.lora.scale']
     """
     trained = set(trainable_parameters_names(delta, params))
@@ -155,7 +156,8 @@ def frozen_parameters_names(delta: Planned, params: Mapping[str, Tensor] | None 
 def num_trainable_parameters(delta: Planned, params: Mapping[str, Tensor] | None = None) -> int:
     """How many numbers of one member train.
 
-    >>> fd.num_trainable_parameters(fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"]))
+    >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+    >>> fd.inspect.num_trainable_parameters(delta)
     96
     """
     return statistics(delta, params).trainable_parameters
@@ -164,7 +166,8 @@ def num_trainable_parameters(delta: Planned, params: Mapping[str, Tensor] | None
 def num_total_parameters(delta: Planned, params: Mapping[str, Tensor] | None = None) -> int:
     """How many parameters the backbone has together with one member, without constants.
 
-    >>> fd.num_total_parameters(fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"]))
+    >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
+    >>> fd.inspect.num_total_parameters(delta)
     136
     """
     return statistics(delta, params).total_parameters

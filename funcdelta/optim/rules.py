@@ -57,14 +57,22 @@ class Optimizer(NamedTuple):
 
 
 class SGDState(NamedTuple):
-    """``step`` steps taken; ``momentum`` the velocity by leaf name (empty tensors where momentum is 0)."""
+    """``step`` steps taken; ``momentum`` the velocity by leaf name (empty tensors where momentum is 0).
+
+    >>> sgd(0.1, momentum=0.9).init({"w": torch.ones(2)})
+    SGDState(step=tensor(0), momentum={'w': tensor([0., 0.])})
+    """
 
     step: Tensor
     momentum: dict[str, Tensor]
 
 
 class AdamState(NamedTuple):
-    """``step`` steps taken; ``mu`` and ``nu`` the first and second moments by leaf name."""
+    """``step`` steps taken; ``mu`` and ``nu`` the first and second moments by leaf name.
+
+    >>> adam(0.1).init({"w": torch.ones(2)})
+    AdamState(step=tensor(0), mu={'w': tensor([0., 0.])}, nu={'w': tensor([0., 0.])})
+    """
 
     step: Tensor
     mu: dict[str, Tensor]

@@ -57,7 +57,7 @@ def auroc(inside: Tensor, outside: Tensor) -> Tensor:
     tensor(0.7500)
     """
     if 0 in (inside.ndim, outside.ndim, inside.numel(), outside.numel()) or inside.shape[:-1] != outside.shape[:-1]:
-        raise fd.ParamsError(
+        raise fd.errors.ParamsError(
             f"auroc compares scores (..., a) with (..., b), a and b at least 1; found {tuple(inside.shape)} and "
             f"{tuple(outside.shape)}. Write auroc(scores[..., known], scores[..., foreign])."
         )
@@ -72,7 +72,7 @@ def auroc(inside: Tensor, outside: Tensor) -> Tensor:
 def _members(probabilities: Tensor) -> None:
     """Raise unless there is a member axis before that of the classes."""
     if probabilities.ndim < 2:
-        raise fd.ParamsError(
+        raise fd.errors.ParamsError(
             f"An ensemble's probabilities are (n, ..., C): members, rows, classes; found {tuple(probabilities.shape)}. "
             "Write delta.apply_many(stack, ...).softmax(-1); for one member write entropy(probabilities)."
         )

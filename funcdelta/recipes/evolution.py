@@ -30,8 +30,8 @@ def gradient(
 
     ``score(stack)`` gives one number a member, (2n,): all members run in one folded pass. ``trainable``, a predicate or
     names as in ``fd.partition``, says which leaves are perturbed (``delta.trainable``). Left out, ``score`` is asked
-    about two members more, with gradients, to see which leaves it differentiates in (``fd.reached``). Salimans et al.
-    2017, "Evolution Strategies as a Scalable Alternative to Reinforcement Learning".
+    about two members more, with gradients, to see which leaves it differentiates in (``fd.grad.reached``). Salimans et
+    al. 2017, "Evolution Strategies as a Scalable Alternative to Reinforcement Learning".
 
     >>> def score(stack):
     ...     return -(stack["w"] ** 2).sum(-1)
@@ -39,7 +39,7 @@ def gradient(
     tensor([-2.,  0.])
     """
     if trainable is None:
-        names = fd.reached(score, fd.broadcast(params, 2))
+        names = fd.grad.reached(score, fd.broadcast(params, 2))
         moving, fixed = fd.partition(params, lambda name: name in names)
     else:
         moving, fixed = fd.partition(params, trainable)

@@ -62,8 +62,8 @@ def meta_gradient(
         adapted = adapt(loss, params, support, strength=strength, steps=steps, lr=lr)
 
         def product(v: Params) -> Params:
-            return fd.tree.add(v, fd.tree.scale(fd.hvp(loss, adapted, v, *support), 1 / strength))
+            return fd.tree.add(v, fd.tree.scale(fd.grad.hvp(loss, adapted, v, *support), 1 / strength))
 
-        return fd.conjugate_gradient(product, torch.func.grad(loss)(adapted, *query), steps=solve)
+        return fd.grad.conjugate_gradient(product, torch.func.grad(loss)(adapted, *query), steps=solve)
 
     return fd.tree.mean(torch.vmap(one, randomness="different")(tuple(support), tuple(query)))

@@ -41,10 +41,10 @@ def without_each(
     wanted = torch.func.grad(lambda p: losses(p, *test).mean())(params)
 
     def product(v: Params) -> Params:
-        return fd.hvp(lambda p: losses(p, *train).mean(), params, v)
+        return fd.grad.hvp(lambda p: losses(p, *train).mean(), params, v)
 
-    direction = fd.conjugate_gradient(product, wanted, steps=steps, damping=damping)
-    return fd.jvp(losses, params, direction, *train) / n
+    direction = fd.grad.conjugate_gradient(product, wanted, steps=steps, damping=damping)
+    return fd.grad.jvp(losses, params, direction, *train) / n
 
 
 def newton_without_each(
@@ -75,10 +75,10 @@ def newton_without_each(
 
     def change(own: Tensor) -> Tensor:
         def product(v: Params) -> Params:
-            return fd.hvp(lambda p: ((1 - own) * losses(p, *train)).sum() / n, params, v)
+            return fd.grad.hvp(lambda p: ((1 - own) * losses(p, *train)).sum() / n, params, v)
 
         slope = torch.func.grad(lambda p: (own * losses(p, *train)).sum() / n)(params)
-        moved = fd.conjugate_gradient(product, slope, steps=steps, damping=damping)
+        moved = fd.grad.conjugate_gradient(product, slope, steps=steps, damping=damping)
         return losses(fd.tree.add(params, moved), *test).mean() - before
 
     return torch.vmap(change, chunk_size=chunk_size)(torch.eye(n, dtype=before.dtype, device=before.device))
@@ -94,4 +94,4 @@ def self_influence(losses: Callable[..., Tensor], params: Params, data: Sequence
     >>> self_influence(losses, {"w": torch.ones(1, 2)}, [torch.tensor([[1.0, 0.0], [1.0, 1.0]])]).round()
     tensor([1., 8.])
     """
-    return fd.ghost_norms(fd.taps(losses, params, *data)).square()
+    return fd.grad.ghost_norms(fd.grad.taps(losses, params, *data)).square()

@@ -150,7 +150,9 @@ def jacobians(
         outputs, pull = torch.func.vjp(lambda p: f(p, *batch), params)[:2]
         if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != 1:
             found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"{type(outputs)}"
-            raise fd.ParamsError(f"f gives outputs (b, C) for b rows, here (1, C) for a batch of one; found {found}.")
+            raise fd.errors.ParamsError(
+                f"f gives outputs (b, C) for b rows, here (1, C) for a batch of one; found {found}."
+            )
         weights = root(outputs.squeeze(0)).mT.unsqueeze(1)
         return outputs.squeeze(0), torch.vmap(lambda weight: pull(weight)[0])(weights)
 
@@ -161,7 +163,7 @@ def ggn(f: Model, params: Params, *data: Tensor, root: Root = categorical, chunk
     """H = Σᵢ Jᵢᵀ Λᵢ Jᵢ over the rows of ``data``, (d, d), in the order of ``fd.tree.ravel(params)``.
 
     Λ = L Lᵀ with L = ``root(outputs)``. A call holds C · d numbers a row; the sum of several calls is the H of all
-    their rows. The diagonal is ∞ where ``f`` does not differentiate (``fd.reached``).
+    their rows. The diagonal is ∞ where ``f`` does not differentiate (``fd.grad.reached``).
 
     >>> ggn(lambda p, x: x * p["w"], {"w": torch.ones(1)}, torch.tensor([[1.0], [3.0]]), root=gaussian)
     tensor([[10.]])
@@ -230,7 +232,9 @@ def full_posterior(params: Params, matrix: Tensor) -> Full:
     """
     size = len(_vector(params))
     if matrix.shape != (size, size):
-        raise fd.ParamsError(f"H of params with {size} entries is ({size}, {size}); found {tuple(matrix.shape)}.")
+        raise fd.errors.ParamsError(
+            f"H of params with {size} entries is ({size}, {size}); found {tuple(matrix.shape)}."
+        )
     matrix, live = _live(matrix)
     values, vectors = torch.linalg.eigh(matrix)
     return Full(params, values.clamp(min=0), live[:, None] * vectors)  # rounding leaves values a little below 0
@@ -248,7 +252,7 @@ def kfac_posterior(params: Params, factors: Mapping[str, tuple[Tensor, Tensor]],
     {'w': tensor([[3., 3.]])}
     """
     if missing := sorted(params.keys() ^ factors.keys()):
-        raise fd.ParamsError(f"Params and factors name the same leaves; only one of them has {missing}.")
+        raise fd.errors.ParamsError(f"Params and factors name the same leaves; only one of them has {missing}.")
     curvature, inner, outer = {}, {}, {}
     for name, leaf in params.items():
         outward, live = _live(factors[name][1])
@@ -257,7 +261,7 @@ def kfac_posterior(params: Params, factors: Mapping[str, tuple[Tensor, Tensor]],
         curvature[name] = rows * g.clamp(min=0)[:, None] * a.clamp(min=0)
         if curvature[name].shape != _matrix(leaf).shape:
             wanted, found = tuple(_matrix(leaf).shape), tuple(curvature[name].shape)
-            raise fd.ParamsError(f"Leaf {name!r} is {wanted} as a matrix (out, in); its (A, G) are for {found}.")
+            raise fd.errors.ParamsError(f"Leaf {name!r} is {wanted} as a matrix (out, in); its (A, G) are for {found}.")
     return Kronecker(params, curvature, inner, outer)
 
 
@@ -352,7 +356,7 @@ def choose_prior(
 
 def _known(f: Model, params: Params, data: Sequence[Tensor]) -> Params:
     """∞ for the leaves that ``f`` does not differentiate in, 0 for the others."""
-    names = fd.reached(f, params, *(part[:1] for part in data))
+    names = fd.grad.reached(f, params, *(part[:1] for part in data))
     return {name: torch.full_like(leaf, 0.0 if name in names else torch.inf) for name, leaf in params.items()}
 
 

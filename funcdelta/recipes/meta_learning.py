@@ -65,7 +65,7 @@ def maml_loss(
 
     Finn et al. 2017, "Model-Agnostic Meta-Learning"; ``first_order=True`` is their FOMAML. ``checkpoint=True`` keeps
     the params of a step in place of its activations, for many inner steps; each is then computed twice, and the
-    meta-gradient is taken by ``torch.autograd.grad``, as ``fd.unroll`` has it.
+    meta-gradient is taken by ``torch.autograd.grad``, as ``fd.grad.unroll`` has it.
 
     >>> def loss(params, x):
     ...     return ((params["w"] - x) ** 2).sum()
@@ -116,4 +116,4 @@ def _adapt_each(
         return torch.vmap(one, randomness="different")(each, support)
 
     tasks = fd.broadcast(params, len(support[0]))
-    return fd.unroll(step, tasks, steps, tuple(support), lr, checkpoint=checkpoint)
+    return fd.grad.unroll(step, tasks, steps, tuple(support), lr, checkpoint=checkpoint)

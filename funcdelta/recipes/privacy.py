@@ -126,7 +126,7 @@ def _moving(
 ) -> tuple[Params, Params]:
     """``total`` parted into the leaves that ``loss`` differentiates in, and the others."""
     zeros = [own.new_zeros((1, *own.shape[1:])) for own in data]
-    names = fd.reached(loss, params, *zeros)
+    names = fd.grad.reached(loss, params, *zeros)
     return fd.partition(total, lambda name: name in names)
 
 
@@ -139,7 +139,7 @@ def _clipped(
     chunk_size: int | None,
 ) -> Params:
     """Σᵢ ∇Lᵢ min(1, C/‖∇Lᵢ‖) over the rows that are taken and whose gradients are finite."""
-    rows = fd.per_sample_grads(loss, chunk_size)(params, *data)
+    rows = fd.grad.per_sample_grads(loss, chunk_size)(params, *data)
     norms = fd.tree.norm(rows, per_member=True)
     counts = norms.isfinite() & taken
     factors = (clip / norms.clamp(min=1e-12)).clamp(max=1.0)

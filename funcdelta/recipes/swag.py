@@ -17,7 +17,11 @@ Params = dict[str, Tensor]
 
 
 class Moments(NamedTuple):
-    """``steps`` params seen, their mean and mean square, and the last differences from the mean (K of them at most)."""
+    """``steps`` params seen, their mean and mean square, and the last differences from the mean (K of them at most).
+
+    >>> collect(None, {"w": torch.tensor([3.0])})
+    Moments(steps=1, mean={'w': tensor([3.])}, square={'w': tensor([9.])}, deviations=())
+    """
 
     steps: int
     mean: Params

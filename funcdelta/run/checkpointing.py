@@ -125,8 +125,8 @@ def needs_keeping(skeleton: Host) -> bool:
         return False
     if needs_mathematical_attention():
         raise RecomputeError(
-            f"{_first(skeleton)} checkpoints its activations, and inside fd.higher_order() they would be recomputed by "
-            f"another attention than they were computed by. {TURN_OFF}"
+            f"{_first(skeleton)} checkpoints its activations, and inside fd.grad.higher_order() they would be "
+            f"recomputed by another attention than they were computed by. {TURN_OFF}"
         )
     return True
 

@@ -6,23 +6,15 @@ import ast
 import inspect
 import textwrap
 import weakref
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+from ..transforms import constant_while_tracing
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _known_parameters: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 _known_answers: weakref.WeakKeyDictionary[nn.Module, tuple[Any, bool]] = weakref.WeakKeyDictionary()
-
-
-def _constant_while_tracing(function: Function) -> Function:
-    """``function`` runs for real while ``torch.compile`` traces, and its result is a constant of the graph."""
-    # What torch.compiler.assume_constant_result does; that would import torch._dynamo together with this package.
-    function.__dict__["_dynamo_marked_constant"] = True
-    return function
 
 
 def _forward(model: nn.Module) -> tuple[Any, bool]:
@@ -47,7 +39,7 @@ def _parameters(model: nn.Module) -> dict[str, Any]:
     return dict(list(kinds.items())[1:]) if unbound else kinds
 
 
-@_constant_while_tracing
+@constant_while_tracing
 def positional_names(model: nn.Module) -> tuple[str, ...]:
     """The names of the inputs that can be given by position, in order.
 
@@ -81,7 +73,7 @@ def without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "use_cache": False} if "use_cache" not in kwargs and takes_use_cache(model) else kwargs
 
 
-@_constant_while_tracing
+@constant_while_tracing
 def takes_use_cache(model: nn.Module) -> bool:
     """Whether the model's forward takes ``use_cache``: by name, or through ``**kwargs`` to a module that does.
 

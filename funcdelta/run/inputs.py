@@ -185,13 +185,13 @@ class Inputs:
 
     @property
     def b(self) -> int:
-        """The rows of one member; a :class:`~funcdelta.FoldError` where they cannot be told."""
+        """The rows of one member; a :class:`~funcdelta.errors.FoldError` where they cannot be told."""
         if self._unclear:
             self.check_rows()
         return self._rows or 0
 
     def check_rows(self) -> None:
-        """Raise a :class:`~funcdelta.FoldError` that names the input by which rows cannot be told."""
+        """Raise a :class:`~funcdelta.errors.FoldError` that names the input by which rows cannot be told."""
         if self._unclear:
             raise FoldError(self._unclear)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import FoldError
 from ..locks import fork_safe_lock
 from ..pytrees.opaque import spare
-from ..transforms import current_transform
+from ..transforms import constant_while_tracing, current_transform
 from .call import Params
 from .inputs import Arguments, Inputs
 from .layout import Layout
@@ -181,7 +181,7 @@ def _side_by_side(parts: list[Any], axis: int) -> Any:
     return np.concatenate(parts, axis) if isinstance(parts[0], np.ndarray) else torch.cat(parts, axis)
 
 
-@torch._dynamo.assume_constant_result
+@constant_while_tracing
 def _learn_while_tracing(
     handle: int, key: Any, names: tuple[str, ...], shapes: tuple[Any, ...], form: tuple[Any, ...], by_row: bool
 ) -> bool:

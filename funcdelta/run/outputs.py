@@ -37,7 +37,7 @@ LAZY = frozenset({types.GeneratorType, map, filter, zip})
 
 
 def refuse_lazy(output: Any, name: str = "of the model") -> None:
-    """Raise an :class:`~funcdelta.EngineError` where an output is yet to be computed: its call is over by then.
+    """Raise an :class:`~funcdelta.errors.EngineError` where an output is yet to be computed: its call is over by then.
 
     >>> refuse_lazy((x for x in [1]))
     Traceback (most recent call last):
@@ -52,7 +52,7 @@ def refuse_lazy(output: Any, name: str = "of the model") -> None:
 
 
 def check_visible(leaves: Sequence[Any], names: Sequence[str], given: Mapping[str, Any] | None = None) -> None:
-    """Raise an :class:`~funcdelta.EngineError` where an output hides tensors: they would be one member's, or all.
+    """Raise an :class:`~funcdelta.errors.EngineError` where an output hides tensors: one member's, or those of all.
 
     Args:
         given: the call's keyword inputs, for advice about what was really written.
@@ -116,7 +116,8 @@ def stack_members(outputs: Sequence[Any], given: Mapping[str, Any] | None = None
     """One output of the outputs of several members, each run alone: every tensor (…) becomes (n, …).
 
     Numbers that differ become a tensor (n,), numpy arrays one array; what is the same for all stays as it is, and
-    anything else is an :class:`~funcdelta.EngineError` that names the output. See :func:`check_visible` for ``given``.
+    anything else is an :class:`~funcdelta.errors.EngineError` that names the output. See :func:`check_visible` for
+    ``given``.
 
     >>> stack_members([{"x": torch.zeros(3), "steps": 2, "kind": "a"}, {"x": torch.ones(3), "steps": 5, "kind": "a"}])
     {'x': tensor([[0., 0., 0.],

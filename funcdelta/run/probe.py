@@ -89,16 +89,6 @@ class WithoutDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class EagerRandom(PrivateRandom):
-    """The same where nothing is compiled: torch would wrap each operation, at as much time as many take."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
-
-    __torch_dispatch__ = PrivateRandom.__dict__["__torch_dispatch__"].__wrapped__
-
-
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """A block that runs beside everything else: no transform, no dropout, no global random numbers.
@@ -111,7 +101,7 @@ def undisturbed() -> Iterator[None]:
         outside_transforms(),
         torch.set_grad_enabled(wanted),
         WithoutDropout(),
-        EagerRandom(Generators(0)),
+        PrivateRandom(Generators(0)),
     ):
         yield
 

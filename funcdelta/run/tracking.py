@@ -89,11 +89,6 @@ class Tracking(ThreadMode):
     (Rows(axis=0, outer=1), Rows(axis=0, outer=1), True)
     """
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # Torch would wrap each operation, at as much time as many take. Nothing is compiled while a probe runs.
-        return False
-
     def __init__(
         self,
         n: int,

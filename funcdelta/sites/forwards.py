@@ -25,8 +25,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..randomness import ThreadMode
 from ..transforms import outside_transforms
 from .references import COMPILED
 from .structure import copy_structure
@@ -445,8 +445,10 @@ def _run(module: nn.Module, x: Tensor) -> tuple[Any, str]:
     return (y, "") if y is not None else (None, "its forward returns nothing")
 
 
-class _Undrawn(TorchDispatchMode):
+class _Undrawn(ThreadMode):
     """Refuses whatever would draw random numbers, before it does."""
+
+    supports_higher_order_operators = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded in func.tags:

@@ -20,7 +20,7 @@ from ..locks import fork_safe_lock
 from ..planning.sharing import Expanding
 from ..run.call import Call
 from ..run.memory import VERSION
-from ..transforms import inside_backward
+from ..transforms import eager_alone, inside_backward
 
 Function = Callable[..., Any]
 
@@ -91,7 +91,7 @@ class Calls:
             del self._own.moved
 
     # Where compiled code breaks off this is plain Python, which the compiler need not look into.
-    @torch.compiler.disable(recursive=False)
+    @eager_alone
     def enter(self, module: nn.Module, path: str, function: Function, args: Any, kwargs: Any) -> Any:
         """``function(module, ...)`` as the outermost call, or as a part of the one that this thread is inside of."""
         if self.thread == threading.get_ident():
