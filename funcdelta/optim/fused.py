@@ -178,7 +178,10 @@ class Adam(NamedTuple):
                 found[one.name] = _added(one.leaf, change, lr, shrink, how.donated)
                 continue
             change = change if lr is None else change.mul_(lr)
-            change = change if shrink is None else decayed(change, one.value, shrink, live)
+            if shrink is not None:
+                change = (
+                    change.addcmul_(one.value, shrink) if live is None else decayed(change, one.value, shrink, live)
+                )
             found[one.name] = how.result(one, change)
         return found
 
