@@ -7,13 +7,15 @@ aside while methods draw: a member is the same everywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError
-from .methods.leaf import as_leaves, values_of
+from .methods.leaf import Leaves, as_leaves, values_of
 from .planning.plan import Attachment, Plan
 from .planning.sharing import Shared
 from .pytrees.constants import still
@@ -32,30 +34,132 @@ def fresh_member(
     device: torch.device | str | None,
 ) -> dict[str, Tensor]:
     """One member's params in the order of ``order``."""
-    with own_defaults():
-        params = _drawn(plan, backbone, seed, dtype, device)
+    params: dict[str, Tensor] = {}
+    for source in _sources(plan, backbone, dtype):
+        with own_defaults():
+            drawn = source.draw(torch.Generator(), seed)
+        found = {
+            key: source.checked(leaf, drawn).to(dtype=like, device=device or source.device)
+            for leaf, (key, _, like) in source.leaves.items()
+        }
+        params.update(still(found, source.constants))
     return {name: params[name] for name in order}
 
 
-def _drawn(
-    plan: Plan, backbone: nn.Module, seed: int, dtype: torch.dtype | None, device: torch.device | str | None
+def fresh_stack(
+    plan: Plan,
+    backbone: nn.Module,
+    order: tuple[str, ...],
+    seeds: Sequence[int],
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
 ) -> dict[str, Tensor]:
+    """The params of several members, (n, ...): row i is what :func:`fresh_member` gives for ``seeds[i]``.
+
+    They are drawn site by site, each into its row of the stack: nothing is held twice.
+    """
     params: dict[str, Tensor] = {}
+    rng = torch.Generator()  # seeded anew for every draw; making one takes as long as drawing a thousand numbers
+    for source in _sources(plan, backbone, dtype):
+        found = {
+            key: torch.empty((len(seeds), *shape), dtype=like, device=device or source.device)
+            for key, shape, like in source.leaves.values()
+        }
+        step = source.at_once()
+        for begin in range(0, len(seeds), step):
+            with own_defaults():
+                drawn = [source.draw(rng, seed) for seed in seeds[begin : begin + step]]
+            for leaf, (key, _, _) in source.leaves.items():
+                _fill(found[key][begin : begin + step], [source.checked(leaf, one) for one in drawn])
+        params.update(still(found, source.constants))
+    return {name: params[name] for name in order}
+
+
+def _fill(room: Tensor, rows: list[Tensor]) -> None:
+    """Write ``rows`` side by side into ``room``, which may be of another dtype or on another device."""
+    with torch.no_grad():
+        if room.dtype == rows[0].dtype and room.device == rows[0].device:
+            torch.stack(rows, out=room)
+        else:
+            room.copy_(torch.stack(rows))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is drawn together: a method's leaves at one site, or one leaf of the backbone.
+
+    Attributes:
+        what: who draws, for the message.
+        draw: the leaves of the member with this seed, from the generator, which is seeded in there.
+        leaves: their keys in params, shapes and dtypes, by the names that ``draw`` gives them.
+        device: where they belong.
+        constants: keys of those that never train.
+    """
+
+    what: str
+    draw: Callable[[torch.Generator, int], Mapping[str, Tensor]]
+    leaves: Mapping[str, tuple[str, tuple[int, ...], torch.dtype]]
+    device: torch.device
+    constants: tuple[str, ...] = ()
+
+    def checked(self, leaf: str, drawn: Mapping[str, Tensor]) -> Tensor:
+        """The leaf, which has the shape that it had when the delta was built."""
+        shape = self.leaves[leaf][1]
+        if leaf not in drawn or drawn[leaf].shape != shape:
+            raise ConfigError(
+                f"{self.what} gave other leaves than when the delta was built: shapes may depend on the site only. "
+                f"Expected {shape} for {leaf}."
+            )
+        return drawn[leaf]
+
+    def at_once(self) -> int:
+        """How many members to draw before their leaves are put side by side, so that they stay in the cache."""
+        return max(1, CACHED // max([1, *(math.prod(shape) for _, shape, _ in self.leaves.values())]))
+
+
+CACHED = 1 << 16
+"""Entries of one leaf that lie in a processor's cache beside those of other leaves."""
+
+
+def _sources(plan: Plan, backbone: nn.Module, dtype: torch.dtype | None) -> Iterator[_Source]:
     for group in plan.shared:
-        rng = torch.Generator().manual_seed(derive(seed, group.name))
-        drawn = values_of(as_leaves(group.config.shared(group.sites, rng), "shared"))
-        params.update(_placed(group, drawn, group.sites[0], dtype, device))
+        make = partial(group.config.shared, group.sites)
+        yield _of_method(group, group.sites[0], group.name, make, dtype)
     for attachment in plan.all():
-        rng = torch.Generator().manual_seed(derive(seed, f"{attachment.site.address}.{attachment.name}"))
-        own = Own(backbone.get_submodule(attachment.site.path))
-        drawn = values_of(as_leaves(attachment.config.leaves(attachment.site, own, rng), "init"))
-        params.update(_placed(attachment, drawn, attachment.site, dtype, device))
+        site = attachment.site
+        make = partial(attachment.config.leaves, site, Own(backbone.get_submodule(site.path)))
+        yield _of_method(attachment, site, f"{site.address}.{attachment.name}", make, dtype)
     parameters = dict(backbone.named_parameters())
     for name in plan.trained:
         tensor = parameters[name]
-        value = _redrawn(backbone, name, tensor, seed) if name in plan.fresh else tensor.detach().clone()
-        params[name] = value.to(dtype=dtype or trained_dtype(tensor), device=device or tensor.device)
-    return params
+        draw = partial(_redrawn, backbone, name, tensor) if name in plan.fresh else partial(_copied, name, tensor)
+        leaves = {name: (name, tuple(tensor.shape), dtype or trained_dtype(tensor))}
+        yield _Source(name, draw, leaves, tensor.device)
+
+
+def _of_method(
+    part: Attachment | Shared,
+    site: Site,
+    name: str,
+    make: Callable[[torch.Generator], Leaves],
+    dtype: torch.dtype | None,
+) -> _Source:
+    """The leaves that a method draws from the seed at ``name``."""
+    leaves = {
+        leaf: (key, part.shapes[key], dtype if dtype and part.dtypes[key].is_floating_point else part.dtypes[key])
+        for leaf, key in part.leaves.items()
+        if key in part.shapes  # the others are shared with other sites, or expanded from such
+    }
+
+    def draw(rng: torch.Generator, seed: int) -> Mapping[str, Tensor]:
+        return values_of(as_leaves(make(rng.manual_seed(derive(seed, name))), what))
+
+    what = f"{type(part.config).__name__}.init at {site.address}"
+    return _Source(what, draw, leaves, site.device, part.constants)
+
+
+def _copied(name: str, tensor: Tensor, rng: torch.Generator, seed: int) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone()}
 
 
 def trained_dtype(tensor: Tensor) -> torch.dtype:
@@ -67,42 +171,20 @@ def trained_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _placed(
-    part: Attachment | Shared,
-    drawn: Mapping[str, Tensor],
-    site: Site,
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
-) -> dict[str, Tensor]:
-    """The leaves that a method drew, by key, in their dtype and on the site's device."""
-    found: dict[str, Tensor] = {}
-    for leaf, key in part.leaves.items():
-        if key not in part.shapes:
-            continue  # shared with other sites, or expanded from such
-        if leaf not in drawn or tuple(drawn[leaf].shape) != part.shapes[key]:
-            raise ConfigError(
-                f"{type(part.config).__name__}.init gave other leaves at {site.path} than when the delta was built: "
-                f"shapes may depend on the site only. Expected {part.shapes[key]} for {leaf}."
-            )
-        like = dtype if dtype and drawn[leaf].is_floating_point() else part.dtypes[key]
-        found[key] = drawn[leaf].to(dtype=like, device=device or site.device)
-    return still(found, part.constants)
-
-
-def _redrawn(backbone: nn.Module, name: str, tensor: Tensor, seed: int) -> Tensor:
+def _redrawn(backbone: nn.Module, name: str, tensor: Tensor, rng: torch.Generator, seed: int) -> dict[str, Tensor]:
     """A backbone leaf drawn anew, as its model would draw it: matrices at random, biases 0, norms 1.
 
     Transformers models draw N(0, initializer_range); others as torch's own layers, U(±1/sqrt(fan in)).
     """
-    rng = torch.Generator().manual_seed(derive(seed, name))
     if tensor.ndim < 2:
         norm = "norm" in type(backbone.get_submodule(name.rpartition(".")[0])).__name__.lower()
-        return torch.ones(tensor.shape) if norm and name.endswith("weight") else torch.zeros(tensor.shape)
+        return {name: torch.ones(tensor.shape) if norm and name.endswith("weight") else torch.zeros(tensor.shape)}
+    rng.manual_seed(derive(seed, name))
     spread = getattr(getattr(backbone, "config", None), "initializer_range", None)
     if isinstance(spread, float):
-        return torch.randn(tensor.shape, generator=rng) * spread
+        return {name: torch.randn(tensor.shape, generator=rng) * spread}
     bound = 1 / math.sqrt(math.prod(tensor.shape[1:]))
-    return torch.empty(tensor.shape).uniform_(-bound, bound, generator=rng)
+    return {name: torch.empty(tensor.shape).uniform_(-bound, bound, generator=rng)}
 
 
 def random_members(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .errors import ConfigError, ParamsError
 from .files.checkpoint import Facts, push, save
 from .files.configfile import storable
-from .fresh import fresh_member
+from .fresh import fresh_member, fresh_stack
 from .habits import Habits, need_dict, without_dead_options
 from .match import as_names
 from .merge import merge, merged
@@ -33,7 +33,7 @@ from .run.program import Program
 from .run.route import route_rows
 from .run.single import call_single, tell_missed
 from .run.widths import measure_attention, measure_shapes
-from .stacks.params import partition, seeds, slices, stack, take
+from .stacks.params import partition, seeds, slices, take
 from .stacks.resident import Resident
 from .stacks.routing import Index
 from .transforms import current_transform
@@ -253,17 +253,14 @@ class DeltaModel(Habits):
             if n is not None and n != len(each):
                 raise ParamsError(f"n={n}, but {len(each)} seeds were given: leave out n.")
         elif n is None:
-            return self._fresh(_seed(seed), dtype, device)
+            with torch.inference_mode(False):  # what is made in inference mode can never train
+                return fresh_member(self.plan, self.backbone, self.names, _seed(seed), dtype, device)
         else:
             each = seeds(_seed(seed), _seed(n, f"n={n!r}, the number of members,"))
         if not each:
             raise ParamsError("A stack needs at least one member: n=0.")
         with torch.inference_mode(False):
-            return stack([self._fresh(one, dtype, device) for one in each])
-
-    def _fresh(self, seed: int, dtype: torch.dtype | None, device: torch.device | str | None) -> dict[str, Tensor]:
-        with torch.inference_mode(False):  # what is made in inference mode can never train
-            return fresh_member(self.plan, self.backbone, self.names, seed, dtype, device)
+            return fresh_stack(self.plan, self.backbone, self.names, each, dtype, device)
 
     def random_members(self, n: int, present: frozenset[str]) -> dict[str, Tensor]:
         """n members away from their start, for the probe of the batch's layout.

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from funcdelta import bench
+from funcdelta import bench, optim
 from funcdelta.bench import (
     calls,
     checks,
@@ -29,6 +29,7 @@ from funcdelta.bench import (
     subjects,
     tables,
     timing,
+    upkeep,
 )
 from funcdelta.bench.rivals import HandWritten, Peft, bare_step
 from funcdelta.bench.subjects import BenchError, Shape, Subject
@@ -381,6 +382,28 @@ def test_the_core_tables_have_their_targets_and_the_figures_before():
     assert not any(
         row.target for row in checks.checks_table(subjects.tiny(), Shape(2, 1, 4), measure.Effort(1, 1)).rows
     )
+
+
+def test_the_tables_of_upkeep_have_their_targets_and_the_figures_before():
+    judged = replace(subjects.tiny(), judged=True)
+    found = list(upkeep.upkeep_tables(judged, Shape(2, 1, 4), measure.Effort(1, 1), drawn=3))
+    targets = [[(row.label, row.target.text) for row in table.rows if row.target] for table in found]
+    assert targets == [
+        [("step, donate=True", "<= 1.3 x torch's fused step")],
+        [("delta.init", "<= 2 x one draw")],
+    ]
+    assert ["before" in row.note for row in found[0].rows] == [False, True, False, False]
+    assert found[0].disagreement <= upkeep.CLOSE
+    assert all(row.value > 0 for table in found for row in table.rows)
+    plain = upkeep.upkeep_tables(subjects.tiny(), Shape(2, 1, 4), measure.Effort(1, 1), drawn=3)
+    assert not any(row.target for table in plain for row in table.rows)
+
+
+def test_a_step_that_is_not_torchs_is_told(monkeypatch: pytest.MonkeyPatch):
+    ours = optim.adamw
+    monkeypatch.setattr(optim, "adamw", lambda lr: ours(1.001 * lr))
+    with pytest.raises(measure.DisagreementError, match="a step of AdamW: the steps differ from torch's"):
+        upkeep.step_table(subjects.tiny(), Shape(2, 1, 4), measure.Effort(1, 1))
 
 
 def test_what_is_added_is_paired_with_the_yardstick_beside_it():

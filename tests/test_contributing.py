@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from funcdelta.methods.config import METHODS, BaseDeltaConfig
 from torch import nn
 
 import funcdelta as fd
 from funcdelta import structures
+from funcdelta.methods.config import METHODS, BaseDeltaConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 GITHUB = ROOT / ".github"

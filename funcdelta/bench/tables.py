@@ -14,6 +14,7 @@ from funcdelta.bench.meta import meta_table
 from funcdelta.bench.routed import decode_table, forward_table, resident_table
 from funcdelta.bench.subjects import Shape, Subject
 from funcdelta.bench.trunk import trunk_tables
+from funcdelta.bench.upkeep import upkeep_tables
 
 META = Shape(8, 2, 16)
 Load = Callable[[], Subject]
@@ -95,6 +96,7 @@ def _each(
             yield meta_table(subject, sizes.meta, fewer, notify)
         if "core" in names and number == 0 and sizes.shapes:
             yield from core_tables(subject, sizes.shapes[0], sizes.layers, effort, notify)
+            yield from upkeep_tables(subject, sizes.shapes[0], effort, notify)
     if "experts" in names:
         yield from experts_tables(sizes.widths, sizes.experts, effort, notify)
     if "trunk" in names:

@@ -65,20 +65,31 @@ class Chosen:
     def __init__(self, factors: dict[str, tuple[str, ...]], decayed: set[str] | None) -> None:
         self.factors, self._decayed = factors, decayed
 
+    @property
+    def alike(self) -> bool:
+        """Whether all leaves are treated alike: no groups, and all decay."""
+        return not self.factors and self._decayed is None
+
     def decays(self, name: str) -> bool:
         """Whether weight decay acts on the leaf."""
         return self._decayed is None or name in self._decayed
 
-    def scaled(self, values: Values, hyper: str, leaf: Tensor, name: str) -> Tensor:
-        """The value ``hyper`` times the factors of the leaf's groups, fitted to the leaf."""
-        labels = self.factors.get(name, ())
+    def product(self, values: Values, hyper: str, name: str) -> str:
+        """The name in ``values`` of ``hyper`` times the factors of the leaf's groups."""
+        labels = self.factors.get(name)
+        if labels is None:
+            return hyper
         product = " · ".join((hyper, *labels))
         if product not in values.of:
             value = values.of[hyper]
             for label in labels:
                 value = value * values.of[label]
             values.of[product] = value
-        return values(product, leaf, name)
+        return product
+
+    def scaled(self, values: Values, hyper: str, leaf: Tensor, name: str) -> Tensor:
+        """The value ``hyper`` times the factors of the leaf's groups, fitted to the leaf."""
+        return values(self.product(values, hyper, name), leaf, name)
 
 
 def _label(selector: Any) -> str:

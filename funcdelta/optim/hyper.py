@@ -87,6 +87,7 @@ class Values:
         self.dtype = torch.float32 if step.device.type == "mps" else torch.float64
         self.of = {name: self._at(name, hyper, step) for name, hyper in hypers.items()}
         self._fitted: dict[tuple[str, torch.dtype, torch.device, int], Tensor] = {}
+        self._numbers: dict[str, float | None] = {}
 
     def _at(self, name: str, hyper: Hyper, step: Tensor) -> Tensor:
         """One hyper-parameter at ``step``, a tensor () or (n,)."""
@@ -115,3 +116,15 @@ class Values:
             fitted = value.to(dtype=leaf.dtype, device=leaf.device)
             self._fitted[key] = fitted.reshape((-1, *[1] * (leaf.ndim - 1))) if fitted.ndim else fitted
         return self._fitted[key]
+
+    def number(self, name: str) -> float | None:
+        """The value ``name`` as a number, if it is one and the same for all members; it is read.
+
+        >>> values = Values({"lr": torch.tensor([0.5, 0.5]), "eps": 0.25}, torch.zeros(2, dtype=torch.int64))
+        >>> values.number("lr"), values.number("eps")
+        (0.5, 0.25)
+        """
+        if name not in self._numbers:
+            found = set(self.of[name].reshape(-1).tolist())
+            self._numbers[name] = found.pop() if len(found) == 1 else None
+        return self._numbers[name]

@@ -12,8 +12,8 @@ from ..errors import ConfigError
 from ..pytrees.selecting import Selector
 from .groups import Groups
 from .hyper import Hyper, Values, checked, is_zero
-from .moving import alive, begin, decayed, told, updates_of, zeros
-from .rules import Optimizer
+from .moving import How, Tree, alive, begin, decayed, told, zeros
+from .rules import Optimizer, Rule
 
 __all__ = ["LionState", "lion"]
 
@@ -64,7 +64,8 @@ def lion(
         grouped.of(params)
         return LionState(first, {name: zeros(leaf) for name, leaf in moving.items()})
 
-    def update(grads: Any, state: LionState, params: Any) -> tuple[Any, LionState]:
+    def run(grads: Any, state: LionState, params: Any, how: How) -> tuple[Any, LionState]:
+        tree = Tree(grads, state.mu, params, trainable)
         values, chosen, mu = Values(hypers, state.step), grouped.of(params), dict(state.mu)
         known = told(trainable, params, state.mu)
         values.of["fresh1"], values.of["fresh2"] = 1 - values.of["beta1"], 1 - values.of["beta2"]
@@ -77,7 +78,7 @@ def lion(
                 direction = decayed(direction, p, values("weight_decay", p, name), live)
             return direction * -chosen.scaled(values, "lr", p, name)
 
-        updates = updates_of(move, grads, state.mu, params, trainable)
-        return updates, LionState(state.step + 1, mu)
+        results = {one.name: how.result(one, move(one.name, one.value, one.gradient)) for one in tree.moving}
+        return tree.filled(results, how), LionState(state.step + 1, mu)
 
-    return Optimizer(init, update)
+    return Optimizer(init, Rule(run))

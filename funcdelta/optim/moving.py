@@ -10,21 +10,20 @@ something other than zero (:func:`alive`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..errors import ParamsError, StackError
 from ..match import near
-from ..pytrees.constants import is_constant
-from ..pytrees.leaves import check_tree, compute_dtype, dense, named
+from ..pytrees.constants import is_constant, marked
+from ..pytrees.leaves import check_tree, compute_dtype, dense, like, named
 from ..pytrees.selecting import Selector, select
 from .hyper import Hyper, members_of
 
-__all__ = ["alive", "begin", "decayed", "told", "updates_of", "zeros"]
+__all__ = ["How", "Moving", "Tree", "alive", "begin", "decayed", "told", "zeros"]
 
 
 def begin(
@@ -112,39 +111,81 @@ def zeros(leaf: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
     return leaf.new_zeros(leaf.shape if shape is None else shape, dtype=compute_dtype(leaf.dtype))
 
 
-def updates_of(
-    step: Callable[[str, Tensor, Tensor], Tensor],
-    grads: Any,
-    moments: dict[str, Tensor],
-    params: Any,
-    trainable: Selector | None,
-) -> Any:
-    """``step(name, leaf, gradient)`` for every leaf that moves and has a gradient, zeros for the others."""
-    check_tree(params)
-    leaves, spec = pytree.tree_flatten(params)
-    names = [name for name, _ in named(params)]
-    gradients = dict(named(grads))
-    for given, what in ((gradients, "The gradients have"), (moments, "The state has moments for")):
-        unknown = next((name for name in given if name not in set(names)), None)
-        if unknown is not None:
-            raise ParamsError(f"{what} a leaf {unknown!r} that params do not have.{near(unknown, names)}")
-    results = []
-    for name, leaf in zip(names, leaves, strict=True):
-        gradient = gradients.get(name)
-        if not isinstance(leaf, Tensor):
-            results.append(leaf)
-            continue
-        dense(name, leaf)
-        if gradient is None or name not in moments:
-            if gradient is not None:
+class Moving(NamedTuple):
+    """A leaf that moves, and its value and gradient in the dtype to compute in."""
+
+    name: str
+    leaf: Tensor
+    value: Tensor
+    gradient: Tensor
+
+
+class How(NamedTuple):
+    """What a rule is to return.
+
+    Attributes:
+        onto: the new leaves instead of the updates.
+        donated: state and params were given away, so that their tensors may be written into.
+        known: whether all leaves with moments are known to train, where the caller knows more than :func:`told`.
+    """
+
+    onto: bool = False
+    donated: bool = False
+    known: bool | None = None
+
+    def result(self, one: Moving, update: Tensor) -> Tensor:
+        """The update in the leaf's dtype, or the leaf with it."""
+        update = update if update.dtype is one.leaf.dtype else update.to(one.leaf.dtype)
+        return torch.add(one.leaf, update) if self.onto else update
+
+
+class Tree:
+    """Params together with their gradients: which leaves move, and a tree of the results.
+
+    >>> tree = Tree({"w": torch.ones(2)}, {"w": torch.zeros(2)}, {"w": torch.zeros(2), "b": torch.ones(1)}, None)
+    >>> [one.name for one in tree.moving], tree.filled({"w": torch.ones(2)}, How())
+    (['w'], {'w': tensor([1., 1.]), 'b': tensor([0.])})
+    """
+
+    def __init__(self, grads: Any, moments: Mapping[str, Tensor], params: Any, trainable: Selector | None) -> None:
+        check_tree(params)
+        self._like, self._pairs = params, named(params)
+        names = [name for name, _ in self._pairs]
+        gradients, known = dict(named(grads)), set(names)
+        for given, what in ((gradients, "The gradients have"), (moments, "The state has moments for")):
+            unknown = next((name for name in given if name not in known), None)
+            if unknown is not None:
+                raise ParamsError(f"{what} a leaf {unknown!r} that params do not have.{near(unknown, names)}")
+        self.moving: list[Moving] = []
+        for name, leaf in self._pairs:
+            if not isinstance(leaf, Tensor):
+                continue
+            dense(name, leaf)
+            gradient = gradients.get(name)
+            if gradient is None:
+                continue
+            if name not in moments:
                 _meant_to_stay(name, leaf, gradient, trainable)
-            results.append(leaf.new_zeros(()).expand(leaf.shape))
-            continue
-        _fits(name, leaf, gradient)
-        _same_members(name, leaf, moments[name])
-        wide = compute_dtype(leaf.dtype)
-        results.append(step(name, leaf.to(wide), gradient.to(wide)).to(leaf.dtype))
-    return pytree.tree_unflatten(results, spec)
+                continue
+            _fits(name, leaf, gradient)
+            _same_members(name, leaf, moments[name])
+            wide = compute_dtype(leaf.dtype)
+            self.moving.append(Moving(name, leaf, _as(leaf, wide), _as(gradient, wide)))
+
+    def filled(self, results: Mapping[str, Tensor], how: How) -> Any:
+        """``results`` by name; the leaves that are not among them do not move."""
+        found = [self._result(name, leaf, results, how) for name, leaf in self._pairs]
+        return like(self._like, found)
+
+    @staticmethod
+    def _result(name: str, leaf: Any, results: Mapping[str, Tensor], how: How) -> Any:
+        if name in results:
+            return marked(results[name], leaf) if how.onto else results[name]
+        return leaf if how.onto or not isinstance(leaf, Tensor) else leaf.new_zeros(()).expand(leaf.shape)
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _fits(name: str, leaf: Tensor, gradient: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from ..pytrees.leaves import named
 from ..pytrees.selecting import Selector, select
 from .groups import Groups
 from .hyper import Hyper, Values, checked, is_zero
-from .moving import alive, begin, decayed, told, updates_of, zeros
-from .rules import AdamState, Optimizer, adamw
+from .moving import How, Tree, alive, begin, decayed, told, zeros
+from .rules import AdamState, Optimizer, Rule, adamw
 
 __all__ = ["MuonState", "muon", "orthogonalise"]
 
@@ -74,7 +74,7 @@ def muon(
     if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1:
         raise ConfigError(f"iterations is a whole number of 1 or more; found {iterations!r}.")
     grouped = Groups(groups, decay_mask)
-    others = adamw(lr, betas, eps, weight_decay, groups=groups, decay_mask=grouped.decay_mask)
+    others = cast(Rule, adamw(lr, betas, eps, weight_decay, groups=groups, decay_mask=grouped.decay_mask).update)
     hypers = checked(lr=lr, momentum=momentum, weight_decay=weight_decay, **grouped.hypers)
     decays = not is_zero(weight_decay)
 
@@ -86,17 +86,16 @@ def muon(
         adam = ({name: zeros(leaf) for name, leaf in moving.items() if name not in chosen} for _ in range(2))
         return MuonState(first, mu, AdamState(first, *adam))
 
-    def update(grads: Any, state: MuonState, params: Any) -> tuple[Any, MuonState]:
+    def run(grads: Any, state: MuonState, params: Any, how: How) -> tuple[Any, MuonState]:
+        tree = Tree(grads, {**state.mu, **state.adam.mu}, params, trainable)
         values, chosen, mu = Values(hypers, state.step), grouped.of(params), dict(state.mu)
         known = told(trainable, params, state.mu, state.adam.mu)
         values.of["fresh"] = 1 - values.of["momentum"]
         own = {name: gradient for name, gradient in named(grads) if name in state.adam.mu}
-        theirs, adam = others.update(own, state.adam, params, known)
-        by_adam = dict(named(theirs))
+        theirs, adam = others.run(own, state.adam, params, how._replace(known=known))
+        results = {name: leaf for name, leaf in named(theirs) if name in own}
 
         def move(name: str, p: Tensor, g: Tensor) -> Tensor:
-            if name not in mu:
-                return by_adam[name]
             fresh = values("fresh", p, name)
             mu[name] = torch.lerp(mu[name], g, fresh)
             ahead = torch.lerp(mu[name], g, fresh) if nesterov else mu[name]
@@ -106,10 +105,12 @@ def muon(
                 direction = decayed(direction, p, values("weight_decay", p, name), live)
             return direction * -chosen.scaled(values, "lr", p, name)
 
-        updates = updates_of(move, grads, {**state.mu, **state.adam.mu}, params, trainable)
-        return updates, MuonState(state.step + 1, mu, adam)
+        for one in tree.moving:
+            if one.name in mu:
+                results[one.name] = how.result(one, move(one.name, one.value, one.gradient))
+        return tree.filled(results, how), MuonState(state.step + 1, mu, adam)
 
-    return Optimizer(init, update)
+    return Optimizer(init, Rule(run))
 
 
 def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:

@@ -42,7 +42,9 @@ def own_defaults() -> Iterator[None]:
     ...     torch.ones(2).dtype, torch.tensor(1 / 3).dtype, (torch.ones(2) * torch.tensor(1 / 3)).dtype
     (torch.float32, torch.float64, torch.float32)
     """
-    with torch.device("cpu"), _OwnDtype():
+    # Every mode costs each call of torch a microsecond, and few programs have set another device.
+    aside = contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    with aside, _OwnDtype():
         yield
 
 
@@ -51,6 +53,11 @@ class _OwnDtype(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.get_default_dtype() is torch.float32:
+            if func not in CONVERTING:
+                return func(*args, **kwargs)
+            if len(args) == 1 and type(args[0]) is float and not kwargs:
+                return func(args[0], dtype=torch.float64)
         if kwargs.get("dtype") is not None or kwargs.get("out") is not None:
             return func(*args, **kwargs)
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if hasattr(leaf, "dtype")]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import optim, tree
+from .. import optim
 from ..derivatives.gradients import value_and_grad
 from ..pytrees.seeding import derive
 from ..stacks.params import members
@@ -78,8 +78,7 @@ def steps(
             # Dropout then depends on the step alone, so that a run continues without the generator's state.
             torch.manual_seed(derive(0, "dropout", step))
             losses, grads = gradients(state.stack, batch, labels[rows])
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.stack)
-        stack = tree.add(state.stack, updates)
+        stack, optimizer_state = optimizer.step(grads, state.optimizer, state.stack)
         state = State(step + 1, stack, optimizer_state, torch.cat([state.losses, losses.detach().unsqueeze(0)]))
         yield state
 
