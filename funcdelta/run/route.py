@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..errors import EngineError, ParamsError
 from ..planning.sharing import expand_stack
-from ..pytrees.opaque import spare
 from ..stacks.resident import Resident
 from ..stacks.routing import Index, pick_rows, read_index
 from .auto import run_first_that_can
@@ -23,6 +22,7 @@ from .layouts import key_of, layout_of
 from .outputs import flatten, refuse_lazy
 from .program import Program, first_of
 from .single import call_single
+from .written import rows_in_turn
 
 
 def route_rows(
@@ -54,30 +54,29 @@ def route_rows(
     if inputs.b == 1 and present is None:
         return call_single(program, {name: leaf[0] for name, leaf in taken.items()}, args, kwargs, reached)
 
-    def folded() -> Any:
+    def folded(inputs: Inputs) -> Any:
         layout = layout_of(program, taken, inputs, by_row=True)
         lift = Folded(inputs.b, 1, present)
 
-        def run(layout: Layout) -> Any:
+        def run(layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             output = folded_run(program, taken, layout, args, kwargs, lift, reached)
             refuse_lazy(output)
             return output
 
-        return with_layout(program, taken, inputs, layout, run, by_row=True)
+        return with_layout(program, taken, inputs, layout, inputs.shared(), run, by_row=True)
 
-    def in_turn() -> Any:
+    def in_turn(inputs: Inputs) -> Any:
         """Row by row, outputs joined where the rows of the whole are."""
         outputs = []
-        for i in range(inputs.b):
+        for i, (args, kwargs) in enumerate(rows_in_turn(inputs)):
             own = {} if present is not None and not bool(present[i]) else {k: leaf[i] for k, leaf in taken.items()}
-            outputs.append(call_single(program, own, *spare(inputs.rows([i]).shared()), reached))
+            outputs.append(call_single(program, own, args, kwargs, reached))
         return joined(outputs, inputs)
 
     if torch.compiler.is_compiling():
-        return folded()
-    return run_first_that_can(
-        program, lambda: key_of(program, taken, inputs, by_row=True), {"fold": folded, "loop": in_turn}, "apply_rows"
-    )
+        return folded(inputs)
+    ways = {"fold": folded, "loop": in_turn}
+    return run_first_that_can(program, lambda: key_of(program, taken, inputs, by_row=True), ways, inputs, "apply_rows")
 
 
 def joined(outputs: list[Any], inputs: Inputs) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import EngineError, EngineWarning, FoldError, FuncdeltaError, ParamsError, without_engines
 from ..planning.sharing import expand_stack
-from ..pytrees.opaque import holds_tensors, spare
+from ..pytrees.opaque import holds_tensors
 from ..run.call import Call
 from ..run.engines import ATTEMPTS
 from ..run.fold import Folded
@@ -34,6 +34,7 @@ from ..run.program import Program
 from ..run.route import joined
 from ..run.single import tell_missed
 from ..run.skeleton import Skeleton, runner_candidates
+from ..run.written import on_copies, rows_in_turn
 from ..stacks.resident import Resident
 from ..stacks.routing import Index, pick_rows, read_index
 from ..transforms import eager
@@ -177,25 +178,32 @@ class RoutedCalls(Calls):
         inputs = self._inputs(args, kwargs)
         params, present = self._members(inputs.b // len(self.index()[0]))
         finished, output = False, None
-        learning = [vars(norm)[name] for norm, name in self._statistics if norm.training]
-        before = [tensor.clone() for tensor in learning]
+        learning = [(norm, name, vars(norm)[name]) for norm, name in self._statistics if norm.training]
+        before = [tensor.clone() for _, _, tensor in learning]
         try:
             if self.remembered is not None:
                 self.remembered.begin()
+            for norm, name, _ in learning:
+                if isinstance(norm, nn.modules.batchnorm._NormBase):
+                    self._put(norm, name, None)  # torch's need none in training, and cannot be mapped with them
             output = self._rows(module, path, function, params, present, inputs)
             finished = True
         finally:
             self.skeleton.call = self.idle
             with torch.no_grad():
                 # What rows of several members teach belongs to none; batch norms write without a trace.
-                for tensor, value in zip(learning, before, strict=True):
-                    tensor.copy_(value)
+                for (norm, name, tensor), value in zip(learning, before, strict=True):
+                    self._put(norm, name, tensor.copy_(value))
             if self.remembered is not None:
                 self.remembered.end(finished)
         if self.reached is not None and not path:
             reached, self.reached = self.reached, None
             tell_missed(self.program, self.leaves, reached)
         return output
+
+    def _put(self, norm: nn.Module, name: str, value: Tensor | None) -> None:
+        vars(norm)[name] = value
+        self.skeleton.memory.accept(vars(norm), name)
 
     @eager
     def trace(self, module: nn.Module, path: str, function: Function, args: Any, kwargs: Any) -> Any:
@@ -264,9 +272,13 @@ class RoutedCalls(Calls):
                 self.skeleton.open(inner)
             lift = Folded(inputs.b, 1, present)
             self.skeleton.call = Call(params, lift=lift, layout=layout, runs=layout.runs, reached=self.reached)
-            args, kwargs = inputs.shared()
-            try:
+
+            def run(inputs: Inputs) -> Any:
+                args, kwargs = inputs.shared()
                 return function(module, *args, **kwargs)
+
+            try:
+                return on_copies(inputs, run) if program.writes_inputs else run(inputs)
             except LayoutMismatchError:
                 if attempt == ATTEMPTS - 1 or _caches(inputs):
                     raise
@@ -288,10 +300,9 @@ class RoutedCalls(Calls):
         try:
             if _caches(inputs):
                 raise EngineError("a cache cannot be taken apart by rows: generate with use_cache=False.")
-            for i in range(inputs.b):
+            for i, (args, kwargs) in enumerate(rows_in_turn(inputs)):
                 bare = present is not None and not bool(present[i])
                 own = {} if bare else {key: leaf[i] for key, leaf in params.items()}
-                args, kwargs = spare(inputs.rows([i]).shared())
                 kwargs = without_cache(module, kwargs)
                 skeleton.call = Call(own, reached=self.reached)
                 try:
