@@ -655,19 +655,21 @@ class Probe:
         shape_of_output: list[Any] = []
         found: list[Tensor] = []
 
-        def filled(tensors: Sequence[Tensor]) -> Any:
+        def inside(p: Params, tensors: Sequence[Tensor], call: Call) -> Any:
             given = iter(tensors)
-            return pytree.tree_unflatten([next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+            filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            own_args, own_kwargs = pytree.tree_unflatten(filled, spec)
+            return self.skeleton.run_inside(path, forward, p, own_args, own_kwargs, call)
 
         def member(p: Params, *tensors: Tensor) -> list[Tensor]:
-            output = self.skeleton.run_inside(path, forward, p, *filled(tensors), Call(p, watch=_Called(self)))
+            output = inside(p, tensors, Call(p, watch=_Called(self)))
             out_leaves, out_spec = pytree.tree_flatten(output)
             shape_of_output[:] = [out_spec, [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in out_leaves]]
             return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
 
         params = {key: call.params[key] for key in run.keys}
         with self.tracking.pause(alone=True):
-            bare = self.skeleton.run_inside(path, forward, {}, *filled([t.clone() for t in tensors]), Call({}))
+            bare = inside({}, [tensor.clone() for tensor in tensors], Call({}))
             plain = [t for t in pytree.tree_leaves(bare) if isinstance(t, Tensor)]
             own = [tensor.clone() for tensor in tensors]
             before = marks(own)

@@ -12,9 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..pytrees.opaque import spare
 from ..transforms import is_wrapped
-from .inputs import Arguments, Inputs
+from .inputs import Inputs
 
 Result = TypeVar("Result")
 
@@ -109,25 +108,3 @@ def on_copies(inputs: Inputs, run: Callable[[Inputs], Result]) -> Result:
     for i in changed(own, before):
         given[i].copy_(own[i])
     return result
-
-
-def rows_in_turn(inputs: Inputs) -> Iterator[Arguments]:
-    """Each row's inputs by themselves; what its call has written into them is in the inputs when the next one begins.
-
-    >>> x = torch.zeros(2, 1)
-    >>> for (row,), _ in rows_in_turn(Inputs(torch.nn.Identity(), 1, (x,), {}, None, 0)):
-    ...     row += 1
-    >>> x.flatten()
-    tensor([1., 1.])
-    """
-    given = [(i, leaf) for i, leaf in enumerate(inputs.leaves) if isinstance(leaf, Tensor)]
-    for row in range(inputs.b):
-        copied = inputs.rows([row]).copied()
-        own = copied.tensors()
-        before = marks(own)
-        yield spare(copied.shared())
-        for at in changed(own, before):
-            i, whole = given[at]
-            axis = inputs.row_axis.get(i)
-            is_part = axis is not None and whole.shape[axis] == inputs.b
-            (whole.narrow(axis, row, 1) if is_part else whole).copy_(own[at])

@@ -19,22 +19,22 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..errors import EngineError, EngineWarning, FoldError, FuncdeltaError, ParamsError, without_engines
+from ..errors import EngineError, EngineWarning, FoldError, ParamsError, without_engines
 from ..planning.sharing import expand_stack
 from ..pytrees.opaque import holds_tensors
 from ..run.call import Call
+from ..run.containers import is_cache
 from ..run.engines import ATTEMPTS
 from ..run.fold import Folded
 from ..run.forward import without_cache
+from ..run.in_turn import run_in_turn
 from ..run.inputs import Inputs
 from ..run.layout import Layout, LayoutMismatchError, Run
 from ..run.layouts import key_of, layout_of, learned_anew
-from ..run.outputs import check_visible, flatten, names
 from ..run.program import Program
-from ..run.route import joined
 from ..run.single import tell_missed
 from ..run.skeleton import Skeleton, runner_candidates
-from ..run.written import on_copies, rows_in_turn
+from ..run.written import on_copies
 from ..stacks.resident import Resident
 from ..stacks.routing import Index, pick_rows, read_index
 from ..transforms import eager
@@ -58,7 +58,9 @@ class Idle:
         """A site outside of a call raises."""
         raise EngineError(
             f"{path} ran by itself, or again for a backward pass (gradient checkpointing). A routed view knows the "
-            f"rows' members while the whole model or its encoder is called: call those, and turn checkpointing off."
+            f"rows' members while the whole model or its encoder is called: call those, and turn checkpointing off. "
+            f"What calls other parts of the model (a generate of its own may do) runs member by member: "
+            f"delta.bind(fd.take(stack, i)) with that member's rows."
         )
 
     def run(self, path: str, *_: Any) -> Any:
@@ -296,26 +298,29 @@ class RoutedCalls(Calls):
         why: str,
     ) -> Any:
         """Row by row, outputs joined where the rows of the whole are; ``why`` they do not run together."""
-        skeleton, outputs = self.skeleton, []
-        try:
-            if _caches(inputs):
-                raise EngineError("a cache cannot be taken apart by rows: generate with use_cache=False.")
-            for i, (args, kwargs) in enumerate(rows_in_turn(inputs)):
-                bare = present is not None and not bool(present[i])
-                own = {} if bare else {key: leaf[i] for key, leaf in params.items()}
-                kwargs = without_cache(module, kwargs)
-                skeleton.call = Call(own, reached=self.reached)
-                try:
-                    with skeleton.swapped(skeleton.overrides(own, path)):
-                        output = function(module, *args, **kwargs)
-                except FuncdeltaError:
-                    raise
-                except Exception as error:
-                    raise EngineError(f"row {i} alone fails ({type(error).__name__}: {error}).") from error
-                check_visible(flatten(output)[0], names(output), kwargs)
-                outputs.append(output)
+        opaque = [place for leaf, place in zip(inputs.leaves, inputs.places, strict=True) if _is_opaque(leaf)]
+        if opaque:
+            raise FoldError(
+                f"{why.rstrip('. ')}. Nor can the rows run one after the other: {opaque[0]} holds tensors that cannot "
+                f"be taken apart by rows: generate with use_cache=False, or member by member, "
+                f"delta.bind(fd.take(stack, i))."
+            )
+        index, times = self.index()[0], inputs.b // len(self.index()[0])
+
+        def run(row: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            bare = present is not None and not bool(present[row])
+            own = {} if bare else {key: leaf[row] for key, leaf in params.items()}
+            skeleton = self.skeleton
+            skeleton.call = Call(own, reached=self.reached)
+            try:
+                with skeleton.swapped(skeleton.overrides(own, path)):
+                    return function(module, *args, **kwargs if cached else without_cache(module, kwargs))
+            finally:
                 skeleton.memory.restore()
-            return joined(outputs, inputs)
+
+        cached = any(inputs.is_cache(i) for i in range(len(inputs.leaves)))
+        try:
+            return run_in_turn(inputs, index.repeat_interleave(times).tolist(), run)
         except EngineError as error:
             raise FoldError(f"{why.rstrip('. ')}. Nor can the rows run one after the other: {error}") from error
 
@@ -338,8 +343,12 @@ class RoutedCalls(Calls):
 
 
 def _caches(inputs: Inputs) -> bool:
-    """Whether a call writes into its inputs, so that it cannot be made again or row by row."""
-    return any(inputs.is_cache(i) or holds_tensors(leaf) for i, leaf in enumerate(inputs.leaves))
+    """Whether a call writes into objects among its inputs, so that it cannot be made again."""
+    return any(inputs.is_cache(i) or _is_opaque(leaf) for i, leaf in enumerate(inputs.leaves))
+
+
+def _is_opaque(leaf: Any) -> bool:
+    return not is_cache(leaf) and holds_tensors(leaf)
 
 
 def encoder_path(module: nn.Module) -> str | None:
@@ -420,6 +429,10 @@ def _unpickled(delta: Bindable, stack: Mapping[str, Tensor], index: Tensor, sinc
 
 class RoutedGenerator(RoutedView):
     """A routed view of a model that generates."""
+
+    def _supports_mm_encoder_outputs(self) -> bool:
+        """Transformers would have images read before the text, where nobody knows which row is whose."""
+        return False
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own; guidance that puts a second batch behind the first is refused, for rows would be mistaken.
