@@ -40,7 +40,7 @@ from ..stacks.routing import Index, pick_rows, read_index
 from ..transforms import eager
 from .bound import as_view
 from .calls import Calls, Function
-from .copies import give, given_since, held_by
+from .copies import Twin, give, given_since, held_by, made_of
 from .frozen import learns
 from .held import Bindable, Viewlike
 
@@ -396,7 +396,7 @@ class RoutedView(Viewlike, nn.Module):
         if any(key.startswith(prefix) for key in state_dict):
             (args[-1] if args else kwargs["error_msgs"]).append(NOTHING_OF_ITS_OWN)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+    def _copied(self, memo: dict[int, Any]) -> nn.Module:
         """Another view of the same stack and rows."""
         other = bind_rows(self._funcdelta.delta, self._funcdelta.calls.source, self._funcdelta.calls.index()[0])
         memo[id(self)] = other
@@ -405,7 +405,14 @@ class RoutedView(Viewlike, nn.Module):
         give(other, copy.deepcopy(given_since(self, self._funcdelta.born), memo))
         return other
 
+    def __copy__(self) -> nn.Module:
+        return made_of(Twin(self._copied, self._reduced))
+
     def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies share the stack and the backbone; pickles have both."""
+        return Twin(self._copied, self._reduced).reduce()
+
+    def _reduced(self) -> tuple[Any, ...]:
         """A routed view travels with its stack, its delta and the whole backbone."""
         return _unpickled, (
             self._funcdelta.delta,
