@@ -95,7 +95,7 @@ PARAMS: dict[str, Case] = {
         lambda w: w.delta.apply_many({**w.stack, "b.weight": torch.zeros(3, 8, 8)}, w.x),
         ("b.weight", "unfrozen_modules"),
     ),
-    "no members": (fd.ParamsError, lambda w: w.delta.init(0, n=0), ("n=0", "at least one")),
+    "no members": (fd.ParamsError, lambda w: w.delta.init(0, n=0), ("n=0", "at least 1")),
     "half a member": (fd.ParamsError, lambda w: w.delta.init(0, n=2.5), ("n=2.5",)),
     "leaves of whole numbers": (fd.ParamsError, lambda w: w.delta.init(0, dtype=torch.int32), ("int32", "floating")),
     "fewer than none": (fd.ParamsError, lambda w: w.delta.init(0, n=-1), ("n=-1",)),

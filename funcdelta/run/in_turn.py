@@ -138,7 +138,7 @@ def _of_rows(inputs: Inputs, alone: list[One]) -> Any:
 
 
 def _together(inputs: Inputs, runs: list[One], join: Join) -> Any:
-    """One output; a part of it that is no tensor and cannot be put together is ``None``, with a warning."""
+    """One output; what it has of the output of a part and cannot be put together is ``None``, with a warning."""
     kept = [leaf for i, leaf in enumerate(inputs.leaves) if inputs.is_cache(i)]
     for at, cache in enumerate(kept):
         vars(cache).update(vars(_joined([one.caches[at] for one in runs], join, type(cache).__name__)))
@@ -151,9 +151,9 @@ def _together(inputs: Inputs, runs: list[One], join: Join) -> Any:
         try:
             made[name] = _field([one.output[name] for one in runs], join, of, name)
         except EngineError as error:
-            if isinstance(first[name], Tensor):
-                raise
-            made[name] = None  # what a model says of its own parts
+            if not isinstance(first[name], Mapping):
+                raise  # it may be what the next call goes on from
+            made[name] = None  # what a part of the model has given
             warnings.warn(f"{error} It is left out, None.", EngineWarning, stacklevel=2)
     for name, value in made.items():
         first[name] = value

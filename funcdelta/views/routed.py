@@ -299,12 +299,10 @@ class RoutedCalls(Calls):
     ) -> Any:
         """Row by row, outputs joined where the rows of the whole are; ``why`` they do not run together."""
         opaque = [place for leaf, place in zip(inputs.leaves, inputs.places, strict=True) if _is_opaque(leaf)]
+        why = f"{why.rstrip('. ')}. Nor can the rows run one after the other"
+        instead = "Run each member's rows by themselves: delta.bind(fd.take(stack, i))"
         if opaque:
-            raise FoldError(
-                f"{why.rstrip('. ')}. Nor can the rows run one after the other: {opaque[0]} holds tensors that cannot "
-                f"be taken apart by rows: generate with use_cache=False, or member by member, "
-                f"delta.bind(fd.take(stack, i))."
-            )
+            raise FoldError(f"{why}: {opaque[0]} holds tensors that cannot be taken apart by rows. {instead}.")
         index, times = self.index()[0], inputs.b // len(self.index()[0])
 
         def run(row: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -322,7 +320,7 @@ class RoutedCalls(Calls):
         try:
             return run_in_turn(inputs, index.repeat_interleave(times).tolist(), run)
         except EngineError as error:
-            raise FoldError(f"{why.rstrip('. ')}. Nor can the rows run one after the other: {error}") from error
+            raise FoldError(f"{why}: {error} {instead}.") from error
 
     # -- modes -----------------------------------------------------------------------------------------------------
 
