@@ -116,7 +116,7 @@ def test_messages(case: Case) -> None:
         fd.per_sample_grads(case.loss)(case.params, case.tokens, case.labels[:3])
     with pytest.raises(fd.ParamsError, match=r"one loss, \(\).*found shape \(1, 3\)"):
         fd.per_sample_grads(lambda p, t: case.delta.apply(p, input_ids=t).logits)(case.params, case.tokens)
-    with pytest.raises(fd.ParamsError, match=r"steps=0.*1 or more"):
+    with pytest.raises(fd.ParamsError, match=r"steps=0.*at least 1"):
         fd.conjugate_gradient(lambda x: x, {"w": torch.ones(1)}, steps=0)
 
 
