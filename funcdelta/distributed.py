@@ -33,6 +33,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import CheckpointError, ParamsError
 from .files.shards import read_shards, write_shard
+from .kinds import count
 from .loading import load
 from .model import DeltaModel
 from .pytrees.leaves import named
@@ -53,6 +54,7 @@ def shard(n: int, mesh: DeviceMesh | None = None) -> slice:
     slice(0, 64, None)
     """
     rank, world = _place(mesh)
+    n = count(n, "n", "members all processes have")
     if n < world:
         raise ParamsError(
             f"{n} members on {world} processes leave some without any: start at most {n} processes, or shard over one "

@@ -217,6 +217,8 @@ def shown(value: object, most: int = 100) -> str:
     >>> shown("lora_A"), shown("z" * 1000, 20)
     ("'lora_A'", "'zzzzzzzzz...zzzzzzzzz'")
     """
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"a number of {value.bit_length()} bits"  # Python writes no very long ones
     text = repr(value)
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-(most // 2) :]}"
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numbers
+import operator
 from types import NoneType
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, ParamsError, shown
 
 KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "a whole number"),
@@ -31,3 +32,31 @@ def check_kind(name: str, value: Any, kind: str) -> None:
         allowed, words = KINDS[kind]
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
             raise ConfigError(f"{name}={value!r}: write {words}.")
+        if isinstance(value, int) and abs(value) > MOST:
+            raise ConfigError(f"{name}={shown(value)}: write {words} up to {MOST}.")
+
+
+MOST = 2**31 - 1
+"""No tensor is as long as this, and nothing is repeated as often."""
+
+
+def count(value: Any, name: str, of: str, least: int = 0, most: int = MOST) -> int:
+    """``value`` as an int, where it can count what there is ``of``.
+
+    Raises `ParamsError` where it is not a whole number from ``least`` to ``most``; ``True`` and ``2.0`` are not.
+
+    >>> count(3, "n", "members")
+    3
+    >>> count(2**70, "n", "members", least=1)
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.ParamsError: n=1180591620717411303424: write how many members, a whole number, at most 2147483647.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not least <= number <= most:
+        bound = f"at most {most}" if number is not None and number > most else f"at least {least}"
+        raise ParamsError(f"{name}={shown(value)}: write how many {of}, a whole number, {bound}.")
+    return number

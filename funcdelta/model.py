@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError, ParamsError
+from .errors import ConfigError, ParamsError, shown
 from .files.checkpoint import Facts, push, save
 from .files.configfile import storable
 from .fresh import fresh_member, fresh_stack
 from .habits import Habits, need_dict, without_dead_options
+from .kinds import count
 from .match import as_names
 from .merge import merge, merged
 from .methods.config import BaseDeltaConfig
@@ -251,14 +252,14 @@ class DeltaModel(Habits):
         if isinstance(seed, Iterable) and not (isinstance(seed, str) or (isinstance(seed, Tensor) and seed.ndim == 0)):
             each = [_seed(one) for one in seed]
             if n is not None and n != len(each):
-                raise ParamsError(f"n={n}, but {len(each)} seeds were given: leave out n.")
+                raise ParamsError(f"n={shown(n)}, but {len(each)} seeds were given: leave out n.")
         elif n is None:
             with torch.inference_mode(False):  # what is made in inference mode can never train
                 return fresh_member(self.plan, self.backbone, self.names, _seed(seed), dtype, device)
         else:
-            each = seeds(_seed(seed), _seed(n, f"n={n!r}, the number of members,"))
+            each = seeds(_seed(seed), count(n, "n", "members", least=1))
         if not each:
-            raise ParamsError("A stack needs at least one member: n=0.")
+            raise ParamsError("A stack needs at least one member: no seeds were given.")
         with torch.inference_mode(False):
             return fresh_stack(self.plan, self.backbone, self.names, each, dtype, device)
 
@@ -269,7 +270,7 @@ class DeltaModel(Habits):
         >>> list(delta.random_members(2, frozenset(["lora"])))[1]
         '0.lora.lora_B'
         """
-        return dict(self.program.random_members(n, present))
+        return dict(self.program.random_members(count(n, "n", "members", least=1), present))
 
     def attach(self, params: Params | None = None) -> dict[str, Tensor]:
         """``{every backbone name: tensor} | params``: one dict with everything, which ``apply`` accepts.
@@ -667,11 +668,11 @@ def _rebuilt(backbone: nn.Module, configs: Any, example: Any, prepare: Any, mode
     return delta if mode is None else delta.mode(train=mode)
 
 
-def _seed(value: Any, what: str = "A seed") -> int:
+def _seed(value: Any) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise ParamsError(f"{what} is an integer; found {value!r}: write a whole number.") from None
+        raise ParamsError(f"A seed is an integer; found {value!r}: write a whole number.") from None
 
 
 def _numel(shape: tuple[int, ...]) -> int:

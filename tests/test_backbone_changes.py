@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from handmade import raises_saying
+from handmade import assert_close, raises_saying, random_params
 from torch import Tensor, nn
 from zoo import ZOO
 
@@ -522,3 +522,55 @@ def test_a_check_is_a_fraction_of_a_call() -> None:
 
     with torch.no_grad():
         assert least(fingerprint.check) < 0.1 * least(lambda: architecture.call(m, inputs))
+
+
+class Tables(nn.Module):
+    """Makes its table anew where it is too short, in a precision of its own, and keeps the one before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.register_buffer("table", torch.ones(3), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > self.table.shape[0]:
+            self.register_buffer("before", self.table, persistent=False)
+            self.register_buffer("table", torch.arange(1.0, 1.0 + x.shape[1]), persistent=False)
+        return self.a(x) * self.table[: x.shape[1], None].to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tables_that_the_backbone_made_anew_are_followed(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    m = Tables().to(dtype)
+    delta = fd.LoraModel(m, modified_modules=["a"])
+    params, stack = random_params(delta), random_params(delta, 2)
+    short, long = torch.randn(2, 3, 4, dtype=dtype), torch.randn(2, 5, 4, dtype=dtype)
+    for x in (short, long, short, long):
+        with torch.no_grad():
+            expected = copy.deepcopy(delta.merged(params))(x)
+            assert_close(delta.apply(params, x), expected, 1e-2 if dtype == torch.bfloat16 else 1e-5)
+            many = delta.apply_many(stack, x)
+            assert_close(delta.apply_rows(stack, [1, 0], x), torch.stack([many[1, 0], many[0, 1]]))
+            m(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_frequencies_that_grow_with_the_text(dtype: torch.dtype) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    m = LlamaForCausalLM(LlamaConfig(vocab_size=32, max_position_embeddings=8, rope_parameters=rope, **sizes)).to(dtype)
+    delta = fd.LoraModel(m.eval(), modified_modules=["q_proj"])
+    params = random_params(delta)
+    view, merged = delta.bind(params), delta.merged(params)
+    for length in (6, 12, 6, 16, 4):
+        tokens = torch.randint(32, (2, length))
+        with torch.no_grad():
+            expected = copy.deepcopy(merged)(tokens).logits
+            tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-6
+            assert_close(delta.apply(params, tokens).logits, expected, tolerance)
+            assert_close(view(tokens).logits, expected, tolerance)
+            m(tokens)

@@ -112,12 +112,12 @@ def test_conjugate_gradients_map_and_rest_when_done() -> None:
 
 
 def test_messages(case: Case) -> None:
-    with pytest.raises(fd.errors.ParamsError, match=r"one length, found \[\(5,\), \(3,\)\]"):
-        fd.grad.per_sample_grads(case.loss)(case.params, case.tokens, case.labels[:3])
-    with pytest.raises(fd.errors.ParamsError, match=r"one loss, \(\).*found shape \(1, 3\)"):
-        fd.grad.per_sample_grads(lambda p, t: case.delta.apply(p, input_ids=t).logits)(case.params, case.tokens)
-    with pytest.raises(fd.errors.ParamsError, match=r"steps=0.*1 or more"):
-        fd.grad.conjugate_gradient(lambda x: x, {"w": torch.ones(1)}, steps=0)
+    with pytest.raises(fd.ParamsError, match=r"one length, found \[\(5,\), \(3,\)\]"):
+        fd.per_sample_grads(case.loss)(case.params, case.tokens, case.labels[:3])
+    with pytest.raises(fd.ParamsError, match=r"one loss, \(\).*found shape \(1, 3\)"):
+        fd.per_sample_grads(lambda p, t: case.delta.apply(p, input_ids=t).logits)(case.params, case.tokens)
+    with pytest.raises(fd.ParamsError, match=r"steps=0.*at least 1"):
+        fd.conjugate_gradient(lambda x: x, {"w": torch.ones(1)}, steps=0)
 
 
 def finite_difference(f, params, direction, step: float = 1e-5):

@@ -107,15 +107,11 @@ PARAMS: dict[str, Case] = {
         lambda w: w.delta.apply_many({**w.stack, "b.weight": torch.zeros(3, 8, 8)}, w.x),
         ("b.weight", "unfrozen_modules"),
     ),
-    "no members": (fd.errors.ParamsError, lambda w: w.delta.init(0, n=0), ("n=0", "at least one")),
-    "half a member": (fd.errors.ParamsError, lambda w: w.delta.init(0, n=2.5), ("n=2.5",)),
-    "leaves of whole numbers": (
-        fd.errors.ParamsError,
-        lambda w: w.delta.init(0, dtype=torch.int32),
-        ("int32", "floating"),
-    ),
-    "fewer than none": (fd.errors.ParamsError, lambda w: w.delta.init(0, n=-1), ("n=-1",)),
-    "seeds and another n": (fd.errors.ParamsError, lambda w: w.delta.init([1, 2], n=3), ("n=3", "2 seeds")),
+    "no members": (fd.ParamsError, lambda w: w.delta.init(0, n=0), ("n=0", "at least 1")),
+    "half a member": (fd.ParamsError, lambda w: w.delta.init(0, n=2.5), ("n=2.5",)),
+    "leaves of whole numbers": (fd.ParamsError, lambda w: w.delta.init(0, dtype=torch.int32), ("int32", "floating")),
+    "fewer than none": (fd.ParamsError, lambda w: w.delta.init(0, n=-1), ("n=-1",)),
+    "seeds and another n": (fd.ParamsError, lambda w: w.delta.init([1, 2], n=3), ("n=3", "2 seeds")),
 }
 CALLS: dict[str, Case] = {
     "an unknown engine": (

@@ -100,11 +100,11 @@ def test_stacks_of_no_members() -> None:
         (lambda: fd.unstack({}), "without tensor leaves"),
         (lambda: fd.stack([]), "at least one member; found an empty list"),
         (lambda: fd.cat([]), "at least one stack; found an empty list"),
-        (lambda: fd.broadcast(STACK, 0), "at least one member; found n=0"),
+        (lambda: fd.broadcast(STACK, 0), "n=0: write how many members the stack has"),
         (lambda: fd.stack(None), "takes a list of pytrees; found NoneType"),  # pyright: ignore[reportArgumentType]
-        (lambda: fd.broadcast(STACK, 2.5), "a whole number; found 2.5"),  # pyright: ignore[reportArgumentType]
+        (lambda: fd.broadcast(STACK, 2.5), "n=2.5: write how many"),  # pyright: ignore[reportArgumentType]
         (lambda: fd.seeds(0, "3"), "a whole number; found n='3'"),  # pyright: ignore[reportArgumentType]
-        (lambda: fd.seeds(0, 2.5), "a whole number; found n=2.5"),  # pyright: ignore[reportArgumentType]
+        (lambda: fd.seeds(0, 2.5), "n=2.5: write how many seeds"),  # pyright: ignore[reportArgumentType]
     ):
         with pytest.raises(fd.errors.ParamsError, match=words):
             call()

@@ -464,8 +464,8 @@ PAIR: Tensors = {"l.w": torch.ones(2, 2), "l.b": torch.ones(2)}
             StackError,
             r"peak of the schedule has 3 values.*of 2 members.*peak=peak\[index\]",
         ),
-        (lambda: fd.grad.unroll(lambda s, i: s, ONE, -1), ParamsError, "steps of fd.grad.unroll .* found -1"),
-        (lambda: fd.grad.unroll(lambda s, i: {"x": s["w"]}, {"w": ONE}, 2), ParamsError, "step gave at i=0"),
+        (lambda: fd.unroll(lambda s, i: s, ONE, -1), ParamsError, "steps=-1: write how many times fd.grad.unroll"),
+        (lambda: fd.unroll(lambda s, i: {"x": s["w"]}, {"w": ONE}, 2), ParamsError, "step gave at i=0"),
         (
             lambda: fd.grad.unroll(lambda s, i: {"w": s["w"].add_(1)}, {"w": torch.ones(2)}, 2),
             ParamsError,

@@ -184,7 +184,7 @@ def test_members_work_under_vmap_grad_and_compile() -> None:
             ParamsError,
             r"A mask over 2 members has shape \(2,\); found \(3,\)",
         ),
-        (lambda: params.broadcast({"a": torch.ones(2)}, 0), ParamsError, "found n=0"),
+        (lambda: params.broadcast({"a": torch.ones(2)}, 0), ParamsError, "n=0: write how many"),
     ],
 )
 def test_errors_say_where_and_what(action: Any, kind: type[Exception], words: str) -> None:

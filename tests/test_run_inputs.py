@@ -221,6 +221,9 @@ CASES: dict[str, Case] = {
     "positions of all tokens": of_all(X, cache_position=torch.arange(S) + 7, pick=lambda a, k, w: ((X[w],), k))(
         lambda x, cache_position: (x * cache_position).sum(-1)
     ),
+    "which positions are wanted, as many as rows": of_all(
+        drawn(B, B), logits_to_keep=torch.arange(B).flip(0), pick=lambda a, k, w: ((a[0][w],), k)
+    )(lambda x, logits_to_keep: x[:, logits_to_keep]),
     "as many tokens as rows": of_all(
         drawn(B, B), my_positions=torch.arange(B) + 7, pick=lambda a, k, w: ((a[0][w],), k)
     )(lambda x, my_positions: (x * my_positions).sum(-1)),

@@ -342,6 +342,37 @@ def test_a_part_of_a_view_is_copied_as_an_ordinary_module() -> None:
             copy.deepcopy(acting)
 
 
+class Delegates(nn.Module):
+    """Hands on whatever it does not have to the model in it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.model(x)
+
+
+@pytest.mark.parametrize("kind", ["view", "routed view", "part"])
+def test_what_hands_on_to_a_view_is_copied_as_what_it_is(kind: str) -> None:
+    delta, params = _head_of_an_mlp()
+    routed = delta.bind_rows(fd.broadcast(params, 2), [0, 1, 0])
+    view: Any = routed if kind == "routed view" else delta.bind(params)
+    outer, x = Delegates(view.b if kind == "part" else view), torch.randn(3, 8 if kind == "part" else 4)
+    for way in (copy.copy, copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))):
+        other = way(outer)
+        assert type(other) is Delegates
+        assert other.model is not outer.model or way is copy.copy
+        assert_close(other(x), outer(x), 1e-6)
+        assert_close(way(outer.model)(x), outer.model(x), 1e-6)
+
+
 def test_a_delta_on_a_view_is_refused() -> None:
     delta, params = _head_of_an_mlp()
     view = delta.bind(params)

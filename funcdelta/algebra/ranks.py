@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..errors import ParamsError
+from ..kinds import count
 from ..model import DeltaModel
 from ..pytrees.leaves import compute_dtype
 from .factored import Factored, Factors, rank_of, read, write
@@ -31,8 +31,7 @@ def truncate(delta: DeltaModel, params: Mapping[str, Tensor], rank: int) -> tupl
     >>> {name: tuple(leaf.shape) for name, leaf in less.items()}
     {'0.lora.lora_A': (2, 4), '0.lora.lora_B': (8, 2), '0.lora.scale': ()}
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ParamsError(f"truncate: rank={rank!r}; write a whole number, 1 or more.")
+    rank = count(rank, "rank", "singular values truncate keeps", least=1)
     return write(_balanced(read(delta, params), rank), rank)
 
 

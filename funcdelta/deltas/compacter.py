@@ -110,7 +110,11 @@ class CompacterConfig(BaseDeltaConfig):
         if d is None or self._fits(d):
             return None
         below = next((width for width in range(d - 1, 0, -1) if self._fits(width)), None)
-        above = next(width for width in range(d + 1, d + n * factor + 1) if self._fits(width))
+        # The widths whose bottleneck is a multiple of n begin with a multiple of n.
+        bottleneck = max(d + 1, n * factor) // factor // n * n
+        above = max(d + 1, bottleneck * factor)
+        above += -above % n
+        above = above if above // factor == bottleneck else (bottleneck + n) * factor
         nearby = ", ".join(str(width) for width in (below, above) if width is not None)
         ways: list[str] = []
         divisions = [i for i in range(2, d + 1) if d // factor and math.gcd(d, d // factor) % i == 0]

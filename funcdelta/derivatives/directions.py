@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from .. import tree
 from ..errors import ParamsError
 from ..functional.attention import higher_order
+from ..kinds import count
 from ..pytrees.leaves import align
 from ..stacks.params import checked_chunk
 from .one_member import one_member
@@ -165,8 +166,7 @@ def conjugate_gradient(matvec: Callable[[Tree], Tree], b: Tree, steps: int, damp
     >>> conjugate_gradient(lambda x: {"w": x["w"] * torch.tensor([1.0, 4.0])}, {"w": torch.tensor([1.0, 2.0])}, steps=2)
     {'w': tensor([1.0000, 0.5000])}
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ParamsError(f"conjugate_gradient(steps={steps!r}): write a whole number, 1 or more.")
+    steps = count(steps, "steps", "steps conjugate_gradient makes", least=1, most=2**24)
     x, residual, direction = tree.scale(b, 0.0), b, b
     rest = tree.vdot(residual, residual)
     # What is left below the precision of b is rounding: dividing by its curvature would blow it up.

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ParamsError, RecomputeError
 from ..functional.attention import higher_order, needs_mathematical_attention
+from ..kinds import count
 from ..pytrees.leaves import align, named
 from ..transforms import eager, inside_transform
 
@@ -45,8 +46,7 @@ def unroll(step: Callable[..., State], state: State, steps: int, *data: Any, che
     >>> w, torch.autograd.grad(w.sum(), rate)[0]
     (tensor([0.5120], grad_fn=...), tensor(-3.8400))
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ParamsError(f"steps of fd.grad.unroll is how often step runs, an int from 0; found {steps!r}.")
+    steps = count(steps, "steps", "times fd.grad.unroll runs step", most=2**24)
     keeps = checkpoint and torch.is_grad_enabled()
     if keeps and inside_transform():
         raise RecomputeError(

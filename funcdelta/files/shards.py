@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import CheckpointError, ParamsError
+from ..kinds import count
 from ..pytrees.leaves import named
 from ..stacks.params import cat, members, take
 from .atomic import recover, replace_folder
@@ -80,7 +81,10 @@ def read_shards(
     >>> read_shards(lambda folder: {"w": parts[folder.name]}, path, slice(2, 5))
     {'w': tensor([2, 3, 4])}
     """
-    first, stop = (0, wanted) if isinstance(wanted, int) else (wanted.start or 0, wanted.stop)
+    if isinstance(wanted, slice):
+        first, stop = wanted.start or 0, wanted.stop
+    else:
+        first, stop = 0, count(wanted, "wanted", "members", least=1)
     parts, here = [], first
     folders = [pair for pair in _folders(Path(path)) if pair[0] < stop and first <= pair[1]]
     missing: list[tuple[int, int]] = []

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ParamsError, StackError
+from ..kinds import count
 from ..match import near
 from ..pytrees.constants import is_constant, marked
 from ..pytrees.leaves import check_tree, compute_dtype, dense, like, named
@@ -39,6 +40,7 @@ def begin(
         raise ParamsError(f"Two leaves are called {twice!r}; moments are kept by name, so names must differ.")
     device = pairs[0][1].device if pairs else torch.device("cpu")
     found = members_of(hypers, torch.zeros((), dtype=torch.int64, device=device))
+    n = n if n is None else count(n, "n", "members the stack has", least=1)
     if n is not None and found is not None and n != found:
         raise StackError(f"opt.init was given n={n}, but the hyper-parameters have {found} values.")
     n = found if n is None else n

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, StackError
+from ..errors import ConfigError, StackError, shown
 from .hyper import checked
 
 __all__ = ["Schedule", "cosine", "linear"]
@@ -65,6 +66,8 @@ def _schedule(
         whole = not value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, int)
         if not whole:
             raise ConfigError(f"{name} counts updates, an int or a tensor of ints; found {value!r}.")
+        if not isinstance(value, Tensor) and abs(value) > sys.maxsize:
+            raise ConfigError(f"{name} counts updates, at most {sys.maxsize}; found {shown(value)}.")
     if not isinstance(steps, Tensor) and (steps < 1 or (not isinstance(warmup, Tensor) and warmup >= steps)):
         raise ConfigError(
             f"steps counts all updates, those of the warm-up too, so warmup < steps; found steps={steps}, "

@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import operator
 
-from ..errors import ParamsError
+from ..errors import ParamsError, shown
+from ..kinds import count
 
 __all__ = ["derive", "seeds"]
+
+MOST = 2**24
+"""So many seeds are made at once; that takes half a minute."""
 
 
 def derive(seed: int, *path: str | int) -> int:
@@ -24,8 +28,8 @@ def derive(seed: int, *path: str | int) -> int:
     """
     try:
         words = [str(operator.index(seed)), *map(str, path)]
-    except TypeError:
-        raise ParamsError(f"A seed is an integer; found {seed!r} ({type(seed).__name__}).") from None
+    except (TypeError, ValueError):  # Python writes no very long numbers
+        raise ParamsError(f"A seed is an integer; found {shown(seed)} ({type(seed).__name__}).") from None
     coded = b"".join(b"%d:%b" % (len(word), word) for word in (text.encode() for text in words))
     return int.from_bytes(hashlib.sha256(coded).digest()[:8], "big") >> 1
 
@@ -40,10 +44,4 @@ def seeds(seed: int, n: int) -> list[int]:
     >>> len(set(seeds(0, 64) + seeds(1, 64)))
     128
     """
-    try:
-        count = operator.index(n)
-    except TypeError:
-        raise ParamsError(f"The number of seeds is a whole number; found n={n!r} ({type(n).__name__}).") from None
-    if count < 0:
-        raise ParamsError(f"The number of seeds cannot be negative; found n={n}.")
-    return [derive(seed, "member", index) for index in range(count)]
+    return [derive(seed, "member", index) for index in range(count(n, "n", "seeds", most=MOST))]

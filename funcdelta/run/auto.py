@@ -6,7 +6,6 @@ the key of the inputs, so that nothing is tried twice, and told once.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from .inputs import Inputs
 from .layout import MixedBackwardError
 from .layouts import key_of, layout_of
 from .program import Program
+from .written import on_copies
 
 SHORT = 300
 """How much of a reason is told."""
@@ -34,12 +34,16 @@ def run_any(program: Program, stack: Params, inputs: Inputs, reached: set[str] |
     """Every member's output by the first engine that can."""
     if torch.compiler.is_compiling():
         return call_best_fold(program, stack, inputs, reached)
-    ways = {name: functools.partial(run, program, stack, inputs, reached) for name, run in AUTO.items()}
-    return run_first_that_can(program, lambda: key_of(program, stack, inputs), ways, "apply_many")
+    ways = {name: lambda inputs, run=run: run(program, stack, inputs, reached) for name, run in AUTO.items()}
+    return run_first_that_can(program, lambda: key_of(program, stack, inputs), ways, inputs, "apply_many")
 
 
 def run_first_that_can(
-    program: Program, key_of_now: Callable[[], Any], ways: Mapping[str, Callable[[], Any]], call: str
+    program: Program,
+    key_of_now: Callable[[], Any],
+    ways: Mapping[str, Callable[[Inputs], Any]],
+    inputs: Inputs,
+    call: str,
 ) -> Any:
     """The result of the first of ``ways`` that can run; the last one's error is the caller's own.
 
@@ -55,7 +59,8 @@ def run_first_that_can(
         if name in refused or (name != last and (name, call, key) in program.refusals):
             continue
         try:
-            result = run()
+            # What a way writes before it fails is not for the next one.
+            result = on_copies(inputs, run) if program.writes_inputs and name != last else run(inputs)
         except FuncdeltaError as error:
             if name == last or not isinstance(error, EngineError):
                 raise

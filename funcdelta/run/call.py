@@ -55,9 +55,8 @@ class Lift(Protocol):
         run: Run,
         index: int | None,
         site: str,
-        bare: Callable[[], list[Tensor]],
     ) -> list[Tensor]:
-        """The same for a whole module call with any number of tensors in and out; ``bare`` calls it without a delta."""
+        """The same for a whole module call with any number of tensors in and out."""
         ...
 
 

@@ -8,6 +8,7 @@ same numbers, or say why they cannot.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..transforms import concrete, current_transform, inside_transform
 from .call import TENSOR, Call, Params
 from .checkpointing import kept_run, needs_keeping
 from .fold import Folded
-from .inputs import Inputs
+from .inputs import Arguments, Inputs
 from .layout import Layout, LayoutMismatchError, close, members_of
 from .layouts import key_of, layout_of, learned_anew
 from .outputs import apart, check_visible, flatten, stack_members
@@ -31,6 +32,7 @@ from .program import Program
 from .single import call_single
 from .trunk import TRUNK, WORTH, Trunk, install
 from .trunk_probe import trunk_for
+from .written import on_copies
 
 ATTEMPTS = 6
 """How often a layout is learned anew for one call: layers that are skipped at random may each be missed once."""
@@ -165,7 +167,7 @@ def _fold(
         elif trunk.refused:
             raise FoldError(f'engine="trunk": {trunk.refused}')
 
-    def run(layout: Layout) -> Any:
+    def run(layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             return folded_run(program, stack, layout, args, kwargs, lift, reached, trunk)
         except LayoutMismatchError:
@@ -184,7 +186,9 @@ def _fold(
             [members_of(leaf, dim, n, b, name) if isinstance(leaf, Tensor) else leaf for leaf, dim, name in named]
         )
 
-    return with_layout(program, stack, inputs, layout, lambda layout: split(run(layout), layout))
+    return with_layout(
+        program, stack, inputs, layout, (args, kwargs), lambda layout, *given: split(run(layout, *given), layout)
+    )
 
 
 def with_layout(
@@ -192,14 +196,24 @@ def with_layout(
     stack: Params,
     inputs: Inputs,
     layout: Layout,
-    run: Callable[[Layout], Any],
+    given: Arguments,
+    run: Callable[..., Any],
     by_row: bool = False,
 ) -> Any:
-    """``run(layout)``; where the call goes another way than the probe did, the layout is learned from its inputs."""
+    """``run(layout, *given)``, with the inputs of all.
+
+    Where the call goes another way than the probe did, the layout is learned from its inputs, and it begins anew.
+    """
+
+    def once(layout: Layout, own: Inputs) -> Any:
+        return run(layout, *(own.shared() if by_row else own.folded()))
+
     for attempt in range(ATTEMPTS):
         try:
             check_sizes(program, stack, inputs, layout, by_row)
-            return run(layout)
+            if not program.writes_inputs or torch.compiler.is_compiling():
+                return run(layout, *given)
+            return on_copies(inputs, functools.partial(once, layout))
         except LayoutMismatchError as error:
             if torch.compiler.is_compiling() or attempt == ATTEMPTS - 1:
                 # Rows have no ``engine=``; what reads them one by one catches this.
@@ -273,6 +287,8 @@ def _trunk(
     mapped = [name for name, mapped in zip(inputs.names, inputs.is_mapped, strict=True) if mapped]
     if mapped:
         return Trunk({}, 0.0, f'members share no work where each has its own {mapped[0]}. Use engine="fold".')
+    if program.writes_inputs:
+        return Trunk({}, 0.0, 'this model writes into its inputs. Use engine="fold".')
     if layout.runs and any(run.how == "loop" for run in layout.runs.values()):
         return Trunk({}, 0.0, 'modules of this model run once per member. Use engine="fold".')
     return trunk_for(program, stack, inputs, layout, least)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import FoldError
 from ..functional.tokenwise import Tokenwise, all_tokens
 from .layout import Ends, LayoutMismatchError, Run, split_rows
+from .written import Copies
 
 
 class Folded:
@@ -57,31 +58,39 @@ class Folded:
         run: Run,
         index: int | None,
         site: str,
-        bare: Callable[[], list[Tensor]],
     ) -> list[Tensor]:
-        """A whole module once per member, with tensors of the member's own."""
+        """A whole module once per member, with tensors of the member's own.
+
+        What it writes into its inputs is there afterwards, for each row by the member that the row has.
+        """
         ends = run.at(site, index)
         if len(ends.inputs) != len(values):
             raise LayoutMismatchError(
                 f"{site} was given {len(values)} tensors, but {len(ends.inputs)} when the layout of these inputs was "
                 f"learned."
             )
+        if self.present is None:
+            return [out for out, _ in self._each(function, p, values, run, ends, site)]
+        copies = Copies(values, ends.writes)
+        # Rows of the bare backbone each by themselves, too: the module may mix what is in one batch.
+        plain = self._each(function, {}, copies.made, run, ends, site)
+        own = copies.apart()
+        joined = self._each(function, p, own, run, ends, site)
+        for value, members, without, dim in copies.written(own, ends.inputs):
+            value.copy_(without if dim is None else torch.where(self._mask(value, dim), members, without))
+        pairs = zip(joined, plain, strict=True)
+        return [torch.where(self._mask(out, dim), out, base) for (out, dim), (base, _) in pairs]
+
+    def _each(
+        self, function: Any, p: Any, values: list[Tensor], run: Run, ends: Ends, site: str
+    ) -> list[tuple[Tensor, int | None]]:
+        """Each member's outputs joined to one batch, with the axis of rows of each."""
         split = [
             value if at is None else split_rows(value, at, self.n, self.rows, site)
             for value, at in zip(values, ends.inputs, strict=True)
         ]
         each = self._mapped if run.how == "map" else self._in_turn
-        joined = self._all_joined(each(function, p, split, ends.inputs), run, ends, site)
-        if self.present is None:
-            return [out for out, _ in joined]
-        if run.how == "loop":
-            # What runs in turn would mix rows in one batch, those of the bare backbone too.
-            plain = [
-                out for out, _ in self._all_joined(self._in_turn(function, {}, split, ends.inputs), run, ends, site)
-            ]
-        else:
-            plain = bare()
-        return [torch.where(self._mask(out, dim), out, base) for (out, dim), base in zip(joined, plain, strict=True)]
+        return self._all_joined(each(function, p, split, ends.inputs), run, ends, site)
 
     def _all_joined(self, outputs: list[Tensor], run: Run, ends: Ends, site: str) -> list[tuple[Tensor, int | None]]:
         """Outputs with the member axis in front, each joined to one batch, with its axis of rows."""
@@ -103,6 +112,8 @@ class Folded:
         def member(p: Any, *values: Tensor) -> tuple[Tensor, ...]:
             return tuple(function(p, *values))
 
+        if not p and all(dim is None for dim in dims):
+            return [out.expand(self.n, *out.shape) for out in function(p, *split)]  # nothing differs
         return list(torch.vmap(member, in_dims=(0, *dims), randomness="different")(p, *split))
 
     def _in_turn(self, function: Any, p: Any, split: list[Tensor], dims: Any) -> list[Tensor]:
@@ -110,7 +121,12 @@ class Folded:
         columns: list[list[Tensor]] = []
         for i in range(self.n):
             own = {key: leaf[i] for key, leaf in p.items()}
-            values = [value if at is None else value.select(at, i) for value, at in zip(split, dims, strict=True)]
+            # What one member writes into a tensor that all share is not for the next; it is written once.
+            last = i == self.n - 1
+            values = [
+                value.select(at, i) if at is not None else value if last else value.clone()
+                for value, at in zip(split, dims, strict=True)
+            ]
             columns.append(function(own, *values))
         joined: list[Tensor] = []
         for place, outputs in enumerate(zip(*columns, strict=True)):

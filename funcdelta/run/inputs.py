@@ -44,6 +44,7 @@ class Inputs:
         leaves, names, places: every leaf, the input that it belongs to, and the keys that lead to it.
         is_mapped: whether a leaf has a member axis.
         row_axis: for every leaf with rows, by position: the axis that counts them once folded.
+        odd: the inputs that count something else.
         keys, checked: what was found of inputs of these sizes, for those that are read :meth:`again`: keys by what
             decides besides, and the layouts with which they are right.
 
@@ -106,6 +107,7 @@ class Inputs:
         whole = [i for i, name in enumerate(self.names) if name in self._whole] if self._whole else ()
         found = read_rows(self.leaves, self.places, self.is_mapped, whole, self.batch_dim, self.entries, self._main)
         self._rows, self.row_axis, self._unclear = found.count, found.axes, ""
+        self.odd = tuple(self.places[i] for i in found.odd)
         nested = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor) and leaf.is_nested]
         if nested and nested[0] not in whole:
             self._unclear = (

@@ -32,11 +32,17 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Ends:
-    """The same for every tensor that one call of a module takes and returns, with the dtypes of what it returns."""
+    """The same for every tensor that one call of a module takes and returns.
+
+    Attributes:
+        dtypes: of what it returns.
+        writes: the inputs, by position, that it was seen to write.
+    """
 
     inputs: Dims
     outputs: Dims
     dtypes: tuple[torch.dtype, ...] = ()
+    writes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -252,13 +252,8 @@ def run_members(opened: Opened, call: Call, run: Run, args: tuple[Any, ...], kwa
         shape_of_output[:] = [out_spec, [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in out_leaves]]
         return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
 
-    def bare() -> list[Tensor]:
-        output = skeleton.run_inside(path, forward, {}, args, kwargs, Call({}))
-        return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-
     p = {key: call.params[key] for key in run.keys}
-    results = iter(call.lift.run(member, p, tensors, run, call.visit(f"{path}()"), path, bare))
+    results = iter(call.lift.run(member, p, tensors, run, call.visit(f"{path}()"), path))
     out_spec, others = shape_of_output
     # An output that is no tensor stays as it is.
-    filled = [next(results) if other is TENSOR else other for other in others]
-    return pytree.tree_unflatten(filled, out_spec)
+    return pytree.tree_unflatten([next(results) if other is TENSOR else other for other in others], out_spec)

@@ -50,6 +50,7 @@ from .program import Program
 from .skeleton import Skeleton
 from .tracking import DRAWN, MIXED, Readings, Rows, Tracking
 from .values import held
+from .written import changed, marks
 
 MEMBERS = 2
 
@@ -157,6 +158,7 @@ def learn(
     finally:
         skeleton.settle()
         skeleton.clean = clean
+        program.writes_inputs = program.writes_inputs or probe.writes
 
 
 class Visit:
@@ -187,7 +189,7 @@ class Probe:
         self.reads: dict[str, str] = {}
         self.sites: dict[str, list[Hidden]] = {}
         self.runs: dict[str, Run] = {}
-        self.folding = False
+        self.folding = self.writes = False
 
     # -- the three steps -------------------------------------------------------------------------------------------
 
@@ -240,6 +242,8 @@ class Probe:
         call = Call(params, watch=self)
         if self.skeleton.units and self.skeleton.plan is not None:
             call.runs = {path: Run(keys) for path, keys in self.plan.outermost(params).items()}
+        tensors = [leaf for leaf in flatten(given)[0] if isinstance(leaf, Tensor)]
+        before = marks(tensors)
         try:
             with undisturbed():
                 return self.skeleton.run(self.entry, params, *given, call)
@@ -249,6 +253,7 @@ class Probe:
             raise FoldError(f"The model fails on {self.rows} of the rows of these inputs: {error}.") from error
         finally:
             self.skeleton.settle()
+            self.writes = self.writes or bool(changed(tensors, before))
 
     def _folded(self, args: Any, kwargs: Any) -> tuple[list[Any], tuple[int | None, ...]]:
         """The leaves of the folded output, and the axis of rows of each."""
@@ -531,6 +536,8 @@ class Probe:
             [*used, *(key for a in inside for key in a.leaves.values()), *(known.keys if known else ())]
         )
         outputs: list[Any] = []
+        given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        before = marks(given)
         with self.tracking.pause(alone=True):
             for i in range(MEMBERS):
                 own = [
@@ -542,7 +549,8 @@ class Probe:
         with self.tracking.pause():
             joined, dims = self._joined(path, outputs, whole, leaves, tags)
         tensors = [tag for leaf, tag in zip(leaves, tags, strict=True) if isinstance(leaf, Tensor)]
-        ends = Ends(tuple(None if tag is None else tag.axis for tag in tensors), dims)
+        axes = tuple(None if tag is None else tag.axis for tag in tensors)
+        ends = Ends(axes, dims, writes=changed(given, before))
         visits = known.visits if known is not None and known.how == "loop" else ()
         self.runs[path] = Run(tuple(keys), "loop", why, (*visits, ends))
         return joined
@@ -637,40 +645,44 @@ class Probe:
         shape_of_output: list[Any] = []
         found: list[Tensor] = []
 
-        def member(p: Params, *tensors: Tensor) -> list[Tensor]:
+        def inside(p: Params, tensors: Sequence[Tensor], call: Call) -> Any:
             given = iter(tensors)
             filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             own_args, own_kwargs = pytree.tree_unflatten(filled, spec)
-            output = self.skeleton.run_inside(path, forward, p, own_args, own_kwargs, Call(p, watch=_Called(self)))
+            return self.skeleton.run_inside(path, forward, p, own_args, own_kwargs, call)
+
+        def member(p: Params, *tensors: Tensor) -> list[Tensor]:
+            output = inside(p, tensors, Call(p, watch=_Called(self)))
             out_leaves, out_spec = pytree.tree_flatten(output)
             shape_of_output[:] = [out_spec, [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in out_leaves]]
             return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
 
         params = {key: call.params[key] for key in run.keys}
         with self.tracking.pause(alone=True):
-            bare = self.skeleton.run_inside(path, forward, {}, args, kwargs, Call({}))
+            bare = inside({}, [tensor.clone() for tensor in tensors], Call({}))
             plain = [t for t in pytree.tree_leaves(bare) if isinstance(t, Tensor)]
-            split = [
-                t if dim is None else t.unflatten(dim, (MEMBERS, -1)) for t, dim in zip(tensors, dims, strict=True)
-            ]
+            own = [tensor.clone() for tensor in tensors]
+            before = marks(own)
+            split = [t if dim is None else t.unflatten(dim, (MEMBERS, -1)) for t, dim in zip(own, dims, strict=True)]
             try:
                 found = self.lift._mapped(member, params, split, dims)
+                out_dims = tuple(_where_grown(out[0], whole, path) for out, whole in zip(found, plain, strict=True))
             except Exception as failure:
                 # What torch cannot map runs in turn.
-                why = f"torch.vmap cannot map it ({str(failure).splitlines()[0][:80]})"
+                said = str(failure).splitlines()[0][:80]
+                why = said if isinstance(failure, FoldError) else f"torch.vmap cannot map it ({said})"
                 opened = self.skeleton.opened[path]
                 return self._each(path, opened.module.forward, args, kwargs, bare, why)
-            out_dims = tuple(
-                _grown(out[0], whole) if out.shape[1:] != whole.shape else None
-                for out, whole in zip(found, plain, strict=True)
-            )
+            written = changed(own, before)
+            for at in written:
+                tensors[at].copy_(own[at])
             joined = []
             for out, dim in zip(found, out_dims, strict=True):
                 moved = out if dim is None else out.movedim(0, dim)
                 joined.append(self.lift._join(moved, dim, path))
         for out, dim in joined:
             self.tracking.mark(out, None if dim is None else Rows(dim))
-        ends = Ends(dims, out_dims, tuple(t.dtype for t in plain))
+        ends = Ends(dims, out_dims, tuple(t.dtype for t in plain), written)
         joined = [(out.to(dtype), dim) for (out, dim), dtype in zip(joined, ends.dtypes, strict=True)]
         self.runs[path] = Run(run.keys, "map", run.why or "tensors of its own differ by member", (*run.visits, ends))
         results = iter([out for out, _ in joined])
@@ -705,6 +717,16 @@ class _Called:
 
 def _names(output: Any) -> list[str]:
     return [place or "of the model" for place in flatten(output)[1].places()]
+
+
+def _where_grown(part: Tensor, whole: Tensor, path: str) -> int | None:
+    """The same; ``None`` where both are of one size."""
+    if part.shape == whole.shape:
+        return None
+    axis = _grown(part, whole)
+    if axis is None:
+        raise FoldError(f"{path} gives {tuple(part.shape)} for one member and {tuple(whole.shape)} for {MEMBERS}")
+    return axis
 
 
 def _grown(part: Tensor, whole: Tensor) -> int | None:

@@ -128,6 +128,7 @@ class Program:
         layouts, trunks: what was learned, by input key.
         refusals: why an engine cannot run inputs of a key, ``{(engine, key): reason}``.
         checked: sizes of inputs for which a fold was found right.
+        writes_inputs: whether the model was seen to write into its inputs.
         verified: with which leaves, in which mode, a call has been made.
     """
 
@@ -140,6 +141,7 @@ class Program:
         self.trunks: Bounded[Any, Any] = Bounded()
         self.refusals: Bounded[Any, str] = Bounded()
         self.checked: Bounded[Any, bool] = Bounded(1024)
+        self.writes_inputs = False
         self.warned: set[Any] = set()
         self.verified: set[Any] = set()
         self.lock = fork_safe_lock()

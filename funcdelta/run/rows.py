@@ -19,8 +19,8 @@ from ..errors import EngineError
 from ..pytrees.opaque import spare
 from ..transforms import concrete
 
-COUNT_POSITIONS = ("cache_position",)
-"""Inputs of Transformers that count positions on their only axis, never rows."""
+COUNT_POSITIONS = ("cache_position", "logits_to_keep")
+"""Inputs of Transformers that tell positions on their only axis, never rows."""
 
 COUNTS = (torch.int64, torch.int32)
 
@@ -121,7 +121,8 @@ def _may_count_positions(place: str, leaf: Any, shape: tuple[int, ...]) -> bool:
     name = place.rpartition(".")[2]
     if name.endswith("position_ids") and len(shape) == 3:
         return True
-    return len(shape) == 1 and "position" in name and isinstance(leaf, Tensor) and leaf.dtype in COUNTS
+    told = "position" in name or name.endswith(COUNT_POSITIONS)
+    return len(shape) == 1 and told and isinstance(leaf, Tensor) and leaf.dtype in COUNTS
 
 
 def _axis_of_positions(

@@ -291,7 +291,7 @@ def _changes_of(facts: _Facts, is_its_own: Callable[[Any], bool]) -> Iterator[st
     for name, was, found in _differences(facts.parts["_parameters"], module._parameters):
         yield _of_parameter(_joined(path, name), was, found)
     for name, was, found in _differences(facts.parts["_buffers"], module._buffers):
-        if was is None or found is None or _kind(was) != _kind(found):
+        if not _is_followed(module, name, was, found):
             yield _of_parameter(_joined(path, name), was, found)
     for attribute, word in HOOKS.items():
         was, found = facts.parts[attribute], vars(module)[attribute]
@@ -299,6 +299,17 @@ def _changes_of(facts: _Facts, is_its_own: Callable[[Any], bool]) -> Iterator[st
             yield f"a {word} was removed from {path or 'it'}"
         if any(key not in was and not is_its_own(hook) for key, hook in found.items()):
             yield f"a {word} was added to {path or 'it'}"
+
+
+def _is_followed(module: nn.Module, name: str, was: Tensor | None, found: Tensor | None) -> bool:
+    """Whether a buffer is another of its kind, or a table that forwards make anew: longer, or of their own precision.
+
+    What no state dict has is computed from something else.
+    """
+    if was is not None and found is not None and _kind(was) == _kind(found):
+        return True
+    devices = {tensor.device for tensor in (was, found) if tensor is not None}
+    return len(devices) == 1 and name in module._non_persistent_buffers_set
 
 
 def _of_module(path: str, was: nn.Module | None, found: nn.Module | None) -> str:

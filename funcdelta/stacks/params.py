@@ -7,6 +7,7 @@ tensor (a Python number, ``None``) is one value shared by all members: it passes
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import ParamsError, shown
+from ..kinds import count
 from ..pytrees.constants import marked
 from ..pytrees.leaves import align, check_tree, dense, leading, named
 from ..pytrees.seeding import derive, seeds
@@ -161,17 +163,12 @@ def broadcast(params: Tree, n: int) -> Tree:
     >>> broadcast({"a": torch.ones(3)}, 4)["a"].shape
     torch.Size([4, 3])
     """
-    try:
-        count = operator.index(n)
-    except TypeError:
-        raise ParamsError(f"n is how many members the stack has, a whole number; found {n!r}.") from None
-    if count < 1:
-        raise ParamsError(f"A stack has at least one member; found n={n}.")
+    size = count(n, "n", "members the stack has", least=1)
     check_tree(params)
     for name, leaf in named(params):
         if isinstance(leaf, Tensor):
             dense(name, leaf)
-    return pytree.tree_map_only(Tensor, lambda leaf: marked(leaf.expand(count, *leaf.shape), leaf), params)
+    return pytree.tree_map_only(Tensor, lambda leaf: marked(leaf.expand(size, *leaf.shape), leaf), params)
 
 
 def members(stack: Any) -> int:
@@ -191,13 +188,7 @@ def checked_chunk(chunk_size: int, of: str = "members") -> int:
     >>> checked_chunk(2)
     2
     """
-    try:
-        step = operator.index(chunk_size)
-    except TypeError:
-        step = 0
-    if step < 1:
-        raise ParamsError(f"chunk_size={chunk_size!r}: write how many {of} run at a time, a whole number, at least 1.")
-    return step
+    return count(chunk_size, "chunk_size", f"{of} run at a time", least=1, most=sys.maxsize)
 
 
 def slices(n: int, chunk_size: int) -> list[slice]:
@@ -283,4 +274,4 @@ def _row(row: Any, n: int) -> int:
 
 def _no_member(row: Any, n: int) -> str:
     has = f"{n} members, 0 to {n - 1}" if n else "no members"
-    return f"There is no member {row!r}: the stack has {has}."
+    return f"There is no member {shown(row)}: the stack has {has}."

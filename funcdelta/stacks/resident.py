@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ParamsError, StackError, shown
+from ..kinds import count
 from ..locks import fork_safe_lock
 from ..pytrees.leaves import check_leaves
 from ..transforms import is_wrapped
@@ -77,8 +78,7 @@ class Resident(Mapping[str, Tensor]):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1:
-            raise ParamsError(f"capacity={capacity!r}: write how many members there may be at once, at least 1.")
+        capacity = count(capacity, "capacity", "members there may be at once", least=1)
         like = delta.init(0, dtype=dtype, device=device)
         if unknown := [name for name in names or () if name not in like]:
             raise ParamsError(f"names: {shown(unknown[0])} is no leaf of this delta; its leaves are delta.names.")

@@ -28,7 +28,7 @@ from ..run.single import tell_missed
 from ..run.skeleton import Skeleton
 from ..sites.references import holders
 from .calls import Calls, MemberCalls
-from .copies import attributes_of, give, given_since, hold, part_of, tensors_held
+from .copies import Twin, attributes_of, give, given_since, hold, made_of, reduced_part, tensors_held
 from .frozen import ABOUT, Moved, building, dress, take_out
 from .held import About, Bindable, Held, Viewlike, learned, other_names, persistent, sharded, statistics
 from .placed import follow_dtypes, guard_sites, lower_reads, place, replace, runners
@@ -92,7 +92,7 @@ class View(Viewlike, nn.Module):
                     buffer.copy_(state_dict.pop(prefix + name))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+    def _copied(self, memo: dict[int, Any]) -> nn.Module:
         """Another view, with leaves and statistics of its own and the same share of the backbone."""
         own = self._funcdelta
         other: Any = _bound(own.delta, {name: leaf.detach() for name, leaf in own.leaves.items()}, own.skeleton.dtypes)
@@ -104,7 +104,14 @@ class View(Viewlike, nn.Module):
             hold(memo[id(module)], name, tensor if frozen else tensor.clone())
         return _given(other, copy.deepcopy(given_since(self, own.born), memo), _trains(self))
 
+    def __copy__(self) -> nn.Module:
+        return made_of(Twin(self._copied, self._reduced))
+
     def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies share the backbone; pickles have all of it."""
+        return Twin(self._copied, self._reduced).reduce()
+
+    def _reduced(self) -> tuple[Any, ...]:
         """A view travels as its delta, with the whole backbone, and what it holds."""
         own = self._funcdelta
         fresh = dict(own.delta.program.backbone.named_parameters(remove_duplicate=False))
@@ -211,7 +218,7 @@ def as_view(
     module = skeleton.module
     aliases = take_out(module, leaves if moved is None else (), statistics=moved is None)
     guard_sites(skeleton, calls)
-    dress(module, calls, moved or functools.partial(follow_dtypes, skeleton), part_of)
+    dress(module, calls, moved or functools.partial(follow_dtypes, skeleton), reduced_part)
     kind: Any = type(module)
     bases = (view, *[mixin for mixin, method in MIXINS if hasattr(kind, method)], kind)
     namespace = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}

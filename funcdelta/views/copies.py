@@ -8,7 +8,7 @@ its config and hooks of the other.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -144,6 +144,48 @@ def hold(module: nn.Module, name: str, tensor: Tensor) -> None:
     table[name] = tensor
 
 
+class Twin:
+    """Stands for a module of a view where it is copied or pickled: what its ``__reduce_ex__`` gives.
+
+    Python asks objects, and not their classes, for ``__deepcopy__``, so whatever hands on what it does not have to a
+    view would be copied as that view. For ``__reduce_ex__`` it asks nobody else.
+
+    >>> class Wrapper(nn.Module):
+    ...     def __init__(self, model):
+    ...         super().__init__()
+    ...         self.model = model
+    ...     def __getattr__(self, name):
+    ...         try:
+    ...             return super().__getattr__(name)
+    ...         except AttributeError:
+    ...             return getattr(self.model, name)
+    >>> delta = fd.LoraModel(nn.Sequential(nn.Linear(2, 2)), modified_modules=["0"])
+    >>> type(copy.deepcopy(Wrapper(delta.bind(delta.init(0))))).__name__
+    'Wrapper'
+    """
+
+    def __init__(self, deep: Callable[[dict[int, Any]], nn.Module], reduced: Callable[[], tuple[Any, ...]]) -> None:
+        self.deep, self.reduced = deep, reduced
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return self.deep(memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.reduced()
+
+    def reduce(self) -> tuple[Any, ...]:
+        """What ``__reduce_ex__`` returns."""
+        return made_of, (self,)
+
+
+def made_of(twin: Any) -> Any:
+    """The module that a twin has become, in a deep copy or when it was read; another one of an untouched twin."""
+    if isinstance(twin, Twin):
+        function, arguments = twin.reduced()
+        return function(*arguments)
+    return twin
+
+
 def part_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A copy of a part of a view: an ordinary module of the model's class, with tensors of its own.
 
@@ -177,6 +219,15 @@ def part_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         table[name] = memo[id(tensor)] if id(tensor) in memo else _own(tensor, frozen)
         memo[id(tensor)] = table[name]
     return made
+
+
+def reduced_part(module: nn.Module) -> tuple[Any, ...]:
+    """How a part of a view is copied and pickled; see :func:`part_of`.
+
+    >>> reduced_part(nn.ReLU())[0] is made_of
+    True
+    """
+    return Twin(lambda memo: part_of(module, memo), lambda: (made_of, (part_of(module, {}),))).reduce()
 
 
 def _own(tensor: Tensor, parameter: bool) -> Tensor:

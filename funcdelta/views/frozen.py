@@ -36,7 +36,7 @@ ABOUT = "_funcdelta"
 """Where the root of a view has what the view knows of itself."""
 
 Moved = Callable[[nn.Module, Callable[[Tensor], Tensor]], None]
-Part = Callable[[nn.Module, dict[int, Any]], nn.Module]
+Part = Callable[[nn.Module], tuple[Any, ...]]
 
 
 class Leaves(nn.Module):
@@ -140,11 +140,11 @@ class _Whole:
         self._buffers = {name: module._buffers.get(name, vars(module).get(name)) for name in buffers}
 
 
-def dress(root: nn.Module, calls: Calls, moved: Moved, part_of: Part) -> None:
+def dress(root: nn.Module, calls: Calls, moved: Moved, reduced_part: Part) -> None:
     """Give every module of ``root`` a class of its own kind whose calls go through ``calls``.
 
     ``moved(module, function)`` is told before tensors of a module are converted or put elsewhere, and
-    ``part_of(module, memo)`` copies one module without the others.
+    ``reduced_part(module)`` tells how one module is copied without the others.
     """
     kinds: dict[tuple[type, tuple[str, ...], bool], type] = {}
     for path, module in root.named_modules():
@@ -154,7 +154,7 @@ def dress(root: nn.Module, calls: Calls, moved: Moved, part_of: Part) -> None:
         names = tuple(name for name in attributes[KEPT] if isinstance(attributes.get(name), Tensor))
         key = kind, names, _is_plain_layer(module)
         if key not in kinds:
-            kinds[key] = type(kind.__name__, (kind,), _namespace(*key, calls, part_of))
+            kinds[key] = type(kind.__name__, (kind,), _namespace(*key, calls, reduced_part))
         attributes[PATH], attributes[MOVED] = path, moved
         module.__class__ = kinds[key]
         own = [isinstance(child, Leaves) for child in module._modules.values()]
@@ -172,7 +172,7 @@ def _is_plain_layer(module: nn.Module) -> bool:
     )
 
 
-def _namespace(kind: Any, names: tuple[str, ...], plain: bool, calls: Calls, part_of: Part) -> dict[str, Any]:
+def _namespace(kind: Any, names: tuple[str, ...], plain: bool, calls: Calls, reduced_part: Part) -> dict[str, Any]:
     """What the modules of one class have besides it."""
     enter, trace, sees_all, own_call = calls.enter, calls.trace, calls.sees_all, kind.__call__
 
@@ -208,7 +208,8 @@ def _namespace(kind: Any, names: tuple[str, ...], plain: bool, calls: Calls, par
         "_named_members": members,
         "_apply": apply,
         "register_buffer": register_buffer,
-        "__deepcopy__": lambda self, memo: part_of(self, memo),
+        "__reduce_ex__": lambda self, protocol: reduced_part(self),
+        "__copy__": _shallow,
         ORIGINAL: kind,
     }
     if not plain:
@@ -219,6 +220,13 @@ def _namespace(kind: Any, names: tuple[str, ...], plain: bool, calls: Calls, par
         if isinstance(getattr(kind, name, None), property):
             found[name] = _as_inside(getattr(kind, name), calls)
     return found
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """What ``copy.copy`` makes of a part of a view: another one with the same tensors."""
+    made = type(module).__new__(type(module))
+    vars(made).update(vars(module))
+    return made
 
 
 def building(kind: Any) -> Callable[..., None]:

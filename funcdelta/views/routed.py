@@ -19,27 +19,28 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..errors import EngineError, EngineWarning, FoldError, FuncdeltaError, ParamsError, without_engines
+from ..errors import EngineError, EngineWarning, FoldError, ParamsError, without_engines
 from ..planning.sharing import expand_stack
-from ..pytrees.opaque import holds_tensors, spare
+from ..pytrees.opaque import holds_tensors
 from ..run.call import Call
+from ..run.containers import is_cache
 from ..run.engines import ATTEMPTS
 from ..run.fold import Folded
 from ..run.forward import without_cache
+from ..run.in_turn import run_in_turn
 from ..run.inputs import Inputs
 from ..run.layout import Layout, LayoutMismatchError, Run
 from ..run.layouts import key_of, layout_of, learned_anew
-from ..run.outputs import check_visible, flatten, names
 from ..run.program import Program
-from ..run.route import joined
 from ..run.single import tell_missed
 from ..run.skeleton import Skeleton, runner_candidates
+from ..run.written import on_copies
 from ..stacks.resident import Resident
 from ..stacks.routing import Index, pick_rows, read_index
 from ..transforms import eager
 from .bound import as_view
 from .calls import Calls, Function
-from .copies import give, given_since, held_by
+from .copies import Twin, give, given_since, held_by, made_of
 from .frozen import learns
 from .held import Bindable, Viewlike
 
@@ -57,7 +58,9 @@ class Idle:
         """A site outside of a call raises."""
         raise EngineError(
             f"{path} ran by itself, or again for a backward pass (gradient checkpointing). A routed view knows the "
-            f"rows' members while the whole model or its encoder is called: call those, and turn checkpointing off."
+            f"rows' members while the whole model or its encoder is called: call those, and turn checkpointing off. "
+            f"What calls other parts of the model (a generate of its own may do) runs member by member: "
+            f"delta.bind(fd.take(stack, i)) with that member's rows."
         )
 
     def run(self, path: str, *_: Any) -> Any:
@@ -177,25 +180,32 @@ class RoutedCalls(Calls):
         inputs = self._inputs(args, kwargs)
         params, present = self._members(inputs.b // len(self.index()[0]))
         finished, output = False, None
-        learning = [vars(norm)[name] for norm, name in self._statistics if norm.training]
-        before = [tensor.clone() for tensor in learning]
+        learning = [(norm, name, vars(norm)[name]) for norm, name in self._statistics if norm.training]
+        before = [tensor.clone() for _, _, tensor in learning]
         try:
             if self.remembered is not None:
                 self.remembered.begin()
+            for norm, name, _ in learning:
+                if isinstance(norm, nn.modules.batchnorm._NormBase):
+                    self._put(norm, name, None)  # torch's need none in training, and cannot be mapped with them
             output = self._rows(module, path, function, params, present, inputs)
             finished = True
         finally:
             self.skeleton.call = self.idle
             with torch.no_grad():
                 # What rows of several members teach belongs to none; batch norms write without a trace.
-                for tensor, value in zip(learning, before, strict=True):
-                    tensor.copy_(value)
+                for (norm, name, tensor), value in zip(learning, before, strict=True):
+                    self._put(norm, name, tensor.copy_(value))
             if self.remembered is not None:
                 self.remembered.end(finished)
         if self.reached is not None and not path:
             reached, self.reached = self.reached, None
             tell_missed(self.program, self.leaves, reached)
         return output
+
+    def _put(self, norm: nn.Module, name: str, value: Tensor | None) -> None:
+        vars(norm)[name] = value
+        self.skeleton.memory.accept(vars(norm), name)
 
     @eager
     def trace(self, module: nn.Module, path: str, function: Function, args: Any, kwargs: Any) -> Any:
@@ -264,9 +274,13 @@ class RoutedCalls(Calls):
                 self.skeleton.open(inner)
             lift = Folded(inputs.b, 1, present)
             self.skeleton.call = Call(params, lift=lift, layout=layout, runs=layout.runs, reached=self.reached)
-            args, kwargs = inputs.shared()
-            try:
+
+            def run(inputs: Inputs) -> Any:
+                args, kwargs = inputs.shared()
                 return function(module, *args, **kwargs)
+
+            try:
+                return on_copies(inputs, run) if program.writes_inputs else run(inputs)
             except LayoutMismatchError:
                 if attempt == ATTEMPTS - 1 or _caches(inputs):
                     raise
@@ -284,29 +298,29 @@ class RoutedCalls(Calls):
         why: str,
     ) -> Any:
         """Row by row, outputs joined where the rows of the whole are; ``why`` they do not run together."""
-        skeleton, outputs = self.skeleton, []
-        try:
-            if _caches(inputs):
-                raise EngineError("a cache cannot be taken apart by rows: generate with use_cache=False.")
-            for i in range(inputs.b):
-                bare = present is not None and not bool(present[i])
-                own = {} if bare else {key: leaf[i] for key, leaf in params.items()}
-                args, kwargs = spare(inputs.rows([i]).shared())
-                kwargs = without_cache(module, kwargs)
-                skeleton.call = Call(own, reached=self.reached)
-                try:
-                    with skeleton.swapped(skeleton.overrides(own, path)):
-                        output = function(module, *args, **kwargs)
-                except FuncdeltaError:
-                    raise
-                except Exception as error:
-                    raise EngineError(f"row {i} alone fails ({type(error).__name__}: {error}).") from error
-                check_visible(flatten(output)[0], names(output), kwargs)
-                outputs.append(output)
+        opaque = [place for leaf, place in zip(inputs.leaves, inputs.places, strict=True) if _is_opaque(leaf)]
+        why = f"{why.rstrip('. ')}. Nor can the rows run one after the other"
+        instead = "Run each member's rows by themselves: delta.bind(fd.take(stack, i))"
+        if opaque:
+            raise FoldError(f"{why}: {opaque[0]} holds tensors that cannot be taken apart by rows. {instead}.")
+        index, times = self.index()[0], inputs.b // len(self.index()[0])
+
+        def run(row: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            bare = present is not None and not bool(present[row])
+            own = {} if bare else {key: leaf[row] for key, leaf in params.items()}
+            skeleton = self.skeleton
+            skeleton.call = Call(own, reached=self.reached)
+            try:
+                with skeleton.swapped(skeleton.overrides(own, path)):
+                    return function(module, *args, **kwargs if cached else without_cache(module, kwargs))
+            finally:
                 skeleton.memory.restore()
-            return joined(outputs, inputs)
+
+        cached = any(inputs.is_cache(i) for i in range(len(inputs.leaves)))
+        try:
+            return run_in_turn(inputs, index.repeat_interleave(times).tolist(), run)
         except EngineError as error:
-            raise FoldError(f"{why.rstrip('. ')}. Nor can the rows run one after the other: {error}") from error
+            raise FoldError(f"{why}: {error} {instead}.") from error
 
     # -- modes -----------------------------------------------------------------------------------------------------
 
@@ -327,8 +341,12 @@ class RoutedCalls(Calls):
 
 
 def _caches(inputs: Inputs) -> bool:
-    """Whether a call writes into its inputs, so that it cannot be made again or row by row."""
-    return any(inputs.is_cache(i) or holds_tensors(leaf) for i, leaf in enumerate(inputs.leaves))
+    """Whether a call writes into objects among its inputs, so that it cannot be made again."""
+    return any(inputs.is_cache(i) or _is_opaque(leaf) for i, leaf in enumerate(inputs.leaves))
+
+
+def _is_opaque(leaf: Any) -> bool:
+    return not is_cache(leaf) and holds_tensors(leaf)
 
 
 def encoder_path(module: nn.Module) -> str | None:
@@ -376,7 +394,7 @@ class RoutedView(Viewlike, nn.Module):
         if any(key.startswith(prefix) for key in state_dict):
             (args[-1] if args else kwargs["error_msgs"]).append(NOTHING_OF_ITS_OWN)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+    def _copied(self, memo: dict[int, Any]) -> nn.Module:
         """Another view of the same stack and rows."""
         other = bind_rows(self._funcdelta.delta, self._funcdelta.calls.source, self._funcdelta.calls.index()[0])
         memo[id(self)] = other
@@ -385,7 +403,14 @@ class RoutedView(Viewlike, nn.Module):
         give(other, copy.deepcopy(given_since(self, self._funcdelta.born), memo))
         return other
 
+    def __copy__(self) -> nn.Module:
+        return made_of(Twin(self._copied, self._reduced))
+
     def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies share the stack and the backbone; pickles have both."""
+        return Twin(self._copied, self._reduced).reduce()
+
+    def _reduced(self) -> tuple[Any, ...]:
         """A routed view travels with its stack, its delta and the whole backbone."""
         return _unpickled, (
             self._funcdelta.delta,
@@ -409,6 +434,10 @@ def _unpickled(delta: Bindable, stack: Mapping[str, Tensor], index: Tensor, sinc
 
 class RoutedGenerator(RoutedView):
     """A routed view of a model that generates."""
+
+    def _supports_mm_encoder_outputs(self) -> bool:
+        """Transformers would have images read before the text, where nobody knows which row is whose."""
+        return False
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own; guidance that puts a second batch behind the first is refused, for rows would be mistaken.
