@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import ParamsError, StackError, shown
 from .pytrees.constants import marked
-from .pytrees.leaves import align, check_tree, compute_dtype, dense, leading, named
+from .pytrees.leaves import align, check_tree, compute_dtype, dense, leading, like, named
 from .pytrees.seeding import derive
 
 __all__ = ["add", "lerp", "map", "mean", "norm", "randn_like", "ravel", "scale", "sub", "vdot"]
@@ -34,13 +34,13 @@ def map(function: Callable[..., Any], tree: Tree, *others: Any) -> Tree:
     {'a': tensor(10.)}
     """
     check_tree(tree)
-    leaves, spec = pytree.tree_flatten(tree)
+    leaves = [leaf for _, leaf in named(tree)]
     rows = [align(tree, one, first_is="the first tree", other_is=f"tree {i}") for i, one in enumerate(others, 1)]
     results = [
         function(leaf, *column) if isinstance(leaf, Tensor) else leaf
         for leaf, *column in zip(leaves, *rows, strict=True)
     ]
-    return pytree.tree_unflatten(results, spec)
+    return like(tree, results)
 
 
 def add(a: Tree, b: Any) -> Tree:
@@ -266,11 +266,11 @@ def _alike(a: Any, b: Any, function: str) -> None:
     check_tree(a)
     check_tree(b)
     others = align(a, b, first_is="the first tree", other_is="the second")
-    for position, (x, y) in enumerate(zip(pytree.tree_leaves(a), others, strict=True)):
+    for (name, x), y in zip(named(a), others, strict=True):
         if isinstance(x, Tensor):
             problem = _unlike(x, y, function)
             if problem:
-                raise ParamsError(f"Leaf {shown(named(a)[position][0])} {problem}")
+                raise ParamsError(f"Leaf {shown(name)} {problem}")
 
 
 def _unlike(x: Tensor, y: Any, function: str) -> str:

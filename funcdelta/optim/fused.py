@@ -25,7 +25,7 @@ from .moving import How, Moving, alive, decayed
 
 __all__ = ["Adam", "Kernel", "kernel_for"]
 
-TOGETHER = 1 << 18
+TOGETHER = 1 << 17
 """Entries after which a batch of leaves ends: what one pass leaves in the processor's cache, the next finds there."""
 
 # What torch.optim itself calls; it has no public name.
@@ -124,19 +124,45 @@ class Adam(NamedTuple):
         if how.donated and not _apart(moving, mu, nu):
             how = how._replace(donated=False)
         for (rate, shrinks), leaves in self._groups(moving).items():
+            if how.onto and self._is_all_said(leaves, rate, shrinks, nu):
+                # Between passes over memory Python finds its caches empty: one call for all, as no pass follows.
+                found |= self._moved(leaves, rate, shrinks, mu, nu, how)
+                continue
+            # New leaves are made of the changes, which need no memory of their own for longer than a batch.
+            scratch: dict[torch.dtype, Tensor] | None = {} if how.onto else None
             for batch in _batches(leaves):
-                self._move(batch, rate, shrinks, mu, nu, how, found)
+                found |= self._changed(batch, rate, shrinks, mu, nu, how, scratch)
         return found
 
     def _groups(self, moving: list[Moving]) -> dict[tuple[str, bool], list[Moving]]:
         """The leaves that have the same learning rate, by its name in ``values``, and decay or do not."""
+        if self.chosen.alike:
+            return {("lr", self.decays): moving}
         groups: dict[tuple[str, bool], list[Moving]] = {}
         for one in moving:
             key = self.chosen.product(self.values, "lr", one.name), self.decays and self.chosen.decays(one.name)
             groups.setdefault(key, []).append(one)
         return groups
 
-    def _move(
+    def _is_all_said(self, leaves: list[Moving], rate: str, shrinks: bool, nu: dict[str, Tensor]) -> bool:
+        """Whether rate and decay are one number each, so that the kernel can move the leaves themselves."""
+        if self.values.number(rate) is None or any(one.leaf is not one.value for one in leaves):
+            return False
+        if not (shrinks and self.decoupled):
+            return True
+        known = self.values.number("weight_decay") is not None
+        return known and all(self._live(nu[one.name]) is None for one in leaves)
+
+    def _moved(
+        self, leaves: list[Moving], rate: str, shrinks: bool, mu: dict[str, Tensor], nu: dict[str, Tensor], how: How
+    ) -> dict[str, Tensor]:
+        """The new leaves, by the kernel alone."""
+        targets = [_room(one.value, how.donated) for one in leaves]
+        decay = self.values.number("weight_decay") if shrinks and self.decoupled else 0.0
+        self._run(targets, leaves, self.values.number(rate), decay, shrinks, mu, nu, how)
+        return dict(zip([one.name for one in leaves], targets, strict=True))
+
+    def _changed(
         self,
         batch: list[Moving],
         rate: str,
@@ -144,43 +170,54 @@ class Adam(NamedTuple):
         mu: dict[str, Tensor],
         nu: dict[str, Tensor],
         how: How,
-        found: dict[str, Tensor],
-    ) -> None:
-        gradients = [one.gradient.contiguous() for one in batch]
-        if shrinks and not self.decoupled:
-            gradients = [self._with_decay(one, nu[one.name]) for one in batch]
-        shrinks = shrinks and self.decoupled
-        lr, decay = self.values.number(rate), self.values.number("weight_decay") if shrinks else 0.0
-        # The kernel can move the leaves themselves if one number each is all there is to say.
-        at_once = how.onto and lr is not None and decay is not None and all(one.leaf is one.value for one in batch)
-        at_once = at_once and not (shrinks and any(self._live(nu[one.name]) is not None for one in batch))
-        for one in batch:
-            mu[one.name], nu[one.name] = _room(mu[one.name], how.donated), _room(nu[one.name], how.donated)
-        if at_once:
-            targets = [_room(one.value, how.donated) for one in batch]
-        else:
-            targets = [torch.zeros_like(one.value, memory_format=torch.contiguous_format) for one in batch]
-        first, second = [mu[one.name] for one in batch], [nu[one.name] for one in batch]
-        self.kernel(targets, gradients, first, second, 1.0 if lr is None else lr, (decay or 0.0) if at_once else 0.0)
-        for one, target in zip(batch, targets, strict=True):
-            if at_once:
-                found[one.name] = target
+        scratch: dict[torch.dtype, Tensor] | None,
+    ) -> dict[str, Tensor]:
+        """The updates or the new leaves, from what the kernel makes of zeros."""
+        targets = _zeros(batch, scratch)
+        number = self.values.number(rate)
+        self._run(targets, batch, 1.0 if number is None else number, 0.0, shrinks, mu, nu, how)
+        found: dict[str, Tensor] = {}
+        for one, change in zip(batch, targets, strict=True):
+            shrink = None
+            if shrinks and self.decoupled:
+                shrink = self.chosen.scaled(self.values, "shrink", one.value, one.name)
+            live = None if shrink is None else self._live(nu[one.name])
+            lr = self.values(rate, one.value, one.name) if number is None else None
+            if how.onto and live is None and one.leaf is one.value:
+                found[one.name] = _added(one.leaf, change, lr, shrink, how.donated)
                 continue
-            if lr is None:
-                target.mul_(self.values(rate, one.value, one.name))
-            update = self._decayed(one, target, nu[one.name]) if shrinks else target
-            found[one.name] = how.result(one, update)
+            change = change if lr is None else change.mul_(lr)
+            if shrink is not None:
+                change = (
+                    change.addcmul_(one.value, shrink) if live is None else decayed(change, one.value, shrink, live)
+                )
+            found[one.name] = how.result(one, change)
+        return found
+
+    def _run(
+        self,
+        targets: list[Tensor],
+        leaves: list[Moving],
+        lr: float | None,
+        decay: float | None,
+        shrinks: bool,
+        mu: dict[str, Tensor],
+        nu: dict[str, Tensor],
+        how: How,
+    ) -> None:
+        """Have the kernel move ``targets`` by the leaves' gradients, and their moments."""
+        gradients = [one.gradient.contiguous() for one in leaves]
+        if shrinks and not self.decoupled:
+            gradients = [self._with_decay(one, nu[one.name]) for one in leaves]
+        for one in leaves:
+            mu[one.name], nu[one.name] = _room(mu[one.name], how.donated), _room(nu[one.name], how.donated)
+        first, second = [mu[one.name] for one in leaves], [nu[one.name] for one in leaves]
+        self.kernel(targets, gradients, first, second, lr or 0.0, decay or 0.0)
 
     def _with_decay(self, one: Moving, nu: Tensor) -> Tensor:
         """The gradient of a leaf whose weight decay is part of it."""
         factor = self.values("weight_decay", one.value, one.name)
         return decayed(one.gradient, one.value, factor, self._live(one.gradient, nu)).contiguous()
-
-    def _decayed(self, one: Moving, update: Tensor, nu: Tensor) -> Tensor:
-        """The update of a leaf with the weight decay that passes by the moments."""
-        factor = self.chosen.scaled(self.values, "shrink", one.value, one.name)
-        live = self._live(nu)
-        return update.addcmul_(one.value, factor) if live is None else decayed(update, one.value, factor, live)
 
     def _live(self, *evidence: Tensor) -> Tensor | None:
         """As :func:`~funcdelta.optim.moving.alive`, after a look at one entry a member, which mostly is enough."""
@@ -193,6 +230,28 @@ def _first(tensor: Tensor, axes: int) -> Tensor:
     """One entry a member."""
     flat = tensor.reshape((*tensor.shape[:axes], -1)) if tensor.ndim >= axes else tensor
     return flat[..., :1] if flat.numel() else flat.new_zeros(())
+
+
+def _zeros(batch: list[Moving], scratch: dict[torch.dtype, Tensor] | None) -> list[Tensor]:
+    """Zeros for every leaf; with ``scratch`` in memory that is used again for the next batch."""
+    dtype = batch[0].value.dtype
+    if scratch is None or any(one.value.dtype != dtype for one in batch):
+        return [torch.zeros_like(one.value, memory_format=torch.contiguous_format) for one in batch]
+    sizes = [one.value.numel() for one in batch]
+    if dtype not in scratch or scratch[dtype].numel() < sum(sizes):
+        scratch[dtype] = torch.empty(sum(sizes), dtype=dtype, device="cpu")
+    pieces = scratch[dtype][: sum(sizes)].zero_().split(sizes)
+    return [piece.view(one.value.shape) for piece, one in zip(pieces, batch, strict=True)]
+
+
+def _added(leaf: Tensor, change: Tensor, lr: Tensor | None, shrink: Tensor | None, donated: bool) -> Tensor:
+    """(1 + shrink)·leaf + lr·change, in as few passes as may be; into the leaf itself if it was given away."""
+    room = leaf if donated and leaf.is_contiguous() and not leaf.is_inference() else None
+    if shrink is not None:
+        room = leaf = torch.mul(leaf, 1 + shrink, out=room)
+    if lr is None:
+        return torch.add(leaf, change, out=room)
+    return torch.addcmul(leaf, change, lr, out=room)
 
 
 def _batches(moving: list[Moving]) -> Iterator[list[Moving]]:
@@ -211,7 +270,7 @@ def _batches(moving: list[Moving]) -> Iterator[list[Moving]]:
 def _apart(moving: list[Moving], mu: dict[str, Tensor], nu: dict[str, Tensor]) -> bool:
     """Whether no two of the tensors share memory, so that each may be written into."""
     tensors = [x for one in moving for x in (one.value, one.gradient, mu[one.name], nu[one.name]) if x.is_contiguous()]
-    places = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors if x.numel())
+    places = sorted([(begin := x.data_ptr(), begin + x.nbytes) for x in tensors if x.numel()])
     return all(end <= begin for (_, end), (begin, _) in itertools.pairwise(places))
 
 

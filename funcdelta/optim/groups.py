@@ -65,6 +65,11 @@ class Chosen:
     def __init__(self, factors: dict[str, tuple[str, ...]], decayed: set[str] | None) -> None:
         self.factors, self._decayed = factors, decayed
 
+    @property
+    def alike(self) -> bool:
+        """Whether all leaves are treated alike: no groups, and all decay."""
+        return not self.factors and self._decayed is None
+
     def decays(self, name: str) -> bool:
         """Whether weight decay acts on the leaf."""
         return self._decayed is None or name in self._decayed

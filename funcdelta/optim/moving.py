@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ..errors import ParamsError, StackError
 from ..match import near
 from ..pytrees.constants import is_constant, marked
-from ..pytrees.leaves import check_tree, compute_dtype, dense, named
+from ..pytrees.leaves import check_tree, compute_dtype, dense, like, named
 from ..pytrees.selecting import Selector, select
 from .hyper import Hyper, members_of
 
@@ -176,10 +175,7 @@ class Tree:
     def filled(self, results: Mapping[str, Tensor], how: How) -> Any:
         """``results`` by name; the leaves that are not among them do not move."""
         found = [self._result(name, leaf, results, how) for name, leaf in self._pairs]
-        names = [name for name, _ in self._pairs]
-        if type(self._like) is dict and list(self._like) == names:
-            return dict(zip(names, found, strict=True))
-        return pytree.tree_unflatten(found, pytree.tree_structure(self._like))
+        return like(self._like, found)
 
     @staticmethod
     def _result(name: str, leaf: Any, results: Mapping[str, Tensor], how: How) -> Any:
