@@ -128,8 +128,10 @@ class Adam(NamedTuple):
                 # Between passes over memory Python finds its caches empty: one call for all, as no pass follows.
                 found |= self._moved(leaves, rate, shrinks, mu, nu, how)
                 continue
+            # New leaves are made of the changes, which need no memory of their own for longer than a batch.
+            scratch: dict[torch.dtype, Tensor] | None = {} if how.onto else None
             for batch in _batches(leaves):
-                found |= self._changed(batch, rate, shrinks, mu, nu, how)
+                found |= self._changed(batch, rate, shrinks, mu, nu, how, scratch)
         return found
 
     def _groups(self, moving: list[Moving]) -> dict[tuple[str, bool], list[Moving]]:
@@ -161,10 +163,17 @@ class Adam(NamedTuple):
         return dict(zip([one.name for one in leaves], targets, strict=True))
 
     def _changed(
-        self, batch: list[Moving], rate: str, shrinks: bool, mu: dict[str, Tensor], nu: dict[str, Tensor], how: How
+        self,
+        batch: list[Moving],
+        rate: str,
+        shrinks: bool,
+        mu: dict[str, Tensor],
+        nu: dict[str, Tensor],
+        how: How,
+        scratch: dict[torch.dtype, Tensor] | None,
     ) -> dict[str, Tensor]:
         """The updates or the new leaves, from what the kernel makes of zeros."""
-        targets = [torch.zeros_like(one.value, memory_format=torch.contiguous_format) for one in batch]
+        targets = _zeros(batch, scratch)
         number = self.values.number(rate)
         self._run(targets, batch, 1.0 if number is None else number, 0.0, shrinks, mu, nu, how)
         found: dict[str, Tensor] = {}
@@ -221,6 +230,18 @@ def _first(tensor: Tensor, axes: int) -> Tensor:
     """One entry a member."""
     flat = tensor.reshape((*tensor.shape[:axes], -1)) if tensor.ndim >= axes else tensor
     return flat[..., :1] if flat.numel() else flat.new_zeros(())
+
+
+def _zeros(batch: list[Moving], scratch: dict[torch.dtype, Tensor] | None) -> list[Tensor]:
+    """Zeros for every leaf; with ``scratch`` in memory that is used again for the next batch."""
+    dtype = batch[0].value.dtype
+    if scratch is None or any(one.value.dtype != dtype for one in batch):
+        return [torch.zeros_like(one.value, memory_format=torch.contiguous_format) for one in batch]
+    sizes = [one.value.numel() for one in batch]
+    if dtype not in scratch or scratch[dtype].numel() < sum(sizes):
+        scratch[dtype] = torch.empty(sum(sizes), dtype=dtype, device="cpu")
+    pieces = scratch[dtype][: sum(sizes)].zero_().split(sizes)
+    return [piece.view(one.value.shape) for piece, one in zip(pieces, batch, strict=True)]
 
 
 def _added(leaf: Tensor, change: Tensor, lr: Tensor | None, shrink: Tensor | None, donated: bool) -> Tensor:
