@@ -23,6 +23,7 @@ from ..errors import StaleBackboneError
 from ..match import within
 from ..sites.code import reach_of
 from ..sites.noted import CONTAINERS, DEPTH, FUNCTIONS, OWN, PLAIN, Noted, differ, fill, is_private
+from ..sites.structure import own_table
 from ..transforms import outside_transforms
 
 VERSION = operator.attrgetter("_version")
@@ -89,7 +90,7 @@ class Memory:
             noted = self._noted[path] = Noted()
             noted.keep_module(module, path, seen)
             registered = self._registered[path] = Noted()
-            registered.keep(module._parameters)
+            registered.keep(own_table(module))
         self._all = Noted.together(self._noted.values())
         self._parameters = Noted.together(self._registered.values())
         self._before = dict(zip(map(id, self._all.now), self._all.before, strict=True))

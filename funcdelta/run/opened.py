@@ -23,9 +23,7 @@ from .bound import Bound
 from .call import TENSOR, Call, Host, Params
 from .hidden import hidden_input, hidden_output
 from .layout import LayoutMismatchError, Run
-from .reading import READ, refuse_replaced
-
-_set = object.__setattr__  # a module's own looks for parameters first
+from .reading import READ, refuse_replaced, set_plainly
 
 
 class Bypass(nn.Module):
@@ -136,13 +134,13 @@ def _quickly(opened: Opened, call: Call, x: Any) -> Any:
     outermost = shown is not None and not opened.running
     opened.running += 1
     if outermost:
-        _set(module, "__class__", opened.kind)
+        set_plainly(module, "__class__", opened.kind)
     try:
         output = opened.original(x)
     finally:
         opened.running -= 1
         if outermost:
-            _set(module, "__class__", shown)
+            set_plainly(module, "__class__", shown)
     x, _ = hidden_input(opened.path, (x,), {}) if not isinstance(x, Tensor) else (x, None)
     y, put_back = (output, None) if isinstance(output, Tensor) else hidden_output(opened.path, output)
     own, training = y.dtype, module.training
@@ -178,13 +176,13 @@ def _inner(opened: Opened, call: Call, run: Run | None, args: tuple[Any, ...], k
     shown = None if opened.running or torch.compiler.is_compiling() else opened.shown
     opened.running += 1
     if shown is not None:
-        _set(opened.module, "__class__", opened.kind)
+        set_plainly(opened.module, "__class__", opened.kind)
     try:
         return opened.original(*args, **kwargs) if run is None else run_members(opened, call, run, args, kwargs)
     finally:
         opened.running -= 1
         if shown is not None:
-            _set(opened.module, "__class__", shown)
+            set_plainly(opened.module, "__class__", shown)
 
 
 def act(

@@ -149,7 +149,7 @@ def _forward_on_copies(module: Any, *args: Any, **kwargs: Any) -> Any:
         path, _, own = name.rpartition(".")
         owner = module.get_submodule(path)
         # In a view a frozen parameter is a plain attribute.
-        table = owner._parameters if own in owner._parameters else vars(owner)
+        table = own_table(owner) if own in own_table(owner) else vars(owner)
         tensor = table.get(own)
         if isinstance(tensor, Tensor):
             before.append((table, own, tensor))
@@ -159,6 +159,16 @@ def _forward_on_copies(module: Any, *args: Any, **kwargs: Any) -> Any:
     finally:
         for table, own, tensor in before:
             table[own] = tensor
+
+
+def own_table(module: nn.Module) -> dict[str, Any]:
+    """The table of parameters of ``module`` itself, whatever others are shown (:mod:`funcdelta.run.reading`).
+
+    >>> list(own_table(nn.Linear(2, 3)))
+    ['weight', 'bias']
+    """
+    own = vars(module).get("_parameters")
+    return own if isinstance(own, dict) else module._parameters  # a compiled script's is made when it is asked for
 
 
 def is_quantised(tensor: Tensor) -> bool:
