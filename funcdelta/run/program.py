@@ -20,6 +20,7 @@ from ..errors import StaleBackboneError
 from ..fresh import random_members
 from ..locks import fork_safe_lock
 from ..planning.plan import Plan
+from ..sites.code import Reach
 from ..sites.freshness import Fingerprint
 from ..transforms import eager
 from .call import Params, Prepare
@@ -100,6 +101,11 @@ class Skeletons:
         self._shards = {}
         self._fingerprint, self._checkpointing = Fingerprint(self.backbone), flags_of(self.backbone)
         self._traced = {training: self.build(training) for training in self._traced}
+
+    @property
+    def reach(self) -> Reach:
+        """What the code of the backbone's forwards reads and writes, by names."""
+        return self._fingerprint.reach
 
     def check(self) -> None:
         """Compare the backbone with what the skeletons copied, and follow its checkpointing.
