@@ -347,8 +347,15 @@ def _with_attention(
 
 def _facts(path: str, modules: dict[str, nn.Module], known: Names) -> Site:
     """What is known of the module at ``path``; where it is never called, no formula on activations holds."""
-    site = dataclasses.replace(site_of(path, modules[path]), fused=known.parts(path))
+    site = dataclasses.replace(site_of(path, modules[path], _above(path, modules)), fused=known.parts(path))
     return dataclasses.replace(site, own_forward=True) if _read_by_parent(path, modules) else site
+
+
+def _above(path: str, modules: dict[str, nn.Module]) -> Iterator[nn.Module]:
+    """The modules that hold the one at ``path``, the innermost first."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield modules[path]
 
 
 def _read_by_parent(path: str, modules: dict[str, nn.Module]) -> bool:
