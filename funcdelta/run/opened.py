@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from ..errors import ConfigError, FuncdeltaError
 from ..planning.plan import Attachment
 from ..planning.spans import keep, take
-from ..transforms import is_wrapped
+from ..transforms import innermost
 from .bound import Bound
 from .call import TENSOR, Call, Host, Params
 from .hidden import hidden_input, hidden_output
@@ -193,6 +193,8 @@ def act(
     function, lift = bound.functions[training], call.lift
     if torch.compiler.is_compiling():
         return (function(p, *values), None) if lift is None else lift(function, p, values, dims, path)
+    if call.reached is not None:
+        values = tuple(map(_counted, values))
     versions = list(map(_version, values))
     try:
         if lift is None:
@@ -221,7 +223,16 @@ def _note(error: Exception, path: str, p: Params, values: tuple[Tensor, ...]) ->
 
 
 def _version(value: Tensor) -> int | None:
-    return None if is_wrapped(value) or value.is_inference() else value._version
+    value = innermost(value)
+    return None if value.is_inference() else value._version
+
+
+def _counted(value: Tensor) -> Tensor:
+    """The same numbers in a tensor whose writes torch counts: of one that was made in inference mode a copy."""
+    if not innermost(value).is_inference():
+        return value
+    with torch.inference_mode(False):
+        return value.clone()
 
 
 def run_members(opened: Opened, call: Call, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -70,9 +70,7 @@ def tell_missed(program: Program, given: Iterable[str], reached: set[str]) -> No
                 f"{path} is read by a module above it and not called, and the delta there acts on hidden values alone, "
                 f"so it would do nothing. Name the module above, {path.rpartition('.')[0] or 'the model'!r}."
             )
-    if not torch.is_inference_mode_enabled() and current_transform() is None:
-        # There it is not seen whether a method changes a hidden value in place.
-        program.verified.add((program.training, given))
+    program.verified.add((program.training, given))
     if missed and missed[0] not in program.warned:
         program.warned.add(missed[0])
         more = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
