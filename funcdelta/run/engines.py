@@ -27,6 +27,7 @@ from .inputs import Inputs
 from .layout import Layout, LayoutMismatchError, close, members_of
 from .layouts import key_of, layout_of, learned_anew, wants_gradients
 from .mapped import Mapped, refuse_unmapped
+from .old_functions import named_functions
 from .outputs import apart, check_visible, flatten, of_each, stack_members
 from .probe import OTHER_ENGINES, undisturbed
 from .program import Program
@@ -335,7 +336,7 @@ def folded_run(
     if not torch.compiler.is_compiling() and current_transform() is None and not wanted.yes:
         call.plain = reached is None and not layout.runs and trunk is None and not layout.unused
         return skeleton.run("", {}, args, kwargs, call)
-    with attention_for_this_call():
+    with attention_for_this_call(), named_functions():
         return skeleton.run("", {}, args, kwargs, call)
 
 
