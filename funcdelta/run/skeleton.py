@@ -262,6 +262,7 @@ class Skeleton:
                 module.use_nested_tensor = False
         # An interrupt may come between any two lines. What it leaves half restored is never used again.
         clean, self.clean = self.clean, False
+        lent = [] if self._is_view or self.units or not torch.is_grad_enabled() else self.memory.lend()
         restore = self.swap(overrides) if overrides else None
         outer, self.call = self.call, call
         try:
@@ -271,6 +272,8 @@ class Skeleton:
             self.call = outer
             if restore is not None:
                 restore()
+            for copied in lent:
+                copied.put(copied.own)
             if self.units:
                 self.memory.follow()
             else:
