@@ -378,3 +378,88 @@ def test_a_graph_does_not_see_what_a_later_call_writes(kind: Any, way: str) -> N
     together = torch.autograd.grad(sum((WAYS[way](delta, stack, one).sum() for one in inputs), torch.zeros(())), leaves)
     for found, *parts in zip(together, *each, strict=True):
         torch.testing.assert_close(found, torch.stack(parts).sum(0))
+
+
+def clamp(t: Tensor) -> None:
+    t.data.clamp_(-0.1, 0.1)
+
+
+class Constrains(nn.Module):
+    """Constrains the weight of the second of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.constrain()
+        return self.a(self.b(x))
+
+    def constrain(self) -> None:
+        self.b.weight.data.clamp_(-0.1, 0.1)
+
+
+class ByHelper(Constrains):
+    def constrain(self) -> None:
+        clamp(self.b.weight)
+
+
+class ByInnerHelper(Constrains):
+    def constrain(self) -> None:
+        def bound(t: Tensor) -> None:
+            t.data.clamp_(-0.1, 0.1)
+
+        bound(self.b.weight)
+
+
+class ByVariable(Constrains):
+    def constrain(self) -> None:
+        layer = self.b
+        layer.weight.data.clamp_(-0.1, 0.1)
+
+
+class OfBoth(Constrains):
+    def constrain(self) -> None:
+        for layer in (self.b, self.a):
+            layer.weight.data.clamp_(-0.1, 0.1)
+
+
+class OfEither(Constrains):
+    def constrain(self) -> None:
+        layer = self.a
+        if self.b is not None:
+            layer = self.b
+        layer.weight.data.clamp_(-0.1, 0.1)
+
+
+class OfOther(Constrains):
+    def constrain(self) -> None:
+        layer = self.b
+        if self.a is not None:
+            layer = self.a
+        clamp(layer.weight)
+
+
+class OfTied(Constrains):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a.weight = self.b.weight
+
+
+@pytest.mark.parametrize("kind", [Constrains, ByHelper, ByInnerHelper, ByVariable])
+def test_a_constraint_on_another_weight_is_no_reason_to_refuse(kind: Any) -> None:
+    model, x = kind(), torch.randn(3, 4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    delta = fd.LoraModel(model, modified_modules=["a"], lora_r=2)
+    stack = fd.tree.randn_like(delta.init(0, n=2), seed=1)
+    found = [delta.apply(fd.take(stack, 0), x), delta.apply_many(stack, x)[0], delta.bind(fd.take(stack, 0))(x)]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    expected = delta.merged(fd.take(stack, 0))(x)
+    for one in found:
+        torch.testing.assert_close(one, expected)
+
+
+@pytest.mark.parametrize("kind", [OfBoth, OfEither, OfOther, OfTied])
+def test_a_constraint_that_may_be_on_the_sites_own_weight_is_one(kind: Any) -> None:
+    with raises_saying(fd.MatchError, "a.weight may be written", 'exclude_modules=["a"]'):
+        fd.LoraModel(kind(), modified_modules=["a"], lora_r=2).apply({}, torch.zeros(3, 4))
