@@ -133,7 +133,7 @@ class Plan:
 
     def keys(self) -> dict[str, frozenset[str]]:
         """``{delta name: the keys of its leaves in params}``."""
-        found = {a.name: frozenset[str]() for a in self.all()}
+        found: dict[str, frozenset[str]] = {a.name: frozenset() for a in self.all()}
         for part in (*self.shared, *self.all()):
             found[part.name] |= frozenset(part.shapes)
         return found

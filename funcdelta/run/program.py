@@ -25,6 +25,7 @@ from ..sites.freshness import Fingerprint
 from ..transforms import eager
 from .call import Params, Prepare
 from .checkpointing import FLAG, FUNCTION, REQUIRE_GRADS, flags_of
+from .compiled_check import CompiledCheck
 from .fsdp import Shards, refuse_sharded, settle
 from .input_key import Bounded
 from .skeleton import Skeleton
@@ -47,6 +48,7 @@ class Skeletons:
         self._traced: dict[bool | None, Skeleton] = {}
         self.generation = self.followed = 0
         self._shards: Shards = {}
+        self._check_compiled = CompiledCheck(self)
         # A mode belongs to the delta: what becomes of the backbone's flags later does not matter.
         self.flags = {path: module.training for path, module in backbone.named_modules()}
         self._fingerprint, self._checkpointing = Fingerprint(backbone), flags_of(backbone)
@@ -54,6 +56,7 @@ class Skeletons:
     def get(self, training: bool | None, hooked: bool = True) -> Skeleton:
         """This thread's skeleton in the given mode (``None``: the backbone's own flags), while no call uses it."""
         if torch.compiler.is_compiling():
+            self._check_compiled()
             return self._traced[training]
         self.check()
         if getattr(self._local, "generation", None) != self.generation:
