@@ -124,6 +124,18 @@ def concrete(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
+def innermost(tensor: Tensor) -> Tensor:
+    """The tensor that all wrappers of ``torch.func`` around ``tensor`` hold, with the axes that are mapped.
+
+    >>> torch.vmap(lambda row: row + innermost(row).ndim)(torch.zeros(2, 3))
+    tensor([[2., 2., 2.],
+            [2., 2., 2.]])
+    """
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def outside_transforms() -> AbstractContextManager[Any]:
     """A block that runs as if no transform were under way.
 

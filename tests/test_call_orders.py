@@ -220,3 +220,58 @@ def test_outputs_that_a_model_holds_are_not_written_later(kind: str, signs: tupl
     outputs = [delta.apply(fd.take(stack, i), x) for i in range(3)]
     for y, held in (*outputs, *zip(*delta.apply_many(stack, x, engine="loop"), strict=True)):
         assert_close(held, y.sum(0) if bool(y[0, 0] > 0) else torch.zeros_like(held))
+
+
+@dataclass(frozen=True)
+class WritesOutput(fd.BaseDeltaConfig):
+    """``y + gain``, written into y, which the model may still read."""
+
+    def init(self, site: fd.Site, rng: torch.Generator) -> dict[str, Tensor]:
+        return {"gain": torch.ones(())}
+
+    def after(self, site: fd.Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
+        return y.add_(p["gain"])
+
+
+@dataclass(frozen=True)
+class WritesInput(WritesOutput):
+    """``y + gain x``, with what is added written into x."""
+
+    def after(self, site: fd.Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
+        return y + x.mul_(p["gain"]).sum(-1, keepdim=True)
+
+
+def inferring(call: Callable[[], Any]) -> Any:
+    with torch.inference_mode():
+        return call()
+
+
+FIRST_CALLS: dict[str, Callable[[fd.DeltaModel, dict[str, Tensor], Tensor], Any]] = {
+    "apply": lambda delta, stack, x: delta.apply(fd.take(stack, 0), x),
+    "inference": lambda delta, stack, x: inferring(lambda: delta.apply(fd.take(stack, 0), x)),
+    "inference, folded": lambda delta, stack, x: inferring(lambda: delta.apply_many(stack, x, engine="fold")),
+    "inference, bound": lambda delta, stack, x: inferring(lambda: delta.bind(fd.take(stack, 0))(x)),
+    "grad": lambda delta, stack, x: torch.func.grad(lambda p: delta.apply(p, x).sum())(fd.take(stack, 0)),
+    "jvp": lambda delta, stack, x: torch.func.jvp(lambda p: delta.apply(p, x), *[(fd.take(stack, 0),)] * 2),
+    "hessian": lambda delta, stack, x: torch.func.hessian(lambda p: delta.apply(p, x).sum())(fd.take(stack, 0)),
+    "vmap": lambda delta, stack, x: torch.vmap(delta.apply)(stack, x.expand(2, *x.shape).clone()),
+    "mapped": lambda delta, stack, x: delta.apply_many(stack, x.expand(2, *x.shape).clone(), in_dims=0, engine="vmap"),
+}
+
+
+@pytest.mark.parametrize("way", FIRST_CALLS)
+@pytest.mark.parametrize("kind", [WritesOutput, WritesInput])
+def test_a_method_that_writes_a_hidden_value_is_refused_in_any_first_call(kind: Any, way: str) -> None:
+    delta = fd.DeltaModel(Model(plain).double().eval(), kind(modified_modules=["b"], name="writes"))
+    stack = delta.init(0, n=2, dtype=torch.float64)
+    for _ in range(2):
+        with raises_saying(fd.ConfigError, "The method at b changed a hidden value in place", "y = y + change"):
+            FIRST_CALLS[way](delta, stack, X)
+
+
+def test_a_first_call_in_inference_mode_is_one() -> None:
+    delta = lora(Model(plain))
+    params = random_params(delta)
+    assert not delta.program.is_verified(params)
+    inferring(lambda: delta.apply(params, X))
+    assert delta.program.is_verified(params)

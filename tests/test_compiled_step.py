@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from handmade import MLP, assert_close, random_params
+from handmade import MLP, assert_close, raises_saying, random_params
 from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import ZOO
@@ -102,3 +103,56 @@ def test_exported_programs_give_the_same_numbers(name: str) -> None:
         applied = torch.export.export(Applied(delta), (params,), inputs).module()
         found = architecture.output(applied(others, **other))
         assert_close(found, architecture.output(delta.apply(others, **other)), 1e-5)
+
+
+class Followed(nn.Module):
+    """Reads a number and a buffer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.factor = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh()), 0.5
+        self.register_buffer("scale", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) + self.factor * self.scale
+
+
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a layer": (lambda model: model.b.__setitem__(0, nn.Linear(4, 4)), "b.0 is another Linear"),
+    "a parameter": (lambda model: setattr(model.a, "weight", nn.Parameter(torch.ones(4, 4))), "a.weight"),
+    "a hook": (lambda model: model.b.register_forward_hook(lambda module, given, y: 2 * y), "hook was added to b"),
+    "storage": (lambda model: setattr(model.a.bias, "data", torch.ones(4)), "a.bias has other storage"),
+    "a buffer": (lambda model: setattr(model, "scale", 2 * torch.ones(4)), "buffers are others, or numbers"),
+    "a number": (lambda model: setattr(model, "factor", 2.0), "buffers are others, or numbers"),
+}
+
+COMPILED: dict[str, Callable[[fd.DeltaModel, dict[str, Tensor], Tensor], Tensor]] = {
+    "apply": lambda delta, stack, x: delta.apply(fd.take(stack, 0), x),
+    "many": lambda delta, stack, x: delta.apply_many(stack, x),
+    "vmap of grad": lambda delta, stack, x: torch.vmap(
+        torch.func.grad(lambda params: delta.apply(params, x).square().sum())
+    )(stack)["a.lora.lora_B"],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("way", COMPILED)
+def test_a_compiled_call_sees_that_the_backbone_changed(way: str, change: str) -> None:
+    torch._dynamo.reset()
+    delta = fd.LoraModel(Followed().eval(), modified_modules=["a"], lora_r=2)
+    stack = random_params(delta, 2)
+
+    def call(stack: dict[str, Tensor], x: Tensor) -> Tensor:
+        return COMPILED[way](delta, stack, x)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager" if change == "a layer" else "eager")
+    assert_close(compiled(stack, X), call(stack, X))
+    with torch.no_grad():
+        delta.backbone.scale.mul_(3)  # numbers are followed
+    assert_close(compiled(stack, X), call(stack, X))
+    act, said = CHANGES[change]
+    act(delta.backbone)
+    with raises_saying(fd.StaleBackboneError, said):
+        compiled(stack, X)
+    delta.refresh()
+    assert_close(compiled(stack, X), call(stack, X))

@@ -139,3 +139,16 @@ def test_leaves_are_on_their_sites_device() -> None:
         for name, leaf in params.items():
             assert leaf.device.type == ("meta" if name.startswith("1.") else "cpu")
     assert {leaf.device.type for leaf in delta.init(0, device="meta").values()} == {"meta"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_leaves_at_a_site_without_tensors_follow_the_model(dtype: torch.dtype) -> None:
+    other = nn.Linear(4, 4)
+    block = nn.Sequential(nn.Linear(4, 4).to(dtype), nn.Sequential(nn.Tanh(), nn.Dropout()))
+    model = nn.ModuleDict({"other": other, "block": block})
+    model.forward = lambda x: block(x)  # type: ignore[method-assign]
+    delta = fd.AdapterModel(model.eval(), modified_modules=["block.1.0"], example=(torch.ones(2, 4, dtype=dtype),))
+    assert {leaf.dtype for leaf in delta.init(0).values()} == {
+        torch.float64 if dtype == torch.float64 else torch.float32
+    }
+    assert delta.plan.all()[0].site.dtype == dtype

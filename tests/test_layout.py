@@ -285,3 +285,28 @@ def test_batch_norm_that_refuses_a_single_row_in_training() -> None:
     assert "native_batch_norm" in delta.explain(stack, x).once_per_member["1"]
     with raises_saying(fd.errors.FoldError, "1 normalises over the batch", "delta.mode(train=False)"):
         delta.apply_many(stack, x[:1], engine="fold")
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["one batch", "own batches"])
+@pytest.mark.parametrize("places", [slice(0, 1), slice(0, 3), slice(6, 9), slice(-3, None)], ids=str)
+def test_every_member_of_a_large_batch_is_compared(places: slice, own: bool) -> None:
+    """A model that does something else at some places of a batch, if there are many rows."""
+
+    class Crowded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            factors = torch.ones(len(x), 1)
+            factors[places] += len(x) > 10
+            return self.a(x) * factors
+
+    delta = fd.LoraModel(Crowded(), modified_modules=["a"], lora_r=2)
+    stack = fd.tree.randn_like(delta.init(0, n=7), seed=1)
+    x, in_dims = (torch.randn(7, 3, 4), 0) if own else (torch.randn(3, 4), None)
+    with raises_saying(fd.FoldError, "depends on how many rows there are"):
+        delta.apply_many(stack, x, in_dims=in_dims, engine="fold")
+    expected = delta.apply_many(stack, x, in_dims=in_dims, engine="loop")
+    with pytest.warns(fd.errors.EngineWarning, match="how many rows"):
+        assert_close(delta.apply_many(stack, x, in_dims=in_dims), expected)

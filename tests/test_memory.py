@@ -321,3 +321,147 @@ def test_compiled_calls_leave_nothing_behind_and_follow_buffers() -> None:
         torch.testing.assert_close(compiled(fd.take(stack, i), x), delta.apply(fd.take(stack, i), x))
     model.table.data.fill_(5.0)
     torch.testing.assert_close(compiled(fd.take(stack, 1), x), delta.apply(fd.take(stack, 1), x))
+
+
+class Late(nn.Module):
+    """Writes a buffer where its inputs are positive, and computes with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.kept = nn.Linear(4, 4), [torch.ones(4)]
+        self.register_buffer("scale", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.sum()) > 0:
+            self.change()
+        return self.a(x) * self.scale * self.kept[0]
+
+    def change(self) -> None:
+        self.scale.mul_(2)
+
+
+class LateSum(Late):
+    def change(self) -> None:
+        self.scale += 1
+
+
+class LateEntry(Late):
+    def change(self) -> None:
+        self.scale[0] = 3.0
+
+
+class LateUnseen(Late):
+    def change(self) -> None:
+        torch.add(self.scale, 1, out=self.scale)
+
+
+class LateInList(Late):
+    def change(self) -> None:
+        self.kept[0].add_(1)
+
+
+WAYS: dict[str, Callable[[fd.DeltaModel, dict[str, Tensor], Tensor], Tensor]] = {
+    "apply": lambda delta, stack, x: delta.apply(fd.take(stack, 0), x),
+    "many": lambda delta, stack, x: delta.apply_many(stack, x),
+    "loop": lambda delta, stack, x: delta.apply_many(stack, x, engine="loop"),
+    "rows": lambda delta, stack, x: delta.apply_rows(stack, [0, 1, 0], x),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", [Late, LateSum, LateEntry, LateUnseen, LateInList])
+@pytest.mark.filterwarnings("ignore::funcdelta.errors.EngineWarning")
+def test_a_graph_does_not_see_what_a_later_call_writes(kind: Any, way: str) -> None:
+    delta, x = fd.LoraModel(kind(), modified_modules=["a"], lora_r=2), torch.rand(3, 4) + 1
+    stack = {name: leaf.requires_grad_() for name, leaf in fd.tree.randn_like(delta.init(0, n=2), seed=1).items()}
+    leaves = [stack["a.lora.lora_A"], stack["a.lora.lora_B"]]
+    inputs = (-x, x, -2 * x, 2 * x)
+    each = [torch.autograd.grad(WAYS[way](delta, stack, one).sum(), leaves) for one in inputs]
+    together = torch.autograd.grad(sum((WAYS[way](delta, stack, one).sum() for one in inputs), torch.zeros(())), leaves)
+    for found, *parts in zip(together, *each, strict=True):
+        torch.testing.assert_close(found, torch.stack(parts).sum(0))
+
+
+def clamp(t: Tensor) -> None:
+    t.data.clamp_(-0.1, 0.1)
+
+
+class Constrains(nn.Module):
+    """Constrains the weight of the second of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.constrain()
+        return self.a(self.b(x))
+
+    def constrain(self) -> None:
+        self.b.weight.data.clamp_(-0.1, 0.1)
+
+
+class ByHelper(Constrains):
+    def constrain(self) -> None:
+        clamp(self.b.weight)
+
+
+class ByInnerHelper(Constrains):
+    def constrain(self) -> None:
+        def bound(t: Tensor) -> None:
+            t.data.clamp_(-0.1, 0.1)
+
+        bound(self.b.weight)
+
+
+class ByVariable(Constrains):
+    def constrain(self) -> None:
+        layer = self.b
+        layer.weight.data.clamp_(-0.1, 0.1)
+
+
+class OfBoth(Constrains):
+    def constrain(self) -> None:
+        for layer in (self.b, self.a):
+            layer.weight.data.clamp_(-0.1, 0.1)
+
+
+class OfEither(Constrains):
+    def constrain(self) -> None:
+        layer = self.a
+        if self.b is not None:
+            layer = self.b
+        layer.weight.data.clamp_(-0.1, 0.1)
+
+
+class OfOther(Constrains):
+    def constrain(self) -> None:
+        layer = self.b
+        if self.a is not None:
+            layer = self.a
+        clamp(layer.weight)
+
+
+class OfTied(Constrains):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a.weight = self.b.weight
+
+
+@pytest.mark.parametrize("kind", [Constrains, ByHelper, ByInnerHelper, ByVariable])
+def test_a_constraint_on_another_weight_is_no_reason_to_refuse(kind: Any) -> None:
+    model, x = kind(), torch.randn(3, 4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    delta = fd.LoraModel(model, modified_modules=["a"], lora_r=2)
+    stack = fd.tree.randn_like(delta.init(0, n=2), seed=1)
+    found = [delta.apply(fd.take(stack, 0), x), delta.apply_many(stack, x)[0], delta.bind(fd.take(stack, 0))(x)]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    expected = delta.merged(fd.take(stack, 0))(x)
+    for one in found:
+        torch.testing.assert_close(one, expected)
+
+
+@pytest.mark.parametrize("kind", [OfBoth, OfEither, OfOther, OfTied])
+def test_a_constraint_that_may_be_on_the_sites_own_weight_is_one(kind: Any) -> None:
+    with raises_saying(fd.MatchError, "a.weight may be written", 'exclude_modules=["a"]'):
+        fd.LoraModel(kind(), modified_modules=["a"], lora_r=2).apply({}, torch.zeros(3, 4))

@@ -154,7 +154,7 @@ class Plan:
 
     def keys(self) -> dict[str, frozenset[str]]:
         """``{delta name: the keys of its leaves in params}``."""
-        found = {a.name: frozenset[str]() for a in self.all()}
+        found: dict[str, frozenset[str]] = {a.name: frozenset() for a in self.all()}
         for part in (*self.shared, *self.all()):
             found[part.name] |= frozenset(part.shapes)
         return found
@@ -375,8 +375,15 @@ def _facts(address: str, modules: dict[str, nn.Module], known: Names) -> Site:
     if address not in modules:
         path, _, name = address.rpartition(".")
         return site_of_tensor(path, modules[path], name)
-    site = dataclasses.replace(site_of(path, modules[path]), fused=known.parts(path))
+    site = dataclasses.replace(site_of(path, modules[path], _above(path, modules)), fused=known.parts(path))
     return dataclasses.replace(site, own_forward=True) if _read_by_parent(path, modules) else site
+
+
+def _above(path: str, modules: dict[str, nn.Module]) -> Iterator[nn.Module]:
+    """The modules that hold the one at ``path``, the innermost first."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield modules[path]
 
 
 def _read_by_parent(path: str, modules: dict[str, nn.Module]) -> bool:

@@ -8,6 +8,7 @@ same numbers, or say why they cannot.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -25,8 +26,10 @@ from .checkpointing import kept_run, needs_keeping
 from .fold import Folded
 from .inputs import Arguments, Inputs
 from .layout import Layout, LayoutMismatchError, close, members_of
-from .layouts import key_of, layout_of, learned_anew
-from .outputs import apart, check_visible, flatten, stack_members
+from .layouts import key_of, layout_of, learned_anew, wants_gradients
+from .mapped import Mapped, refuse_unmapped
+from .old_functions import named_functions
+from .outputs import apart, check_visible, flatten, of_each, stack_members
 from .probe import OTHER_ENGINES, undisturbed
 from .program import Program
 from .single import call_single
@@ -67,8 +70,14 @@ def call_vmap(program: Program, stack: Params, inputs: Inputs, reached: set[str]
         found[:] = [rebuild, [TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]]
         return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
+    # Looked at once for inputs of a kind: it costs time in each operation.
+    key = None if torch.compiler.is_compiling() else ("vmap", key_of(program, stack, inputs))
+    known = key is None or key in program.checked
+    if not known:
+        refuse_unmapped(program.skeletons.reach, torch.is_grad_enabled() and wants_gradients(stack, inputs))
     try:
-        results = iter(torch.vmap(member, in_dims=(0, 0), randomness="different")(stack, inputs.mapped()))
+        with contextlib.nullcontext() if known else Mapped():
+            results = iter(torch.vmap(member, in_dims=(0, 0), randomness="different")(stack, inputs.mapped()))
     except EngineError:
         raise
     except RuntimeError as error:
@@ -78,8 +87,10 @@ def call_vmap(program: Program, stack: Params, inputs: Inputs, reached: set[str]
                 raise
             reason = f"torch.vmap cannot map this model ({str(error).splitlines()[0][:160]})"
         raise EngineError(f'{reason}. Use engine="auto" or "loop".') from error
+    if not known:
+        program.checked[key] = True
     rebuild, others = found
-    return rebuild([next(results) if other is TENSOR else other for other in others])
+    return rebuild([next(results) if other is TENSOR else of_each(other, inputs.n) for other in others])
 
 
 def _runs_alone(program: Program, stack: Params, inputs: Inputs) -> bool:
@@ -183,7 +194,10 @@ def _fold(
             raise LayoutMismatchError(f"The output has {len(leaves)} leaves, but {len(layout.outputs)} before.")
         named = zip(leaves, layout.outputs, layout.names, strict=True)
         return rebuild(
-            [members_of(leaf, dim, n, b, name) if isinstance(leaf, Tensor) else leaf for leaf, dim, name in named]
+            [
+                members_of(leaf, dim, n, b, name) if isinstance(leaf, Tensor) else of_each(leaf, n)
+                for leaf, dim, name in named
+            ]
         )
 
     return with_layout(
@@ -223,10 +237,11 @@ def with_layout(
 
 
 def check_sizes(program: Program, stack: Params, inputs: Inputs, layout: Layout, by_row: bool) -> None:
-    """The first time that inputs have these sizes: the last member gets in the batch what it gets alone.
+    """The first time that inputs have these sizes: every member gets in the batch what it gets alone.
 
     A layout is learned from a few rows. A model that takes another branch for many of them, or for long ones, is seen
-    here, on all rows at hand; the members are moved away from each other first.
+    here, on all rows at hand; the members are moved away from each other first. The last one is compared with itself
+    alone, and all with themselves one place further in the batch: so what holds at the last place holds at every one.
 
     Raises :class:`FoldError` where the numbers differ.
     """
@@ -240,22 +255,32 @@ def check_sizes(program: Program, stack: Params, inputs: Inputs, layout: Layout,
     n, rows = (inputs.b, 1) if by_row else (inputs.n, inputs.b)
     plain = inputs.concrete()
     stack = {name: concrete(leaf) for name, leaf in stack.items()}
+
+    def together(members: Params, inputs: Inputs) -> list[Any]:
+        args, kwargs = spare(inputs.shared() if by_row else inputs.folded())
+        return flatten(folded_run(program, members, layout, args, kwargs, Folded(n, rows)))[0]
+
     with undisturbed():
         moved = _moved_apart(program, stack, n)
-        copied = plain.copied()
-        args, kwargs = spare(copied.shared() if by_row else copied.folded())
-        together, _ = flatten(folded_run(program, moved, layout, args, kwargs, Folded(n, rows)))
+        found = together(moved, plain.copied())
+        turned = plain.copied().rows([*range(1, n), 0]) if by_row else plain.copied().turned()
+        other = together({name: leaf.roll(-1, 0) for name, leaf in moved.items()}, turned)
         copied = plain.copied()
         own = copied.rows([n - 1]).shared() if by_row else copied.member(n - 1)
         alone, _ = flatten(call_single(program, take(moved, n - 1), *spare(own)))
-        for name, leaf, dim, expected in zip(layout.names, together, layout.outputs, alone, strict=True):
-            if isinstance(leaf, Tensor) and isinstance(expected, Tensor):
-                block = leaf if dim is None else members_of(leaf, dim, n, rows, name)[-1]
-                if not close(block, expected):
-                    raise FoldError(
-                        f"{n} members with {rows} rows in one batch do not give what one gives alone (output {name}): "
-                        f"what the model computes depends on how many rows there are, or how long. {OTHER_ENGINES}"
-                    )
+        for name, leaf, again, dim, expected in zip(layout.names, found, other, layout.outputs, alone, strict=True):
+            if not (isinstance(leaf, Tensor) and isinstance(expected, Tensor)):
+                continue
+            if dim is None:
+                fits = close(leaf, expected) and close(again, expected)
+            else:
+                each = members_of(leaf, dim, n, rows, name)
+                fits = close(each[-1], expected) and close(members_of(again, dim, n, rows, name), each.roll(-1, 0))
+            if not fits:
+                raise FoldError(
+                    f"{n} members with {rows} rows in one batch do not give what one gives alone (output {name}): "
+                    f"what the model computes depends on how many rows there are, or how long. {OTHER_ENGINES}"
+                )
     program.checked[key] = True
     inputs.checked[id(layout)] = layout
 
@@ -327,7 +352,7 @@ def folded_run(
     if not torch.compiler.is_compiling() and current_transform() is None and not wanted.yes:
         call.plain = reached is None and not layout.runs and trunk is None and not layout.unused
         return skeleton.run("", {}, args, kwargs, call)
-    with attention_for_this_call():
+    with attention_for_this_call(), named_functions():
         return skeleton.run("", {}, args, kwargs, call)
 
 

@@ -299,6 +299,14 @@ class Inputs:
         ]
         return self._with(leaves, n=stop - start)
 
+    def turned(self) -> Inputs:
+        """The inputs of the members in another order: of the second one first, and of the first one last."""
+        leaves = [
+            leaf if not mapped else np.roll(leaf, -1, 0) if isinstance(leaf, np.ndarray) else leaf.roll(-1, 0)
+            for leaf, mapped in zip(self.leaves, self.is_mapped, strict=True)
+        ]
+        return self._with(leaves)
+
     def rows(self, which: Sequence[int]) -> Inputs:
         """The inputs with these rows of each member, in this order and as often as they are named.
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from ..errors import StaleBackboneError
 from ..match import within
-from ..sites.code import reach_of
+from ..sites.code import Reach, reach_of
 from ..sites.noted import CONTAINERS, DEPTH, FUNCTIONS, OWN, PLAIN, Noted, differ, fill, is_private
+from ..sites.structure import own_table
 from ..transforms import outside_transforms
 
 VERSION = operator.attrgetter("_version")
@@ -60,6 +61,10 @@ class Memory:
         self.writes_buffers = False
         self.lends = any(copied.fixed for copied in self.copies)
         """Whether a tensor that an output of one call is may be written by the next one."""
+        # Graphs of earlier calls may need what a call writes, so it is given copies of what it may write.
+        # Torch's own layers keep running statistics alone, and those in no skeleton.
+        reach = reach_of(frozenset(kind for kind in kinds if not kind.__module__.startswith("torch.nn.")))
+        self._written_by_calls = [one for one in self.copies if one.is_written(reach)]
         # Those that code tells of are written as copies; a call looks for the others.
         named = skeleton.named_parameters() if skeleton is not backbone else ()
         own = {name: p for name, p in named if type(p) is nn.Parameter and not p.is_inference()}
@@ -89,7 +94,7 @@ class Memory:
             noted = self._noted[path] = Noted()
             noted.keep_module(module, path, seen)
             registered = self._registered[path] = Noted()
-            registered.keep(module._parameters)
+            registered.keep(own_table(module))
         self._all = Noted.together(self._noted.values())
         self._parameters = Noted.together(self._registered.values())
         self._before = dict(zip(map(id, self._all.now), self._all.before, strict=True))
@@ -241,6 +246,12 @@ class Memory:
                 if name in vars(module) or not isinstance(getattr(kind, name, None), property):
                     self._set_by_forwards.append((module, name, vars(module).get(name, NOTHING)))
 
+    def lend(self) -> list[Copied]:
+        """Give the modules copies of what calls write, for one call; gives what is put back after it."""
+        for copied in self._written_by_calls:
+            copied.put(copied.own.clone())
+        return self._written_by_calls
+
     def storages(self) -> frozenset[int]:
         """Where the skeleton's own tensors are in memory."""
         return frozenset(copied.own.untyped_storage().data_ptr() for copied in self.copies)
@@ -254,7 +265,10 @@ class Memory:
         now = [copied.source._version, copied.own._version]
         if now == self.versions[place : place + 2] and not copied.differs():
             return
-        self.writes_buffers |= now[1] != self.versions[place + 1]
+        if now[1] != self.versions[place + 1]:
+            self.writes_buffers = True
+            if not (copied.fixed or copied in self._written_by_calls):
+                self._written_by_calls.append(copied)
         self.lends |= self.writes_buffers
         with torch.inference_mode(False), torch.no_grad(), outside_transforms():
             if copied.fixed:
@@ -262,8 +276,8 @@ class Memory:
             else:
                 # Another tensor, for a graph may still need the one that was written.
                 copied.own = copied.source.clone()
+        copied.put(copied.own)
         for table, name in copied.holders:
-            table[name] = copied.own
             if id(table) in self._before:
                 self._before[id(table)][name] = copied.own
         self.tensors[place + 1] = copied.own
@@ -310,7 +324,7 @@ def _hooks_of(module: nn.Module) -> list[dict[Any, Any]]:
     return [own[name] for name in (*names, "_forward_hooks_always_called", "_backward_hooks") if name in own]
 
 
-@dataclass
+@dataclass(eq=False)
 class Copied:
     """A tensor of the backbone that is no parameter, and the skeleton's copy of it.
 
@@ -325,6 +339,16 @@ class Copied:
     own: Tensor
     holders: list[tuple[Any, Any]] = field(default_factory=list)
     fixed: bool = False
+
+    def is_written(self, reach: Reach) -> bool:
+        """Whether a forward may write it, as far as its code tells; what cannot be replaced is written itself."""
+        names = [name for _, name in self.holders if isinstance(name, str)]
+        return not self.fixed and any(reach.in_place(name) or name in reach.stores for name in names)
+
+    def put(self, tensor: Tensor) -> None:
+        """Have ``tensor`` in every place of the skeleton's copy."""
+        for table, name in self.holders:
+            table[name] = tensor
 
     def is_small(self) -> bool:
         """Whether both are compared by their bytes."""

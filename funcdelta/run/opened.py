@@ -18,14 +18,12 @@ from torch.utils import _pytree as pytree
 from ..errors import ConfigError, FuncdeltaError
 from ..planning.plan import Attachment
 from ..planning.spans import keep, take
-from ..transforms import is_wrapped
+from ..transforms import innermost
 from .bound import Bound
 from .call import TENSOR, Call, Host, Params
 from .hidden import hidden_input, hidden_output
 from .layout import LayoutMismatchError, Run
-from .reading import READ, refuse_replaced
-
-_set = object.__setattr__  # a module's own looks for parameters first
+from .reading import READ, refuse_replaced, set_plainly
 
 
 class Bypass(nn.Module):
@@ -136,13 +134,13 @@ def _quickly(opened: Opened, call: Call, x: Any) -> Any:
     outermost = shown is not None and not opened.running
     opened.running += 1
     if outermost:
-        _set(module, "__class__", opened.kind)
+        set_plainly(module, "__class__", opened.kind)
     try:
         output = opened.original(x)
     finally:
         opened.running -= 1
         if outermost:
-            _set(module, "__class__", shown)
+            set_plainly(module, "__class__", shown)
     x, _ = hidden_input(opened.path, (x,), {}) if not isinstance(x, Tensor) else (x, None)
     y, put_back = (output, None) if isinstance(output, Tensor) else hidden_output(opened.path, output)
     own, training = y.dtype, module.training
@@ -178,13 +176,13 @@ def _inner(opened: Opened, call: Call, run: Run | None, args: tuple[Any, ...], k
     shown = None if opened.running or torch.compiler.is_compiling() else opened.shown
     opened.running += 1
     if shown is not None:
-        _set(opened.module, "__class__", opened.kind)
+        set_plainly(opened.module, "__class__", opened.kind)
     try:
         return opened.original(*args, **kwargs) if run is None else run_members(opened, call, run, args, kwargs)
     finally:
         opened.running -= 1
         if shown is not None:
-            _set(opened.module, "__class__", shown)
+            set_plainly(opened.module, "__class__", shown)
 
 
 def act(
@@ -195,6 +193,8 @@ def act(
     function, lift = bound.functions[training], call.lift
     if torch.compiler.is_compiling():
         return (function(p, *values), None) if lift is None else lift(function, p, values, dims, path)
+    if call.reached is not None:
+        values = tuple(map(_counted, values))
     versions = list(map(_version, values))
     try:
         if lift is None:
@@ -223,7 +223,16 @@ def _note(error: Exception, path: str, p: Params, values: tuple[Tensor, ...]) ->
 
 
 def _version(value: Tensor) -> int | None:
-    return None if is_wrapped(value) or value.is_inference() else value._version
+    value = innermost(value)
+    return None if value.is_inference() else value._version
+
+
+def _counted(value: Tensor) -> Tensor:
+    """The same numbers in a tensor whose writes torch counts: of one that was made in inference mode a copy."""
+    if not innermost(value).is_inference():
+        return value
+    with torch.inference_mode(False):
+        return value.clone()
 
 
 def run_members(opened: Opened, call: Call, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

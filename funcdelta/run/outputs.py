@@ -137,6 +137,15 @@ def stack_members(outputs: Sequence[Any], given: Mapping[str, Any] | None = None
     return tree([_joined(name, column) for name, column in zip(labels, zip(*rows, strict=True), strict=True)])
 
 
+def of_each(leaf: Any, n: int) -> Any:
+    """What :func:`stack_members` makes of a leaf that is no tensor and the same for ``n`` members.
+
+    >>> of_each("a", 2), of_each(np.float32(1), 2)
+    ('a', array([1., 1.], dtype=float32))
+    """
+    return np.stack([leaf] * n) if isinstance(leaf, (np.ndarray, np.generic)) else leaf
+
+
 def join_chunks(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
     """One output of those of several chunks of members, as :func:`stack_members` would give it for all at once.
 

@@ -235,7 +235,8 @@ class Probe:
             return flatten(self._alone(member, once_more[member], params))[0]
 
         what = f"the autograd.Function {own}" if own else "a hook on a tensor"
-        check_backward((found, self.roots), alone, dims, MEMBERS, what)
+        with outside_transforms():
+            check_backward((found, self.roots), alone, dims, MEMBERS, what)
 
     def _alone(self, member: int, given: tuple[tuple[Any, ...], dict[str, Any]], params: Params | None = None) -> Any:
         params = params or {name: leaf[member] for name, leaf in self.members.items()}

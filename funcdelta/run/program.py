@@ -20,10 +20,12 @@ from ..errors import StaleBackboneError
 from ..fresh import random_members
 from ..locks import fork_safe_lock
 from ..planning.plan import Plan
+from ..sites.code import Reach
 from ..sites.freshness import Fingerprint
 from ..transforms import eager
 from .call import Params, Prepare
 from .checkpointing import FLAG, FUNCTION, REQUIRE_GRADS, flags_of
+from .compiled_check import CompiledCheck
 from .fsdp import Shards, refuse_sharded, settle
 from .input_key import Bounded
 from .skeleton import Skeleton
@@ -46,6 +48,7 @@ class Skeletons:
         self._traced: dict[bool | None, Skeleton] = {}
         self.generation = self.followed = 0
         self._shards: Shards = {}
+        self._check_compiled = CompiledCheck(self)
         # A mode belongs to the delta: what becomes of the backbone's flags later does not matter.
         self.flags = {path: module.training for path, module in backbone.named_modules()}
         self._fingerprint, self._checkpointing = Fingerprint(backbone), flags_of(backbone)
@@ -53,6 +56,7 @@ class Skeletons:
     def get(self, training: bool | None, hooked: bool = True) -> Skeleton:
         """This thread's skeleton in the given mode (``None``: the backbone's own flags), while no call uses it."""
         if torch.compiler.is_compiling():
+            self._check_compiled()
             return self._traced[training]
         self.check()
         if getattr(self._local, "generation", None) != self.generation:
@@ -100,6 +104,11 @@ class Skeletons:
         self._shards = {}
         self._fingerprint, self._checkpointing = Fingerprint(self.backbone), flags_of(self.backbone)
         self._traced = {training: self.build(training) for training in self._traced}
+
+    @property
+    def reach(self) -> Reach:
+        """What the code of the backbone's forwards reads and writes, by names."""
+        return self._fingerprint.reach
 
     def check(self) -> None:
         """Compare the backbone with what the skeletons copied, and follow its checkpointing.

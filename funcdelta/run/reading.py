@@ -5,60 +5,115 @@ decoding, attention's output projection) would leave a delta on its hidden value
 site of a skeleton has properties in the place of its parameters. While its own forward runs, for which the formula on
 hidden values holds, it has the tensor itself; at any other time whoever reads it gets :class:`Rewritten`, which looks
 like the tensor and becomes the rewritten one when something is computed from it. Many models read a weight's dtype
-alone, which costs nothing.
+alone, which costs nothing. The table of the module's parameters is shown in the same way, for ``parameters()``,
+``state_dict()`` and ``torch.func.functional_call`` go through it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, MutableMapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import MatchError
-from ..sites.structure import written_from_above
+from ..errors import MatchError, StaleBackboneError
+from ..sites.structure import own_table, written_from_above
 from ..transforms import is_wrapped
 
 _GETTERS = ("dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_cuda", "is_sparse", "is_quantized")
 _METHODS = ("size", "dim", "numel", "element_size", "is_floating_point", "is_complex", "stride", "is_contiguous")
-FACTS = {getattr(Tensor, name).__get__ for name in (*_GETTERS, "is_leaf", "is_meta")}
+FACTS = {getattr(Tensor, name).__get__ for name in (*_GETTERS, "is_leaf", "is_meta", "grad", "grad_fn")}
 FACTS |= {getattr(Tensor, name) for name in (*_METHODS, "__len__", "get_device")}
 """What can be asked of a tensor without reading its numbers."""
+
+set_plainly = object.__setattr__  # a module's own looks for parameters first
+
+MARKS = FACTS | {Tensor.requires_grad_, Tensor.requires_grad.__set__, Tensor.grad.__set__}  # pyright: ignore
+"""What may also be done to one that stands for another: a call's own tensors train nothing."""
+
+ALIASES = {Tensor.detach, Tensor.data.__get__}  # pyright: ignore[reportAttributeAccessIssue]
+"""What gives the same numbers at the same place."""
+
+IN_PLACE = frozenset(
+    f"__i{name}__"
+    for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"]
+)
+WRITES = frozenset(("__setitem__", "__set__", *IN_PLACE))
+"""Methods that change their first argument; every other one that does ends with an underscore."""
+
+K = TypeVar("K", bound=Tensor)
+
+
+def written(kind: type[K], func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> K | None:
+    """The tensor of the class ``kind`` that a call would change.
+
+    >>> one = nn.Parameter(torch.ones(2))
+    >>> written(nn.Parameter, Tensor.add_, (one, 1), {}) is one, written(nn.Parameter, Tensor.add, (one, 1), {})
+    (True, None)
+    """
+    name = getattr(func, "__name__", "")
+    targets: list[Any] = [kwargs.get("out")]
+    if name in WRITES or (name.endswith("_") and not name.endswith("__")):
+        given = [*args[1:], *kwargs.values()]
+        # To say once more that it does not train, or that it has no gradient, changes nothing.
+        harmless = name in ("requires_grad_", "__set__") and all(value is None or value is False for value in given)
+        targets += [] if harmless and given else [args[:1], *(kwargs.get(key) for key in ("input", "self", "tensor"))]
+    return next((leaf for leaf in pytree.tree_leaves(targets) if isinstance(leaf, kind)), None)
 
 
 class Rewritten(Tensor):
     """A parameter with a delta written into it, computed when its numbers are first needed.
 
-    >>> table = rewritten_when_read(torch.zeros(2), lambda: torch.ones(2))
+    Attributes:
+        place: its name, which errors say.
+        same: whether it computes as the tensor itself, and only tells that it did.
+        owner: the module, by its number, and the name under which that has the tensor.
+
+    >>> table = rewritten_when_read(torch.zeros(2), lambda: torch.ones(2), "0.weight")
     >>> table.dtype, torch.add(table, 1)
     (torch.float32, tensor([2., 2.]))
     """
 
     _compute: Callable[[], Tensor]
+    place: str
+    same: bool
+    owner: tuple[int, str] | None = None
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in FACTS:
+        if func in MARKS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        wrote = written(Rewritten, func, args, kwargs or {})
+        if wrote is not None and not wrote.same:
+            raise StaleBackboneError(
+                f"{wrote.place} was written in place where it is read with the delta in it, and no call or view of a "
+                f"delta changes the backbone. Compute with a changed copy, .clone(), or train it: "
+                f'unfrozen_modules=["deltas", "{wrote.place}"].'
+            )
+        if func in ALIASES:
+            own, compute = getattr(args[0], STANDS_FOR), args[0]._compute
+            return rewritten_when_read(own, lambda: compute().detach(), args[0].place, args[0].same)
         given = pytree.tree_map_only(Rewritten, lambda t: t._compute(), (args, kwargs or {}))
         return func(*given[0], **given[1])
 
 
-def rewritten_when_read(tensor: Tensor, compute: Callable[[], Tensor]) -> Tensor:
-    """What looks like ``tensor`` and is ``compute()`` when it is used.
+def rewritten_when_read(tensor: Tensor, compute: Callable[[], Tensor], place: str, same: bool = False) -> Tensor:
+    """What looks like ``tensor``, the parameter at ``place``, and is ``compute()`` when it is used.
 
-    >>> rewritten_when_read(torch.zeros(3), lambda: torch.ones(3)).shape
+    ``same`` tells that this is ``tensor`` itself.
+
+    >>> rewritten_when_read(torch.zeros(3), lambda: torch.ones(3), "0.weight").shape
     torch.Size([3])
     """
     if is_wrapped(tensor):
         return compute()
     found = Tensor._make_subclass(Rewritten, tensor.detach())
-    found._compute = compute
+    found._compute, found.place, found.same = compute, place, same
     setattr(found, STANDS_FOR, tensor)
     return found
 
@@ -100,8 +155,12 @@ def refuse_written(root: nn.Module, path: str) -> None:
         )
 
 
-def watch_reads(module: nn.Module, inside: Callable[[], bool], outside: Callable[[str, Tensor], Tensor]) -> None:
+def watch_reads(
+    module: nn.Module, inside: Callable[[], bool], outside: Callable[[str, Tensor], Tensor], listed: bool = False
+) -> None:
     """Let ``outside(name, tensor)`` answer whoever reads a parameter of ``module`` while it is not ``inside``.
+
+    With ``listed`` it also answers whoever lists them.
 
     >>> layer = nn.Linear(2, 2)
     >>> watch_reads(layer, lambda: False, lambda name, tensor: torch.zeros_like(tensor))
@@ -110,23 +169,99 @@ def watch_reads(module: nn.Module, inside: Callable[[], bool], outside: Callable
     """
     kind = type(module)
     names = [name for name in own_parameters(module) if name.isidentifier()]
-    reading = {name: _property(name, inside, outside) for name in names}
+
+    def shown(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+        found = outside(name, tensor)
+        if isinstance(found, Rewritten):
+            found.owner = id(module), name
+            # ``get_parameter`` gives nothing but parameters, and those of a class of their own by a mark.
+            found._is_param = listed  # pyright: ignore[reportAttributeAccessIssue]
+        return found
+
+    reading: dict[str, Any] = {}
+    if listed:
+        reading = {"_parameters": _listing(inside, shown), "_apply": _apply_to_own}
+    reading |= {name: _property(name, inside, shown) for name in names}
     namespace = {**reading, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     module.__class__ = type(kind.__name__, (kind,), {**namespace, ORIGINAL: kind})
 
 
-def _property(name: str, inside: Callable[[], bool], outside: Callable[[str, Tensor], Tensor]) -> property:
+Show = Callable[[nn.Module, str, Tensor], Tensor]
+
+
+def _property(name: str, inside: Callable[[], bool], shown: Show) -> property:
     def read(module: nn.Module) -> Any:
         tensor = held(module, name)
-        return tensor if tensor is None or inside() else outside(name, tensor)
+        return tensor if tensor is None or inside() else shown(module, name, tensor)
 
     def write(module: nn.Module, value: Any) -> None:
-        _table(module, name)[name] = getattr(value, STANDS_FOR, value)
+        _table(module, name)[name] = put_back(module, name, value)
 
     def delete(module: nn.Module) -> None:
         del _table(module, name)[name]
 
     return property(read, write, delete)
+
+
+def put_back(module: nn.Module, name: str, value: Any) -> Any:
+    """What a module gets for ``value``: the tensor itself, where what stood for it returns to its place.
+
+    >>> put_back(nn.Linear(2, 2), "weight", 3)
+    3
+    """
+    if isinstance(value, Rewritten) and value.owner != (id(module), name):
+        return value  # which another module has from here on, and computes with
+    return getattr(value, STANDS_FOR, value)
+
+
+class Listed(dict[str, Any]):
+    """The parameters of a module as others read them; what is written goes into the module's own table.
+
+    >>> layer = nn.Linear(2, 2, bias=False)
+    >>> table = Listed(layer, {"weight": 2})
+    >>> before, table["weight"] = table["weight"], 3
+    >>> before, layer._parameters["weight"]
+    (2, 3)
+    """
+
+    def __init__(self, module: nn.Module, shown: dict[str, Any]) -> None:
+        super().__init__(shown)
+        self._module = module
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        own_table(self._module)[name] = put_back(self._module, name, value)
+        super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        del own_table(self._module)[name]
+        super().__delitem__(name)
+
+    # A dict's own pass by the two above.
+    pop, popitem, clear = MutableMapping.pop, MutableMapping.popitem, MutableMapping.clear
+    update, setdefault = MutableMapping.update, MutableMapping.setdefault
+
+
+def _listing(inside: Callable[[], bool], shown: Show) -> property:
+    def read(module: nn.Module) -> dict[str, Any]:
+        own = own_table(module)
+        if inside():
+            return own
+        return Listed(module, {name: t if t is None else shown(module, name, t) for name, t in own.items()})
+
+    def write(module: nn.Module, value: dict[str, Any]) -> None:
+        module.__dict__["_parameters"] = value
+
+    return property(read, write)
+
+
+def _apply_to_own(module: Any, fn: Any, recurse: bool = True) -> nn.Module:
+    """``module.to(dtype)`` in a forward: the module's own tensors are converted, and not what stands for them."""
+    shown = type(module)
+    set_plainly(module, "__class__", vars(shown)[ORIGINAL])
+    try:
+        return module._apply(fn, recurse)
+    finally:
+        set_plainly(module, "__class__", shown)
 
 
 # -- where a module holds its parameters -------------------------------------------------------------------------------
@@ -147,7 +282,7 @@ def held(module: nn.Module, name: str) -> Tensor | None:
     >>> held(nn.Linear(2, 3), "weight").shape
     torch.Size([3, 2])
     """
-    tensor = module._parameters.get(name)
+    tensor = own_table(module).get(name)
     return module.__dict__.get(name) if tensor is None else tensor
 
 
@@ -157,11 +292,12 @@ def own_parameters(module: nn.Module) -> dict[str, Tensor]:
     >>> list(own_parameters(nn.Linear(2, 3, bias=False)))
     ['weight']
     """
-    names = module.__dict__.get(KEPT, module._parameters)
+    names = module.__dict__.get(KEPT, own_table(module))
     found = {name: held(module, name) for name in names}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def _table(module: nn.Module, name: str) -> dict[str, Any]:
     """The dict of ``module`` that holds the parameter ``name``."""
-    return module._parameters if name in module._parameters else module.__dict__
+    own = own_table(module)
+    return own if name in own else module.__dict__

@@ -16,6 +16,7 @@ from .call import Call, Params, read_mark
 from .checkpointing import kept_run, named_refusal, needs_keeping
 from .fsdp import check_kept, check_ran
 from .layout import Run
+from .old_functions import named_functions
 from .outputs import LAZY, refuse_lazy
 from .program import Program
 
@@ -40,7 +41,7 @@ def call_single(
         return kept_run(skeleton, call, overrides, args, kwargs)
     if skeleton.units:
         call.runs = {path: Run(keys) for path, keys in program.plan.outermost(params).items()}
-    with attention_for_this_call(), named_refusal(skeleton):
+    with attention_for_this_call(), named_functions(), named_refusal(skeleton):
         try:
             output = skeleton.run("", params, args, kwargs, call)
         except RuntimeError as error:
@@ -70,9 +71,7 @@ def tell_missed(program: Program, given: Iterable[str], reached: set[str]) -> No
                 f"{path} is read by a module above it and not called, and the delta there acts on hidden values alone, "
                 f"so it would do nothing. Name the module above, {path.rpartition('.')[0] or 'the model'!r}."
             )
-    if not torch.is_inference_mode_enabled() and current_transform() is None:
-        # There it is not seen whether a method changes a hidden value in place.
-        program.verified.add((program.training, given))
+    program.verified.add((program.training, given))
     if missed and missed[0] not in program.warned:
         program.warned.add(missed[0])
         more = f" and {len(missed) - 1} more" if len(missed) > 1 else ""

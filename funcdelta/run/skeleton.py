@@ -22,7 +22,7 @@ from torch.func import functional_call
 from ..errors import RecomputeError
 from ..match import below, within
 from ..planning.plan import Attachment, Plan
-from ..sites.structure import copy_structure, forget_batch_statistics, named_tensors
+from ..sites.structure import copy_structure, forget_batch_statistics, named_tensors, own_table
 from ..transforms import inside_transform, outside_transforms
 from .attending import attention_of
 from .attention import open_attention
@@ -47,8 +47,8 @@ class Skeleton:
     """One copy of the backbone's structure, opened where the plan says; used by one call at a time.
 
     ``call`` is the call under way; in a view it never ends. ``kept`` is one that has ended, whose checkpointed modules
-    may run again. ``training`` sets one mode, else ``flags`` tell each module's (by path). ``views`` are the skeletons
-    of views: modules that people hold, with a memory of their own.
+    may run again. ``training`` sets one mode, else ``flags`` tell each module's (by path). A ``view``'s skeleton is a
+    module that people hold, with a memory of its own.
     """
 
     def __init__(
@@ -144,7 +144,8 @@ class Skeleton:
         def outside(name: str, tensor: Tensor) -> Tensor:
             return self.read_outside(path, name, tensor)
 
-        watch_reads(opened.module, lambda: opened.running > 0, outside)
+        # A view lists what it holds, and shows more in its calls (:mod:`funcdelta.views.frozen`).
+        watch_reads(opened.module, lambda: opened.running > 0, outside, listed=not self._is_view)
         if not self._is_view:  # whose modules have classes of their own as well
             opened.shown = type(opened.module)
 
@@ -188,10 +189,16 @@ class Skeleton:
         if torch.compiler.is_compiling() and call.lift is not None:
             # Who computes with it runs once per member, as the probe has seen to: only facts are asked here.
             return tensor
+        reached, place = call.reached, f"{path}.{name}"
         if not acting:
-            if call.reached is not None:
-                call.reached.add(read_mark(path))
-            return tensor
+            if reached is None:
+                return tensor
+
+            def note() -> Tensor:
+                reached.add(read_mark(path))
+                return tensor
+
+            return note() if torch.compiler.is_compiling() else rewritten_when_read(tensor, note, place, same=True)
 
         def compute() -> Tensor:
             if call.watch is not None:
@@ -210,7 +217,7 @@ class Skeleton:
             # What a view shows of a tensor that its delta leaves as it is must not lead to the backbone's storage.
             return tensor.clone() if found is tensor and call.never_ends else found
 
-        return compute() if torch.compiler.is_compiling() else rewritten_when_read(tensor, compute)
+        return compute() if torch.compiler.is_compiling() else rewritten_when_read(tensor, compute, place)
 
     def check_unit(self, path: str, call: Call) -> None:
         """Note that a module of a sharded backbone runs with tensors of the member's own; refuse where it cannot."""
@@ -255,6 +262,7 @@ class Skeleton:
                 module.use_nested_tensor = False
         # An interrupt may come between any two lines. What it leaves half restored is never used again.
         clean, self.clean = self.clean, False
+        lent = [] if self._is_view or self.units or not torch.is_grad_enabled() else self.memory.lend()
         restore = self.swap(overrides) if overrides else None
         outer, self.call = self.call, call
         try:
@@ -264,6 +272,8 @@ class Skeleton:
             self.call = outer
             if restore is not None:
                 restore()
+            for copied in lent:
+                copied.put(copied.own)
             if self.units:
                 self.memory.follow()
             else:
@@ -330,7 +340,7 @@ class Skeleton:
         if name not in self._slots:
             path, _, own = name.rpartition(".")
             owner = self.module.get_submodule(path)
-            table = next((t for t in (owner._parameters, owner._buffers) if own in t), vars(owner))
+            table = next((t for t in (own_table(owner), owner._buffers) if own in t), vars(owner))
             self._slots[name] = table, own
         return self._slots[name]
 

@@ -36,6 +36,7 @@ class Reach:
         pairs: attributes that are read, each with the name that they are read from: ``("config", "dtype")``.
         writes: attributes that are set or deleted.
         fills: names that are read where containers are changed.
+        stores: attributes that may have been read to set an entry: ``self.table[0] = x``.
         writes_tensors: whether some function writes into the ``data`` of a tensor.
         codes: the code objects, those of functions inside of functions too.
     """
@@ -44,6 +45,7 @@ class Reach:
     pairs: set[tuple[str, str]] = field(default_factory=set)
     writes: set[str] = field(default_factory=set)
     fills: set[str] = field(default_factory=set)
+    stores: set[str] = field(default_factory=set)
     writes_tensors: bool = False
     codes: set[types.CodeType] = field(default_factory=set)
 
@@ -64,6 +66,7 @@ class Reach:
         self.pairs |= other.pairs
         self.writes |= other.writes
         self.fills |= other.fills
+        self.stores |= other.stores
         self.codes |= other.codes
         self.writes_tensors |= other.writes_tensors
 
@@ -124,19 +127,30 @@ def facts_of(code: types.CodeType) -> Reach:
     """
     reads, writes, changes = set(code.co_names), set[str](), False
     found = Reach(codes={code})
-    before, last, same = "", "", dict[str, str]()
-    for step in dis.get_instructions(code):
+    steps = list(dis.get_instructions(code))
+    stored = [step.argval for step in steps if step.opname == "STORE_FAST"]
+    before, attribute, last, same = ("",), "", "", dict[str, str]()
+    augmented = False
+    for step in steps:
         if step.opname.startswith("LOAD_") and isinstance(step.argval, str) and step.opname != "LOAD_CONST":
-            name = same.get(step.argval, step.argval) if step.opname == "LOAD_FAST" else step.argval
-            found.pairs.add((before, name))
-            before = name
+            names = (step.argval,)
+            if step.opname == "LOAD_FAST" and step.argval in same:
+                # What is given several values may have another one than the last above.
+                names = (same[step.argval], *(names if stored.count(step.argval) > 1 else ()))
+            found.pairs.update((owner, name) for owner in before for name in names)
+            before = names
+            attribute = step.argval if step.opname in ("LOAD_ATTR", "LOAD_METHOD") else attribute
         elif step.opname == "STORE_FAST":
             # Another name for what was read: w = self.weight.
-            same[step.argval] = before if last.startswith("LOAD_") else step.argval
+            same[step.argval] = before[0] if last.startswith("LOAD_") else step.argval
         elif step.opname in ("STORE_ATTR", "DELETE_ATTR"):
             writes.add(step.argval)
-        elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
+            if augmented:
+                found.pairs.add((step.argval, "copy_"))  # self.total += 1 writes a tensor first
+        elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE"):
             changes = True
+            found.stores.add(attribute)
+        augmented = (step.opname == "BINARY_OP" and step.argrepr.endswith("=")) or (augmented and step.opname == "SWAP")
         last = step.opname
     for constant in code.co_consts:
         if isinstance(constant, str) and constant.isidentifier():

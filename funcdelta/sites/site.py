@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,8 +162,10 @@ class Site:
         return dict(self.options)[name]
 
 
-def site_of(path: str, module: nn.Module) -> Site:
+def site_of(path: str, module: nn.Module, above: Iterable[nn.Module] = ()) -> Site:
     """The facts of ``module`` at ``path``; widths are ``None`` where its weights do not tell them.
+
+    What has no tensor to compute with computes in the precision of the innermost module ``above`` that has one.
 
     >>> site = site_of("conv", torch.nn.Conv2d(3, 8, 3, padding=1))
     >>> site.kind, site.in_features, site.out_features, site.option("padding"), site.channel_axis
@@ -173,7 +176,8 @@ def site_of(path: str, module: nn.Module) -> Site:
     # A layer that computes in complex numbers is one, whatever else it keeps.
     candidates = [t for t in own if t is not None and t.is_complex()]
     candidates += [t for t in tensors if t.is_floating_point()] or [t for t in tensors if t.is_complex()]
-    like = candidates[0] if candidates else None
+    around = (t for holder in above for t in (*holder.parameters(), *holder.buffers()) if t.is_floating_point())
+    like = candidates[0] if candidates else next(around, None)
     facts: dict[str, Any] = {
         "path": path,
         "module_type": type(module).__name__,

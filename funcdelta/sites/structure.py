@@ -92,7 +92,8 @@ def written_parameters(module: nn.Module) -> list[str]:
     found = [reach_of_functions([held["forward"]])] if "forward" in held else []
     if not type(module).__module__.startswith("torch."):
         found.append(reach_of(frozenset([type(module)])))
-    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    named = dict(module.named_parameters(remove_duplicate=False))
+    names = list(named)
     own = {name.rpartition(".")[2] for name in names}
     written = {one for one in own for reach in found if reach.in_place(one)}
     unsafe = any(reach.writes_tensors for reach in found)
@@ -101,7 +102,15 @@ def written_parameters(module: nn.Module) -> list[str]:
     read = {name for reach in found for name in reach.reads}
     # In a loop over all parameters none is named.
     listed = unsafe and not {"parameters", "named_parameters", "_parameters"}.isdisjoint(read)
-    return [name for name in names if listed or (name.rpartition(".")[2] in written and _is_named(name, read))]
+    tokens = {token for path, _ in module.named_modules() for token in path.split(".")} | {"self"}
+    pairs = {pair for reach in found for pair in reach.pairs}
+    chosen = {
+        id(tensor)
+        for name, tensor in named.items()
+        if listed
+        or (name.rpartition(".")[2] in written and _is_named(name, read) and _is_read(name, read, pairs, tokens))
+    }
+    return [name for name, tensor in named.items() if id(tensor) in chosen]  # a tied one by all of its names
 
 
 def written_from_above(root: nn.Module, path: str) -> str | None:
@@ -130,6 +139,25 @@ def _is_named(name: str, read: set[str]) -> bool:
     return all(part in read or part.isdigit() for part in name.split("."))
 
 
+BY_OTHER_WAYS = frozenset(("getattr", "get_parameter", "_parameters", "state_dict", "vars", "__dict__"))
+"""By these names a forward may read a parameter otherwise than as an attribute."""
+
+
+def _is_read(name: str, read: set[str], pairs: set[tuple[str, str]], tokens: set[str]) -> bool:
+    """Whether a parameter may be read, by the names that it is read from; ``tokens`` are those of modules.
+
+    Of ``a.weight`` and ``b.weight`` the code ``self.b.weight`` reads one. What is read from a variable may be any.
+
+    >>> pairs = {("self", "b"), ("b", "weight")}
+    >>> _is_read("a.weight", set(), pairs, {"a", "b", "self"}), _is_read("b.weight", set(), pairs, {"a", "b", "self"})
+    (False, True)
+    """
+    *path, own = name.split(".")
+    owners = {owner for owner, read_name in pairs if read_name == own}
+    inside = set(path) or {"self"}
+    return not owners or not BY_OTHER_WAYS.isdisjoint(read) or bool(owners & inside) or not owners <= tokens
+
+
 def _run_on_copies(module: nn.Module, names: list[str]) -> None:
     """Let a forward that writes into parameters do so in copies of them, made in each call: a call has no memory."""
     vars(module)[COPIED] = names, vars(module).get("forward")
@@ -149,7 +177,7 @@ def _forward_on_copies(module: Any, *args: Any, **kwargs: Any) -> Any:
         path, _, own = name.rpartition(".")
         owner = module.get_submodule(path)
         # In a view a frozen parameter is a plain attribute.
-        table = owner._parameters if own in owner._parameters else vars(owner)
+        table = own_table(owner) if own in own_table(owner) else vars(owner)
         tensor = table.get(own)
         if isinstance(tensor, Tensor):
             before.append((table, own, tensor))
@@ -159,6 +187,16 @@ def _forward_on_copies(module: Any, *args: Any, **kwargs: Any) -> Any:
     finally:
         for table, own, tensor in before:
             table[own] = tensor
+
+
+def own_table(module: nn.Module) -> dict[str, Any]:
+    """The table of parameters of ``module`` itself, whatever others are shown (:mod:`funcdelta.run.reading`).
+
+    >>> list(own_table(nn.Linear(2, 3)))
+    ['weight', 'bias']
+    """
+    own = vars(module).get("_parameters")
+    return own if isinstance(own, dict) else module._parameters  # a compiled script's is made when it is asked for
 
 
 def is_quantised(tensor: Tensor) -> bool:

@@ -20,6 +20,7 @@ from ..locks import fork_safe_lock
 from ..planning.sharing import Expanding
 from ..run.call import Call
 from ..run.memory import VERSION
+from ..run.old_functions import named_functions
 from ..transforms import eager_alone, inside_backward
 
 Function = Callable[..., Any]
@@ -187,7 +188,8 @@ class MemberCalls(Calls):
         try:
             call.notes = {}
             self.given.begin()
-            output = function(module, *args, **kwargs)
+            with named_functions():
+                output = function(module, *args, **kwargs)
             if self.verify is not None:
                 self.verify(call)
                 self.verify = call.reached = None

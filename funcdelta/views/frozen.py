@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EngineError
-from ..run.reading import KEPT, ORIGINAL, STANDS_FOR, held
+from ..run.reading import KEPT, ORIGINAL, held, put_back
 from ..structures.statistics import STATISTICS
 from .calls import Calls
 from .guarded import guarded
@@ -132,11 +132,11 @@ def take_out(root: nn.Module, own: Iterable[str], statistics: bool) -> dict[str,
 
 
 class _Whole:
-    """A module as the backbone's own would list its tensors."""
+    """A module as the backbone's own would list its tensors; within a call as readers outside of it are shown them."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, read: Callable[[nn.Module, str], Any]) -> None:
         names, buffers = vars(module).get(KEPT, ()), vars(module).get(BUFFERS, ())
-        self._parameters = {name: held(module, name) for name in names}
+        self._parameters = {name: read(module, name) for name in names}
         self._buffers = {name: module._buffers.get(name, vars(module).get(name)) for name in buffers}
 
 
@@ -174,7 +174,7 @@ def _is_plain_layer(module: nn.Module) -> bool:
 
 def _namespace(kind: Any, names: tuple[str, ...], plain: bool, calls: Calls, reduced_part: Part) -> dict[str, Any]:
     """What the modules of one class have besides it."""
-    enter, trace, sees_all, own_call = calls.enter, calls.trace, calls.sees_all, kind.__call__
+    enter, trace, inside, sees_all, own_call = calls.enter, calls.trace, calls.inside, calls.sees_all, kind.__call__
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -184,7 +184,17 @@ def _namespace(kind: Any, names: tuple[str, ...], plain: bool, calls: Calls, red
         return enter(self, self.__dict__[PATH], own_call, args, kwargs)
 
     def members(self: nn.Module, get: Any, *args: Any, **kwargs: Any) -> Any:
-        return kind._named_members(self, lambda module: get(_Whole(module) if sees_all() else module), *args, **kwargs)
+        read = getattr if inside() else held
+
+        def listed(module: nn.Module) -> Any:
+            return get(_Whole(module, read) if sees_all() else module)
+
+        return kind._named_members(self, listed, *args, **kwargs)
+
+    def get_parameter(self: nn.Module, target: str) -> Any:
+        path, _, own = target.rpartition(".")
+        # Frozen ones are plain attributes.
+        return getattr(self.get_submodule(path), own) if inside() else kind.get_parameter(self, target)
 
     def apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
         with calls.moving() as known:
@@ -206,6 +216,7 @@ def _namespace(kind: Any, names: tuple[str, ...], plain: bool, calls: Calls, red
         "__doc__": kind.__doc__,
         "__init__": building(kind),
         "_named_members": members,
+        "get_parameter": get_parameter,
         "_apply": apply,
         "register_buffer": register_buffer,
         "__reduce_ex__": lambda self, protocol: reduced_part(self),
@@ -268,7 +279,7 @@ def _shown(name: str, calls: Calls) -> property:
         return tensor if sees_all() else show(tensor, module, name, calls.guards)
 
     def write(module: nn.Module, value: Any) -> None:
-        module.__dict__[name] = getattr(value, STANDS_FOR, value)
+        module.__dict__[name] = put_back(module, name, value)
 
     def delete(module: nn.Module) -> None:
         del module.__dict__[name]

@@ -17,15 +17,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import StaleBackboneError
-from ..run.reading import FACTS, STANDS_FOR
+from ..run.reading import FACTS, STANDS_FOR, written
 from ..transforms import is_wrapped
-
-IN_PLACE = frozenset(
-    f"__i{name}__"
-    for name in ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"]
-)
-WRITES = frozenset(("__setitem__", "__set__", *IN_PLACE))
-"""Methods that change their first argument; every other one that does ends with an underscore."""
 
 
 class Guarded(Tensor):
@@ -41,7 +34,7 @@ class Guarded(Tensor):
         if func in FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        _refuse(_written(func, args, kwargs))
+        _refuse(written(Guarded, func, args, kwargs))
         return _computed(func, args, kwargs)
 
     @classmethod
@@ -81,18 +74,6 @@ def guarded(tensor: Tensor, place: str) -> Tensor:
     setattr(found, STANDS_FOR, tensor)
     found._place = place
     return found
-
-
-def _written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Guarded | None:
-    """The guarded tensor that a call would change."""
-    name = getattr(func, "__name__", "")
-    targets: list[Any] = [kwargs.get("out")]
-    if name in WRITES or (name.endswith("_") and not name.endswith("__")):
-        given = [*args[1:], *kwargs.values()]
-        # To say once more that it does not train, or that it has no gradient, changes nothing.
-        harmless = name in ("requires_grad_", "__set__") and all(value is None or value is False for value in given)
-        targets += [] if harmless and given else [args[:1], *(kwargs.get(key) for key in ("input", "self", "tensor"))]
-    return next((leaf for leaf in pytree.tree_leaves(targets) if isinstance(leaf, Guarded)), None)
 
 
 def _refuse(written: Guarded | None) -> None:

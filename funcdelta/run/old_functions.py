@@ -1,0 +1,51 @@
+"""What ``torch.func`` says of an ``autograd.Function`` in the old style, in words that tell what to write instead."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Iterator
+
+import torch
+
+from ..errors import EngineError, FuncdeltaError
+from ..transforms import current_transform
+
+
+@contextlib.contextmanager
+def named_functions() -> Iterator[None]:
+    """A block in which torch's refusal to transform an ``autograd.Function`` is an ``EngineError`` that names it.
+
+    >>> class Double(torch.autograd.Function):
+    ...     @staticmethod
+    ...     def forward(ctx, x):
+    ...         return 2 * x
+    >>> def call(x):
+    ...     with named_functions():
+    ...         return Double.apply(x).sum()
+    >>> torch.func.grad(call)(torch.ones(2))
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.EngineError: The model computes by Double, an autograd.Function without setup_context, which...
+    """
+    try:
+        yield
+    except FuncdeltaError:
+        raise
+    except RuntimeError as error:
+        if torch.compiler.is_compiling() or current_transform() is None or "setup_context" not in str(error):
+            raise
+        raise EngineError(
+            f"The model computes by {_name_of(error)}, an autograd.Function without setup_context, which no transform "
+            f"of torch.func goes through. For gradients use autograd: fd.value_and_grad(loss), or loss.backward(); for "
+            f'many members delta.apply_many(stack, ...) with engine="auto" or "loop".'
+        ) from error
+
+
+def _name_of(error: Exception) -> str:
+    """The class whose ``apply`` raised."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        kind = frame.f_locals.get("cls")
+        if isinstance(kind, type) and issubclass(kind, torch.autograd.Function):
+            return kind.__name__
+    return "a function of its own"
