@@ -33,7 +33,7 @@ CONTRACT = {
 ALSO_AT_THE_TOP = {
     *("CheckpointError", "ConfigError", "EngineError", "EngineWarning", "FactorMeanWarning", "FoldError", "MatchError"),
     *("FuncdeltaError", "MergeError", "ParamsError", "PickError", "RecomputeError", "StackError", "StaleBackboneError"),
-    *("UnreachedWarning", "reached", "Acts", "Additive", "Leaf", "Leaves", "LowRank"),
+    *("UnreachedWarning", "reached", "Acts", "Additive", "Leaf", "LowRank"),
     *("common_names", "conjugate_gradient", "ghost_norms", "higher_order", "hvp", "inspect_optimizer", "jacobian"),
     *("jvp", "kronecker_factors", "per_sample_grads", "structure_graph", "taps", "unroll", "vjp"),
 }

@@ -5,7 +5,8 @@ from .additive import Additive
 from .combine import AverageConfig, ChainConfig, MixtureConfig, ParallelConfig
 from .composition import Composition
 from .layers import from_weight, to_weight
-from .leaf import Leaf, Leaves
+from .leaf import Leaf
+from .leaf import Leaves as Leaves  # a type, without a docstring of its own
 from .low_rank import LowRank
 
 __all__ = [
@@ -15,7 +16,6 @@ __all__ = [
     "ChainConfig",
     "Composition",
     "Leaf",
-    "Leaves",
     "LowRank",
     "MixtureConfig",
     "ParallelConfig",
