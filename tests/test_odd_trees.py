@@ -103,7 +103,7 @@ def test_stacks_of_no_members() -> None:
         (lambda: fd.broadcast(STACK, 0), "n=0: write how many members the stack has"),
         (lambda: fd.stack(None), "takes a list of pytrees; found NoneType"),  # pyright: ignore[reportArgumentType]
         (lambda: fd.broadcast(STACK, 2.5), "n=2.5: write how many"),  # pyright: ignore[reportArgumentType]
-        (lambda: fd.seeds(0, "3"), "a whole number; found n='3'"),  # pyright: ignore[reportArgumentType]
+        (lambda: fd.seeds(0, "3"), "n='3': write how many seeds"),  # pyright: ignore[reportArgumentType]
         (lambda: fd.seeds(0, 2.5), "n=2.5: write how many seeds"),  # pyright: ignore[reportArgumentType]
     ):
         with pytest.raises(fd.errors.ParamsError, match=words):

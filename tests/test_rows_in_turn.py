@@ -45,7 +45,7 @@ def test_texts_with_images(images: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("images", [0, 1])
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
 def test_texts_with_images_are_continued(images: int, options: dict[str, Any]) -> None:
     delta, stack = subject()
     batch, options = with_pictures(4, 0, images), {**GREEDY, **options}
@@ -53,6 +53,20 @@ def test_texts_with_images_are_continued(images: int, options: dict[str, Any]) -
     for r, i in enumerate(INDEX):
         alone = member(delta, stack, i).generate(**one_with_picture(batch, r), **options)
         assert torch.equal(found[r : r + 1], alone)
+
+
+@pytest.mark.parametrize("images", [0, 1])
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}])
+def test_images_are_not_repeated_for_several_sequences(images: int, options: dict[str, Any]) -> None:
+    """Transformers repeats what it has read of them, for patches in one list cannot be repeated by themselves."""
+    delta, stack = subject()
+    with raises_saying(fd.EngineError, "pixel_values cannot be repeated", "delta.bind(fd.take(stack, i))"):
+        delta.bind_rows(stack, INDEX).generate(**with_pictures(4, 0, images), **{**GREEDY, **options})
+    text = with_pictures(4, 0, 2)
+    found = delta.bind_rows(stack, INDEX).generate(**text, **GREEDY, num_beams=2)
+    for r, i in enumerate(INDEX):
+        own = member(delta, stack, i).generate(**one_with_picture(text, r), **GREEDY, num_beams=2)
+        assert torch.equal(found[r : r + 1], own)
 
 
 def test_what_the_whole_batch_and_a_row_alone_do_not_agree_on_is_refused() -> None:

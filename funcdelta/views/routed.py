@@ -439,6 +439,18 @@ class RoutedGenerator(RoutedView):
         """Transformers would have images read before the text, where nobody knows which row is whose."""
         return False
 
+    def _expand_inputs_for_generation(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
+        """What is read with the text cannot be repeated: which of the images belong to a row nobody knows."""
+        expand: Any = super()._expand_inputs_for_generation  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+        before: Any = getattr(super(), "_supports_mm_encoder_outputs", lambda: False)
+        shown = [name for name in kwargs if name.startswith(("pixel", "image", "video")) and kwargs[name] is not None]
+        if expand_size > 1 and shown and before():
+            raise EngineError(
+                f"{shown[0]} cannot be repeated for {expand_size} sequences a row where rows have members of their "
+                f"own: generate one sequence a row (no beams), or member by member, delta.bind(fd.take(stack, i))."
+            )
+        return expand(expand_size, *args, **kwargs)
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own; guidance that puts a second batch behind the first is refused, for rows would be mistaken.
 
