@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..errors import StaleBackboneError
 from ..match import within
 from ..sites.code import reach_of
-from ..sites.noted import CONTAINERS, DEPTH, FUNCTIONS, OWN, PLAIN, Noted, differ, fill, is_private
+from ..sites.noted import CONTAINERS, DEPTH, FUNCTIONS, OWN, PLAIN, Glance, Noted, differ, fill, is_private
 from ..transforms import outside_transforms
 
 VERSION = operator.attrgetter("_version")
@@ -80,7 +80,6 @@ class Memory:
         modules = dict(self.skeleton.named_modules())
         self._hooks = [hooks for module in modules.values() for hooks in _hooks_of(module)]
         self._hooks_before = [dict(hooks) for hooks in self._hooks]
-        self._hook_counts = list(map(len, self._hooks))
         self._noted: dict[str, Noted] = {}
         self._inside: dict[str, tuple[Noted, list[int], Noted]] = {}
         self._registered: dict[str, Noted] = {}
@@ -93,19 +92,23 @@ class Memory:
         self._all = Noted.together(self._noted.values())
         self._parameters = Noted.together(self._registered.values())
         self._before = dict(zip(map(id, self._all.now), self._all.before, strict=True))
+        self._glance = Glance(
+            [*self._all.now, *self._parameters.now, *self._hooks],
+            [*self._all.before, *self._parameters.before, *self._hooks_before],
+        )
 
     def note_changes(self) -> None:
         """What the skeleton's owner has changed since is meant to stay: note it."""
-        if self._all.differs() or self._parameters.differs() or list(map(len, self._hooks)) != self._hook_counts:
+        if self._glance.differs():
             self.note()
 
     def left(self) -> list[Left]:
         """What a call has left behind: of each container that it changed, the entries that are others now."""
+        if not self._glance.differs():
+            return []
         found = [Left(now, before) for noted in (self._all, self._parameters) for now, before in noted.changed()]
-        if list(map(len, self._hooks)) != self._hook_counts:
-            pairs = zip(self._hooks, self._hooks_before, strict=True)
-            found += [Left(now, before) for now, before in pairs if now != before]
-        return found
+        pairs = zip(self._hooks, self._hooks_before, strict=True)
+        return found + [Left(now, before) for now, before in pairs if now != before]
 
     def accept(self, table: dict[str, Any], name: str) -> None:
         """The entry ``name`` of a module's table is meant to stay as it is."""
@@ -141,21 +144,16 @@ class Memory:
 
     def restore_attributes(self) -> None:
         """Put back what a call has changed but for what it wrote into tensors, arrays and random generators."""
-        whole, own = self._all, self._parameters
-        try:
-            changed = any(map(operator.ne, whole.now, whole.before)) or any(map(operator.ne, own.now, own.before))
-        except Exception:  # another object that cannot be compared, as tensors cannot
-            changed = True
-        if changed:
-            whole.restore()
-            own.restore()
+        if self._glance.differs():
+            self._all.restore()
+            self._parameters.restore()
+            # Models install hooks in their first call, and mark that they have: neither stays.
+            for hooks, before in zip(self._hooks, self._hooks_before, strict=True):
+                if differ(hooks, before):
+                    fill(hooks, before)
         for cache in self._caches:
             if cache.cache_info().currsize:
                 cache.cache_clear()
-        if list(map(len, self._hooks)) != self._hook_counts:
-            # Models install hooks in their first call, and mark that they have: neither stays.
-            for hooks, before in zip(self._hooks, self._hooks_before, strict=True):
-                fill(hooks, before)
 
     def restore_inside(self, path: str) -> None:
         """The same for the modules at and below ``path``: what one member leaves there is not for the next."""

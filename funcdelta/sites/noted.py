@@ -10,6 +10,7 @@ import collections
 import contextlib
 import copy
 import enum
+import functools
 import operator
 import pickle
 import random
@@ -77,6 +78,37 @@ class Other(NamedTuple):
     read: Callable[[], Any]
     before: Any
     put_back: Callable[[], Any]
+
+
+class Glance:
+    """Whether any of many containers has changed since ``before``, a copy of each, was made: asked in every call.
+
+    Modules have a dozen dicts that are nearly always empty, and those are asked for nothing else.
+
+    >>> cache, steps = {}, [1, 2]
+    >>> glance = Glance([cache, steps], [dict(cache), list(steps)])
+    >>> glance.differs(), steps.append(3), glance.differs()
+    (False, None, True)
+    """
+
+    def __init__(self, now: Iterable[Any], before: Iterable[Any]) -> None:
+        self._empty: list[Any] = []
+        self._now: list[Any] = []
+        self._before: list[Any] = []
+        for container, content in zip(now, before, strict=True):
+            if not content and type(container) in (dict, collections.OrderedDict):
+                self._empty.append(container)
+            else:
+                self._now.append(container)
+                self._before.append(content)
+
+    def differs(self) -> bool:
+        """Whether any has."""
+        try:
+            # In C, and without a look at what tensors hold: identical ones are equal.
+            return any(self._empty) or self._before != self._now
+        except Exception:  # what cannot be compared, as tensors cannot, is another object
+            return True
 
 
 class Noted:
@@ -211,7 +243,8 @@ def is_private(value: Any) -> bool:
     >>> is_private(torch.Generator()), is_private(types.SimpleNamespace())
     (True, False)
     """
-    return type(value).__module__.partition(".")[0] in PRIVATE
+    kind = value.func if isinstance(value, functools.partial) else type(value)
+    return (getattr(kind, "__module__", None) or "").partition(".")[0] in PRIVATE
 
 
 def copied(container: Any) -> Any:
@@ -220,7 +253,7 @@ def copied(container: Any) -> Any:
     >>> copied(collections.OrderedDict(a=1))
     OrderedDict([('a', 1)])
     """
-    return dict(container) if type(container) is dict else copy.copy(container)
+    return container.copy() if type(container) is dict else copy.copy(container)
 
 
 def differ(now: Any, before: Any) -> bool:
