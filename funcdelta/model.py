@@ -37,7 +37,7 @@ from .run.widths import measure_attention, measure_shapes
 from .stacks.params import partition, seeds, slices, stack, take
 from .stacks.resident import Resident
 from .stacks.routing import Index
-from .transforms import current_transform
+from .transforms import current_transform, differentiates
 from .views.bound import bind
 from .views.held import refuse_views
 from .views.routed import bind_rows
@@ -635,9 +635,12 @@ class DeltaModel(Habits):
         ready = dict(params)
         if torch.compiler.is_compiling() or not own.keys().isdisjoint(ready):
             ready = {name: leaf for name, leaf in ready.items() if leaf is not own.get(name)}
+        # One that no derivative asks about is what it is: an alias of each would cost more than the rest of this.
+        every = torch.compiler.is_compiling() or differentiates()
         for name in self.constants:
-            if name in ready:
-                ready[name] = ready[name].detach()
+            leaf = ready.get(name)
+            if leaf is not None and (every or leaf.requires_grad):
+                ready[name] = leaf.detach()
         return ready | {name: ready[name].to(dtype) for name, dtype in casts.items()} if casts else ready
 
     def _given(

@@ -62,28 +62,27 @@ class Bound:
         first: the leaf whose precision it computes in.
         spans: whether it gets what entered another module.
         functions: in evaluation and in training mode, computed in the leaves' dtype.
-        alone, together: the method itself in both modes, for one member and for many, where no axes have to be moved;
-            for hidden values of the leaves' own precision.
+        method, sites: the method itself and its site in both modes, where no axes have to be moved; for hidden values
+            of the leaves' own precision. ``together``: the same for many members.
     """
 
-    __slots__ = ("alone", "attachment", "first", "functions", "key", "keys", "names", "spans", "together")
+    __slots__ = ("attachment", "first", "functions", "key", "method", "pairs", "sites", "spans", "together")
 
     def __init__(
         self, attachment: Attachment, make: Callable[[bool], Callable[..., Tensor]], method: Any = None
     ) -> None:
         self.attachment, self.key, self.first = attachment, attachment.key, leading(attachment)
-        self.names, self.keys = tuple(attachment.leaves), tuple(attachment.leaves.values())
+        self.pairs = tuple(attachment.leaves.items())
         self.spans = attachment.site.exit is not None
         self.functions = make(False), make(True)
-        self.alone = None if method is None else tuple(functools.partial(method, attachment.at(m)) for m in MODES)
-        self.together = self.alone and tuple(
-            Tokenwise(own) if isinstance(function, Tokenwise) else own
-            for own, function in zip(self.alone, self.functions, strict=True)
-        )
+        self.method, self.sites = method, tuple(map(attachment.at, MODES))
+        alone = [functools.partial(method, site) for site in self.sites if method is not None]
+        pairs = zip(alone, self.functions, strict=False)
+        self.together = tuple(Tokenwise(own) if isinstance(function, Tokenwise) else own for own, function in pairs)
 
     def leaves(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The leaves under their own names."""
-        return dict(zip(self.names, map(params.__getitem__, self.keys), strict=True))
+        return {name: params[key] for name, key in self.pairs}
 
 
 def bound_in_both_modes(attachment: Attachment, function: str) -> Bound:

@@ -100,24 +100,36 @@ def refuse_written(root: nn.Module, path: str) -> None:
         )
 
 
-def watch_reads(module: nn.Module, inside: Callable[[], bool], outside: Callable[[str, Tensor], Tensor]) -> None:
+Kinds = dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]]
+"""The class that takes the place of a module's own, by that one and the names of the module's parameters."""
+
+
+def watch_reads(
+    module: nn.Module, inside: Callable[[], bool], outside: Callable[[str, Tensor], Tensor], kinds: Kinds
+) -> None:
     """Let ``outside(name, tensor)`` answer whoever reads a parameter of ``module`` while it is not ``inside``.
 
+    Modules of one class get one class together, kept in ``kinds``: Python finds the attributes of a few classes fast.
+
     >>> layer = nn.Linear(2, 2)
-    >>> watch_reads(layer, lambda: False, lambda name, tensor: torch.zeros_like(tensor))
+    >>> watch_reads(layer, lambda: False, lambda name, tensor: torch.zeros_like(tensor), {})
     >>> float(layer.weight.sum()), type(layer).__name__
     (0.0, 'Linear')
     """
     kind = type(module)
-    names = [name for name in own_parameters(module) if name.isidentifier()]
-    reading = {name: _property(name, inside, outside) for name in names}
-    namespace = {**reading, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    module.__class__ = type(kind.__name__, (kind,), {**namespace, ORIGINAL: kind})
+    names = tuple(name for name in own_parameters(module) if name.isidentifier())
+    if (kind, names) not in kinds:
+        namespace = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+        reading = {name: _property(name) for name in names}
+        kinds[kind, names] = type(kind.__name__, (kind,), {**namespace, **reading, ORIGINAL: kind})
+    vars(module)[WATCHED] = inside, outside
+    module.__class__ = kinds[kind, names]
 
 
-def _property(name: str, inside: Callable[[], bool], outside: Callable[[str, Tensor], Tensor]) -> property:
+def _property(name: str) -> property:
     def read(module: nn.Module) -> Any:
         tensor = held(module, name)
+        inside, outside = module.__dict__[WATCHED]
         return tensor if tensor is None or inside() else outside(name, tensor)
 
     def write(module: nn.Module, value: Any) -> None:
@@ -133,6 +145,9 @@ def _property(name: str, inside: Callable[[], bool], outside: Callable[[str, Ten
 
 KEPT = "_funcdelta_kept"
 """Where a module of a view has the names of its parameters, of which it holds the frozen ones as plain attributes."""
+
+WATCHED = "_funcdelta_watched"
+"""Where it has who answers for them: whether its own forward runs, and what everybody else is given."""
 
 ORIGINAL = "_funcdelta_original"
 """Where a class that was made of a module's class has that one."""
