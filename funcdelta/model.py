@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .config import BaseDeltaConfig
 from .errors import ConfigError, ParamsError
@@ -37,7 +38,7 @@ from .run.widths import measure_attention, measure_shapes
 from .stacks.params import partition, seeds, slices, stack, take
 from .stacks.resident import Resident
 from .stacks.routing import Index
-from .transforms import current_transform, differentiates
+from .transforms import current_transform
 from .views.bound import bind
 from .views.held import refuse_views
 from .views.routed import bind_rows
@@ -636,7 +637,7 @@ class DeltaModel(Habits):
         if torch.compiler.is_compiling() or not own.keys().isdisjoint(ready):
             ready = {name: leaf for name, leaf in ready.items() if leaf is not own.get(name)}
         # One that no derivative asks about is what it is: an alias of each would cost more than the rest of this.
-        every = torch.compiler.is_compiling() or differentiates()
+        every = torch.compiler.is_compiling() or current_transform() is not None or forward_ad._current_level >= 0
         for name in self.constants:
             leaf = ready.get(name)
             if leaf is not None and (every or leaf.requires_grad):

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 # torch has no public way to ask; its own Python layer uses these functions.
 _functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  (the type checker does not know the attribute)
@@ -37,17 +36,6 @@ def inside_transform() -> bool:
     (False, tensor([1., 1.]))
     """
     return not torch.compiler.is_compiling() and current_transform() is not None
-
-
-def differentiates() -> bool:
-    """Whether derivatives may be under way that ``requires_grad`` does not tell of: by a transform, or forward ones.
-
-    >>> from torch.autograd import forward_ad
-    >>> with forward_ad.dual_level():
-    ...     differentiates()
-    True
-    """
-    return current_transform() is not None or forward_ad._current_level >= 0
 
 
 def inside_backward() -> bool:

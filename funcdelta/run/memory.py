@@ -7,12 +7,13 @@ another member. So the attributes of all modules are noted once, and restored wh
 
 from __future__ import annotations
 
+import collections
 import copy
 import ctypes
 import functools
 import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,13 +23,44 @@ from torch import Tensor, nn
 from ..errors import StaleBackboneError
 from ..match import within
 from ..sites.code import reach_of
-from ..sites.noted import CONTAINERS, DEPTH, FUNCTIONS, OWN, PLAIN, Glance, Noted, differ, fill, is_private
+from ..sites.noted import CONTAINERS, DEPTH, FUNCTIONS, OWN, PLAIN, Noted, differ, fill, is_private
 from ..transforms import outside_transforms
 
 VERSION = operator.attrgetter("_version")
 NOTHING = object()
 SMALL = 2**16
 """So many bytes of a buffer are compared by what they are, for ``.data`` and NumPy write without counting versions."""
+
+
+class Glance:
+    """Whether any of many containers differs from the copy that was made of it: asked in every call.
+
+    Modules have a dozen dicts that are nearly always empty, and those are asked for nothing else.
+
+    >>> cache, steps = {}, [1, 2]
+    >>> glance = Glance([(cache, {}), (steps, [1, 2])])
+    >>> glance.differs(), steps.append(3), glance.differs()
+    (False, None, True)
+    """
+
+    def __init__(self, pairs: Iterable[tuple[Any, Any]]) -> None:
+        self._empty: list[Any] = []
+        self._now: list[Any] = []
+        self._before: list[Any] = []
+        for container, content in pairs:
+            if not content and type(container) in (dict, collections.OrderedDict):
+                self._empty.append(container)
+            else:
+                self._now.append(container)
+                self._before.append(content)
+
+    def differs(self) -> bool:
+        """Whether any has."""
+        try:
+            # In C, and without a look at what tensors hold: identical ones are equal.
+            return any(self._empty) or self._before != self._now
+        except Exception:  # what cannot be compared, as tensors cannot, is another object
+            return True
 
 
 class Memory:
@@ -92,10 +124,9 @@ class Memory:
         self._all = Noted.together(self._noted.values())
         self._parameters = Noted.together(self._registered.values())
         self._before = dict(zip(map(id, self._all.now), self._all.before, strict=True))
-        self._glance = Glance(
-            [*self._all.now, *self._parameters.now, *self._hooks],
-            [*self._all.before, *self._parameters.before, *self._hooks_before],
-        )
+        pairs = [pair for noted in (self._all, self._parameters) for pair in zip(noted.now, noted.before, strict=True)]
+        pairs += zip(self._hooks, self._hooks_before, strict=True)
+        self._glance = Glance(pairs)
 
     def note_changes(self) -> None:
         """What the skeleton's owner has changed since is meant to stay: note it."""

@@ -80,37 +80,6 @@ class Other(NamedTuple):
     put_back: Callable[[], Any]
 
 
-class Glance:
-    """Whether any of many containers has changed since ``before``, a copy of each, was made: asked in every call.
-
-    Modules have a dozen dicts that are nearly always empty, and those are asked for nothing else.
-
-    >>> cache, steps = {}, [1, 2]
-    >>> glance = Glance([cache, steps], [dict(cache), list(steps)])
-    >>> glance.differs(), steps.append(3), glance.differs()
-    (False, None, True)
-    """
-
-    def __init__(self, now: Iterable[Any], before: Iterable[Any]) -> None:
-        self._empty: list[Any] = []
-        self._now: list[Any] = []
-        self._before: list[Any] = []
-        for container, content in zip(now, before, strict=True):
-            if not content and type(container) in (dict, collections.OrderedDict):
-                self._empty.append(container)
-            else:
-                self._now.append(container)
-                self._before.append(content)
-
-    def differs(self) -> bool:
-        """Whether any has."""
-        try:
-            # In C, and without a look at what tensors hold: identical ones are equal.
-            return any(self._empty) or self._before != self._now
-        except Exception:  # what cannot be compared, as tensors cannot, is another object
-            return True
-
-
 class Noted:
     """The containers that hold what modules remember, each with what was in it.
 
