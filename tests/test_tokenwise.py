@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import funcdelta as fd
 from funcdelta.config import METHODS
-from funcdelta.functional.tokenwise import all_tokens
 from funcdelta.run import fold as lift
+from funcdelta.run.fold import all_tokens
 
 
 @pytest.fixture

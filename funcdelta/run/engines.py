@@ -21,9 +21,9 @@ from ..stacks.params import take
 from ..transforms import concrete, current_transform, inside_transform
 from .call import TENSOR, Call, Params
 from .checkpointing import kept_run, needs_keeping
-from .fold import Folded
+from .fold import Folded, members_of
 from .inputs import Inputs
-from .layout import Layout, LayoutMismatchError, close, members_of
+from .layout import Layout, LayoutMismatchError, close
 from .layouts import key_of, layout_of, learned_anew
 from .outputs import apart, check_visible, flatten, stack_members
 from .probe import OTHER_ENGINES, undisturbed

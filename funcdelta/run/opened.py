@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import ConfigError, FuncdeltaError
+from ..errors import ConfigError, FoldError, FuncdeltaError
 from ..planning.plan import Attachment
 from ..planning.spans import keep, take
 from ..transforms import is_wrapped
 from .bound import Bound
 from .call import TENSOR, Call, Host, Params
 from .hidden import hidden_input, hidden_output
-from .layout import LayoutMismatchError, Run
+from .layout import Hidden, LayoutMismatchError, Run
 from .reading import READ, refuse_replaced
 
 _set = object.__setattr__  # a module's own looks for parameters first
@@ -79,7 +79,7 @@ def _forward(opened: Opened, /, *args: Any, **kwargs: Any) -> Any:
         return _with_care(opened, call, args, kwargs)
     # What nearly every call of a site is: tensors in and out, methods that act on the output alone.
     (x,), module, shown, lift = args, opened.module, opened.shown, call.lift
-    dims = None if lift is None else call.where(opened.path)
+    dims = None if lift is None else where(call, opened.path)
     outermost = shown is not None and not opened.running
     opened.running += 1
     if outermost:
@@ -143,7 +143,7 @@ def _with_care(opened: Opened, call: Call | None, args: tuple[Any, ...], kwargs:
         if call.watch is not None:
             x_dim = call.watch.axis(path, x)
         else:
-            dims = call.where(path)
+            dims = where(call, path)
             x_dim, y_dim = dims.x, dims.y
     if begun or befores:
         given = x
@@ -189,6 +189,23 @@ def _inner(opened: Opened, call: Call, run: Run | None, args: tuple[Any, ...], k
         opened.running -= 1
         if shown is not None:
             _set(opened.module, "__class__", shown)
+
+
+def where(call: Call, path: str) -> Hidden:
+    """The axes of rows at this visit of the site at ``path``, in a fold.
+
+    >>> from .layout import Layout
+    >>> where(Call({}, layout=Layout({"0": (Hidden(0, 1),)})), "0")
+    Hidden(x=0, y=1)
+    """
+    layout, visits = call.layout, call.visits
+    if layout is None:
+        raise FoldError(f"{path} ran outside of a call that knows the rows' members.")
+    index, known = visits.get(path, 0), layout.sites.get(path, ())
+    if call.ended or index >= len(known):
+        return layout.site(path, call.visit(path))
+    visits[path] = index + 1
+    return known[index]
 
 
 def act(
