@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .errors import ConfigError, ParamsError, shown
 from .files.checkpoint import Facts, push, save
@@ -637,9 +638,12 @@ class DeltaModel(Habits):
         ready = dict(params)
         if torch.compiler.is_compiling() or not own.keys().isdisjoint(ready):
             ready = {name: leaf for name, leaf in ready.items() if leaf is not own.get(name)}
+        # One that no derivative asks about is what it is: an alias of each would cost more than the rest of this.
+        every = torch.compiler.is_compiling() or current_transform() is not None or forward_ad._current_level >= 0
         for name in self.constants:
-            if name in ready:
-                ready[name] = ready[name].detach()
+            leaf = ready.get(name)
+            if leaf is not None and (every or leaf.requires_grad):
+                ready[name] = leaf.detach()
         return ready | {name: ready[name].to(dtype) for name, dtype in casts.items()} if casts else ready
 
     def _given(

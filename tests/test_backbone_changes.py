@@ -20,6 +20,15 @@ from funcdelta.sites.freshness import Fingerprint
 from funcdelta.sites.structure import copy_structure, named_tensors
 
 
+class Alike(nn.Identity):
+    """A module that equals all others of its class."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Alike)
+
+    __hash__ = nn.Module.__hash__
+
+
 class Net(nn.Module):
     """(b, 4) to (b, 3), with a buffer, tied tensors and a layer that has a hook."""
 
@@ -32,6 +41,8 @@ class Net(nn.Module):
         self.mid.weight = self.inp.weight
         self.handle = self.mid.register_forward_hook(lambda module, args, output: output)
         self.register_buffer("table", torch.ones(4))
+        self.blocks[0].gain = nn.Parameter(torch.ones(1))
+        self.blocks[0].beside = Alike()
         old = self.blocks[0].forward
         self.blocks[0].forward = lambda x: old(x)  # type: ignore[method-assign]
 
@@ -48,6 +59,10 @@ def net() -> Any:
 
 def swap_layers(m: Any) -> None:
     m.blocks[1], m.blocks[2] = m.blocks[2], m.blocks[1]
+
+
+def order_of_layers(m: Any) -> None:
+    m.blocks._modules["0"] = m.blocks._modules.pop("0")
 
 
 def prune(m: Any) -> None:
@@ -76,6 +91,14 @@ def add_child(m: Any) -> None:
 
 def new_parameter(m: Any) -> None:
     m.blocks[1][0].weight = nn.Parameter(torch.randn(4, 4))
+
+
+def equal_number(m: Any) -> None:
+    m.blocks[0].gain = nn.Parameter(torch.ones(1))
+
+
+def equal_module(m: Any) -> None:
+    m.blocks[0].beside = Alike()
 
 
 def untie(m: Any) -> None:
@@ -170,6 +193,7 @@ def parametrised(m: Any) -> None:
 
 CHANGES: dict[Callable[[Any], None], tuple[str, ...]] = {
     swap_layers: ("blocks.1", "Sequential"),
+    order_of_layers: ("blocks.0 is another Sequential",),
     prune: ("blocks has 2 modules, it had 3",),
     delete_layer: ("blocks.2 is gone",),
     replace_layer: ("blocks.1.0 is another Linear",),
@@ -177,6 +201,8 @@ CHANGES: dict[Callable[[Any], None], tuple[str, ...]] = {
     wrap_layer: ("head is another Sequential",),
     add_child: ("blocks.1.1.extra is new",),
     new_parameter: ("blocks.1.0.weight is another tensor",),
+    equal_number: ("blocks.0.gain is another tensor",),
+    equal_module: ("blocks.0.beside is another Alike",),
     untie: ("mid.weight is another tensor",),
     remove_bias: ("blocks.1.0.bias is gone",),
     assign: ("inp.weight is another tensor", "more changes"),

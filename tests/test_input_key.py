@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
-from funcdelta.run.input_key import Bounded, input_key
+from funcdelta.run.input_key import input_key
 from funcdelta.run.inputs import Inputs
+from funcdelta.run.program import Bounded
 
 
 class Takes(nn.Module):

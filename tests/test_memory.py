@@ -92,6 +92,17 @@ def parameter(m: Any) -> Any:
     return m.w
 
 
+def buffer(m: Any) -> Any:
+    if not m.a._buffers:
+        m.a.register_buffer("sum", m.a.weight.detach().sum())
+    return m.a.sum
+
+
+def hook(m: Any) -> Any:
+    m.held.register_forward_pre_hook(lambda module, args: None)
+    return len(m.held._forward_pre_hooks)
+
+
 def hidden(m: Any) -> Any:
     m.held[0].calls = getattr(m.held[0], "calls", 0) + 1
     return m.held[0].calls
@@ -114,6 +125,8 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "data of a buffer": (int, data),
     "new child": (nn.ModuleDict, child),
     "new parameter": (int, parameter),
+    "first buffer": (int, buffer),
+    "first hook": (nn.Identity, hook),
     "module in a list": (lambda: [nn.Identity()], hidden),
 }
 

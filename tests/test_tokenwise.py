@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import funcdelta as fd
-from funcdelta.functional.tokenwise import all_tokens
 from funcdelta.methods.config import METHODS
 from funcdelta.run import fold as lift
+from funcdelta.run.fold import all_tokens
 
 
 @pytest.fixture

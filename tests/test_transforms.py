@@ -8,6 +8,7 @@ import pytest
 import torch
 from handmade import ENGINES, MLP, assert_close, hugging_face, raises_saying, random_params
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from zoo import ZOO
 
@@ -285,3 +286,17 @@ def test_a_whole_training_step_compiles(x: Tensor) -> None:
     assert_close(found, expected)
     for name in stack:
         assert_close(compiled_grads[name], grads[name])
+
+
+def test_no_derivative_asks_about_a_constant() -> None:
+    backbone, x = torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.randn(3, 4)
+    delta = fd.LoraModel(backbone, lora_r=2, modified_modules=["0"])
+    params = fd.tree.randn_like(delta.init(0), seed=1)
+    with forward_ad.dual_level():
+        for name, leaf in params.items():
+            dual = forward_ad.make_dual(leaf, torch.ones_like(leaf))
+            tangent = forward_ad.unpack_dual(delta.apply(params | {name: dual}, x)).tangent
+            assert (tangent is not None) == delta.trainable(name)
+    own = {name: leaf.clone().requires_grad_() for name, leaf in params.items()}
+    delta.apply(own, x).sum().backward()
+    assert {name for name, leaf in own.items() if leaf.grad is None} == set(delta.constants)

@@ -18,6 +18,7 @@ from funcdelta.run.call import Call
 from funcdelta.run.engines import visible
 from funcdelta.run.inputs import Inputs
 from funcdelta.run.layouts import key_of, layout_of
+from funcdelta.run.opened import where
 
 ALLOWED = 3.0
 TIMES = 20
@@ -48,7 +49,7 @@ def checks_of(delta: fd.DeltaModel, stack: dict[str, Tensor], tokens: Tensor) ->
     def sites() -> None:
         call = Call(stack, layout=layout)
         for path in plan.attachments:
-            call.where(path)
+            where(call, path)
 
     def memory() -> None:
         skeleton.memory.follow()

@@ -62,25 +62,23 @@ class Bound:
             for hidden values of the leaves' own precision.
     """
 
-    __slots__ = ("acts", "alone", "attachment", "first", "functions", "key", "keys", "names", "spans", "together")
+    __slots__ = ("acts", "alone", "attachment", "first", "functions", "key", "pairs", "spans", "together")
 
     def __init__(
         self, attachment: Attachment, make: Callable[[Acts], Callable[..., Tensor]], function: str = ""
     ) -> None:
         self.attachment, self.key, self.first = attachment, attachment.key, attachment.leading
         self.acts = attachment.acts(False), attachment.acts(True)
-        self.names, self.keys = tuple(attachment.leaves), tuple(attachment.leaves.values())
+        self.pairs = tuple(attachment.leaves.items())
         self.spans = attachment.site.exit is not None
         self.functions = make(self.acts[False]), make(self.acts[True])
-        self.alone = tuple(getattr(acts, function) for acts in self.acts) if function else None
-        self.together = self.alone and tuple(
-            Tokenwise(own) if isinstance(function, Tokenwise) else own
-            for own, function in zip(self.alone, self.functions, strict=True)
-        )
+        self.alone = tuple(getattr(acts, function) for acts in self.acts) if function else ()
+        pairs = zip(self.alone, self.functions, strict=False)
+        self.together = tuple(Tokenwise(own) if isinstance(function, Tokenwise) else own for own, function in pairs)
 
     def leaves(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The leaves under their own names."""
-        return dict(zip(self.names, map(params.__getitem__, self.keys), strict=True))
+        return {name: params[key] for name, key in self.pairs}
 
 
 def bound_in_both_modes(attachment: Attachment, function: str) -> Bound:

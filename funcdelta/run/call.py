@@ -10,9 +10,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ..errors import FoldError
 from ..planning.plan import Plan
-from .layout import Hidden, Layout, Run
+from .layout import Layout, Run
 
 TENSOR = object()
 """Marks the place of a tensor among outputs; ``None`` is an output like any other."""
@@ -124,16 +123,6 @@ class Call:
         index = self.visits.get(path, 0)
         self.visits[path] = index + 1
         return index
-
-    def where(self, path: str) -> Hidden:
-        """The axes of rows at this call of the site at ``path``, in a fold."""
-        if self.layout is None:
-            raise FoldError(f"{path} ran outside of a call that knows the rows' members.")
-        index, known = self.visits.get(path, 0), self.layout.sites.get(path, ())
-        if self.ended or index >= len(known):
-            return self.layout.site(path, self.visit(path))
-        self.visits[path] = index + 1
-        return known[index]
 
     def note(self, key: str, default: Callable[[], Any] = dict) -> Any:
         """What the feature ``key`` keeps for this call."""

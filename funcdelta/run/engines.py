@@ -23,9 +23,9 @@ from ..stacks.params import take
 from ..transforms import concrete, current_transform, inside_transform
 from .call import TENSOR, Call, Params
 from .checkpointing import kept_run, needs_keeping
-from .fold import Folded
+from .fold import Folded, members_of
 from .inputs import Arguments, Inputs
-from .layout import Layout, LayoutMismatchError, close, members_of
+from .layout import Layout, LayoutMismatchError, close
 from .layouts import key_of, layout_of, learned_anew, wants_gradients
 from .mapped import Mapped, refuse_unmapped
 from .old_functions import named_functions

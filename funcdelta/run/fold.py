@@ -1,21 +1,22 @@
-"""The lift of a fold: how a member's function acts at a site when all members' rows share one batch.
+"""The rows of all members in one batch: joined, split again, and how a member's function acts on them at a site.
 
 The hidden value is split by member, (n·b, …) → (n, b, …), the function is mapped over members by a local
 ``torch.vmap``, and the rows are joined again. The layout tells where the rows are. A function of each token alone
-takes all members in one call instead (:mod:`funcdelta.functional.tokenwise`).
+takes all members in one call instead (:func:`all_tokens`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import FoldError
-from ..functional.tokenwise import Tokenwise, all_tokens
-from .layout import Ends, LayoutMismatchError, Run, split_rows
+from ..errors import ConfigError, FoldError
+from ..functional.tokenwise import Tokenwise
+from .layout import Ends, LayoutMismatchError, Run, scalar_message
 from .written import Copies
 
 
@@ -154,3 +155,101 @@ class Folded:
         axis = dim or 0
         mask = self.present.repeat_interleave(out.shape[axis] // self.n)
         return mask.view(*[1] * axis, -1, *[1] * (out.ndim - axis - 1))
+
+
+# -- all members' rows in one batch ------------------------------------------------------------------------------------
+
+
+def join_members(leaf: Any, axis: int, n: int, b: int, mapped: bool) -> Any:
+    """All members' rows on one axis: (…, b, …), or (n, …, b, …) where it is ``mapped``, to (…, n·b, …).
+
+    A single row of a member stands for all of its rows.
+
+    >>> join_members(torch.tensor([5, 6]), 0, 2, 2, mapped=False), join_members(["a", "b"], 0, 2, 2, mapped=False)
+    (tensor([5, 6, 5, 6]), ['a', 'b', 'a', 'b'])
+    """
+    if isinstance(leaf, list):
+        return leaf * n
+    if isinstance(leaf, np.ndarray):
+        wide = np.moveaxis(leaf, 0, axis) if mapped else np.expand_dims(leaf, axis)
+        before, after = wide.shape[:axis], wide.shape[axis + 2 :]
+        return np.broadcast_to(wide, (*before, n, b, *after)).reshape(*before, n * b, *after)
+    wide = leaf.movedim(0, axis) if mapped else leaf.unsqueeze(axis)
+    shape = list(wide.shape)
+    shape[axis], shape[axis + 1] = n, b
+    return wide.expand(shape).flatten(axis, axis + 1)
+
+
+def split_rows(value: Tensor, dim: int, n: int, rows: int, place: str) -> Tensor:
+    """(…, n·b, …) → (…, n, b, …), where axis ``dim`` has the same whole number of entries for each row.
+
+    Raises :class:`LayoutMismatchError` with the place where it has not: rows of different members are then mixed.
+
+    >>> split_rows(torch.zeros(6, 4), 0, n=3, rows=2, place="dense").shape
+    torch.Size([3, 2, 4])
+    """
+    size = value.shape[dim] if dim < value.ndim else -1
+    if size % (n * rows) or size < 0:
+        raise LayoutMismatchError(
+            f"{place} has the shape {tuple(value.shape)}, whose axis {dim} should have the same number of entries for "
+            f"each of the {n * rows} rows of {n} members: which rows are whose cannot be told there."
+        )
+    return value.unflatten(dim, (n, size // n))
+
+
+def members_of(leaf: Tensor, dim: int | None, n: int, rows: int, name: str = "of the model") -> Tensor:
+    """An output (n·b, …) → (n, b, …); one without rows, or that a shared module gave, (b, …), is every member's.
+
+    >>> members_of(torch.zeros(6, 4), 0, n=3, rows=2).shape, members_of(torch.zeros(2, 4), 0, n=3, rows=2).shape
+    (torch.Size([3, 2, 4]), torch.Size([3, 2, 4]))
+    """
+    if leaf.ndim == 0:
+        raise FoldError(scalar_message(name))
+    if dim is None:
+        return leaf.expand(n, *leaf.shape)
+    if dim < leaf.ndim and leaf.shape[dim] == rows:
+        leaf = leaf.movedim(dim, 0)
+        return leaf.expand(n, *leaf.shape)
+    return split_rows(leaf, dim, n, rows, f"The output {name}").movedim(dim, 0)
+
+
+def all_tokens(
+    function: Callable[..., Tensor], p: Mapping[str, Tensor], values: tuple[Tensor, ...], n: int, site: str
+) -> Tensor | None:
+    """``function`` on the tokens of all members, rows of values (n·b, …, d) to rows; ``None``: it has to be mapped.
+
+    It has to be where values do not have one row, and one token, for each other's, or a leaf has three axes or more.
+    Raises ``ConfigError`` where the function gives no value a token.
+
+    >>> p = {"gain": torch.tensor([1.0, 10.0])}
+    >>> all_tokens(lambda p, y: y * p["gain"], p, (torch.ones(4, 3),), 2, "layer")[:, 0]
+    tensor([ 1.,  1., 10., 10.])
+    """
+    y = values[0]
+    tokens: list[Tensor] = []  # plain ones, for tracing knows no others
+    leaves: dict[str, Tensor] = {}
+    if y.ndim < 2:
+        return None
+    for value in values:
+        if value.shape[:-1] != y.shape[:-1]:
+            return None
+        tokens.append(value.reshape(n, -1, value.shape[-1]))
+    for name, leaf in p.items():
+        axes = leaf.ndim
+        if axes == 3:
+            leaves[name] = leaf
+        elif axes == 1:
+            leaves[name] = leaf.view(n, 1, 1)
+        elif axes == 2:
+            leaves[name] = leaf.unsqueeze(1)
+        else:
+            return None
+    out = function(leaves, *tokens)
+    if out.ndim != 3 or out.shape[:2] != tokens[0].shape[:2]:
+        raise ConfigError(
+            f"The method at {site} says that it is tokenwise, but of {n} members' tokens "
+            f"{tuple(tokens[0].shape)} it made {tuple(out.shape)}: write it with matrix products over the last axis "
+            f"and elementwise operations (fd.linear(x, weight, bias), leaf.mT, axes counted from the last), or leave "
+            f"tokenwise out."
+        )
+    return out.reshape(*y.shape[:-1], out.shape[-1])

@@ -14,9 +14,10 @@ from ..match import near
 from ..pytrees.opaque import PLAIN, holds_tensors
 from ..transforms import concrete
 from .containers import CARRIERS, LEAF, Tree, flatten, is_cache
+from .fold import join_members
 from .forward import positional_names, without_cache
 from .input_key import input_key
-from .rows import Reading, join_members, read_rows, rows_of_cache, sizes, some_members, some_rows
+from .rows import Reading, read_rows, rows_of_cache, sizes, some_members, some_rows
 
 InDims = int | None | Mapping[str, int | None]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

@@ -117,23 +117,6 @@ def _visit(known: tuple[Any, ...], path: str, index: int | None) -> Any:
     return known[index]
 
 
-def split_rows(value: Tensor, dim: int, n: int, rows: int, place: str) -> Tensor:
-    """(…, n·b, …) → (…, n, b, …), where axis ``dim`` has the same whole number of entries for each row.
-
-    Raises :class:`LayoutMismatchError` with the place where it has not: rows of different members are then mixed.
-
-    >>> split_rows(torch.zeros(6, 4), 0, n=3, rows=2, place="dense").shape
-    torch.Size([3, 2, 4])
-    """
-    size = value.shape[dim] if dim < value.ndim else -1
-    if size % (n * rows) or size < 0:
-        raise LayoutMismatchError(
-            f"{place} has the shape {tuple(value.shape)}, whose axis {dim} should have the same number of entries for "
-            f"each of the {n * rows} rows of {n} members: which rows are whose cannot be told there."
-        )
-    return value.unflatten(dim, (n, size // n))
-
-
 def scalar_message(name: str) -> str:
     """Why a scalar output cannot be split by member, and what to compute instead."""
     return (
@@ -141,22 +124,6 @@ def scalar_message(name: str) -> str:
         f"and compute one loss a member from the logits: torch.vmap(F.cross_entropy)(outs.logits, labels), with "
         f'logits (n, b, classes) and labels (n, b). Or use engine="loop".'
     )
-
-
-def members_of(leaf: Tensor, dim: int | None, n: int, rows: int, name: str = "of the model") -> Tensor:
-    """An output (n·b, …) → (n, b, …); one without rows, or that a shared module gave, (b, …), is every member's.
-
-    >>> members_of(torch.zeros(6, 4), 0, n=3, rows=2).shape, members_of(torch.zeros(2, 4), 0, n=3, rows=2).shape
-    (torch.Size([3, 2, 4]), torch.Size([3, 2, 4]))
-    """
-    if leaf.ndim == 0:
-        raise FoldError(scalar_message(name))
-    if dim is None:
-        return leaf.expand(n, *leaf.shape)
-    if dim < leaf.ndim and leaf.shape[dim] == rows:
-        leaf = leaf.movedim(dim, 0)
-        return leaf.expand(n, *leaf.shape)
-    return split_rows(leaf, dim, n, rows, f"The output {name}").movedim(dim, 0)
 
 
 def close(a: Tensor, b: Tensor) -> bool:

@@ -7,12 +7,13 @@ another member. So the attributes of all modules are noted once, and restored wh
 
 from __future__ import annotations
 
+import collections
 import copy
 import ctypes
 import functools
 import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,37 @@ VERSION = operator.attrgetter("_version")
 NOTHING = object()
 SMALL = 2**16
 """So many bytes of a buffer are compared by what they are, for ``.data`` and NumPy write without counting versions."""
+
+
+class Glance:
+    """Whether any of many containers differs from the copy that was made of it: asked in every call.
+
+    Modules have a dozen dicts that are nearly always empty, and those are asked for nothing else.
+
+    >>> cache, steps = {}, [1, 2]
+    >>> glance = Glance([(cache, {}), (steps, [1, 2])])
+    >>> glance.differs(), steps.append(3), glance.differs()
+    (False, None, True)
+    """
+
+    def __init__(self, pairs: Iterable[tuple[Any, Any]]) -> None:
+        self._empty: list[Any] = []
+        self._now: list[Any] = []
+        self._before: list[Any] = []
+        for container, content in pairs:
+            if not content and type(container) in (dict, collections.OrderedDict):
+                self._empty.append(container)
+            else:
+                self._now.append(container)
+                self._before.append(content)
+
+    def differs(self) -> bool:
+        """Whether any has."""
+        try:
+            # In C, and without a look at what tensors hold: identical ones are equal.
+            return any(self._empty) or self._before != self._now
+        except Exception:  # what cannot be compared, as tensors cannot, is another object
+            return True
 
 
 class Memory:
@@ -85,7 +117,6 @@ class Memory:
         modules = dict(self.skeleton.named_modules())
         self._hooks = [hooks for module in modules.values() for hooks in _hooks_of(module)]
         self._hooks_before = [dict(hooks) for hooks in self._hooks]
-        self._hook_counts = list(map(len, self._hooks))
         self._noted: dict[str, Noted] = {}
         self._inside: dict[str, tuple[Noted, list[int], Noted]] = {}
         self._registered: dict[str, Noted] = {}
@@ -98,19 +129,22 @@ class Memory:
         self._all = Noted.together(self._noted.values())
         self._parameters = Noted.together(self._registered.values())
         self._before = dict(zip(map(id, self._all.now), self._all.before, strict=True))
+        pairs = [pair for noted in (self._all, self._parameters) for pair in zip(noted.now, noted.before, strict=True)]
+        pairs += zip(self._hooks, self._hooks_before, strict=True)
+        self._glance = Glance(pairs)
 
     def note_changes(self) -> None:
         """What the skeleton's owner has changed since is meant to stay: note it."""
-        if self._all.differs() or self._parameters.differs() or list(map(len, self._hooks)) != self._hook_counts:
+        if self._glance.differs():
             self.note()
 
     def left(self) -> list[Left]:
         """What a call has left behind: of each container that it changed, the entries that are others now."""
+        if not self._glance.differs():
+            return []
         found = [Left(now, before) for noted in (self._all, self._parameters) for now, before in noted.changed()]
-        if list(map(len, self._hooks)) != self._hook_counts:
-            pairs = zip(self._hooks, self._hooks_before, strict=True)
-            found += [Left(now, before) for now, before in pairs if now != before]
-        return found
+        pairs = zip(self._hooks, self._hooks_before, strict=True)
+        return found + [Left(now, before) for now, before in pairs if now != before]
 
     def accept(self, table: dict[str, Any], name: str) -> None:
         """The entry ``name`` of a module's table is meant to stay as it is."""
@@ -146,21 +180,16 @@ class Memory:
 
     def restore_attributes(self) -> None:
         """Put back what a call has changed but for what it wrote into tensors, arrays and random generators."""
-        whole, own = self._all, self._parameters
-        try:
-            changed = any(map(operator.ne, whole.now, whole.before)) or any(map(operator.ne, own.now, own.before))
-        except Exception:  # another object that cannot be compared, as tensors cannot
-            changed = True
-        if changed:
-            whole.restore()
-            own.restore()
+        if self._glance.differs():
+            self._all.restore()
+            self._parameters.restore()
+            # Models install hooks in their first call, and mark that they have: neither stays.
+            for hooks, before in zip(self._hooks, self._hooks_before, strict=True):
+                if differ(hooks, before):
+                    fill(hooks, before)
         for cache in self._caches:
             if cache.cache_info().currsize:
                 cache.cache_clear()
-        if list(map(len, self._hooks)) != self._hook_counts:
-            # Models install hooks in their first call, and mark that they have: neither stays.
-            for hooks, before in zip(self._hooks, self._hooks_before, strict=True):
-                fill(hooks, before)
 
     def restore_inside(self, path: str) -> None:
         """The same for the modules at and below ``path``: what one member leaves there is not for the next."""

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import ConfigError, FuncdeltaError
+from ..errors import ConfigError, FoldError, FuncdeltaError
 from ..planning.plan import Attachment
 from ..planning.spans import keep, take
 from ..transforms import innermost
 from .bound import Bound
 from .call import TENSOR, Call, Host, Params
 from .hidden import hidden_input, hidden_output
-from .layout import LayoutMismatchError, Run
+from .layout import Hidden, LayoutMismatchError, Run
 from .reading import READ, refuse_replaced, set_plainly
 
 
@@ -72,9 +72,55 @@ class Opened:
 
 def _forward(opened: Opened, /, *args: Any, **kwargs: Any) -> Any:
     """The opened forward; a function, for torch.compile traces it."""
-    path, call = opened.path, opened.skeleton.call
-    if call is not None and call.plain and opened.quick and len(args) == 1 and not (kwargs or call.notes):
-        return _quickly(opened, call, args[0])
+    call = opened.skeleton.call
+    if call is None or not call.plain or not opened.quick or kwargs or len(args) != 1 or call.notes:
+        return _with_care(opened, call, args, kwargs)
+    # What nearly every call of a site is: tensors in and out, methods that act on the output alone.
+    (x,), module, shown, lift = args, opened.module, opened.shown, call.lift
+    dims = None if lift is None else where(call, opened.path)
+    outermost = shown is not None and not opened.running
+    opened.running += 1
+    if outermost:
+        set_plainly(module, "__class__", opened.kind)
+    try:
+        output = opened.original(x)
+    finally:
+        opened.running -= 1
+        if outermost:
+            set_plainly(module, "__class__", shown)
+    if not isinstance(x, Tensor):
+        x, _ = hidden_input(opened.path, args, {})
+    y, put_back = (output, None) if isinstance(output, Tensor) else hidden_output(opened.path, output)
+    params, own, training = call.params, y.dtype, module.training
+    for bound in opened.quick:
+        if bound.key not in params:
+            continue
+        p = {name: params[key] for name, key in bound.pairs}
+        # In the leaves' own precision there is nothing to convert.
+        alike = own == x.dtype == p[bound.first].dtype
+        try:
+            if lift is not None and dims is not None:
+                function = (bound.together if alike else bound.functions)[training]
+                y, _ = lift(function, p, (y, x), (dims.y, dims.x), opened.path)
+            elif alike:
+                y = bound.alone[training](p, y, x)
+            else:
+                y = bound.functions[training](p, y, x)
+        except FuncdeltaError:
+            raise
+        except Exception as error:
+            _note(error, opened.path, p, (y, x))
+            raise
+        if not isinstance(y, Tensor):
+            raise ConfigError(f"The method at {opened.path} returned {type(y).__name__}; expected a tensor.")
+        if y.dtype != own and own.is_floating_point:
+            y = y.to(own)
+    return y if put_back is None else put_back(y)
+
+
+def _with_care(opened: Opened, call: Call | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The same in every other call: one that is watched, compiled or recomputed, with spans or members in turn."""
+    path = opened.path
     if call is None or opened.skeleton.recomputing:
         call = opened.skeleton.under_way(path)
     if call.watch is not None:
@@ -95,7 +141,7 @@ def _forward(opened: Opened, /, *args: Any, **kwargs: Any) -> Any:
         if call.watch is not None:
             x_dim = call.watch.axis(path, x)
         else:
-            dims = call.where(path)
+            dims = where(call, path)
             x_dim, y_dim = dims.x, dims.y
     if begun or befores:
         given = x
@@ -127,48 +173,6 @@ def _forward(opened: Opened, /, *args: Any, **kwargs: Any) -> Any:
     return y if put_back is None else put_back(y)
 
 
-def _quickly(opened: Opened, call: Call, x: Any) -> Any:
-    """The same for what nearly every call of a site is: tensors in and out, methods that act on the output alone."""
-    module, shown, params, lift = opened.module, opened.shown, call.params, call.lift
-    dims = None if lift is None else call.where(opened.path)
-    outermost = shown is not None and not opened.running
-    opened.running += 1
-    if outermost:
-        set_plainly(module, "__class__", opened.kind)
-    try:
-        output = opened.original(x)
-    finally:
-        opened.running -= 1
-        if outermost:
-            set_plainly(module, "__class__", shown)
-    x, _ = hidden_input(opened.path, (x,), {}) if not isinstance(x, Tensor) else (x, None)
-    y, put_back = (output, None) if isinstance(output, Tensor) else hidden_output(opened.path, output)
-    own, training = y.dtype, module.training
-    for bound in opened.quick:
-        if bound.key not in params:
-            continue
-        p = dict(zip(bound.names, map(params.__getitem__, bound.keys), strict=True))
-        # In the leaves' own precision there is nothing to convert.
-        alike = own == x.dtype == p[bound.first].dtype
-        try:
-            if lift is None or dims is None:
-                function = (bound.alone if alike and bound.alone else bound.functions)[training]
-                y = function(p, y, x)
-            else:
-                function = (bound.together if alike and bound.together else bound.functions)[training]
-                y, _ = lift(function, p, (y, x), (dims.y, dims.x), opened.path)
-        except FuncdeltaError:
-            raise
-        except Exception as error:
-            _note(error, opened.path, p, (y, x))
-            raise
-        if not isinstance(y, Tensor):
-            raise ConfigError(f"The method at {opened.path} returned {type(y).__name__}; expected a tensor.")
-        if y.dtype != own and own.is_floating_point:
-            y = y.to(own)
-    return y if put_back is None else put_back(y)
-
-
 def _inner(opened: Opened, call: Call, run: Run | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The module's own forward; while it runs, its tensors are read by itself."""
     if call.notes and READ in call.notes:
@@ -183,6 +187,23 @@ def _inner(opened: Opened, call: Call, run: Run | None, args: tuple[Any, ...], k
         opened.running -= 1
         if shown is not None:
             set_plainly(opened.module, "__class__", shown)
+
+
+def where(call: Call, path: str) -> Hidden:
+    """The axes of rows at this visit of the site at ``path``, in a fold.
+
+    >>> from .layout import Layout
+    >>> where(Call({}, layout=Layout({"0": (Hidden(0, 1),)})), "0")
+    Hidden(x=0, y=1)
+    """
+    layout, visits = call.layout, call.visits
+    if layout is None:
+        raise FoldError(f"{path} ran outside of a call that knows the rows' members.")
+    index, known = visits.get(path, 0), layout.sites.get(path, ())
+    if call.ended or index >= len(known):
+        return layout.site(path, call.visit(path))
+    visits[path] = index + 1
+    return known[index]
 
 
 def act(

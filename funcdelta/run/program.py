@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,10 @@ from .call import Params, Prepare
 from .checkpointing import FLAG, FUNCTION, REQUIRE_GRADS, flags_of
 from .compiled_check import CompiledCheck
 from .fsdp import Shards, refuse_sharded, settle
-from .input_key import Bounded
 from .skeleton import Skeleton
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 _programs: weakref.WeakValueDictionary[int, Program] = weakref.WeakValueDictionary()
 
@@ -36,6 +39,84 @@ _programs: weakref.WeakValueDictionary[int, Program] = weakref.WeakValueDictiona
 def program_of(handle: int) -> Program:
     """The living program with that handle; compiled code passes numbers where it cannot pass objects."""
     return _programs[handle]
+
+
+class Bounded(MutableMapping[Key, Value]):
+    """A table of at most ``limit`` entries; the least recently used one goes. Threads may share it.
+
+    >>> table = Bounded(limit=2)
+    >>> table["a"], table["b"] = 1, 2
+    >>> table["a"]
+    1
+    >>> table["c"] = 3
+    >>> list(table)
+    ['a', 'c']
+    """
+
+    def __init__(self, limit: int = 256) -> None:
+        self.limit = limit
+        self._entries: OrderedDict[Key, Value] = OrderedDict()
+        self._lock = fork_safe_lock()
+
+    def __getitem__(self, key: Key) -> Value:
+        if torch.compiler.is_compiling():
+            return self._entries[key]  # a graph reads; it neither locks nor reorders
+        with self._lock:
+            value = self._entries[key]
+            self._entries.move_to_end(key)
+            return value
+
+    def get(self, key: Key, default: Any = None) -> Any:  # type: ignore[override]
+        """The value of ``key``, or ``default``."""
+        if torch.compiler.is_compiling():
+            return self._entries.get(key, default)
+        with self._lock:
+            if key not in self._entries:
+                return default
+            self._entries.move_to_end(key)
+            return self._entries[key]
+
+    def __setitem__(self, key: Key, value: Value) -> None:
+        with self._lock:
+            self._entries[key] = value
+            self._entries.move_to_end(key)
+            while len(self._entries) > self.limit:
+                self._entries.popitem(last=False)
+
+    def __delitem__(self, key: Key) -> None:
+        with self._lock:
+            del self._entries[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
+
+    def __iter__(self) -> Iterator[Key]:
+        with self._lock:
+            return iter(list(self._entries))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def setdefault(self, key: Key, default: Value) -> Value:  # type: ignore[override]
+        """The value of ``key``, or ``default``, which from now on it has: one of several threads decides.
+
+        >>> table = Bounded()
+        >>> table.setdefault("a", 1), table.setdefault("a", 2)
+        (1, 1)
+        """
+        with self._lock:
+            value = self._entries.setdefault(key, default)
+            self._entries.move_to_end(key)
+            while len(self._entries) > self.limit:
+                self._entries.popitem(last=False)
+            return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            return {"limit": self.limit, "_entries": OrderedDict(self._entries)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=fork_safe_lock())
 
 
 class Skeletons:

@@ -38,6 +38,7 @@ from .lengthened import (
     text_of,
 )
 from .masks import with_prompt
+from .opened import where
 from .padding import check_padding, checkable
 from .positions import before, behind_padding, by_position, cached_length, in_front, leading, named, reordered
 from .text_model import inputs_of
@@ -230,7 +231,7 @@ class Prompts:
             dim = call.watch.axis(self.key, x)
             call.watch.site(self.key, dim, dim)
         elif call.lift is not None:
-            dim = call.where(self.key).x
+            dim = where(call, self.key).x
         for bound in present:
             x, dim = self.act(call, self.path, bound, training, (x,), (dim,))
         return x

@@ -155,44 +155,52 @@ def refuse_written(root: nn.Module, path: str) -> None:
         )
 
 
+Kinds = dict[tuple[type[nn.Module], tuple[str, ...], bool], type[nn.Module]]
+"""The class that takes the place of a module's own, by that one, the names of its parameters and who is answered."""
+
+
 def watch_reads(
-    module: nn.Module, inside: Callable[[], bool], outside: Callable[[str, Tensor], Tensor], listed: bool = False
+    module: nn.Module,
+    inside: Callable[[], bool],
+    outside: Callable[[str, Tensor], Tensor],
+    kinds: Kinds,
+    listed: bool = False,
 ) -> None:
     """Let ``outside(name, tensor)`` answer whoever reads a parameter of ``module`` while it is not ``inside``.
 
-    With ``listed`` it also answers whoever lists them.
+    With ``listed`` it also answers whoever lists them. Modules of one class get one class together, kept in ``kinds``:
+    Python finds the attributes of a few classes fast.
 
     >>> layer = nn.Linear(2, 2)
-    >>> watch_reads(layer, lambda: False, lambda name, tensor: torch.zeros_like(tensor))
+    >>> watch_reads(layer, lambda: False, lambda name, tensor: torch.zeros_like(tensor), {})
     >>> float(layer.weight.sum()), type(layer).__name__
     (0.0, 'Linear')
     """
     kind = type(module)
-    names = [name for name in own_parameters(module) if name.isidentifier()]
-
-    def shown(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
-        found = outside(name, tensor)
-        if isinstance(found, Rewritten):
-            found.owner = id(module), name
-            # ``get_parameter`` gives nothing but parameters, and those of a class of their own by a mark.
-            found._is_param = listed  # pyright: ignore[reportAttributeAccessIssue]
-        return found
-
-    reading: dict[str, Any] = {}
-    if listed:
-        reading = {"_parameters": _listing(inside, shown), "_apply": _apply_to_own}
-    reading |= {name: _property(name, inside, shown) for name in names}
-    namespace = {**reading, "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    module.__class__ = type(kind.__name__, (kind,), {**namespace, ORIGINAL: kind})
+    names = tuple(name for name in own_parameters(module) if name.isidentifier())
+    if (kind, names, listed) not in kinds:
+        reading: dict[str, Any] = {"_parameters": _listing(), "_apply": _apply_to_own} if listed else {}
+        reading |= {name: _property(name, listed) for name in names}
+        about = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+        kinds[kind, names, listed] = type(kind.__name__, (kind,), {**about, **reading, ORIGINAL: kind})
+    vars(module)[WATCHED] = inside, outside
+    module.__class__ = kinds[kind, names, listed]
 
 
-Show = Callable[[nn.Module, str, Tensor], Tensor]
+def _shown(module: nn.Module, name: str, tensor: Tensor, listed: bool) -> Tensor:
+    """What who reads the parameter from outside is given."""
+    found = module.__dict__[WATCHED][1](name, tensor)
+    if isinstance(found, Rewritten):
+        found.owner = id(module), name
+        # ``get_parameter`` gives nothing but parameters, and those of a class of their own by a mark.
+        found._is_param = listed  # pyright: ignore[reportAttributeAccessIssue]
+    return found
 
 
-def _property(name: str, inside: Callable[[], bool], shown: Show) -> property:
+def _property(name: str, listed: bool) -> property:
     def read(module: nn.Module) -> Any:
         tensor = held(module, name)
-        return tensor if tensor is None or inside() else shown(module, name, tensor)
+        return tensor if tensor is None or module.__dict__[WATCHED][0]() else _shown(module, name, tensor, listed)
 
     def write(module: nn.Module, value: Any) -> None:
         _table(module, name)[name] = put_back(module, name, value)
@@ -241,12 +249,12 @@ class Listed(dict[str, Any]):
     update, setdefault = MutableMapping.update, MutableMapping.setdefault
 
 
-def _listing(inside: Callable[[], bool], shown: Show) -> property:
+def _listing() -> property:
     def read(module: nn.Module) -> dict[str, Any]:
         own = own_table(module)
-        if inside():
+        if module.__dict__[WATCHED][0]():
             return own
-        return Listed(module, {name: t if t is None else shown(module, name, t) for name, t in own.items()})
+        return Listed(module, {name: t if t is None else _shown(module, name, t, True) for name, t in own.items()})
 
     def write(module: nn.Module, value: dict[str, Any]) -> None:
         module.__dict__["_parameters"] = value
@@ -268,6 +276,9 @@ def _apply_to_own(module: Any, fn: Any, recurse: bool = True) -> nn.Module:
 
 KEPT = "_funcdelta_kept"
 """Where a module of a view has the names of its parameters, of which it holds the frozen ones as plain attributes."""
+
+WATCHED = "_funcdelta_watched"
+"""Where it has who answers for them: whether its own forward runs, and what everybody else is given."""
 
 ORIGINAL = "_funcdelta_original"
 """Where a class that was made of a module's class has that one."""

@@ -1,4 +1,4 @@
-"""Rows of inputs: which axis of every input counts them, read off the inputs themselves; and joining and picking them.
+"""Rows of inputs: which axis of every input counts them, read off the inputs themselves; and picking them.
 
 Every tensor has a say: the sizes of their rows' axes agree, but for single rows, which stand for all. Where they do
 not agree (fewer images than texts, tokens in one flat list) nothing is guessed: the reading says so, and only the fold
@@ -154,26 +154,6 @@ def _counts_up(leaf: Tensor) -> bool:
 
 
 # -- rows of one leaf: a tensor, a numpy array, a list with one entry a row, a cache -----------------------------------
-
-
-def join_members(leaf: Any, axis: int, n: int, b: int, mapped: bool) -> Any:
-    """All members' rows on one axis: (…, b, …), or (n, …, b, …) where it is ``mapped``, to (…, n·b, …).
-
-    A single row of a member stands for all of its rows.
-
-    >>> join_members(torch.tensor([5, 6]), 0, 2, 2, mapped=False), join_members(["a", "b"], 0, 2, 2, mapped=False)
-    (tensor([5, 6, 5, 6]), ['a', 'b', 'a', 'b'])
-    """
-    if isinstance(leaf, list):
-        return leaf * n
-    if isinstance(leaf, np.ndarray):
-        wide = np.moveaxis(leaf, 0, axis) if mapped else np.expand_dims(leaf, axis)
-        before, after = wide.shape[:axis], wide.shape[axis + 2 :]
-        return np.broadcast_to(wide, (*before, n, b, *after)).reshape(*before, n * b, *after)
-    wide = leaf.movedim(0, axis) if mapped else leaf.unsqueeze(axis)
-    shape = list(wide.shape)
-    shape[axis], shape[axis + 1] = n, b
-    return wide.expand(shape).flatten(axis, axis + 1)
 
 
 def some_rows(leaf: Any, axis: int, b: int, which: Sequence[int]) -> Any:

@@ -35,7 +35,7 @@ from .memory import Memory
 from .opened import Opened, act
 from .outputs import apart
 from .prompt import Prompts
-from .reading import READ, own_parameters, refuse_written, rewritten_when_read, watch_reads
+from .reading import READ, Kinds, own_parameters, refuse_written, rewritten_when_read, watch_reads
 
 # torch runs these by one kernel that calls no submodule and has few derivatives, unless they have hooks.
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
@@ -82,6 +82,7 @@ class Skeleton:
         self.sharing: set[str] = set()
         self.read_outside: Callable[[str, str, Tensor], Tensor] = self._read_outside
         self._slots: dict[str, Slot] = {}
+        self.kinds: Kinds = {}
         own = ((path, vars(child)) for path, child in self.module.named_modules())
         self.hooked_backward = next(
             (p for p, v in own if v.get("_backward_hooks") or v.get("_backward_pre_hooks")), None
@@ -135,7 +136,7 @@ class Skeleton:
         opened.befores = [bound_in_both_modes(a, "before") for a in attachments if a.acts().before is not None]
         opened.afters = [bound_in_both_modes(a, "after") for a in attachments if a.acts().after is not None]
         opened.begun = begun
-        if not (opened.befores or begun) and all(bound.alone and not bound.spans for bound in opened.afters):
+        if not (opened.befores or begun) and all(b.alone and not b.spans for b in opened.afters):
             opened.quick = tuple(opened.afters)
 
     def _watch_reads(self, path: str) -> None:
@@ -145,7 +146,7 @@ class Skeleton:
             return self.read_outside(path, name, tensor)
 
         # A view lists what it holds, and shows more in its calls (:mod:`funcdelta.views.frozen`).
-        watch_reads(opened.module, lambda: opened.running > 0, outside, listed=not self._is_view)
+        watch_reads(opened.module, lambda: opened.running > 0, outside, self.kinds, listed=not self._is_view)
         if not self._is_view:  # whose modules have classes of their own as well
             opened.shown = type(opened.module)
 

@@ -19,9 +19,9 @@ from ..randomness import private_random
 from ..stacks.params import take
 from ..transforms import eager, outside_transforms
 from .call import Call, Params
-from .fold import Folded
+from .fold import Folded, members_of
 from .inputs import Inputs
-from .layout import Layout, Run, close, members_of
+from .layout import Layout, Run, close
 from .layouts import key_of, picked, probing
 from .program import Program
 from .skeleton import Skeleton

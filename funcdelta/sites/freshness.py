@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,8 +26,7 @@ HOOKS = {
     "_backward_hooks": "backward hook",
     "_backward_pre_hooks": "backward pre-hook",
 }
-SLOTS = ("_parameters", "_buffers", "_modules")
-PARTS = (*SLOTS, *HOOKS)
+PARTS = ("_parameters", "_buffers", "_modules", *HOOKS)
 SHOWN = 3
 """So many changes an error names."""
 LOOKED_AFTER = frozenset(("training", "forward", *OWN))
@@ -35,6 +34,8 @@ LOOKED_AFTER = frozenset(("training", "forward", *OWN))
 FOLLOWED = frozenset(("gradient_checkpointing", "_gradient_checkpointing_func"))
 """Attributes by which no output changes: whoever copied them copies them again."""
 NOTHING = object()
+NONE: dict[Any, Any] = {}
+"""The copy of every table that is empty."""
 LONGEST_TEXT = 60
 
 _flat = chain.from_iterable
@@ -77,7 +78,6 @@ class Fingerprint:
         self.backbone = backbone
         modules = {path: module for path, module in backbone.named_modules() if _is_plain(module)}
         self._facts = [_facts_of(path, module) for path, module in modules.items()]
-        self._attributes = [vars(module) for module in modules.values()]
         self._modules = list(modules.values())
         self._kinds = list(dict.fromkeys(map(type, self._modules)))
         named = dict(backbone.named_parameters())
@@ -104,15 +104,12 @@ class Fingerprint:
         ``True`` says that it is the same but for buffers that were replaced by others of their kind, as some models do
         in their forward: whoever copies from buffers has to look them up again.
         """
-        noted = self._attributes_noted
         try:
             # In C, and without a look at what tensors hold: identical ones are equal.
-            differs = self._now() != self._then or any(map(operator.ne, noted.now, noted.before))
+            differs = self._before != self._attributes_noted.now or self._now() != self._then
         except Exception:  # another object that cannot be compared, as tensors cannot
             differs = True
-        # What nothing had is asked faster than for what it is.
-        absent = [map(dict.get, self._attributes, repeat(part)) for part in self._unused]
-        return (differs or any(map(any, absent))) and self._look()
+        return differs and self._look()
 
     def differs_by_hooks(self, name: str) -> bool:
         """Whether nothing changed but forward hooks of that name, which came or went.
@@ -137,10 +134,8 @@ class Fingerprint:
     def _now(self) -> tuple[list[Any], ...]:
         """What is compared: lists, because those are made and compared in C."""
         return (
-            # The ids of all that modules hold, by the dicts that they have now, which may be others.
-            *[list(map(id, _flat(map(dict.values, map(part, self._attributes))))) for part in self._used_parts],
-            list(map(id, map(dict.get, self._attributes, repeat("forward")))) if self._patched else [],
             list(map(type, self._modules)),
+            list(map(id, _flat(map(dict.values, map(operator.getitem, self._owners, self._parts))))),
             list(map(_forward, self._kinds)),
             list(map(_pointer, self._parameters)),
             list(map(_strides, self._parameters)),
@@ -149,20 +144,16 @@ class Fingerprint:
             list(map(_kind, self._without_storage)),
         )
 
-    def _has(self, part: str) -> bool:
-        """Whether any module has something under a name."""
-        return any(map(dict.get, self._attributes, repeat(part)))
-
     def _settle(self) -> None:
         """Take what the backbone is now for what it has to be."""
         self._buffers = list(self.backbone.buffers())
         self._without_storage = [p for p in self._parameters if p.data_ptr() == 0]
-        self._patched = any(facts.forward is not None for facts in self._facts)
-        self._used = [part for part in PARTS if part in SLOTS or self._has(part)]
-        self._used_parts = list(map(operator.itemgetter, self._used))
-        self._unused = [part for part in HOOKS if part not in self._used]
-        if not self._patched:
-            self._unused.append("forward")
+        noted = self._attributes_noted
+        self._before = [_copied(*pair) for pair in zip(noted.now, noted.owners, strict=True)]
+        # Equal is not enough where another object may be, or the same ones in another order.
+        tables = [(vars(facts.module), part) for facts in self._facts for part in PARTS]
+        tables = [(own, part) for own, part in tables if len(own[part]) > 1 or any(map(_may_equal, own[part].values()))]
+        self._owners, self._parts = [own for own, _ in tables], [part for _, part in tables]
         self._then = self._now()
 
     def _look(self) -> bool:
@@ -346,6 +337,21 @@ def _facts_of(path: str, module: nn.Module) -> _Facts:
     own = vars(module)
     parts = {name: dict(own[name]) for name in PARTS}
     return _Facts(path, module, type(module), parts, own.get("forward"), _forward(type(module)))
+
+
+def _copied(container: Any, owner: Owner) -> Any:
+    """A copy of a container; that of a module's attributes has copies of the module's tables, whichever it has then."""
+    found = copied(container)
+    if owner.module:
+        found.update((part, dict(container[part]) or NONE) for part in PARTS if isinstance(container.get(part), dict))
+    return found
+
+
+def _may_equal(value: Any) -> bool:
+    """Whether another object may be equal to this one: a tensor of one number, what has an equality of its own."""
+    if type(value) in (Tensor, nn.Parameter, nn.Buffer):
+        return value.numel() == 1
+    return isinstance(value, Tensor) or type(value).__eq__ is not object.__eq__
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import copy
 import enum
+import functools
 import operator
 import pickle
 import random
@@ -211,7 +212,8 @@ def is_private(value: Any) -> bool:
     >>> is_private(torch.Generator()), is_private(types.SimpleNamespace())
     (True, False)
     """
-    return type(value).__module__.partition(".")[0] in PRIVATE
+    kind = value.func if isinstance(value, functools.partial) else type(value)
+    return (getattr(kind, "__module__", None) or "").partition(".")[0] in PRIVATE
 
 
 def copied(container: Any) -> Any:
@@ -220,7 +222,7 @@ def copied(container: Any) -> Any:
     >>> copied(collections.OrderedDict(a=1))
     OrderedDict([('a', 1)])
     """
-    return dict(container) if type(container) is dict else copy.copy(container)
+    return container.copy() if type(container) is dict else copy.copy(container)
 
 
 def differ(now: Any, before: Any) -> bool:

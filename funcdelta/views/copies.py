@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ParamsError
-from ..run.reading import KEPT
+from ..run.reading import KEPT, WATCHED
 from ..sites.noted import FUNCTIONS, OWN, PLAIN
 from .frozen import ABOUT, BUFFERS, MOVED, PATH, Leaves, original_kind
 
-OF_VIEWS = {KEPT, BUFFERS, PATH, MOVED, ABOUT, "forward"} | OWN - {"training"}
+OF_VIEWS = {KEPT, WATCHED, BUFFERS, PATH, MOVED, ABOUT, "forward"} | OWN - {"training"}
 """Attributes that every view has of its own."""
 
 Born = dict[str, tuple[dict[str, Any], dict[str, frozenset[int]], frozenset[str]]]
@@ -211,7 +211,7 @@ def part_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     kind = original_kind(type(module))
     made = memo[id(module)] = kind.__new__(kind)
     held = {*kept, *own.get(BUFFERS, ())}
-    rest = {k: v for k, v in own.items() if k not in held and k not in (KEPT, BUFFERS, PATH, MOVED)}
+    rest = {k: v for k, v in own.items() if k not in held and k not in (KEPT, WATCHED, BUFFERS, PATH, MOVED)}
     vars(made).update(copy.deepcopy(rest, memo))
     made._parameters = dict.fromkeys(kept)
     for _, name, tensor, frozen in held_by(module):

@@ -94,7 +94,7 @@ def lower_reads(skeleton: Skeleton, ends: Iterable[str]) -> None:
             found = skeleton.read_outside(path, name, tensor)
             return found if found.dtype == dtype else found.to(dtype)
 
-        watch_reads(opened.module, lambda opened=opened: opened.running > 0, outside)
+        watch_reads(opened.module, lambda opened=opened: opened.running > 0, outside, skeleton.kinds)
 
 
 def follow_dtypes(skeleton: Skeleton, module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
