@@ -7,7 +7,7 @@ A row by itself is what a row means. Where one cannot run alone, for some input 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,9 +110,8 @@ def _by_member(inputs: Inputs, members: Sequence[int], run: Run) -> Any:
 
     runs = [_one(inputs, first[member], run) for member in order]
     for i in {i for one in runs for i in one.written}:
-        whole = inputs.leaves[i]
-        assert isinstance(whole, Tensor)
-        made: list[Tensor] = [one.written.get(i, whole) for one in runs]
+        whole: Tensor = inputs.leaves[i]
+        made = [one.written.get(i, whole) for one in runs]
         picked = pick(made, inputs.row_axis[i]) if i in inputs.row_axis else made[-1]
         if picked is not None:
             whole.copy_(picked)
@@ -144,8 +143,8 @@ def _together(inputs: Inputs, runs: list[One], join: Join) -> Any:
     for at, cache in enumerate(kept):
         vars(cache).update(vars(_joined([one.caches[at] for one in runs], join, type(cache).__name__)))
     of = {id(own): cache for one in runs for own, cache in zip(one.caches, kept, strict=True)}
-    first: Any = runs[0].output
-    if not isinstance(first, Mapping) or any(set(one.output) != set(first) for one in runs):
+    first = runs[0].output
+    if not isinstance(first, MutableMapping) or any(set(one.output) != set(first) for one in runs):
         return _field([one.output for one in runs], join, of, "of the model")
     made: dict[Any, Any] = {}
     for name in first:
