@@ -26,11 +26,12 @@ from .inputs import Inputs
 from .layout import Layout, LayoutMismatchError, close, members_of
 from .layouts import key_of, layout_of, learned_anew
 from .outputs import apart, check_visible, flatten, stack_members
-from .probe import OTHER_ENGINES, undisturbed
+from .probe import OTHER_ENGINES
 from .program import Program
 from .single import call_single
 from .trunk import TRUNK, WORTH, Trunk, install
 from .trunk_probe import trunk_for
+from .undisturbed import undisturbed
 
 ATTEMPTS = 6
 """How often a layout is learned anew for one call: layers that are skipped at random may each be missed once."""

@@ -17,9 +17,10 @@ from ..transforms import current_transform
 from .call import Params
 from .inputs import Arguments, Inputs
 from .layout import Layout
-from .probe import OTHER_ENGINES, Facts, learn, undisturbed
+from .probe import OTHER_ENGINES, Facts, learn
 from .program import Program, program_of
 from .rows import rows_of_cache, sizes
+from .undisturbed import undisturbed
 from .values import MANY, Deciding, can_decide
 
 _requires_grad = attrgetter("requires_grad")

@@ -24,22 +24,18 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import EngineError, FoldError, FuncdeltaError
-from ..functional.dropout import dropout
 from ..match import within
 from ..planning.sharing import expand_stack
 from ..pytrees.opaque import spare, tensors_in
-from ..randomness import Generators, PrivateRandom
 from ..structures.rowwise import is_rowwise
-from ..transforms import eager, outside_transforms
+from ..transforms import eager
 from .backward import check_backward, grown, roots, written_in_python
 from .call import TENSOR, Call, Params
 from .containers import is_cache
@@ -49,6 +45,7 @@ from .outputs import flatten
 from .program import Program
 from .skeleton import Skeleton
 from .tracking import DRAWN, MIXED, Readings, Rows, Tracking
+from .undisturbed import beside, undisturbed
 from .values import held
 
 MEMBERS = 2
@@ -60,60 +57,6 @@ UNCLEAR = (MIXED, DRAWN)
 
 Picked = Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]
 """``pick(0)``: the inputs of one member, ``pick(0, 1)``: of two, folded; with the places of those that have rows."""
-
-
-class WithoutDropout(TorchFunctionMode):
-    """Turns dropout off inside the block: the probe compares values, and masks differ with the batch size."""
-
-    OFF: ClassVar = {
-        *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),
-        *(F.alpha_dropout, F.feature_alpha_dropout, torch.dropout, dropout),
-    }
-    CHANGED: ClassVar = {F.multi_head_attention_forward, F.scaled_dot_product_attention}
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func not in self.OFF and func not in self.CHANGED:
-            return func(*args, **(kwargs or {}))
-        kwargs = dict(kwargs or {})
-        if func in self.OFF:
-            return args[0] if args else kwargs["input"]
-        if func is F.multi_head_attention_forward:
-            kwargs["training"] = False
-        if func is F.scaled_dot_product_attention:
-            kwargs["dropout_p"] = 0.0
-            args = args[:4] + ((0.0, *args[5:]) if len(args) > 4 else ())
-            if len(args) > 4:
-                del kwargs["dropout_p"]
-        return func(*args, **kwargs)
-
-
-class EagerRandom(PrivateRandom):
-    """The same where nothing is compiled: torch would wrap each operation, at as much time as many take."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
-
-    __torch_dispatch__ = PrivateRandom.__dict__["__torch_dispatch__"].__wrapped__
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """A block that runs beside everything else: no transform, no dropout, no global random numbers.
-
-    Whether gradients are wanted stays as it is, for models may ask; nothing in the block requires any.
-    """
-    wanted = torch.is_grad_enabled()
-    with (
-        torch.inference_mode(False),
-        outside_transforms(),
-        torch.set_grad_enabled(wanted),
-        WithoutDropout(),
-        EagerRandom(Generators(0)),
-    ):
-        yield
 
 
 @dataclass(frozen=True)
@@ -196,6 +139,7 @@ class Probe:
         self.idle: set[str] = set()
         self.reads: dict[str, str] = {}
         self.sites: dict[str, list[Hidden]] = {}
+        self.noted: list[str] = []
         self.runs: dict[str, Run] = {}
         self.folding = False
 
@@ -220,7 +164,7 @@ class Probe:
         self._check_threads()
         runs = {path: run for path, run in self.runs.items() if run.visits or not self._is_inside_loop(path)}
         layout = Layout(
-            {path: tuple(visits) for path, visits in self.sites.items()},
+            {path: tuple(visits) for path, visits in self.sites.items() if visits},
             runs,
             dims,
             tuple(names),
@@ -264,7 +208,7 @@ class Probe:
         """The leaves of the folded output, and the axis of rows of each."""
         self.folding = True
         try:
-            with undisturbed():
+            with beside():
                 args, kwargs, members = self._marked(args, kwargs)
                 call = Call(members, lift=self.lift, runs=self.runs, watch=self)
                 with self.tracking, Readings(self.tracking):
@@ -464,7 +408,7 @@ class Probe:
         error: Exception | None = None
         output: Any = None
         self.stack.append(visit)
-        before = {path: list(visits) for path, visits in self.sites.items()}, dict(self.runs)
+        noted, runs = len(self.noted), dict(self.runs)
         try:
             if trusted and not any(within(run, path) for run in self.runs):
                 with self.tracking.pause():
@@ -490,7 +434,9 @@ class Probe:
             visit.reason = f"{path or 'the model'} mixes rows of several members ({visit.mixing})"
         self.why = self.why or visit.reason
         if visit.clean and path != self.entry:
-            self.sites, runs = before
+            for site in self.noted[noted:]:
+                self.sites[site].pop()
+            del self.noted[noted:]
             self.runs.clear()
             self.runs.update(runs)
             try:
@@ -627,6 +573,7 @@ class Probe:
     def site(self, site: str, x: int | None, y: int | None) -> None:
         """One call of a site."""
         self.sites.setdefault(site, []).append(Hidden(x, y))
+        self.noted.append(site)
 
     def read(self, site: str) -> None:
         """Who reads a tensor of a site outside of its own forward: the innermost module at work."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 Known = TypeVar("Known")
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a tensor lies in its storage.
 
     >>> Place.of(torch.zeros(4, 3)[1:])
@@ -33,7 +32,7 @@ class Place:
     @classmethod
     def of(cls, tensor: Tensor) -> Place:
         """The place of ``tensor``."""
-        return cls(int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()))
+        return cls(tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
 
 
 def same_axis(place: Place, axis: int, other: Place) -> int | None:
@@ -52,7 +51,7 @@ def same_axis(place: Place, axis: int, other: Place) -> int | None:
     return fits[0] if (high - low) // step % size == 0 else None
 
 
-@dataclass
+@dataclass(slots=True)
 class _Block(Generic[Known]):
     """One storage; the weak reference keeps its address from being given to another."""
 
@@ -74,6 +73,7 @@ class Storages(Generic[Known]):
 
     def __init__(self) -> None:
         self._blocks: dict[int, _Block[Known]] = {}
+        self.has_inputs = self._has_spoiled = False
 
     def __deepcopy__(self, memo: Any) -> Storages[Known]:
         return self  # a second owner of the same weak references would free them twice
@@ -101,6 +101,7 @@ class Storages(Generic[Known]):
             block = self._block(tensor, new=True)
             if block is not None:
                 block.inputs |= inputs
+                self.has_inputs |= bool(inputs)
 
     def written(self, tensor: Tensor, spoils: bool) -> None:
         """A tensor has been written: all of its storage is as new, or nothing is clear there from now on."""
@@ -113,6 +114,7 @@ class Storages(Generic[Known]):
                 block.places.clear()
                 block.inputs = frozenset()
             block.spoiled = spoils or (block.spoiled and not whole)
+            self._has_spoiled |= block.spoiled
 
     def inputs(self, tensor: Tensor) -> frozenset[int]:
         """The inputs that anything in the storage comes from."""
@@ -122,6 +124,8 @@ class Storages(Generic[Known]):
 
     def spoiled(self, tensor: Tensor) -> bool:
         """Whether something unclear was written into the storage."""
+        if not self._has_spoiled:
+            return False
         with torch._C.DisableTorchFunction():
             block = self._block(tensor)
             return block is not None and block.spoiled
@@ -142,8 +146,8 @@ class Storages(Generic[Known]):
             if place in block.places:
                 return block.places[place]
             noted = [(other, known) for other, known in block.places.items() if matters(known)]
-            carried = [carry(other, known, place) for other, known in noted]
-            found = {known for known in carried if known is not None}
             if not noted:
                 return None
+            carried = [carry(other, known, place) for other, known in noted]
+            found = {known for known in carried if known is not None}
             return found.pop() if len(found) == 1 else unclear
