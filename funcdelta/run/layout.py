@@ -69,6 +69,8 @@ class Layout:
         outputs: of the leaves of the model's output.
         names: what these leaves are called.
         unused: modules with leaves of the members' own that are not called; where one is, nothing is known.
+        draws: whether random numbers were drawn, or would have been but for dropout that was off.
+        compared: whether it was seen, as it was learned, that members give in one batch what each gives alone.
     """
 
     sites: Mapping[str, tuple[Hidden, ...]] = field(default_factory=dict)
@@ -76,6 +78,8 @@ class Layout:
     outputs: Dims = ()
     names: tuple[str, ...] = ()
     unused: frozenset[str] = frozenset()
+    draws: bool = False
+    compared: bool = False
 
     def site(self, path: str, index: int | None) -> Hidden:
         """The axes at the ``index``-th call of the site at ``path``; ``None``: at every one."""
@@ -92,7 +96,7 @@ class Layout:
         runs = {**other.runs, **{path: run for path, run in self.runs.items() if path not in other.runs}}
         # What ran alone in one of them, ran inside of a module of the other that does, or is still unknown.
         unused = frozenset(path for path in self.unused & other.unused if path not in runs)
-        return replace(other, sites=sites, runs=runs, unused=unused)
+        return replace(other, sites=sites, runs=runs, unused=unused, draws=self.draws or other.draws)
 
 
 def _visit(known: tuple[Any, ...], path: str, index: int | None) -> Any:

@@ -80,27 +80,37 @@ class Facts:
 @eager
 def learn(
     program: Program,
-    present: frozenset[str],
+    members: Params,
     one: list[tuple[tuple[Any, ...], dict[str, Any]]],
     together: tuple[tuple[Any, ...], dict[str, Any]],
     facts: Facts,
     entry: str,
     read: set[int],
+    compare: bool,
 ) -> Layout:
     """The layout of the inputs of two members: ``one[i]`` those of each alone, ``together`` those of both folded.
 
     The module at ``entry`` is what is called. In ``read`` the places of inputs without rows are put whose values
-    Python reads: with other values the layout may be another, or none.
+    Python reads: with other values the layout may be another, or none. Whether to ``compare`` outputs: a caller that
+    does so itself, with all rows at hand, spares two runs wherever nothing runs once per member.
 
     Raises :class:`FoldError` where the members cannot share a batch, with the place and the reason.
     """
     skeleton = program.skeletons.get(program.training)
     with undisturbed():
-        members = expand_stack(program.plan.shared, program.random_members(MEMBERS, present))
-    probe = Probe(program.plan, skeleton, members, entry, facts, read)
+        members = expand_stack(program.plan.shared, members)
     clean, skeleton.clean = skeleton.clean, False
+
+    def probe() -> Probe:
+        return Probe(program.plan, skeleton, members, entry, facts, read)
+
     try:
-        return probe.learn(one, together)
+        if not (compare or program.plan.owners(members)):
+            try:
+                return probe().learn(spare(one), spare(together), alone_first=False)
+            except (AloneFirst, Exception):  # said better, or done, with what a member's run alone tells
+                skeleton.settle()
+        return probe().learn(one, together)
     except FoldError as error:
         # Rows that are routed run one after the other instead.
         advice = "" if entry or facts.rows_are_members or "engine=" in str(error) else f" {OTHER_ENGINES}"
@@ -110,6 +120,10 @@ def learn(
     finally:
         skeleton.settle()
         skeleton.clean = clean
+
+
+class AloneFirst(BaseException):
+    """What runs once per member can be told after a member has run alone; no model catches this."""
 
 
 class Visit:
@@ -130,6 +144,7 @@ class Probe:
         self.facts, self.rows, self.rows_are_members = facts, facts.rows, facts.rows_are_members
         self.lift = Folded(MEMBERS, self.rows)
         self.tracking = Tracking(MEMBERS, self._on_read, self._on_mix, self.rows, read.update)
+        self.readings = Readings(self.tracking)
         self.thread = threading.get_ident()
         self.elsewhere: str | None = None
         self.roots: dict[str, Tensor] = {}
@@ -141,35 +156,36 @@ class Probe:
         self.sites: dict[str, list[Hidden]] = {}
         self.noted: list[str] = []
         self.runs: dict[str, Run] = {}
-        self.folding = False
+        self.folding = self.knows_alone = False
 
     # -- the three steps -------------------------------------------------------------------------------------------
 
-    def learn(self, one: Any, together: Any) -> Layout:
-        """The layout; see :func:`learn`."""
+    def learn(self, one: Any, together: Any, alone_first: bool = True) -> Layout:
+        """The layout; see :func:`learn`. Without ``alone_first`` step 2 is the only one."""
         once_more = [spare(own) for own in one] if self.facts.backward else []
-        again = spare(one[0]) if self.plan.owners(self.members) else None
+        alone: list[Any] = []
         with self._watched_modules():
-            alone = [self._alone(i, one[i]) for i in range(MEMBERS)]
-        names = _names(alone[0])
-        for name, leaf in zip(names, flatten(alone[0])[0], strict=True):
-            if isinstance(leaf, Tensor) and leaf.ndim == 0:
-                raise FoldError(scalar_message(name))
-        self.runs = self.owners(lambda keys: self._is_used(keys, again, alone[0]))
+            if alone_first:
+                again = spare(one[0]) if self.plan.owners(self.members) else None
+                alone = [self._alone(i, one[i]) for i in range(MEMBERS)]
+                _refuse_scalars(alone[0])
+                self.knows_alone = True
+                self.runs = self.owners(lambda keys: self._is_used(keys, again, alone[0]))
         for path in self.runs:
             self.skeleton.open(path)
-        args, kwargs = together
         with self._watched_modules():
-            found, dims = self._folded(args, kwargs)
+            names, found, dims = self._folded(*together)
         self._check_threads()
         runs = {path: run for path, run in self.runs.items() if run.visits or not self._is_inside_loop(path)}
         layout = Layout(
             {path: tuple(visits) for path, visits in self.sites.items() if visits},
             runs,
             dims,
-            tuple(names),
+            names,
             # Within a module that runs once per member others act there; in the batch they would not.
             frozenset(path for path in (*self.idle, *self.plan.owners(self.members)) if path not in runs),
+            self.tracking.drew or self.readings.count > 0,
+            alone_first,
         )
         self._compare(alone, found, layout)
         if self.facts.backward:
@@ -204,14 +220,14 @@ class Probe:
         finally:
             self.skeleton.settle()
 
-    def _folded(self, args: Any, kwargs: Any) -> tuple[list[Any], tuple[int | None, ...]]:
-        """The leaves of the folded output, and the axis of rows of each."""
+    def _folded(self, args: Any, kwargs: Any) -> tuple[tuple[str, ...], list[Any], tuple[int | None, ...]]:
+        """The leaves of the folded output, with their names, and the axis of rows of each."""
         self.folding = True
         try:
             with beside():
                 args, kwargs, members = self._marked(args, kwargs)
                 call = Call(members, lift=self.lift, runs=self.runs, watch=self)
-                with self.tracking, Readings(self.tracking):
+                with self.tracking, self.readings:
                     output = self.skeleton.run(self.entry, {}, args, kwargs, call)
         except FuncdeltaError:
             raise
@@ -219,15 +235,16 @@ class Probe:
             raise FoldError(f"Two members in one batch fail: {error}") from error
         finally:
             self.folding = False
-        found, _ = flatten(output)
+        _refuse_scalars(output)
+        found, names = flatten(output)[0], _names(output)
         dims: list[int | None] = []
-        for name, leaf in zip(_names(output), found, strict=True):
+        for name, leaf in zip(names, found, strict=True):
             tag = self.tracking.of(leaf) if isinstance(leaf, Tensor) else None
             if tag in UNCLEAR or (tag is not None and tag.outer != 1):
                 reason = self.reason()
                 raise FoldError(f"The output {name} mixes rows of several members{reason}.")
             dims.append(None if tag is None else tag.axis)
-        return found, tuple(dims)
+        return tuple(names), found, tuple(dims)
 
     def _marked(self, args: Any, kwargs: Any) -> tuple[Any, Any, Params]:
         """Private copies of the inputs and the members, for a call may change the ones and notes are made on both."""
@@ -270,7 +287,7 @@ class Probe:
                         )
                 elif self.rows_are_members and is_cache(leaf):
                     self._compare_caches(name, leaf, expected, i)
-                elif not isinstance(leaf, Tensor) and _unequal(leaf, expected):
+                elif not isinstance(leaf, Tensor) and unequal(leaf, expected):
                     raise FoldError(f"The output {name} is {leaf!r} for two members and {expected!r} for one.")
 
     def _compare_caches(self, name: str, cache: Any, expected: Any, member: int) -> None:
@@ -477,6 +494,8 @@ class Probe:
 
     def _each(self, path: str, forward: Any, args: Any, kwargs: Any, whole: Any, why: str) -> Any:
         """The module once per member, each with its own rows; noted as a run of the layout."""
+        if not self.knows_alone:
+            raise AloneFirst
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tags = [self.tracking.of(t) or self._constant_rows(t) if isinstance(t, Tensor) else None for t in leaves]
         inside = [a for a in self.plan.all() if a.among(self.members) and self._acts_inside(a, path, itself=True)]
@@ -516,7 +535,7 @@ class Probe:
         for place, parts in enumerate(zip(*flat, strict=True)):
             first = parts[0]
             if not isinstance(first, Tensor):
-                if any(_unequal(first, other) for other in parts[1:]):
+                if any(unequal(first, other) for other in parts[1:]):
                     raise FoldError(f"{path} returns {first!r} for one member and {parts[1]!r} for another.")
                 joined.append(first)
                 continue
@@ -577,6 +596,8 @@ class Probe:
 
     def read(self, site: str) -> None:
         """Who reads a tensor of a site outside of its own forward: the innermost module at work."""
+        if not self.knows_alone and self.folding:
+            raise AloneFirst
         if not self.folding:
             reader = self.stack[-1].path if self.stack else ""
             if site in self.reads:
@@ -660,6 +681,12 @@ class _Called:
         return forward(*args, **kwargs)
 
 
+def _refuse_scalars(output: Any) -> None:
+    for name, leaf in zip(_names(output), flatten(output)[0], strict=True):
+        if isinstance(leaf, Tensor) and leaf.ndim == 0:
+            raise FoldError(scalar_message(name))
+
+
 def _names(output: Any) -> list[str]:
     return [place or "of the model" for place in flatten(output)[1].places()]
 
@@ -684,7 +711,12 @@ def _axis_of_rows(part: Tensor, whole: Any, entered: list[tuple[int, int]]) -> i
     return None
 
 
-def _unequal(a: Any, b: Any) -> bool:
+def unequal(a: Any, b: Any) -> bool:
+    """Whether two leaves of outputs that are no tensors differ.
+
+    >>> unequal(1, 1), unequal(1, True)
+    (False, True)
+    """
     try:
         return type(a) is not type(b) or bool(a != b)
     except Exception:  # what cannot be compared is another thing

@@ -23,7 +23,7 @@ from ..errors import EngineError, EngineWarning, FoldError, FuncdeltaError, Para
 from ..planning.sharing import expand_stack
 from ..pytrees.opaque import holds_tensors, spare
 from ..run.call import Call
-from ..run.engines import ATTEMPTS
+from ..run.first_time import ATTEMPTS
 from ..run.fold import Folded
 from ..run.forward import without_cache
 from ..run.inputs import Inputs
