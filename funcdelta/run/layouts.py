@@ -21,7 +21,7 @@ from .moved import moved_apart
 from .probe import OTHER_ENGINES, Facts, learn
 from .program import Program, program_of
 from .rows import rows_of_cache, sizes
-from .undisturbed import undisturbed
+from .undisturbed import beside, undisturbed
 from .values import MANY, Deciding, can_decide
 
 _requires_grad = attrgetter("requires_grad")
@@ -142,7 +142,8 @@ def _learn(
     ends = (0, first), (0 if by_row else inputs.n - 1, last)
     with undisturbed():
         one, together = [picked(inputs, end) for end in ends], picked(inputs, *ends)
-        members = moved_apart(stack, program.plan.constants, [0, -1])
+    with beside():
+        members = moved_apart(stack, program.plan.constants, ends=True)
     deciding = [i for i, leaf in enumerate(inputs.leaves) if i not in inputs.row_axis and can_decide(leaf)]
     facts = Facts(inputs.row_axis, tuple(deciding), len(first), by_row, backward)
     return learn(program, members, one, together, facts, entry, read, compare)

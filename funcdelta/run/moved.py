@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -17,18 +17,19 @@ APART = 0.05
 """How far members have to be from each other, in every leaf and in their outputs, for a mix of them to show."""
 
 
-def moved_apart(
-    stack: Mapping[str, Tensor], constants: Iterable[str], which: Sequence[int] | None = None
-) -> dict[str, Tensor]:
-    """The members ``which`` of a stack (``None``: all), each moved in one direction by a length of its own.
+def moved_apart(stack: Mapping[str, Tensor], constants: Iterable[str], ends: bool = False) -> dict[str, Tensor]:
+    """All members of a stack, or the first and the last, each moved in one direction by a length of its own.
 
-    >>> moved = moved_apart({"a": torch.zeros(5, 4), "scale": torch.ones(5)}, ["scale"], [0, 4])
+    >>> moved = moved_apart({"a": torch.zeros(5, 4), "scale": torch.ones(5)}, ["scale"], ends=True)
     >>> moved["a"].shape, moved["scale"], bool((moved["a"][0] == -0.5 * moved["a"][1]).all())
     (torch.Size([2, 4]), tensor([1., 1.]), True)
     """
     found = {name: concrete(leaf) for name, leaf in stack.items()}
-    if which is not None:
-        found = {name: torch.stack([leaf[i] for i in which]) for name, leaf in found.items()}
+    if ends:
+        found = {
+            name: leaf[:: len(leaf) - 1] if len(leaf) > 1 else leaf.expand(2, *leaf.shape[1:])
+            for name, leaf in found.items()
+        }
     rng = torch.Generator().manual_seed(0)
     for names in _alike(found, constants):
         leaves = [found[name] for name in names]

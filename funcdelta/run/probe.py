@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 from ..errors import EngineError, FoldError, FuncdeltaError
 from ..match import within
 from ..planning.sharing import expand_stack
-from ..pytrees.opaque import spare, tensors_in
+from ..pytrees.opaque import PLAIN, spare, tensors_in
 from ..structures.rowwise import is_rowwise
 from ..transforms import eager
 from .backward import check_backward, grown, roots, written_in_python
@@ -156,6 +156,7 @@ class Probe:
         self.sites: dict[str, list[Hidden]] = {}
         self.noted: list[str] = []
         self.runs: dict[str, Run] = {}
+        self.plain_methods: set[int] = set()
         self.folding = self.knows_alone = False
 
     # -- the three steps -------------------------------------------------------------------------------------------
@@ -477,12 +478,11 @@ class Probe:
             return Rows(0) if self.tracking.uniform(value, Rows(0)) else None
 
     def _is_clean(self, args: Any, kwargs: Any) -> bool:
-        tags = [self.tracking.of(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tags = [self.tracking.of(t) for t in _tensors_of(*args, *kwargs.values())]
         return all(tag is None or (tag not in UNCLEAR and tag.outer == 1) for tag in tags)
 
     def _mixed(self, output: Any) -> bool:
-        tags = [self.tracking.of(t) for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-        return any(tag in UNCLEAR for tag in tags)
+        return any(self.tracking.of(t) in UNCLEAR for t in _tensors_of(output))
 
     def _mark_trusted(self, output: Any, args: Any, kwargs: Any) -> None:
         """Of a module known to treat rows by themselves: outputs that are as long as its rows have them there."""
@@ -582,12 +582,25 @@ class Probe:
             raise FoldError(f"{site or 'the model'} is given or returns values that mix rows of several members")
         return None if tag is None else tag.axis
 
-    def lifted(self, run: Callable[[], tuple[Tensor, int | None]]) -> tuple[Tensor, int | None]:
-        """What a method gives for all members: mapped over them, so each row is its own member's."""
-        with self.tracking.pause():
-            out, dim = run()
+    def lifted(self, run: Callable[[], tuple[Tensor, int | None]], method: Any) -> tuple[Tensor, int | None]:
+        """What a method gives for all members: mapped over them, so each row is its own member's.
+
+        Nobody looks on where the method did nothing at its first site that has to be seen.
+        """
+        if id(method) in self.plain_methods:
+            with self.tracking.off():
+                out, dim = run()
+        else:
+            before = self._special()
+            with self.tracking.pause():
+                out, dim = run()
+            if self._special() == before:
+                self.plain_methods.add(id(method))
         self.tracking.mark(out, None if dim is None else Rows(dim))
         return out, dim
+
+    def _special(self) -> tuple[int, int]:
+        return self.tracking.special, self.readings.special
 
     def site(self, site: str, x: int | None, y: int | None) -> None:
         """One call of a site."""
@@ -668,7 +681,7 @@ class _Called:
     def axis(self, site: str, value: Tensor) -> int | None:
         return None
 
-    def lifted(self, run: Callable[[], tuple[Tensor, int | None]]) -> tuple[Tensor, int | None]:
+    def lifted(self, run: Callable[[], tuple[Tensor, int | None]], method: Any) -> tuple[Tensor, int | None]:
         return run()
 
     def site(self, site: str, x: int | None, y: int | None) -> None:
@@ -679,6 +692,16 @@ class _Called:
 
     def run(self, path: str, call: Call, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return forward(*args, **kwargs)
+
+
+def _tensors_of(*values: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif not isinstance(value, PLAIN):
+            found += [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return found
 
 
 def _refuse_scalars(output: Any) -> None:

@@ -64,6 +64,9 @@ class _Block(Generic[Known]):
 class Storages(Generic[Known]):
     """What is known of tensors, by the place that they have in their storages.
 
+    Attributes:
+        has_inputs, has_spoiled: whether any storage has numbers of inputs, or something unclear in it.
+
     >>> known = Storages[str]()
     >>> x = torch.zeros(4, 3)
     >>> known.note(x, "rows")
@@ -73,7 +76,7 @@ class Storages(Generic[Known]):
 
     def __init__(self) -> None:
         self._blocks: dict[int, _Block[Known]] = {}
-        self.has_inputs = self._has_spoiled = False
+        self.has_inputs = self.has_spoiled = False
 
     def __deepcopy__(self, memo: Any) -> Storages[Known]:
         return self  # a second owner of the same weak references would free them twice
@@ -114,7 +117,7 @@ class Storages(Generic[Known]):
                 block.places.clear()
                 block.inputs = frozenset()
             block.spoiled = spoils or (block.spoiled and not whole)
-            self._has_spoiled |= block.spoiled
+            self.has_spoiled |= block.spoiled
 
     def inputs(self, tensor: Tensor) -> frozenset[int]:
         """The inputs that anything in the storage comes from."""
@@ -124,8 +127,6 @@ class Storages(Generic[Known]):
 
     def spoiled(self, tensor: Tensor) -> bool:
         """Whether something unclear was written into the storage."""
-        if not self._has_spoiled:
-            return False
         with torch._C.DisableTorchFunction():
             block = self._block(tensor)
             return block is not None and block.spoiled

@@ -18,12 +18,15 @@ it reads what comes from inputs without rows, all of them decide alike, and it i
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..randomness import Generators, ThreadMode, drawn
 from ..structures.rowwise import MASKS
@@ -35,6 +38,7 @@ from .undisturbed import WithoutDropout
 MARK = "_funcdelta_rows"
 
 NOTHING: frozenset[int] = frozenset()
+WITHOUT_ROWS = frozenset({None, DRAWN})
 
 
 class Tracking(ThreadMode):
@@ -68,7 +72,7 @@ class Tracking(ThreadMode):
         super().__init__()
         self.n, self.on_read, self.on_mix, self.on_input, self.rows = n, on_read, on_mix, on_input, rows
         self.generators = Generators(0)
-        self.paused = self.alone = 0
+        self.paused = self.alone = self.special = 0
         self.hooked = self.drew = False
         self.storages = Storages[Tag]()
 
@@ -80,7 +84,7 @@ class Tracking(ThreadMode):
 
     def of(self, tensor: Tensor) -> Tag:
         """What is known of a tensor, or of its memory."""
-        if self.storages.spoiled(tensor):
+        if self.storages.has_spoiled and self.storages.spoiled(tensor):
             return MIXED
         mark = getattr(tensor, MARK, None)
         if mark is not None and mark[0] is self and mark[1] is not None:
@@ -125,6 +129,20 @@ class Tracking(ThreadMode):
         """A block whose operations are not followed; of members that run ``alone``, what Python reads of inputs is."""
         return _Paused(self, alone)
 
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """A block that nobody looks at; operations in it take no longer than anywhere."""
+        if _get_current_dispatch_mode() is not self:  # of a mode of the model's own something is expected
+            with self.pause():
+                yield
+            return
+        with torch._C.DisableTorchFunction():
+            self.__exit__()
+            try:
+                yield
+            finally:
+                self.__enter__()
+
     # -- operations ------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(
@@ -149,6 +167,7 @@ class Tracking(ThreadMode):
     def _compute(self, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The operation itself, with random numbers of one's own."""
         if operator.draws:
+            self.special += 1
             found = drawn(operator.func, args, kwargs, self.generators)
             if found is not NotImplemented:
                 self.drew = True
@@ -159,24 +178,30 @@ class Tracking(ThreadMode):
         inputs = NOTHING.union(*map(self.inputs, given)) if self.storages.has_inputs else NOTHING
         if self.paused:
             return self._of_inputs(operator, args, kwargs, inputs)
-        name, tags = operator.name, list(map(self.of, given))
+        name, tags = operator.name, [self.of(tensor) for tensor in given]
         if name == "set_" and any(isinstance(value, torch.UntypedStorage) for value in args):
             return self._compute(operator, args, kwargs)  # what it is then is known of its storage
-        if not any(tags) or all(tag is None or tag is DRAWN for tag in tags):
+        kinds = set(tags)
+        if kinds <= WITHOUT_ROWS:
             out = self._of_inputs(operator, args, kwargs, inputs)
-            if any(tags) or operator.seeded:
+            if DRAWN in kinds or operator.seeded:
                 for result in _results(out):
                     self.mark(result, DRAWN)
             return out
         if name in READS:
             self.read(name)
             return self._compute(operator, args, kwargs)
-        with self.pause():
-            before = {id(t): t.clone() for t in _written(operator, args, kwargs)} if operator.written else {}
+        before: dict[int, Tensor] = {}
+        self.paused += 1
+        try:
+            if operator.written:
+                before = {id(t): t.clone() for t in _written(operator, args, kwargs)}
             out = self._compute(operator, args, kwargs)
             results = _results(out)
             found = self._tags(Seen(operator, args, kwargs, given, tags, results, self.n), before)
-        if MIXED in found and MIXED not in tags:
+        finally:
+            self.paused -= 1
+        if MIXED in found and MIXED not in kinds:
             self.on_mix(name)
         for result, tag in zip(results, found, strict=True):
             if id(result) in before:
@@ -185,6 +210,19 @@ class Tracking(ThreadMode):
                 self.mark(result, tag)
             if id(result) in before:
                 self._mark_base(result, tag)
+        return out
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """``F.linear``, which torch takes apart, as one operation: each row gives one. ``None``: it is not told."""
+        given = [t for t in (x, weight, bias) if t is not None]
+        if self.paused or self.storages.has_inputs or any(type(t) not in (Tensor, nn.Parameter) for t in given):
+            return None
+        tag = self.of(x)
+        if tag is None or not 0 <= tag.axis < x.ndim - 1 or any(self.of(t) is not None for t in given[1:]):
+            return None
+        with torch._C._DisableTorchDispatch():
+            out = F.linear(x, weight, bias)
+        self.mark(out, tag)
         return out
 
     def _of_inputs(self, operator: Operator, args: Any, kwargs: Any, inputs: frozenset[int]) -> Any:
@@ -239,18 +277,21 @@ class Tracking(ThreadMode):
 
     def _pointwise(self, given: list[Tensor], read: list[Tensor], tags: list[Tag], result: Tensor) -> Tag:
         """All that have rows have them on the same axis, counted from the last; the others say nothing of members."""
-        rows = [(t, tag) for t, tag in _marked(given, tags) if tag is not DRAWN]
-        places = {(result.ndim - t.ndim + tag.axis, tag.outer, t.shape[tag.axis]) for t, tag in rows}
-        if len(places) != 1:
-            return MIXED
-        axis, outer, size = next(iter(places))
-        if result.shape[axis] != size:
-            return MIXED
-        tag = Rows(axis, outer)
-        for t, known in zip(read, tags, strict=True):
-            own = axis - result.ndim + t.ndim
-            if known is None and own >= 0 and t.shape[own] == size and not self.uniform(t, Rows(own, outer)):
+        tag, size = None, 0
+        for t, own in zip(given, tags, strict=True):
+            if own is None or own is DRAWN:
+                continue
+            found = Rows(result.ndim - t.ndim + own.axis, own.outer)
+            if tag is not None and (found != tag or t.shape[own.axis] != size):
                 return MIXED
+            tag, size = found, t.shape[own.axis]
+        if tag is None or result.shape[tag.axis] != size:
+            return MIXED
+        for t, known in zip(read, tags, strict=True):
+            if known is None:
+                own = tag.axis - result.ndim + t.ndim
+                if own >= 0 and t.shape[own] == size and not self.uniform(t, Rows(own, tag.outer)):
+                    return MIXED
         return tag
 
     def uniform(self, tensor: Tensor, tag: Rows) -> bool:
@@ -397,6 +438,7 @@ class Readings(WithoutDropout):
     )
 
     NOTED: ClassVar = AWAY | HOOKS | {Tensor.__deepcopy__}
+    ANY: ClassVar = NOTED | WithoutDropout.WATCHED | {F.linear}
 
     def __init__(self, tracking: Tracking) -> None:
         super().__init__()
@@ -405,9 +447,15 @@ class Readings(WithoutDropout):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func not in self.ANY:
+            return func(*args, **(kwargs or {}))
+        tracking = self.tracking
+        if func is F.linear:
+            out = None if kwargs else tracking.linear(*args)
+            return func(*args, **(kwargs or {})) if out is None else out
         if func not in self.NOTED:
             return super().__torch_function__(func, types, args, kwargs)
-        tracking = self.tracking
+        self.special += 1
         if func in self.HOOKS:
             tracking.hooked = True
         elif func in self.AWAY and (not tracking.paused or tracking.alone):
