@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..errors import FoldError
 from ..pytrees.opaque import spare
-from ..stacks.params import take
 from ..transforms import concrete, current_transform
 from .call import Params
 from .fold import Folded
@@ -119,13 +118,13 @@ def _odd_output(
     program: Program, stack: Params, inputs: Inputs, layout: Layout, leaves: list[Any], by_row: bool
 ) -> str | None:
     """The first output (n, b, …) of a batch that is not what the first or the last member gives alone."""
-    members = {name: concrete(leaf) for name, leaf in stack.items()}
     last = (inputs.b if by_row else inputs.n) - 1
     for i in dict.fromkeys((0, last)):
         copied = inputs.copied()
         own = copied.rows([i]).shared() if by_row else copied.member(i)
+        member = {name: concrete(leaf)[i] for name, leaf in stack.items()}
         with undisturbed(layout.draws):
-            alone, _ = flatten(call_single(program, take(members, i), *spare(own)))
+            alone, _ = flatten(call_single(program, member, *spare(own)))
         if len(alone) != len(leaves):
             return "of the model"
         for name, leaf, expected in zip(layout.names, leaves, alone, strict=True):

@@ -11,7 +11,7 @@ from ..transforms import concrete
 
 SHORTEST, LONGEST = -0.05, 0.1
 LOST = 1e4
-"""A leaf with larger numbers, or with none that are numbers, tells nothing of rows: it begins at 0."""
+"""What is larger, or no number, tells nothing of rows: it begins at 0."""
 
 APART = 0.05
 """How far members have to be from each other, in every leaf and in their outputs, for a mix of them to show."""
@@ -32,16 +32,15 @@ def moved_apart(stack: Mapping[str, Tensor], constants: Iterable[str], ends: boo
         }
     rng = torch.Generator().manual_seed(0)
     for names in _alike(found, constants):
-        leaves = [found[name] for name in names]
-        largest = torch.stack(torch._foreach_norm(leaves, float("inf"))).tolist()
-        leaves = [leaf if most <= LOST else torch.zeros_like(leaf) for leaf, most in zip(leaves, largest, strict=True)]
-        # One draw for all of them: many small ones take longer than all the rest.
-        sizes, like = [leaf[0].numel() for leaf in leaves], leaves[0]
-        direction = torch.randn(sum(sizes), generator=rng, dtype=torch.float32, device="cpu").to(like)
-        lengths = torch.linspace(SHORTEST, LONGEST, len(like), dtype=torch.float64, device="cpu").to(like)
-        steps = (lengths[:, None] * direction).split(sizes, 1)
-        moved = torch._foreach_add(leaves, [step.view(leaf.shape) for step, leaf in zip(steps, leaves, strict=True)])
-        found.update(zip(names, moved, strict=True))
+        # All leaves at once: many small draws and sums take longer than all the rest.
+        shapes = [found[name].shape for name in names]
+        flat = torch.cat([found[name].reshape(shape[0], -1) for name, shape in zip(names, shapes, strict=True)], 1)
+        flat = torch.where(flat.abs() <= LOST, flat, 0)
+        direction = torch.randn(flat.shape[1], generator=rng, dtype=torch.float32, device="cpu").to(flat)
+        lengths = torch.linspace(SHORTEST, LONGEST, len(flat), dtype=torch.float64, device="cpu").to(flat)
+        flat += lengths[:, None] * direction
+        parts = flat.split([shape[1:].numel() for shape in shapes], 1)
+        found.update((name, part.reshape(shape)) for name, part, shape in zip(names, parts, shapes, strict=True))
     return found
 
 

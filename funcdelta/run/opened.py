@@ -195,7 +195,7 @@ def act(
     function, lift = bound.functions[training], call.lift
     if torch.compiler.is_compiling():
         return (function(p, *values), None) if lift is None else lift(function, p, values, dims, path)
-    versions = list(map(_version, values))
+    versions = _versions(values)
     try:
         if lift is None:
             result = function(p, *values), None
@@ -208,7 +208,7 @@ def act(
     except Exception as error:
         _note(error, path, p, values)
         raise
-    if list(map(_version, values)) != versions:
+    if _versions(values) != versions:
         raise ConfigError(
             f"The method at {path} changed a hidden value in place, which others still read: write y = y + change "
             f"instead of y += change."
@@ -222,8 +222,9 @@ def _note(error: Exception, path: str, p: Params, values: tuple[Tensor, ...]) ->
     error.add_note(f"funcdelta: at the site {path}, leaves {shapes}, hidden values {hidden}.")
 
 
-def _version(value: Tensor) -> int | None:
-    return None if is_wrapped(value) or value.is_inference() else value._version
+def _versions(values: tuple[Tensor, ...]) -> list[int | None]:
+    with torch._C.DisableTorchFunction():
+        return [None if is_wrapped(value) or value.is_inference() else value._version for value in values]
 
 
 def run_members(opened: Opened, call: Call, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

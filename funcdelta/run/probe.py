@@ -101,16 +101,20 @@ def learn(
         members = expand_stack(program.plan.shared, members)
     clean, skeleton.clean = skeleton.clean, False
 
-    def probe() -> Probe:
-        return Probe(program.plan, skeleton, members, entry, facts, read)
+    def probed(one: Any, together: Any, alone_first: bool) -> Layout:
+        probe = Probe(program.plan, skeleton, members, entry, facts, read)
+        try:
+            return probe.learn(one, together, alone_first)
+        finally:
+            probe.tracking.storages.clear()  # the probe is in a circle, which would keep all of it for long
 
     try:
         if not (compare or program.plan.owners(members)):
             try:
-                return probe().learn(spare(one), spare(together), alone_first=False)
+                return probed(spare(one), spare(together), alone_first=False)
             except (AloneFirst, Exception):  # said better, or done, with what a member's run alone tells
                 skeleton.settle()
-        return probe().learn(one, together)
+        return probed(one, together, alone_first=True)
     except FoldError as error:
         # Rows that are routed run one after the other instead.
         advice = "" if entry or facts.rows_are_members or "engine=" in str(error) else f" {OTHER_ENGINES}"
@@ -129,8 +133,10 @@ class AloneFirst(BaseException):
 class Visit:
     """One call of a module while the probe looks on."""
 
-    def __init__(self, path: str, clean: bool, rowwise: bool) -> None:
-        self.path, self.clean, self.rowwise = path, clean, rowwise
+    __slots__ = ("mixing", "path", "reason", "rowwise")
+
+    def __init__(self, path: str, rowwise: bool) -> None:
+        self.path, self.rowwise = path, rowwise
         self.reason = self.mixing = ""
 
 
@@ -161,17 +167,17 @@ class Probe:
 
     # -- the three steps -------------------------------------------------------------------------------------------
 
-    def learn(self, one: Any, together: Any, alone_first: bool = True) -> Layout:
+    def learn(self, one: Any, together: Any, alone_first: bool) -> Layout:
         """The layout; see :func:`learn`. Without ``alone_first`` step 2 is the only one."""
         once_more = [spare(own) for own in one] if self.facts.backward else []
         alone: list[Any] = []
-        with self._watched_modules():
-            if alone_first:
-                again = spare(one[0]) if self.plan.owners(self.members) else None
+        if alone_first:
+            again = spare(one[0]) if self.plan.owners(self.members) else None
+            with self._watched_modules():
                 alone = [self._alone(i, one[i]) for i in range(MEMBERS)]
-                _refuse_scalars(alone[0])
-                self.knows_alone = True
-                self.runs = self.owners(lambda keys: self._is_used(keys, again, alone[0]))
+            _refuse_scalars(alone[0])
+            self.knows_alone = True
+            self.runs = self.owners(lambda keys: self._is_used(keys, again, alone[0]))
         for path in self.runs:
             self.skeleton.open(path)
         with self._watched_modules():
@@ -403,7 +409,7 @@ class Probe:
             self.visited.add(path)
             call = self.skeleton.call
             if not self.folding or self.tracking.paused or call is None or call.lift is None:
-                self.stack.append(Visit(path, False, rowwise))
+                self.stack.append(Visit(path, rowwise))
                 try:
                     return forward(*args, **kwargs)
                 finally:
@@ -414,13 +420,13 @@ class Probe:
 
     def _visit(self, path: str, forward: Callable[..., Any], rowwise: bool, call: Call, args: Any, kwargs: Any) -> Any:
         """One call of a module in the folded run: as it is, or, where it mixes rows, once per member."""
-        visit = Visit(path, self._is_clean(args, kwargs), rowwise)
+        visit = Visit(path, rowwise)
         known = self.runs.get(path)
         if known is not None and known.how == "loop":
             return self._each(path, forward, args, kwargs, None, known.why)
         trusted = (
             rowwise
-            and visit.clean
+            and self._is_clean(args, kwargs)
             and not any(a.among(self.members) and any(within(end, path) for end in a.ends) for a in self.plan.all())
         )
         error: Exception | None = None
@@ -451,7 +457,7 @@ class Probe:
         if visit.mixing:
             visit.reason = f"{path or 'the model'} mixes rows of several members ({visit.mixing})"
         self.why = self.why or visit.reason
-        if visit.clean and path != self.entry:
+        if path != self.entry and self._is_clean(args, kwargs):
             for site in self.noted[noted:]:
                 self.sites[site].pop()
             del self.noted[noted:]

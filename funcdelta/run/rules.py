@@ -64,7 +64,7 @@ DYNAMIC = {"nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecu
 ELEMENTWISE = {"copy_", "fill_", "masked_fill_", "masked_fill", "where"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Seen:
     """One run of an operation: its tensors with what is known of them, its results, and how many members there are."""
 
@@ -79,7 +79,7 @@ class Seen:
     @property
     def one(self) -> Rows | None:
         """The rows of the first tensor, where no other has any."""
-        return self.tags[0] if sum(tag is not None for tag in self.tags) == 1 else None
+        return self.tags[0] if self.tags.count(None) == len(self.tags) - 1 else None
 
 
 Rule = Callable[[Seen], "list[Tag] | None"]
@@ -93,6 +93,7 @@ class Operator:
         func: itself, kept, so that its number in a table is no other's.
         draws: whether it may draw random numbers; ``seeded``: whether its results are such.
         written: the arguments that it writes into, by place and name.
+        views: whether its results lie in the memory of its operands, unwritten.
         axis: the place of its argument ``dim``.
         rule: tells where the rows of its results are, or ``None``.
     """
@@ -102,6 +103,7 @@ class Operator:
     draws: bool
     seeded: bool
     written: tuple[tuple[int, str], ...]
+    views: bool
     pointwise: bool
     dynamic: bool
     axis: int | None
@@ -125,7 +127,7 @@ def operator_of(func: Any) -> Operator:
 
 def _read(func: Any) -> Operator:
     if not isinstance(func, torch._ops.OpOverload):  # it calls functions of others, which may do anything
-        return Operator(func, str(func), False, False, (), False, True, None, None)
+        return Operator(func, str(func), False, False, (), False, False, True, None, None)
     name, arguments, tags = func._overloadpacket.__name__, func._schema.arguments, func.tags
     writes = func._schema.is_mutable
     written = [
@@ -139,6 +141,7 @@ def _read(func: Any) -> Operator:
         draws=may_draw(func),
         seeded=torch.Tag.nondeterministic_seeded in tags,
         written=tuple(written),
+        views=any(result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns),
         pointwise=torch.Tag.pointwise in tags or name in ELEMENTWISE,
         dynamic=torch.Tag.dynamic_output_shape in tags,
         axis=next((place for place, argument in enumerate(arguments) if argument.name == "dim"), None),

@@ -81,6 +81,10 @@ class Storages(Generic[Known]):
     def __deepcopy__(self, memo: Any) -> Storages[Known]:
         return self  # a second owner of the same weak references would free them twice
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self._blocks.clear()
+
     def _block(self, tensor: Tensor, new: bool = False) -> _Block[Known] | None:
         try:
             storage = tensor.untyped_storage()
@@ -96,7 +100,7 @@ class Storages(Generic[Known]):
         with torch._C.DisableTorchFunction():
             block = self._block(tensor, new=True)
             if block is not None:
-                block.places[Place.of(tensor)] = known
+                block.places[Place(tensor.storage_offset(), tensor.shape, tensor.stride())] = known
 
     def note_inputs(self, tensor: Tensor, inputs: frozenset[int]) -> None:
         """Note which inputs numbers in a tensor's storage come from."""

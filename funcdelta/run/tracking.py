@@ -96,10 +96,11 @@ class Tracking(ThreadMode):
         mark = getattr(tensor, MARK, None)
         return (mark[2] if mark is not None and mark[0] is self else NOTHING) | self.storages.inputs(tensor)
 
-    def mark(self, tensor: Tensor, tag: Tag) -> None:
-        """Note what is known of a tensor."""
+    def mark(self, tensor: Tensor, tag: Tag, memory: bool = True) -> None:
+        """Note what is known of a tensor, and of its ``memory``: there it is found by whatever else lies in it."""
         setattr(tensor, MARK, (self, tag, NOTHING))
-        self.storages.note(tensor, tag)
+        if memory:
+            self.storages.note(tensor, tag)
 
     def mark_input(self, tensor: Tensor, inputs: frozenset[int]) -> None:
         """Note that a tensor's numbers come from these inputs without rows; what else is known of it stays."""
@@ -204,11 +205,12 @@ class Tracking(ThreadMode):
         if MIXED in found and MIXED not in kinds:
             self.on_mix(name)
         for result, tag in zip(results, found, strict=True):
-            if id(result) in before:
+            written = id(result) in before
+            if written:
                 self.storages.written(result, tag is MIXED)
             if tag is not None or self.of(result) is not None:
-                self.mark(result, tag)
-            if id(result) in before:
+                self.mark(result, tag, memory=not operator.views)  # of which it is known already
+            if written:
                 self._mark_base(result, tag)
         return out
 
