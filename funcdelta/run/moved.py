@@ -27,7 +27,7 @@ def moved_apart(stack: Mapping[str, Tensor], constants: Iterable[str], ends: boo
     found = {name: concrete(leaf) for name, leaf in stack.items()}
     if ends:
         found = {
-            name: leaf[:: len(leaf) - 1] if len(leaf) > 1 else leaf.expand(2, *leaf.shape[1:])
+            name: leaf[:: n - 1] if (n := leaf.shape[0]) > 1 else leaf.expand(2, *leaf.shape[1:])
             for name, leaf in found.items()
         }
     rng = torch.Generator().manual_seed(0)
@@ -37,7 +37,7 @@ def moved_apart(stack: Mapping[str, Tensor], constants: Iterable[str], ends: boo
         flat = torch.cat([found[name].reshape(shape[0], -1) for name, shape in zip(names, shapes, strict=True)], 1)
         flat = torch.where(flat.abs() <= LOST, flat, 0)
         direction = torch.randn(flat.shape[1], generator=rng, dtype=torch.float32, device="cpu").to(flat)
-        lengths = torch.linspace(SHORTEST, LONGEST, len(flat), dtype=torch.float64, device="cpu").to(flat)
+        lengths = torch.linspace(SHORTEST, LONGEST, flat.shape[0], dtype=torch.float64, device="cpu").to(flat)
         flat += lengths[:, None] * direction
         parts = flat.split([shape[1:].numel() for shape in shapes], 1)
         found.update((name, part.reshape(shape)) for name, part, shape in zip(names, parts, shapes, strict=True))
