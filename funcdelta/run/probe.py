@@ -9,13 +9,19 @@ Two members away from their start, on a few of the rows at hand, show all that t
    taken apart, and each gets what it gets alone, by construction. Where that is the model itself, the fold is refused.
 3. The outputs of both members have to be those of step 1.
 
+Where no tensor of a module differs by member, step 2 comes first. If nothing is read outside of its module then, and
+nothing runs once per member, it has told all that step 1 would; else the probe begins again with that one. Step 3 is
+left to a caller who compares outputs himself, with all rows and the first and the last member (:mod:`.first_time`).
+
 Why this is enough. The axis of every hidden value is followed from the inputs on, by operations and not by sizes, so
 lengths that happen to be equal are not confused. An operation that takes rows of several members together is found by
 what it is, whether or not it shows in these values; so is Python that branches on values. What the watched run cannot
 see, another structure of inputs, another branch by a number, is another key (:func:`.inputs.input_key`) and is probed
-anew; and each later call checks every size before it splits. Step 3 is evidence of another kind for the same claim.
+anew; and each later call checks every size before it splits. Step 3 is evidence of another kind for the same claim:
+what hands rows on in either direction would change what the first or the last member gets.
 
-Dropout is off while a probe runs, and random numbers come from a generator of its own.
+Dropout is off while a probe runs, and random numbers come from a generator of its own. A method that did nothing with
+either at its first site, nor with hooks of the backward pass, is left alone at the others.
 """
 
 from __future__ import annotations
