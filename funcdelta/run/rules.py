@@ -82,7 +82,7 @@ class Seen:
         return self.tags[0] if self.tags.count(None) == len(self.tags) - 1 else None
 
 
-Rule = Callable[[Seen], "list[Tag] | None"]
+Rule = Callable[[Seen], Sequence[Tag] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +152,12 @@ def _read(func: Any) -> Operator:
 # -- one tensor with rows ----------------------------------------------------------------------------------------------
 
 
-def _kept(seen: Seen) -> list[Tag] | None:
+def _kept(seen: Seen) -> Sequence[Tag] | None:
     one = seen.one
     return None if one is None else [one] * len(seen.results)
 
 
-def _viewed(seen: Seen) -> list[Tag] | None:
+def _viewed(seen: Seen) -> Sequence[Tag] | None:
     one = seen.one
     return None if one is None else [reshaped(seen.given[0].shape, one, seen.n, seen.results[0].shape)]
 
@@ -179,7 +179,7 @@ def reshaped(shape: Sequence[int], tag: Rows, n: int, new: Sequence[int]) -> Row
     return MIXED
 
 
-def _moved(seen: Seen) -> list[Tag] | None:
+def _moved(seen: Seen) -> Sequence[Tag] | None:
     tag = seen.one
     if tag is None:
         return None
@@ -201,7 +201,7 @@ def _moved(seen: Seen) -> list[Tag] | None:
     return [MIXED]
 
 
-def _cut(seen: Seen) -> list[Tag] | None:
+def _cut(seen: Seen) -> Sequence[Tag] | None:
     tag = seen.one
     if tag is None:
         return None
@@ -214,7 +214,7 @@ def _cut(seen: Seen) -> list[Tag] | None:
     return [Rows(tag.axis - gone, tag.outer)] * len(seen.results)
 
 
-def _along(seen: Seen) -> list[Tag] | None:
+def _along(seen: Seen) -> Sequence[Tag] | None:
     """Of an operation along one axis: mixed if that is the axis of rows, else as before."""
     tag = seen.one
     if tag is None:
@@ -237,7 +237,7 @@ def _as_long(seen: Seen, tag: Rows) -> bool:
     return all(r.ndim == x.ndim and r.shape[tag.axis] == x.shape[tag.axis] for r in seen.results)
 
 
-def _reduced(seen: Seen) -> list[Tag] | None:
+def _reduced(seen: Seen) -> Sequence[Tag] | None:
     tag, place, x = seen.one, seen.operator.axis, seen.given[0]
     if tag is None or place is None:
         return None
@@ -249,7 +249,7 @@ def _reduced(seen: Seen) -> list[Tag] | None:
     return [tag if result.ndim == x.ndim else left for result in seen.results]
 
 
-def _normalised(seen: Seen) -> list[Tag] | None:
+def _normalised(seen: Seen) -> Sequence[Tag] | None:
     """Layer normalisation, over the last axes."""
     tag = seen.one
     if tag is None or tag.axis >= seen.given[0].ndim - len(seen.args[1]) or not _as_long(seen, tag):
@@ -260,7 +260,7 @@ def _normalised(seen: Seen) -> list[Tag] | None:
 # -- several -----------------------------------------------------------------------------------------------------------
 
 
-def _multiplied(seen: Seen) -> list[Tag] | None:
+def _multiplied(seen: Seen) -> Sequence[Tag] | None:
     at, given, tags = PRODUCTS[seen.operator.name], seen.given, seen.tags
     if len(given) != at + 2 or any(tag is not None for tag in tags[:at]) or DRAWN in tags:
         return None
@@ -274,7 +274,7 @@ def _multiplied(seen: Seen) -> list[Tag] | None:
     return [other] if one is None and other is not None and other.axis == y.ndim - 1 else None
 
 
-def _joined(seen: Seen) -> list[Tag] | None:
+def _joined(seen: Seen) -> Sequence[Tag] | None:
     """Tensors joined on another axis than that of their rows."""
     tag, x = seen.tags[0], seen.given[0]
     if tag is None or tag is DRAWN or any(other != tag for other in seen.tags):
@@ -283,12 +283,12 @@ def _joined(seen: Seen) -> list[Tag] | None:
     return None if dim == tag.axis or any(t.ndim != x.ndim for t in seen.given) else [tag]
 
 
-def _looked_up(seen: Seen) -> list[Tag] | None:
+def _looked_up(seen: Seen) -> Sequence[Tag] | None:
     """Entries of a table that has no rows."""
     return [seen.tags[1]] if len(seen.tags) == 2 and seen.tags[0] is None and seen.tags[1] is not DRAWN else None
 
 
-def _attended(seen: Seen) -> list[Tag] | None:
+def _attended(seen: Seen) -> Sequence[Tag] | None:
     """Attention over queries, keys and values of shape (rows, heads, tokens, width)."""
     rows, first = seen.given[0].shape[0], Rows(0)
     if len(seen.given) < 3 or any(t.ndim != 4 or t.shape[0] != rows for t in seen.given[:3]):

@@ -32,7 +32,7 @@ class Place(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> Place:
         """The place of ``tensor``."""
-        return cls(tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        return cls(int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
 
 
 def same_axis(place: Place, axis: int, other: Place) -> int | None:
@@ -100,7 +100,7 @@ class Storages(Generic[Known]):
         with torch._C.DisableTorchFunction():
             block = self._block(tensor, new=True)
             if block is not None:
-                block.places[Place(tensor.storage_offset(), tensor.shape, tensor.stride())] = known
+                block.places[Place(int(tensor.storage_offset()), tensor.shape, tensor.stride())] = known
 
     def note_inputs(self, tensor: Tensor, inputs: frozenset[int]) -> None:
         """Note which inputs numbers in a tensor's storage come from."""

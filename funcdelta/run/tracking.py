@@ -18,7 +18,7 @@ it reads what comes from inputs without rows, all of them decide alike, and it i
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -249,7 +249,7 @@ class Tracking(ThreadMode):
         if inputs and not _in_masks():
             self.on_input(inputs)
 
-    def _tags(self, seen: Seen, before: dict[int, Tensor]) -> list[Tag]:
+    def _tags(self, seen: Seen, before: dict[int, Tensor]) -> Sequence[Tag]:
         """Where the rows of the results are; ``before``: what those tensors held that the operation has written."""
         operator, tags, results = seen.operator, seen.tags, seen.results
         if MIXED in tags:
