@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..transforms import concrete
+
+_lists: Any = torch  # type checkers do not know its functions of lists
 
 SHORTEST, LONGEST = -0.05, 0.1
 LOST = 1e4
@@ -53,8 +56,8 @@ def are_apart(stack: Mapping[str, Tensor], constants: Iterable[str]) -> bool:
     with torch.no_grad():
         for names in _alike(stack, constants):
             first, last = [stack[name][0] for name in names], [stack[name][-1] for name in names]
-            distances = torch.stack(torch._foreach_norm(torch._foreach_sub(first, last)))
-            if not bool((distances > APART * torch.stack(torch._foreach_norm(first))).all()):
+            distances = torch.stack(_lists._foreach_norm(_lists._foreach_sub(first, last)))
+            if not bool((distances > APART * torch.stack(_lists._foreach_norm(first))).all()):
                 return False
     return True
 
