@@ -113,6 +113,60 @@ def test_a_table_read_elsewhere_runs_there_once_per_member() -> None:
     assert_close(delta.apply_many(stack, tokens, engine="fold"), one_by_one(delta, stack, tokens))
 
 
+def test_a_model_that_catches_everything_hides_nothing() -> None:
+    class Catching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.h = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            try:
+                y = self.norm(y)
+            except:  # noqa: E722
+                y = y + 1
+            return self.h(y)
+
+    delta = lora(Catching(), "a", "h").mode(train=True)
+    stack, x = random_params(delta, N), torch.randn(3, 6)
+    assert_close(delta.apply_many(stack, x, engine="fold"), one_by_one(delta, stack, x))
+    assert "norm" in delta.explain(stack, x).once_per_member
+
+
+class State:
+    """An input that is no tensor, and that a call changes."""
+
+    def __init__(self) -> None:
+        self.scale = torch.ones(())
+
+
+def test_an_object_that_the_call_changes_is_changed_once() -> None:
+    class Scaled(Between):
+        def forward(self, x: Tensor, state: State) -> Tensor:
+            state.scale = state.scale + 1
+            return super().forward(x) * state.scale
+
+    delta, state, x = lora(Scaled()), State(), torch.randn(3, 6)
+    stack = random_params(delta, N)
+    expected = torch.stack([delta.apply(fd.take(stack, i), x, State()) for i in range(N)])
+    assert_close(delta.apply_many(stack, x, state, in_dims={"state": None}, engine="fold"), expected)
+    assert float(state.scale) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_call_is_evidence_only_where_rounding_hides_no_mix(dtype: torch.dtype) -> None:
+    sizes: list[int] = []
+
+    def noted(y: Tensor) -> Tensor:
+        sizes.append(len(y))
+        return torch.tanh(y)
+
+    delta, x = lora(Between(noted).to(dtype)), torch.randn(3, 6, dtype=dtype)
+    with torch.no_grad():
+        delta.apply_many(random_params(delta, N), x, engine="fold")
+    assert sizes.count(3 * N) == (2 if dtype == torch.bfloat16 else 1)
+
+
 def test_a_scalar_output_is_named() -> None:
     class Loss(Between):
         def forward(self, x: Tensor) -> Any:

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from ..errors import FoldError
-from ..pytrees.opaque import spare
 from ..transforms import concrete, current_transform
 from .call import Params
 from .fold import Folded
 from .inputs import Inputs
-from .layout import Layout, LayoutMismatchError, close, members_of
+from .layout import Layout, LayoutMismatchError, close, members_of, tolerance_of
 from .layouts import key_of, learned_anew
 from .moved import APART, are_apart, moved_apart
 from .outputs import flatten
@@ -80,11 +79,12 @@ def _is_evidence(program: Program, stack: Params, inputs: Inputs, layout: Layout
 
 
 def _differ(leaf: Any) -> bool:
-    """Whether an output of the last member is far from that of the first."""
+    """Whether an output of the last member is far from that of the first: much more than rounding explains."""
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or not leaf.numel():
         return False
     first, last = leaf[0].detach(), leaf[-1].detach()
-    return bool((last - first).abs().max() > APART * torch.maximum(first.abs().max(), last.abs().max()))
+    far = max(APART, 16 * tolerance_of(leaf))
+    return bool((last - first).abs().max() > far * torch.maximum(first.abs().max(), last.abs().max()))
 
 
 def _check_moved(program: Program, stack: Params, inputs: Inputs, layout: Layout, by_row: bool) -> None:
@@ -96,7 +96,7 @@ def _check_moved(program: Program, stack: Params, inputs: Inputs, layout: Layout
     with undisturbed(layout.draws):
         moved = moved_apart(stack, program.plan.constants)
         copied = inputs.copied()
-        args, kwargs = spare(copied.shared() if by_row else copied.folded())
+        args, kwargs = copied.shared() if by_row else copied.folded()
         together, _ = flatten(folded_run(program, moved, layout, args, kwargs, Folded(n, rows)))
         leaves = [
             members_of(leaf, dim, n, rows, name) if isinstance(leaf, Tensor) else leaf
@@ -124,7 +124,7 @@ def _odd_output(
         own = copied.rows([i]).shared() if by_row else copied.member(i)
         member = {name: concrete(leaf)[i] for name, leaf in stack.items()}
         with undisturbed(layout.draws):
-            alone, _ = flatten(call_single(program, member, *spare(own)))
+            alone, _ = flatten(call_single(program, member, *own))
         if len(alone) != len(leaves):
             return "of the model"
         for name, leaf, expected in zip(layout.names, leaves, alone, strict=True):

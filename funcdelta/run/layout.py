@@ -157,6 +157,19 @@ def members_of(leaf: Tensor, dim: int | None, n: int, rows: int, name: str = "of
     return split_rows(leaf, dim, n, rows, f"The output {name}").movedim(dim, 0)
 
 
+def tolerance_of(*tensors: Tensor) -> float:
+    """How far tensors may be from each other that should be equal, as a share of the largest number in them.
+
+    >>> tolerance_of(torch.ones(1)) < 0.002, tolerance_of(torch.ones(1, dtype=torch.bfloat16)) > 0.3
+    (True, True)
+    """
+    kinds, device = [tensor.dtype for tensor in tensors], tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        kinds.append(torch.get_autocast_dtype(device))
+    # The square root leaves half of the digits for the kernels' different orders of summation.
+    return 4 * max(torch.finfo(kind).eps for kind in kinds) ** 0.5
+
+
 def close(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal up to the rounding that another batch size brings.
 
@@ -171,11 +184,7 @@ def close(a: Tensor, b: Tensor) -> bool:
         return torch.equal(a, b)
     if a.is_complex():
         a, b = torch.view_as_real(a), torch.view_as_real(b)
-    # The square root leaves half of the digits for the kernels' different orders of summation.
-    kinds = [a.dtype, b.dtype]
-    if torch.is_autocast_enabled(a.device.type):
-        kinds.append(torch.get_autocast_dtype(a.device.type))
-    tolerance = 4 * max(torch.finfo(kind).eps for kind in kinds) ** 0.5
+    tolerance = tolerance_of(a, b)
     a, b = a.detach().double(), b.detach().double()
     finite = a.isfinite()
     scale = a[finite].abs().max() if finite.any() else torch.ones(())

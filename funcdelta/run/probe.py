@@ -169,7 +169,7 @@ class Probe:
         self.noted: list[str] = []
         self.runs: dict[str, Run] = {}
         self.plain_methods: set[int] = set()
-        self.folding = self.knows_alone = False
+        self.folding = self.knows_alone = self.ended = False
 
     # -- the three steps -------------------------------------------------------------------------------------------
 
@@ -189,6 +189,8 @@ class Probe:
         with self._watched_modules():
             names, found, dims = self._folded(*together)
         self._check_threads()
+        if self.ended:
+            raise AloneFirst
         runs = {path: run for path, run in self.runs.items() if run.visits or not self._is_inside_loop(path)}
         layout = Layout(
             {path: tuple(visits) for path, visits in self.sites.items() if visits},
@@ -507,7 +509,7 @@ class Probe:
     def _each(self, path: str, forward: Any, args: Any, kwargs: Any, whole: Any, why: str) -> Any:
         """The module once per member, each with its own rows; noted as a run of the layout."""
         if not self.knows_alone:
-            raise AloneFirst
+            self._begin_again()
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tags = [self.tracking.of(t) or self._constant_rows(t) if isinstance(t, Tensor) else None for t in leaves]
         inside = [a for a in self.plan.all() if a.among(self.members) and self._acts_inside(a, path, itself=True)]
@@ -564,6 +566,11 @@ class Probe:
                 self.tracking.mark(joined[-1], Rows(dim))
             dims.append(dim)
         return pytree.tree_unflatten(joined, spec), tuple(dims)
+
+    def _begin_again(self) -> None:
+        """End a run that lacks what a member's run alone tells; should the model catch even this, it is known."""
+        self.ended = True
+        raise AloneFirst
 
     def _check_threads(self) -> None:
         """What runs in another thread than the call cannot be followed."""
@@ -622,7 +629,7 @@ class Probe:
     def read(self, site: str) -> None:
         """Who reads a tensor of a site outside of its own forward: the innermost module at work."""
         if not self.knows_alone and self.folding:
-            raise AloneFirst
+            self._begin_again()
         if not self.folding:
             reader = self.stack[-1].path if self.stack else ""
             if site in self.reads:
