@@ -68,8 +68,8 @@ class Watch(Protocol):
         """The axis of ``value`` that counts rows; raises ``FoldError`` where rows are mixed."""
         ...
 
-    def lifted(self, run: Callable[[], tuple[Tensor, int | None]], method: Any) -> tuple[Tensor, int | None]:
-        """What a ``method``'s function gives for all members, by construction each its own."""
+    def lifted(self, run: Callable[[], tuple[Tensor, int | None]]) -> tuple[Tensor, int | None]:
+        """What a method's function gives for all members, by construction each its own."""
         ...
 
     def site(self, site: str, x: int | None, y: int | None) -> None:

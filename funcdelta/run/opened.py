@@ -202,7 +202,7 @@ def act(
         elif call.watch is None:
             result = lift(function, p, values, dims, path)
         else:
-            result = call.watch.lifted(lambda: lift(function, p, values, dims, path), bound.attachment.config)
+            result = call.watch.lifted(lambda: lift(function, p, values, dims, path))
     except FuncdeltaError:
         raise
     except Exception as error:

@@ -20,8 +20,7 @@ see, another structure of inputs, another branch by a number, is another key (:f
 anew; and each later call checks every size before it splits. Step 3 is evidence of another kind for the same claim:
 what hands rows on in either direction would change what the first or the last member gets.
 
-Dropout is off while a probe runs, and random numbers come from a generator of its own. A method that did nothing with
-either at its first site, nor with hooks of the backward pass, is left alone at the others.
+Dropout is off while a probe runs, and random numbers come from a generator of its own.
 """
 
 from __future__ import annotations
@@ -168,7 +167,6 @@ class Probe:
         self.sites: dict[str, list[Hidden]] = {}
         self.noted: list[str] = []
         self.runs: dict[str, Run] = {}
-        self.plain_methods: set[int] = set()
         self.folding = self.knows_alone = self.ended = False
 
     # -- the three steps -------------------------------------------------------------------------------------------
@@ -601,25 +599,12 @@ class Probe:
             raise FoldError(f"{site or 'the model'} is given or returns values that mix rows of several members")
         return None if tag is None else tag.axis
 
-    def lifted(self, run: Callable[[], tuple[Tensor, int | None]], method: Any) -> tuple[Tensor, int | None]:
-        """What a method gives for all members: mapped over them, so each row is its own member's.
-
-        Nobody looks on where the method did nothing at its first site that has to be seen.
-        """
-        if id(method) in self.plain_methods:
-            with self.tracking.off():
-                out, dim = run()
-        else:
-            before = self._special()
-            with self.tracking.pause():
-                out, dim = run()
-            if self._special() == before:
-                self.plain_methods.add(id(method))
+    def lifted(self, run: Callable[[], tuple[Tensor, int | None]]) -> tuple[Tensor, int | None]:
+        """What a method gives for all members: mapped over them, so each row is its own member's."""
+        with self.tracking.pause():
+            out, dim = run()
         self.tracking.mark(out, None if dim is None else Rows(dim))
         return out, dim
-
-    def _special(self) -> tuple[int, int]:
-        return self.tracking.special, self.readings.special
 
     def site(self, site: str, x: int | None, y: int | None) -> None:
         """One call of a site."""
@@ -700,7 +685,7 @@ class _Called:
     def axis(self, site: str, value: Tensor) -> int | None:
         return None
 
-    def lifted(self, run: Callable[[], tuple[Tensor, int | None]], method: Any) -> tuple[Tensor, int | None]:
+    def lifted(self, run: Callable[[], tuple[Tensor, int | None]]) -> tuple[Tensor, int | None]:
         return run()
 
     def site(self, site: str, x: int | None, y: int | None) -> None:

@@ -18,15 +18,13 @@ it reads what comes from inputs without rows, all of them decide alike, and it i
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..randomness import Generators, ThreadMode, drawn
 from ..structures.rowwise import MASKS
@@ -72,7 +70,7 @@ class Tracking(ThreadMode):
         super().__init__()
         self.n, self.on_read, self.on_mix, self.on_input, self.rows = n, on_read, on_mix, on_input, rows
         self.generators = Generators(0)
-        self.paused = self.alone = self.special = 0
+        self.paused = self.alone = 0
         self.hooked = self.drew = False
         self.storages = Storages[Tag]()
 
@@ -130,20 +128,6 @@ class Tracking(ThreadMode):
         """A block whose operations are not followed; of members that run ``alone``, what Python reads of inputs is."""
         return _Paused(self, alone)
 
-    @contextmanager
-    def off(self) -> Iterator[None]:
-        """A block that nobody looks at; operations in it take no longer than anywhere."""
-        if _get_current_dispatch_mode() is not self:  # of a mode of the model's own something is expected
-            with self.pause():
-                yield
-            return
-        with torch._C.DisableTorchFunction():
-            self.__exit__()
-            try:
-                yield
-            finally:
-                self.__enter__()
-
     # -- operations ------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(
@@ -168,7 +152,6 @@ class Tracking(ThreadMode):
     def _compute(self, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The operation itself, with random numbers of one's own."""
         if operator.draws:
-            self.special += 1
             found = drawn(operator.func, args, kwargs, self.generators)
             if found is not NotImplemented:
                 self.drew = True
@@ -457,7 +440,6 @@ class Readings(WithoutDropout):
             return func(*args, **(kwargs or {})) if out is None else out
         if func not in self.NOTED:
             return super().__torch_function__(func, types, args, kwargs)
-        self.special += 1
         if func in self.HOOKS:
             tracking.hooked = True
         elif func in self.AWAY and (not tracking.paused or tracking.alone):

@@ -20,7 +20,6 @@ class WithoutDropout(TorchFunctionMode):
 
     Attributes:
         count: how often it would have acted.
-        special: how often it met what is watched for.
     """
 
     OFF: ClassVar = frozenset(
@@ -34,14 +33,13 @@ class WithoutDropout(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = self.special = 0
+        self.count = 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func not in self.WATCHED:
             return func(*args, **(kwargs or {}))
-        self.special += 1
         kwargs = dict(kwargs or {})
         if func in self.OFF:
             share, training = (*args[1:3], *(None, None))[:2]
