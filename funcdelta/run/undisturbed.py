@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..functional.dropout import dropout
@@ -45,7 +46,8 @@ class WithoutDropout(TorchFunctionMode):
             share, training = (*args[1:3], *(None, None))[:2]
             share = kwargs.get("p", 0.5) if share is None else share
             training = kwargs.get("training", kwargs.get("train", True)) if training is None else training
-            self.count += bool(training) and share > 0
+            # A rate may be each member's own, a tensor.
+            self.count += bool(training) and (isinstance(share, Tensor) or share > 0)
             return args[0] if args else kwargs["input"]
         if func is F.multi_head_attention_forward:
             # Its chance stands eleventh.
