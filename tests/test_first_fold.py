@@ -195,7 +195,7 @@ def test_dropout_that_acts_is_no_evidence_of_a_mix(training: bool) -> None:
 def test_a_method_that_drops_at_some_of_its_sites_alone() -> None:
     """LoRA has no dropout at a table, the first of these sites, and at the layer behind it has."""
     model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 3))
-    config = fd.LoraConfig(lora_r=2, lora_dropout=0.5, modified_modules=["0", "1"], unfrozen_modules=["deltas", "2"])
+    config = fd.LoraConfig(lora_r=2, lora_dropout=0.5, modified_modules=("0", "1"), unfrozen_modules=("deltas", "2"))
     delta, tokens = fd.DeltaModel(model, config).mode(train=True), torch.randint(0, 11, (3, 5))
     stack = random_params(delta, N)
     torch.manual_seed(3)
