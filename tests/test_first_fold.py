@@ -142,7 +142,7 @@ class State:
 
 def test_an_object_that_the_call_changes_is_changed_once() -> None:
     class Scaled(Between):
-        def forward(self, x: Tensor, state: State) -> Tensor:
+        def forward(self, x: Tensor, state: State) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
             state.scale = state.scale + 1
             return super().forward(x) * state.scale
 
