@@ -19,8 +19,8 @@ from .engines import call_best_fold, call_loop, call_vmap
 from .inputs import Inputs
 from .layout import MixedBackwardError
 from .layouts import key_of, layout_of
+from .on_copies import on_copies
 from .program import Program
-from .written import on_copies
 
 SHORT = 300
 """How much of a reason is told."""

@@ -9,36 +9,29 @@ same numbers, or say why they cannot.
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import EngineError, FoldError
-from ..functional.attention import attention_for_this_call, wanted
 from ..pytrees.opaque import PLAIN, spare
 from ..stacks.params import take
-from ..transforms import concrete, current_transform, inside_transform
-from .call import TENSOR, Call, Params
-from .checkpointing import kept_run, needs_keeping
+from ..transforms import current_transform, inside_transform
+from .call import TENSOR, Params
+from .first_time import with_layout
 from .fold import Folded, members_of
-from .inputs import Arguments, Inputs
-from .layout import Layout, LayoutMismatchError, close
-from .layouts import key_of, layout_of, learned_anew, wants_gradients
+from .inputs import Inputs
+from .layout import Layout, LayoutMismatchError
+from .layouts import key_of, layout_of, wants_gradients
 from .mapped import Mapped, refuse_unmapped
-from .old_functions import named_functions
 from .outputs import apart, check_visible, flatten, of_each, stack_members
-from .probe import OTHER_ENGINES, undisturbed
 from .program import Program
 from .single import call_single
-from .trunk import TRUNK, WORTH, Trunk, install
+from .together import folded_run
+from .trunk import WORTH, Trunk
 from .trunk_probe import trunk_for
-from .written import on_copies
-
-ATTEMPTS = 6
-"""How often a layout is learned anew for one call: layers that are skipped at random may each be missed once."""
+from .undisturbed import undisturbed
 
 
 def call_loop(program: Program, stack: Params, inputs: Inputs, reached: set[str] | None = None) -> Any:
@@ -205,101 +198,6 @@ def _fold(
     )
 
 
-def with_layout(
-    program: Program,
-    stack: Params,
-    inputs: Inputs,
-    layout: Layout,
-    given: Arguments,
-    run: Callable[..., Any],
-    by_row: bool = False,
-) -> Any:
-    """``run(layout, *given)``, with the inputs of all.
-
-    Where the call goes another way than the probe did, the layout is learned from its inputs, and it begins anew.
-    """
-
-    def once(layout: Layout, own: Inputs) -> Any:
-        return run(layout, *(own.shared() if by_row else own.folded()))
-
-    for attempt in range(ATTEMPTS):
-        try:
-            check_sizes(program, stack, inputs, layout, by_row)
-            if not program.writes_inputs or torch.compiler.is_compiling():
-                return run(layout, *given)
-            return on_copies(inputs, functools.partial(once, layout))
-        except LayoutMismatchError as error:
-            if torch.compiler.is_compiling() or attempt == ATTEMPTS - 1:
-                # Rows have no ``engine=``; what reads them one by one catches this.
-                raise error if by_row else LayoutMismatchError(f"{error} {OTHER_ENGINES}") from error
-            layout = learned_anew(program, stack, inputs, layout, by_row)
-    raise AssertionError("every attempt returns or raises")
-
-
-def check_sizes(program: Program, stack: Params, inputs: Inputs, layout: Layout, by_row: bool) -> None:
-    """The first time that inputs have these sizes: every member gets in the batch what it gets alone.
-
-    A layout is learned from a few rows. A model that takes another branch for many of them, or for long ones, is seen
-    here, on all rows at hand; the members are moved away from each other first. The last one is compared with itself
-    alone, and all with themselves one place further in the batch: so what holds at the last place holds at every one.
-
-    Raises :class:`FoldError` where the numbers differ.
-    """
-    if torch.compiler.is_compiling() or id(layout) in inputs.checked:
-        return
-    shapes = tuple(tuple(leaf.shape) for leaf in inputs.leaves if isinstance(leaf, Tensor))
-    key = (key_of(program, stack, inputs, by_row), inputs.n, inputs.b, shapes)
-    if key in program.checked:
-        inputs.checked[id(layout)] = layout  # which lives as long as its number stands here
-        return
-    n, rows = (inputs.b, 1) if by_row else (inputs.n, inputs.b)
-    plain = inputs.concrete()
-    stack = {name: concrete(leaf) for name, leaf in stack.items()}
-
-    def together(members: Params, inputs: Inputs) -> list[Any]:
-        args, kwargs = spare(inputs.shared() if by_row else inputs.folded())
-        return flatten(folded_run(program, members, layout, args, kwargs, Folded(n, rows)))[0]
-
-    with undisturbed():
-        moved = _moved_apart(program, stack, n)
-        found = together(moved, plain.copied())
-        turned = plain.copied().rows([*range(1, n), 0]) if by_row else plain.copied().turned()
-        other = together({name: leaf.roll(-1, 0) for name, leaf in moved.items()}, turned)
-        copied = plain.copied()
-        own = copied.rows([n - 1]).shared() if by_row else copied.member(n - 1)
-        alone, _ = flatten(call_single(program, take(moved, n - 1), *spare(own)))
-        for name, leaf, again, dim, expected in zip(layout.names, found, other, layout.outputs, alone, strict=True):
-            if not (isinstance(leaf, Tensor) and isinstance(expected, Tensor)):
-                continue
-            if dim is None:
-                fits = close(leaf, expected) and close(again, expected)
-            else:
-                each = members_of(leaf, dim, n, rows, name)
-                fits = close(each[-1], expected) and close(members_of(again, dim, n, rows, name), each.roll(-1, 0))
-            if not fits:
-                raise FoldError(
-                    f"{n} members with {rows} rows in one batch do not give what one gives alone (output {name}): "
-                    f"what the model computes depends on how many rows there are, or how long. {OTHER_ENGINES}"
-                )
-    program.checked[key] = True
-    inputs.checked[id(layout)] = layout
-
-
-def _moved_apart(program: Program, stack: Params, n: int) -> Params:
-    """The members, each moved in one direction by a length of its own: fresh ones would all give the same."""
-    constants, moved = frozenset(program.plan.constants), {}
-    lengths = torch.linspace(-0.1, 0.1, n, dtype=torch.float64)
-    for i, (name, leaf) in enumerate(stack.items()):
-        if name in constants or not leaf.is_floating_point():
-            moved[name] = leaf
-            continue
-        rng = torch.Generator().manual_seed(i)
-        direction = torch.randn(leaf.shape[1:], generator=rng, dtype=torch.float32, device="cpu")
-        steps = lengths.to(leaf.device, leaf.dtype).view(-1, *[1] * direction.ndim)
-        moved[name] = leaf + steps * direction.to(leaf.device, leaf.dtype)
-    return moved
-
-
 def _trunk(
     program: Program,
     stack: Params,
@@ -317,43 +215,6 @@ def _trunk(
     if layout.runs and any(run.how == "loop" for run in layout.runs.values()):
         return Trunk({}, 0.0, 'modules of this model run once per member. Use engine="fold".')
     return trunk_for(program, stack, inputs, layout, least)
-
-
-def folded_run(
-    program: Program,
-    stack: Params,
-    layout: Layout,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    lift: Folded,
-    reached: set[str] | None = None,
-    trunk: Trunk | None = None,
-) -> Any:
-    """The model's output for rows of several members in one batch."""
-    skeleton = program.skeletons.get(program.training)
-    if trunk is not None:
-        install(skeleton, trunk)
-    call = Call(stack, lift=lift, layout=layout, runs=layout.runs, reached=reached)
-    if not torch.compiler.is_compiling():
-        for path in layout.runs:
-            skeleton.open(path)
-    if trunk is not None:
-        call.notes[TRUNK] = trunk
-    if skeleton.recomputing and needs_keeping(skeleton):
-        if trunk is not None:
-            raise FoldError(
-                f'engine="trunk": {min(skeleton.recomputing) or "the backbone"} checkpoints its activations, and what '
-                f'runs again there would not be shared. Use engine="fold".'
-            )
-        kept = program.skeletons.spare(program.training)
-        for path in layout.runs:
-            kept.open(path)
-        return kept_run(kept, call, {}, args, kwargs)
-    if not torch.compiler.is_compiling() and current_transform() is None and not wanted.yes:
-        call.plain = reached is None and not layout.runs and trunk is None and not layout.unused
-        return skeleton.run("", {}, args, kwargs, call)
-    with attention_for_this_call(), named_functions():
-        return skeleton.run("", {}, args, kwargs, call)
 
 
 BY_NAME = {"fold": call_fold, "trunk": call_trunk, "vmap": call_vmap, "loop": call_loop}

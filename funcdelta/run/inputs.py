@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import EngineError, FoldError, ParamsError
 from ..match import near
-from ..pytrees.opaque import PLAIN, holds_tensors
+from ..pytrees.opaque import PLAIN, holds_tensors, spare
 from ..transforms import concrete
 from .containers import CARRIERS, LEAF, Tree, flatten, is_cache
 from .fold import join_members
@@ -227,8 +227,8 @@ class Inputs:
         return self._with([leaf.clone() if is_dense and not mapped else leaf for leaf, is_dense, mapped in shared])
 
     def copied(self) -> Inputs:
-        """The inputs with copies of all tensors, for a run besides the call itself: it may write into them."""
-        return self._with([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self.leaves])
+        """The inputs with copies of all that a run besides the call itself may write into or change."""
+        return self._with([leaf.clone() if isinstance(leaf, Tensor) else spare(leaf) for leaf in self.leaves])
 
     # -- the inputs of each engine ---------------------------------------------------------------------------------
 

@@ -75,6 +75,8 @@ class Layout:
         outputs: of the leaves of the model's output.
         names: what these leaves are called.
         unused: modules with leaves of the members' own that are not called; where one is, nothing is known.
+        draws: whether random numbers were drawn, or would have been but for dropout that was off.
+        compared: whether it was seen, as it was learned, that members give in one batch what each gives alone.
     """
 
     sites: Mapping[str, tuple[Hidden, ...]] = field(default_factory=dict)
@@ -82,6 +84,8 @@ class Layout:
     outputs: Dims = ()
     names: tuple[str, ...] = ()
     unused: frozenset[str] = frozenset()
+    draws: bool = False
+    compared: bool = False
 
     def site(self, path: str, index: int | None) -> Hidden:
         """The axes at the ``index``-th call of the site at ``path``; ``None``: at every one."""
@@ -98,7 +102,7 @@ class Layout:
         runs = {**other.runs, **{path: run for path, run in self.runs.items() if path not in other.runs}}
         # What ran alone in one of them, ran inside of a module of the other that does, or is still unknown.
         unused = frozenset(path for path in self.unused & other.unused if path not in runs)
-        return replace(other, sites=sites, runs=runs, unused=unused)
+        return replace(other, sites=sites, runs=runs, unused=unused, draws=self.draws or other.draws)
 
 
 def _visit(known: tuple[Any, ...], path: str, index: int | None) -> Any:
@@ -126,6 +130,19 @@ def scalar_message(name: str) -> str:
     )
 
 
+def tolerance_of(*tensors: Tensor) -> float:
+    """How far tensors may be from each other that should be equal, as a share of the largest number in them.
+
+    >>> tolerance_of(torch.ones(1)) < 0.002, tolerance_of(torch.ones(1, dtype=torch.bfloat16)) > 0.3
+    (True, True)
+    """
+    kinds, device = [tensor.dtype for tensor in tensors], tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        kinds.append(torch.get_autocast_dtype(device))
+    # The square root leaves half of the digits for the kernels' different orders of summation.
+    return 4 * max(torch.finfo(kind).eps for kind in kinds) ** 0.5
+
+
 def close(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal up to the rounding that another batch size brings.
 
@@ -140,11 +157,7 @@ def close(a: Tensor, b: Tensor) -> bool:
         return torch.equal(a, b)
     if a.is_complex():
         a, b = torch.view_as_real(a), torch.view_as_real(b)
-    # The square root leaves half of the digits for the kernels' different orders of summation.
-    kinds = [a.dtype, b.dtype]
-    if torch.is_autocast_enabled(a.device.type):
-        kinds.append(torch.get_autocast_dtype(a.device.type))
-    tolerance = 4 * max(torch.finfo(kind).eps for kind in kinds) ** 0.5
+    tolerance = tolerance_of(a, b)
     a, b = a.detach().double(), b.detach().double()
     finite = a.isfinite()
     scale = a[finite].abs().max() if finite.any() else torch.ones(())

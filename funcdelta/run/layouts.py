@@ -17,9 +17,11 @@ from ..transforms import constant_while_tracing, current_transform
 from .call import Params
 from .inputs import Arguments, Inputs
 from .layout import Layout
-from .probe import OTHER_ENGINES, Facts, learn, undisturbed
+from .moved import moved_apart
+from .probe import OTHER_ENGINES, Facts, learn
 from .program import Program, program_of
 from .rows import rows_of_cache, sizes
+from .undisturbed import beside, undisturbed
 from .values import MANY, Deciding, can_decide
 
 _requires_grad = attrgetter("requires_grad")
@@ -70,14 +72,20 @@ def _learned(
         )
     backward = torch.is_grad_enabled() and wants_gradients(stack, inputs)
     try:
-        layout = _learn(program, stack, inputs, by_row, entry, read, backward)
+        # What may run again, or without its outputs being compared later, is compared as it is learned.
+        compare = by_row or bool(entry) or known is not None
+        layout = _learn(program, stack, inputs, by_row, entry, read, backward, compare)
     finally:
         if isinstance(before, Deciding):
             program.layouts[structure] = before.with_more(read)
         elif read:
             program.layouts[structure] = Deciding(()).with_more(read)
     layout = layout if known is None else known.joined(layout)
-    program.layouts[key_of(program, stack, inputs, by_row, entry)] = layout
+    key = key_of(program, stack, inputs, by_row, entry)
+    if not layout.compared:
+        for checked in [checked for checked in program.checked if checked[0] == key]:
+            del program.checked[checked]  # that was another layout
+    program.layouts[key] = layout
     return layout
 
 
@@ -125,6 +133,7 @@ def _learn(
     entry: str,
     read: set[int],
     backward: bool,
+    compare: bool,
 ) -> Layout:
     """From the first rows of the first member, and the last ones of the last, in the other order."""
     inputs = inputs.concrete()
@@ -133,10 +142,11 @@ def _learn(
     ends = (0, first), (0 if by_row else inputs.n - 1, last)
     with undisturbed():
         one, together = [picked(inputs, end) for end in ends], picked(inputs, *ends)
-    present = program.plan.present(stack)
+    with beside():
+        members = moved_apart(stack, program.plan.constants, ends=True)
     deciding = [i for i, leaf in enumerate(inputs.leaves) if i not in inputs.row_axis and can_decide(leaf)]
     facts = Facts(inputs.row_axis, tuple(deciding), len(first), by_row, backward)
-    return learn(program, present, one, together, facts, entry, read)
+    return learn(program, members, one, together, facts, entry, read, compare)
 
 
 def picked(inputs: Inputs, *which: tuple[int, Sequence[int]]) -> Arguments:
@@ -187,9 +197,10 @@ def _learn_while_tracing(
 ) -> bool:
     """Learn a layout in the middle of a compilation, from made-up rows of the same shapes: tracing has no values."""
     program = program_of(handle)
-    if isinstance(program.layouts.get(key), Deciding):
+    known = program.layouts.get(key)
+    if isinstance(known, Deciding):
         raise FoldError("Python reads the values of inputs of this model, which compiled code does not have.")
-    if key in program.layouts:
+    if known is not None and (known.compared or any(checked[0] == key for checked in program.checked)):
         _open_traced(program, key)
         return True
     positional, keywords, row_axis = form
@@ -213,7 +224,8 @@ def _learn_while_tracing(
     args, kwargs = tuple(leaves[:positional]), dict(zip(keywords, leaves[positional:], strict=True))
     inputs = Inputs(program.backbone, 2, args, kwargs, None, program.batch_dim)
     read = set[int]()
-    layout = _learn(program, dict.fromkeys(names, torch.zeros(())), inputs, by_row, "", read, torch.is_grad_enabled())
+    members = program.random_members(2, program.plan.present(dict.fromkeys(names)))
+    layout = _learn(program, members, inputs, by_row, "", read, torch.is_grad_enabled(), compare=True)
     if read:
         raise FoldError(f"Python reads the values of {inputs.places[min(read)]}, which compiled code does not have.")
     program.layouts[key] = layout

@@ -216,7 +216,7 @@ def act(
         return (function(p, *values), None) if lift is None else lift(function, p, values, dims, path)
     if call.reached is not None:
         values = tuple(map(_counted, values))
-    versions = list(map(_version, values))
+    versions = _versions(values)
     try:
         if lift is None:
             result = function(p, *values), None
@@ -229,7 +229,7 @@ def act(
     except Exception as error:
         _note(error, path, p, values)
         raise
-    if list(map(_version, values)) != versions:
+    if _versions(values) != versions:
         raise ConfigError(
             f"The method at {path} changed a hidden value in place, which others still read: write y = y + change "
             f"instead of y += change."
@@ -243,9 +243,9 @@ def _note(error: Exception, path: str, p: Params, values: tuple[Tensor, ...]) ->
     error.add_note(f"funcdelta: at the site {path}, leaves {shapes}, hidden values {hidden}.")
 
 
-def _version(value: Tensor) -> int | None:
-    value = innermost(value)
-    return None if value.is_inference() else value._version
+def _versions(values: tuple[Tensor, ...]) -> list[int | None]:
+    with torch._C.DisableTorchFunction():
+        return [None if value.is_inference() else value._version for value in map(innermost, values)]
 
 
 def _counted(value: Tensor) -> Tensor:

@@ -9,11 +9,16 @@ Two members away from their start, on a few of the rows at hand, show all that t
    taken apart, and each gets what it gets alone, by construction. Where that is the model itself, the fold is refused.
 3. The outputs of both members have to be those of step 1.
 
+Where no tensor of a module differs by member, step 2 comes first. If nothing is read outside of its module then, and
+nothing runs once per member, it has told all that step 1 would; else the probe begins again with that one. Step 3 is
+left to a caller who compares outputs himself, with all rows and the first and the last member (:mod:`.first_time`).
+
 Why this is enough. The axis of every hidden value is followed from the inputs on, by operations and not by sizes, so
 lengths that happen to be equal are not confused. An operation that takes rows of several members together is found by
 what it is, whether or not it shows in these values; so is Python that branches on values. What the watched run cannot
 see, another structure of inputs, another branch by a number, is another key (:func:`.inputs.input_key`) and is probed
-anew; and each later call checks every size before it splits. Step 3 is evidence of another kind for the same claim.
+anew; and each later call checks every size before it splits. Step 3 is evidence of another kind for the same claim:
+what hands rows on in either direction would change what the first or the last member gets.
 
 Dropout is off while a probe runs, and random numbers come from a generator of its own.
 """
@@ -24,20 +29,16 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import EngineError, FoldError, FuncdeltaError
-from ..functional.dropout import dropout
 from ..match import within
 from ..planning.sharing import expand_stack
-from ..pytrees.opaque import spare, tensors_in
-from ..randomness import Generators, PrivateRandom
+from ..pytrees.opaque import PLAIN, spare, tensors_in
 from ..structures.rowwise import is_rowwise
 from ..transforms import eager, outside_transforms
 from .backward import check_backward, grown, roots, written_in_python
@@ -49,6 +50,7 @@ from .outputs import flatten
 from .program import Program
 from .skeleton import Skeleton
 from .tracking import DRAWN, MIXED, Readings, Rows, Tracking
+from .undisturbed import beside, undisturbed
 from .values import held
 from .written import changed, marks
 
@@ -61,50 +63,6 @@ UNCLEAR = (MIXED, DRAWN)
 
 Picked = Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]
 """``pick(0)``: the inputs of one member, ``pick(0, 1)``: of two, folded; with the places of those that have rows."""
-
-
-class WithoutDropout(TorchFunctionMode):
-    """Turns dropout off inside the block: the probe compares values, and masks differ with the batch size."""
-
-    OFF: ClassVar = {
-        *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d),
-        *(F.alpha_dropout, F.feature_alpha_dropout, torch.dropout, dropout),
-    }
-    CHANGED: ClassVar = {F.multi_head_attention_forward, F.scaled_dot_product_attention}
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func not in self.OFF and func not in self.CHANGED:
-            return func(*args, **(kwargs or {}))
-        kwargs = dict(kwargs or {})
-        if func in self.OFF:
-            return args[0] if args else kwargs["input"]
-        if func is F.multi_head_attention_forward:
-            kwargs["training"] = False
-        if func is F.scaled_dot_product_attention:
-            kwargs["dropout_p"] = 0.0
-            args = args[:4] + ((0.0, *args[5:]) if len(args) > 4 else ())
-            if len(args) > 4:
-                del kwargs["dropout_p"]
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """A block that runs beside everything else: no transform, no dropout, no global random numbers.
-
-    Whether gradients are wanted stays as it is, for models may ask; nothing in the block requires any.
-    """
-    wanted = torch.is_grad_enabled()
-    with (
-        torch.inference_mode(False),
-        outside_transforms(),
-        torch.set_grad_enabled(wanted),
-        WithoutDropout(),
-        PrivateRandom(Generators(0)),
-    ):
-        yield
 
 
 @dataclass(frozen=True)
@@ -128,27 +86,42 @@ class Facts:
 @eager
 def learn(
     program: Program,
-    present: frozenset[str],
+    members: Params,
     one: list[tuple[tuple[Any, ...], dict[str, Any]]],
     together: tuple[tuple[Any, ...], dict[str, Any]],
     facts: Facts,
     entry: str,
     read: set[int],
+    compare: bool,
 ) -> Layout:
     """The layout of the inputs of two members: ``one[i]`` those of each alone, ``together`` those of both folded.
 
     The module at ``entry`` is what is called. In ``read`` the places of inputs without rows are put whose values
-    Python reads: with other values the layout may be another, or none.
+    Python reads: with other values the layout may be another, or none. Whether to ``compare`` outputs: a caller that
+    does so itself, with all rows at hand, spares two runs wherever nothing runs once per member.
 
     Raises :class:`FoldError` where the members cannot share a batch, with the place and the reason.
     """
     skeleton = program.skeletons.get(program.training)
     with undisturbed():
-        members = expand_stack(program.plan.shared, program.random_members(MEMBERS, present))
-    probe = Probe(program.plan, skeleton, members, entry, facts, read)
+        members = expand_stack(program.plan.shared, members)
     clean, skeleton.clean = skeleton.clean, False
+
+    def probed(one: Any, together: Any, alone_first: bool) -> Layout:
+        probe = Probe(program.plan, skeleton, members, entry, facts, read)
+        try:
+            return probe.learn(one, together, alone_first)
+        finally:
+            program.writes_inputs = program.writes_inputs or probe.writes
+            probe.tracking.storages.clear()  # the probe is in a circle, which would keep all of it for long
+
     try:
-        return probe.learn(one, together)
+        if not (compare or program.plan.owners(members)):
+            try:
+                return probed(spare(one), spare(together), alone_first=False)
+            except (AloneFirst, Exception):  # said better, or done, with what a member's run alone tells
+                skeleton.settle()
+        return probed(one, together, alone_first=True)
     except FoldError as error:
         # Rows that are routed run one after the other instead.
         advice = "" if entry or facts.rows_are_members or "engine=" in str(error) else f" {OTHER_ENGINES}"
@@ -158,14 +131,19 @@ def learn(
     finally:
         skeleton.settle()
         skeleton.clean = clean
-        program.writes_inputs = program.writes_inputs or probe.writes
+
+
+class AloneFirst(BaseException):
+    """What runs once per member can be told after a member has run alone; no model catches this."""
 
 
 class Visit:
     """One call of a module while the probe looks on."""
 
-    def __init__(self, path: str, clean: bool, rowwise: bool) -> None:
-        self.path, self.clean, self.rowwise = path, clean, rowwise
+    __slots__ = ("mixing", "path", "reason", "rowwise")
+
+    def __init__(self, path: str, rowwise: bool) -> None:
+        self.path, self.rowwise = path, rowwise
         self.reason = self.mixing = ""
 
 
@@ -179,6 +157,7 @@ class Probe:
         self.facts, self.rows, self.rows_are_members = facts, facts.rows, facts.rows_are_members
         self.lift = Folded(MEMBERS, self.rows)
         self.tracking = Tracking(MEMBERS, self._on_read, self._on_mix, self.rows, read.update)
+        self.readings = Readings(self.tracking)
         self.thread = threading.get_ident()
         self.elsewhere: str | None = None
         self.roots: dict[str, Tensor] = {}
@@ -188,36 +167,40 @@ class Probe:
         self.idle: set[str] = set()
         self.reads: dict[str, str] = {}
         self.sites: dict[str, list[Hidden]] = {}
+        self.noted: list[str] = []
         self.runs: dict[str, Run] = {}
-        self.folding = self.writes = False
+        self.folding = self.writes = self.knows_alone = self.ended = False
 
     # -- the three steps -------------------------------------------------------------------------------------------
 
-    def learn(self, one: Any, together: Any) -> Layout:
-        """The layout; see :func:`learn`."""
+    def learn(self, one: Any, together: Any, alone_first: bool) -> Layout:
+        """The layout; see :func:`learn`. Without ``alone_first`` step 2 is the only one."""
         once_more = [spare(own) for own in one] if self.facts.backward else []
-        again = spare(one[0]) if self.plan.owners(self.members) else None
-        with self._watched_modules():
-            alone = [self._alone(i, one[i]) for i in range(MEMBERS)]
-        names = _names(alone[0])
-        for name, leaf in zip(names, flatten(alone[0])[0], strict=True):
-            if isinstance(leaf, Tensor) and leaf.ndim == 0:
-                raise FoldError(scalar_message(name))
-        self.runs = self.owners(lambda keys: self._is_used(keys, again, alone[0]))
+        alone: list[Any] = []
+        if alone_first:
+            again = spare(one[0]) if self.plan.owners(self.members) else None
+            with self._watched_modules():
+                alone = [self._alone(i, one[i]) for i in range(MEMBERS)]
+            _refuse_scalars(alone[0])
+            self.knows_alone = True
+            self.runs = self.owners(lambda keys: self._is_used(keys, again, alone[0]))
         for path in self.runs:
             self.skeleton.open(path)
-        args, kwargs = together
         with self._watched_modules():
-            found, dims = self._folded(args, kwargs)
+            names, found, dims = self._folded(*together)
         self._check_threads()
+        if self.ended:
+            raise AloneFirst
         runs = {path: run for path, run in self.runs.items() if run.visits or not self._is_inside_loop(path)}
         layout = Layout(
-            {path: tuple(visits) for path, visits in self.sites.items()},
+            {path: tuple(visits) for path, visits in self.sites.items() if visits},
             runs,
             dims,
-            tuple(names),
+            names,
             # Within a module that runs once per member others act there; in the batch they would not.
             frozenset(path for path in (*self.idle, *self.plan.owners(self.members)) if path not in runs),
+            self.tracking.drew or self.readings.count > 0,
+            alone_first,
         )
         self._compare(alone, found, layout)
         if self.facts.backward:
@@ -256,30 +239,34 @@ class Probe:
             self.skeleton.settle()
             self.writes = self.writes or bool(changed(tensors, before))
 
-    def _folded(self, args: Any, kwargs: Any) -> tuple[list[Any], tuple[int | None, ...]]:
-        """The leaves of the folded output, and the axis of rows of each."""
+    def _folded(self, args: Any, kwargs: Any) -> tuple[tuple[str, ...], list[Any], tuple[int | None, ...]]:
+        """The leaves of the folded output, with their names, and the axis of rows of each."""
         self.folding = True
         try:
-            with undisturbed():
+            with beside():
                 args, kwargs, members = self._marked(args, kwargs)
+                tensors = [leaf for leaf in flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+                before = marks(tensors)
                 call = Call(members, lift=self.lift, runs=self.runs, watch=self)
-                with self.tracking, Readings(self.tracking):
+                with self.tracking, self.readings:
                     output = self.skeleton.run(self.entry, {}, args, kwargs, call)
+                self.writes = self.writes or bool(changed(tensors, before))
         except FuncdeltaError:
             raise
         except Exception as error:
             raise FoldError(f"Two members in one batch fail: {error}") from error
         finally:
             self.folding = False
-        found, _ = flatten(output)
+        _refuse_scalars(output)
+        found, names = flatten(output)[0], _names(output)
         dims: list[int | None] = []
-        for name, leaf in zip(_names(output), found, strict=True):
+        for name, leaf in zip(names, found, strict=True):
             tag = self.tracking.of(leaf) if isinstance(leaf, Tensor) else None
             if tag in UNCLEAR or (tag is not None and tag.outer != 1):
                 reason = self.reason()
                 raise FoldError(f"The output {name} mixes rows of several members{reason}.")
             dims.append(None if tag is None else tag.axis)
-        return found, tuple(dims)
+        return tuple(names), found, tuple(dims)
 
     def _marked(self, args: Any, kwargs: Any) -> tuple[Any, Any, Params]:
         """Private copies of the inputs and the members, for a call may change the ones and notes are made on both."""
@@ -322,7 +309,7 @@ class Probe:
                         )
                 elif self.rows_are_members and is_cache(leaf):
                     self._compare_caches(name, leaf, expected, i)
-                elif not isinstance(leaf, Tensor) and _unequal(leaf, expected):
+                elif not isinstance(leaf, Tensor) and unequal(leaf, expected):
                     raise FoldError(f"The output {name} is {leaf!r} for two members and {expected!r} for one.")
 
     def _compare_caches(self, name: str, cache: Any, expected: Any, member: int) -> None:
@@ -437,7 +424,7 @@ class Probe:
             self.visited.add(path)
             call = self.skeleton.call
             if not self.folding or self.tracking.paused or call is None or call.lift is None:
-                self.stack.append(Visit(path, False, rowwise))
+                self.stack.append(Visit(path, rowwise))
                 try:
                     return forward(*args, **kwargs)
                 finally:
@@ -448,19 +435,19 @@ class Probe:
 
     def _visit(self, path: str, forward: Callable[..., Any], rowwise: bool, call: Call, args: Any, kwargs: Any) -> Any:
         """One call of a module in the folded run: as it is, or, where it mixes rows, once per member."""
-        visit = Visit(path, self._is_clean(args, kwargs), rowwise)
+        visit = Visit(path, rowwise)
         known = self.runs.get(path)
         if known is not None and known.how == "loop":
             return self._each(path, forward, args, kwargs, None, known.why)
         trusted = (
             rowwise
-            and visit.clean
+            and self._is_clean(args, kwargs)
             and not any(a.among(self.members) and any(within(end, path) for end in a.ends) for a in self.plan.all())
         )
         error: Exception | None = None
         output: Any = None
         self.stack.append(visit)
-        before = {path: list(visits) for path, visits in self.sites.items()}, dict(self.runs)
+        noted, runs = len(self.noted), dict(self.runs)
         try:
             if trusted and not any(within(run, path) for run in self.runs):
                 with self.tracking.pause():
@@ -485,8 +472,10 @@ class Probe:
         if visit.mixing:
             visit.reason = f"{path or 'the model'} mixes rows of several members ({visit.mixing})"
         self.why = self.why or visit.reason
-        if visit.clean and path != self.entry:
-            self.sites, runs = before
+        if path != self.entry and self._is_clean(args, kwargs):
+            for site in self.noted[noted:]:
+                self.sites[site].pop()
+            del self.noted[noted:]
             self.runs.clear()
             self.runs.update(runs)
             try:
@@ -510,12 +499,11 @@ class Probe:
             return Rows(0) if self.tracking.uniform(value, Rows(0)) else None
 
     def _is_clean(self, args: Any, kwargs: Any) -> bool:
-        tags = [self.tracking.of(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tags = [self.tracking.of(t) for t in _tensors_of(*args, *kwargs.values())]
         return all(tag is None or (tag not in UNCLEAR and tag.outer == 1) for tag in tags)
 
     def _mixed(self, output: Any) -> bool:
-        tags = [self.tracking.of(t) for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-        return any(tag in UNCLEAR for tag in tags)
+        return any(self.tracking.of(t) in UNCLEAR for t in _tensors_of(output))
 
     def _mark_trusted(self, output: Any, args: Any, kwargs: Any) -> None:
         """Of a module known to treat rows by themselves: outputs that are as long as its rows have them there."""
@@ -527,6 +515,8 @@ class Probe:
 
     def _each(self, path: str, forward: Any, args: Any, kwargs: Any, whole: Any, why: str) -> Any:
         """The module once per member, each with its own rows; noted as a run of the layout."""
+        if not self.knows_alone:
+            self._begin_again()
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tags = [self.tracking.of(t) or self._constant_rows(t) if isinstance(t, Tensor) else None for t in leaves]
         inside = [a for a in self.plan.all() if a.among(self.members) and self._acts_inside(a, path, itself=True)]
@@ -569,7 +559,7 @@ class Probe:
         for place, parts in enumerate(zip(*flat, strict=True)):
             first = parts[0]
             if not isinstance(first, Tensor):
-                if any(_unequal(first, other) for other in parts[1:]):
+                if any(unequal(first, other) for other in parts[1:]):
                     raise FoldError(f"{path} returns {first!r} for one member and {parts[1]!r} for another.")
                 joined.append(first)
                 continue
@@ -586,6 +576,11 @@ class Probe:
                 self.tracking.mark(joined[-1], Rows(dim))
             dims.append(dim)
         return pytree.tree_unflatten(joined, spec), tuple(dims)
+
+    def _begin_again(self) -> None:
+        """End a run that lacks what a member's run alone tells; should the model catch even this, it is known."""
+        self.ended = True
+        raise AloneFirst
 
     def _check_threads(self) -> None:
         """What runs in another thread than the call cannot be followed."""
@@ -626,9 +621,12 @@ class Probe:
     def site(self, site: str, x: int | None, y: int | None) -> None:
         """One call of a site."""
         self.sites.setdefault(site, []).append(Hidden(x, y))
+        self.noted.append(site)
 
     def read(self, site: str) -> None:
         """Who reads a tensor of a site outside of its own forward: the innermost module at work."""
+        if not self.knows_alone and self.folding:
+            self._begin_again()
         if not self.folding:
             reader = self.stack[-1].path if self.stack else ""
             if site in self.reads:
@@ -716,6 +714,22 @@ class _Called:
         return forward(*args, **kwargs)
 
 
+def _tensors_of(*values: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif not isinstance(value, PLAIN):
+            found += [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return found
+
+
+def _refuse_scalars(output: Any) -> None:
+    for name, leaf in zip(_names(output), flatten(output)[0], strict=True):
+        if isinstance(leaf, Tensor) and leaf.ndim == 0:
+            raise FoldError(scalar_message(name))
+
+
 def _names(output: Any) -> list[str]:
     return [place or "of the model" for place in flatten(output)[1].places()]
 
@@ -750,7 +764,12 @@ def _axis_of_rows(part: Tensor, whole: Any, entered: list[tuple[int, int]]) -> i
     return None
 
 
-def _unequal(a: Any, b: Any) -> bool:
+def unequal(a: Any, b: Any) -> bool:
+    """Whether two leaves of outputs that are no tensors differ.
+
+    >>> unequal(1, 1), unequal(1, True)
+    (False, True)
+    """
     try:
         return type(a) is not type(b) or bool(a != b)
     except Exception:  # what cannot be compared is another thing

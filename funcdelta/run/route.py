@@ -14,7 +14,7 @@ from ..stacks.resident import Resident
 from ..stacks.routing import Index, pick_rows, read_index
 from .auto import run_first_that_can
 from .call import Params
-from .engines import folded_run, with_layout
+from .first_time import with_layout
 from .fold import Folded
 from .in_turn import run_in_turn
 from .inputs import Inputs
@@ -23,6 +23,7 @@ from .layouts import key_of, layout_of
 from .outputs import refuse_lazy
 from .program import Program, first_of
 from .single import call_single
+from .together import folded_run
 
 
 def route_rows(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 Known = TypeVar("Known")
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a tensor lies in its storage.
 
     >>> Place.of(torch.zeros(4, 3)[1:])
@@ -33,7 +32,7 @@ class Place:
     @classmethod
     def of(cls, tensor: Tensor) -> Place:
         """The place of ``tensor``."""
-        return cls(int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()))
+        return cls(int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
 
 
 def same_axis(place: Place, axis: int, other: Place) -> int | None:
@@ -52,7 +51,7 @@ def same_axis(place: Place, axis: int, other: Place) -> int | None:
     return fits[0] if (high - low) // step % size == 0 else None
 
 
-@dataclass
+@dataclass(slots=True)
 class _Block(Generic[Known]):
     """One storage; the weak reference keeps its address from being given to another."""
 
@@ -65,6 +64,9 @@ class _Block(Generic[Known]):
 class Storages(Generic[Known]):
     """What is known of tensors, by the place that they have in their storages.
 
+    Attributes:
+        has_inputs, has_spoiled: whether any storage has numbers of inputs, or something unclear in it.
+
     >>> known = Storages[str]()
     >>> x = torch.zeros(4, 3)
     >>> known.note(x, "rows")
@@ -74,9 +76,14 @@ class Storages(Generic[Known]):
 
     def __init__(self) -> None:
         self._blocks: dict[int, _Block[Known]] = {}
+        self.has_inputs = self.has_spoiled = False
 
     def __deepcopy__(self, memo: Any) -> Storages[Known]:
         return self  # a second owner of the same weak references would free them twice
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._blocks.clear()
 
     def _block(self, tensor: Tensor, new: bool = False) -> _Block[Known] | None:
         try:
@@ -93,7 +100,7 @@ class Storages(Generic[Known]):
         with torch._C.DisableTorchFunction():
             block = self._block(tensor, new=True)
             if block is not None:
-                block.places[Place.of(tensor)] = known
+                block.places[Place(int(tensor.storage_offset()), tensor.shape, tensor.stride())] = known
 
     def note_inputs(self, tensor: Tensor, inputs: frozenset[int]) -> None:
         """Note which inputs numbers in a tensor's storage come from."""
@@ -101,6 +108,7 @@ class Storages(Generic[Known]):
             block = self._block(tensor, new=True)
             if block is not None:
                 block.inputs |= inputs
+                self.has_inputs |= bool(inputs)
 
     def written(self, tensor: Tensor, spoils: bool) -> None:
         """A tensor has been written: all of its storage is as new, or nothing is clear there from now on."""
@@ -113,6 +121,7 @@ class Storages(Generic[Known]):
                 block.places.clear()
                 block.inputs = frozenset()
             block.spoiled = spoils or (block.spoiled and not whole)
+            self.has_spoiled |= block.spoiled
 
     def inputs(self, tensor: Tensor) -> frozenset[int]:
         """The inputs that anything in the storage comes from."""
@@ -142,8 +151,8 @@ class Storages(Generic[Known]):
             if place in block.places:
                 return block.places[place]
             noted = [(other, known) for other, known in block.places.items() if matters(known)]
-            carried = [carry(other, known, place) for other, known in noted]
-            found = {known for known in carried if known is not None}
             if not noted:
                 return None
+            carried = [carry(other, known, place) for other, known in noted]
+            found = {known for known in carried if known is not None}
             return found.pop() if len(found) == 1 else unclear

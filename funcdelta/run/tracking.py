@@ -17,61 +17,26 @@ it reads what comes from inputs without rows, all of them decide alike, and it i
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ..randomness import ThreadMode, may_draw
+from ..randomness import Generators, ThreadMode, drawn
 from ..structures.rowwise import MASKS
 from .layout import close
+from .rules import DRAWN, DYNAMIC, MIXED, NEW, READS, Operator, Rows, Seen, Tag, operator_of, reshaped
 from .storages import Place, Storages, same_axis
+from .undisturbed import WithoutDropout
 
-aten = torch.ops.aten
 MARK = "_funcdelta_rows"
 
-
-@dataclass(frozen=True)
-class Rows:
-    """Axis ``axis`` is (outer, members, inner), flattened: ``outer`` is 1 nearly always."""
-
-    axis: int
-    outer: int = 1
-
-
-MIXED = Rows(-1)
-"""Depends on rows, and whose they are cannot be told."""
-
-DRAWN = Rows(-2)
-"""Random numbers: no two rows agree on them, and whose they are does not matter while each row has its own."""
-
-Tag = Rows | None
-
 NOTHING: frozenset[int] = frozenset()
-
-SAME = {
-    *("alias", "detach", "clone", "_to_copy", "contiguous", "lift_fresh", "lift_fresh_copy", "positive"),
-    *("view_as_real", "view_as_complex", "_conj", "conj_physical", "_neg_view", "resolve_conj"),
-}
-RESHAPE = {"view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy"}
-NEW = {"new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"}
-NEW |= {"new_empty_strided", "empty_strided", "scalar_tensor", "_local_scalar_dense", "sym_size", "sym_numel"}
-CUT = {"slice", "select", "split", "split_with_sizes", "unbind", "chunk", "unsafe_split", "narrow"}
-ALONG = {
-    *("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort", "topk", "flip", "roll"),
-    *("_softmax", "_log_softmax", "kthvalue", "median", "mode", "_cummax_helper", "_cummin_helper"),
-}
-"""Operations along one axis whose entries there depend on each other, also where these values do not show it."""
-PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1}
-"""Products of two matrices, by the place of the first: each row of it, or each entry of a batch, gives one."""
-READS = {"_local_scalar_dense", "equal", "is_nonzero", "item", "allclose"}
-DYNAMIC = {"nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive", "bincount", "nonzero_static"}
+WITHOUT_ROWS = frozenset({None, DRAWN})
 
 
 class Tracking(ThreadMode):
@@ -79,7 +44,7 @@ class Tracking(ThreadMode):
 
     Each has ``rows`` rows. ``on_read`` is called where Python reads values that depend on rows, ``on_mix`` where an
     operation first mixes them; both get its name. ``on_input`` is called where Python reads values that inputs without
-    rows decide, with the places of these.
+    rows decide, with the places of these. Random numbers come from ``generators``; ``drew`` tells whether any did.
 
     >>> x = torch.arange(6.0).view(6, 1)
     >>> with Tracking(3, print, print) as tracking:
@@ -99,8 +64,9 @@ class Tracking(ThreadMode):
     ) -> None:
         super().__init__()
         self.n, self.on_read, self.on_mix, self.on_input, self.rows = n, on_read, on_mix, on_input, rows
+        self.generators = Generators(0)
         self.paused = self.alone = 0
-        self.hooked = False
+        self.hooked = self.drew = False
         self.storages = Storages[Tag]()
 
     def __deepcopy__(self, memo: Any) -> Tracking:
@@ -111,7 +77,7 @@ class Tracking(ThreadMode):
 
     def of(self, tensor: Tensor) -> Tag:
         """What is known of a tensor, or of its memory."""
-        if self.storages.spoiled(tensor):
+        if self.storages.has_spoiled and self.storages.spoiled(tensor):
             return MIXED
         mark = getattr(tensor, MARK, None)
         if mark is not None and mark[0] is self and mark[1] is not None:
@@ -123,10 +89,11 @@ class Tracking(ThreadMode):
         mark = getattr(tensor, MARK, None)
         return (mark[2] if mark is not None and mark[0] is self else NOTHING) | self.storages.inputs(tensor)
 
-    def mark(self, tensor: Tensor, tag: Tag) -> None:
-        """Note what is known of a tensor."""
+    def mark(self, tensor: Tensor, tag: Tag, memory: bool = True) -> None:
+        """Note what is known of a tensor, and of its ``memory``: there it is found by whatever else lies in it."""
         setattr(tensor, MARK, (self, tag, NOTHING))
-        self.storages.note(tensor, tag)
+        if memory:
+            self.storages.note(tensor, tag)
 
     def mark_input(self, tensor: Tensor, inputs: frozenset[int]) -> None:
         """Note that a tensor's numbers come from these inputs without rows; what else is known of it stays."""
@@ -161,61 +128,92 @@ class Tracking(ThreadMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs, operator = kwargs or {}, operator_of(func)
         if self.paused and not self.alone:
-            return func(*args, **kwargs)
-        given = [t for t in _flat(args, kwargs) if isinstance(t, Tensor)]
+            return self._compute(operator, args, kwargs)
+        given, plain = _tensors(args), not operator.draws
+        if kwargs:
+            given += _tensors(kwargs.values())
+        for tensor in given:
+            if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+                plain = False
         # What is asked of tensors here is nothing that the model asks, and modes below have nothing to do with it.
         with torch._C.DisableTorchFunction():
-            if may_draw(func) or any(type(t) not in (Tensor, nn.Parameter) for t in given):
-                return self._follow(func, args, kwargs, given)
+            if not plain:
+                return self._follow(operator, args, kwargs, given)
             with torch._C._DisableTorchDispatch():
-                return self._follow(func, args, kwargs, given)
+                return self._follow(operator, args, kwargs, given)
 
-    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]) -> Any:
-        inputs = NOTHING.union(*map(self.inputs, given))
-        name = func._overloadpacket.__name__
+    def _compute(self, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The operation itself, with random numbers of one's own."""
+        if operator.draws:
+            found = drawn(operator.func, args, kwargs, self.generators)
+            if found is not NotImplemented:
+                self.drew = True
+                return found
+        return operator.func(*args, **kwargs)
+
+    def _follow(self, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor]) -> Any:
+        inputs = NOTHING.union(*map(self.inputs, given)) if self.storages.has_inputs else NOTHING
         if self.paused:
-            return self._of_inputs(func, name, args, kwargs, inputs)
-        tags = [self.of(t) for t in given]
+            return self._of_inputs(operator, args, kwargs, inputs)
+        name, tags = operator.name, [self.of(tensor) for tensor in given]
         if name == "set_" and any(isinstance(value, torch.UntypedStorage) for value in args):
-            return func(*args, **kwargs)  # what it is then is known of its storage
-        if not any(tags) or all(tag is None or tag is DRAWN for tag in tags):
-            out = self._of_inputs(func, name, args, kwargs, inputs)
-            if any(tags) or torch.Tag.nondeterministic_seeded in func.tags:
-                for result in pytree.tree_leaves(out):
-                    if isinstance(result, Tensor):
-                        self.mark(result, DRAWN)
+            return self._compute(operator, args, kwargs)  # what it is then is known of its storage
+        kinds = set(tags)
+        if kinds <= WITHOUT_ROWS:
+            out = self._of_inputs(operator, args, kwargs, inputs)
+            if DRAWN in kinds or operator.seeded:
+                for result in _results(out):
+                    self.mark(result, DRAWN)
             return out
         if name in READS:
             self.read(name)
-            return func(*args, **kwargs)
-        with self.pause():
-            written = _written(func, args, kwargs)
-            before = {id(t): t.clone() for t in written}
-            out = func(*args, **kwargs)
-            results = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
-            found = self._tags(func, name, args, kwargs, given, tags, results, before)
-        if MIXED in found and MIXED not in tags:
+            return self._compute(operator, args, kwargs)
+        before: dict[int, Tensor] = {}
+        self.paused += 1
+        try:
+            if operator.written:
+                before = {id(t): t.clone() for t in _written(operator, args, kwargs)}
+            out = self._compute(operator, args, kwargs)
+            results = _results(out)
+            found = self._tags(Seen(operator, args, kwargs, given, tags, results, self.n), before)
+        finally:
+            self.paused -= 1
+        if MIXED in found and MIXED not in kinds:
             self.on_mix(name)
         for result, tag in zip(results, found, strict=True):
-            if id(result) in before:
+            written = id(result) in before
+            if written:
                 self.storages.written(result, tag is MIXED)
             if tag is not None or self.of(result) is not None:
-                self.mark(result, tag)
-            if id(result) in before:
+                self.mark(result, tag, memory=not operator.views)  # of which it is known already
+            if written:
                 self._mark_base(result, tag)
         return out
 
-    def _of_inputs(self, func: Any, name: str, args: Any, kwargs: Any, inputs: frozenset[int]) -> Any:
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """``F.linear``, which torch takes apart, as one operation: each row gives one. ``None``: it is not told."""
+        given = [t for t in (x, weight, bias) if t is not None]
+        if self.paused or self.storages.has_inputs or any(type(t) not in (Tensor, nn.Parameter) for t in given):
+            return None
+        tag = self.of(x)
+        if tag is None or not 0 <= tag.axis < x.ndim - 1 or any(self.of(t) is not None for t in given[1:]):
+            return None
+        with torch._C._DisableTorchDispatch():
+            out = F.linear(x, weight, bias)
+        self.mark(out, tag)
+        return out
+
+    def _of_inputs(self, operator: Operator, args: Any, kwargs: Any, inputs: frozenset[int]) -> Any:
         """An operation on what has no rows: is it a reading of inputs, and what does it make of them?"""
         if not inputs:
-            return func(*args, **kwargs)
-        if name in READS or name in DYNAMIC or torch.Tag.dynamic_output_shape in func.tags:
+            return self._compute(operator, args, kwargs)
+        if operator.name in READS or operator.name in DYNAMIC or operator.dynamic:
             self.read_inputs(inputs)
-        out = func(*args, **kwargs)
-        for result in pytree.tree_leaves(out):
-            if isinstance(result, Tensor) and name not in NEW:
+        out = self._compute(operator, args, kwargs)
+        for result in _results(out):
+            if operator.name not in NEW:
                 self.mark_input(result, inputs)
         return out
 
@@ -229,68 +227,51 @@ class Tracking(ThreadMode):
         if inputs and not _in_masks():
             self.on_input(inputs)
 
-    def _tags(
-        self,
-        func: Any,
-        name: str,
-        args: Any,
-        kwargs: Any,
-        given: list[Tensor],
-        tags: list[Tag],
-        results: list[Tensor],
-        before: dict[int, Tensor],
-    ) -> list[Tag]:
-        if any(tag is MIXED for tag in tags):
-            return [None if name in NEW else MIXED] * len(results)
-        if name in NEW:
+    def _tags(self, seen: Seen, before: dict[int, Tensor]) -> Sequence[Tag]:
+        """Where the rows of the results are; ``before``: what those tensors held that the operation has written."""
+        operator, tags, results = seen.operator, seen.tags, seen.results
+        if MIXED in tags:
+            return [None if operator.name in NEW else MIXED] * len(results)
+        if operator.name in NEW:
             return [None] * len(results)
-        one = tags[0] if isinstance(tags[0], Rows) and sum(tag is not None for tag in tags) == 1 else None
-        if one is not None:
-            x = given[0]
-            if name in SAME:
-                return [one] * len(results)
-            if name in RESHAPE:
-                return [reshaped(x.shape, one, self.n, results[0].shape)]
-            if name in ("permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "movedim", "swapaxes"):
-                return [_moved(name, x, one, args, results[0])]
-            if name in CUT:
-                return _cut(name, x, one, args, kwargs, results)
-        if name in PRODUCTS:
-            tag = _product(name, given, tags)
+        if operator.rule is not None:
+            found = operator.rule(seen)
+            if found is not None:
+                return found
+        masked = True
+        if operator.name == "index":
+            tag = self._indexed(seen.args)
             if tag is not None:
                 return [tag]
-        if name == "index":
-            tag = self._indexed(args)
-            if tag is not None:
-                return [tag]
-        masked = any(index is not None and index.dtype == torch.bool for index in args[1]) if name == "index" else True
-        if name in DYNAMIC or (masked and torch.Tag.dynamic_output_shape in func.tags):
+            masked = any(index is not None and index.dtype == torch.bool for index in seen.args[1])
+        if operator.name in DYNAMIC or (masked and operator.dynamic):
             return [MIXED] * len(results)
-        if name in ALONG and one is not None and _along(name, args, kwargs, given[0], one):
-            return [MIXED] * len(results)
-        if torch.Tag.pointwise in func.tags or name in ("copy_", "fill_", "masked_fill_", "masked_fill", "where"):
-            read = [before.get(id(t), t) for t in given]
-            if name == "copy_":  # what was there before does not matter
+        if operator.pointwise:
+            given, read = seen.given, [before.get(id(t), t) for t in seen.given]
+            if operator.name == "copy_":  # what was there before does not matter
                 given, read, tags = given[1:], read[1:], tags[1:]
                 if not any(tags):
                     return [None]
             return [self._pointwise(given, read, tags, result) for result in results]
-        return self._by_parts(func, args, kwargs, given, tags, results, before)
+        return self._by_parts(seen, before)
 
     def _pointwise(self, given: list[Tensor], read: list[Tensor], tags: list[Tag], result: Tensor) -> Tag:
         """All that have rows have them on the same axis, counted from the last; the others say nothing of members."""
-        rows = [(t, tag) for t, tag in _marked(given, tags) if tag is not DRAWN]
-        places = {(result.ndim - t.ndim + tag.axis, tag.outer, t.shape[tag.axis]) for t, tag in rows}
-        if len(places) != 1:
-            return MIXED
-        axis, outer, size = next(iter(places))
-        if result.shape[axis] != size:
-            return MIXED
-        tag = Rows(axis, outer)
-        for t, known in zip(read, tags, strict=True):
-            own = axis - result.ndim + t.ndim
-            if known is None and own >= 0 and t.shape[own] == size and not self.uniform(t, Rows(own, outer)):
+        tag, size = None, 0
+        for t, own in zip(given, tags, strict=True):
+            if own is None or own is DRAWN:
+                continue
+            found = Rows(result.ndim - t.ndim + own.axis, own.outer)
+            if tag is not None and (found != tag or t.shape[own.axis] != size):
                 return MIXED
+            tag, size = found, t.shape[own.axis]
+        if tag is None or result.shape[tag.axis] != size:
+            return MIXED
+        for t, known in zip(read, tags, strict=True):
+            if known is None:
+                own = tag.axis - result.ndim + t.ndim
+                if own >= 0 and t.shape[own] == size and not self.uniform(t, Rows(own, tag.outer)):
+                    return MIXED
         return tag
 
     def uniform(self, tensor: Tensor, tag: Rows) -> bool:
@@ -334,41 +315,24 @@ class Tracking(ThreadMode):
                 return None
         return Rows(positions[0] + at)
 
-    def _by_parts(
-        self,
-        func: Any,
-        args: Any,
-        kwargs: Any,
-        given: list[Tensor],
-        tags: list[Tag],
-        results: list[Tensor],
-        before: dict[int, Tensor],
-    ) -> list[Tag]:
+    def _by_parts(self, seen: Seen, before: dict[int, Tensor]) -> list[Tag]:
         """The operation on the blocks of each member: do they give the blocks of its result?"""
-        marked = [(t, tag) for t, tag in _marked(given, tags) if tag is not DRAWN]
+        marked = [(t, tag) for t, tag in _marked(seen.given, seen.tags) if tag is not DRAWN]
         sizes = [(tag.outer, t.shape[tag.axis]) for t, tag in marked]
-        found: list[Tag] = [MIXED] * len(results)
+        found: list[Tag] = [MIXED] * len(seen.results)
         # What is as long as the rows and the same for all of them may be one constant for each row, or not.
         for axes in ([], [(tag.axis, t.shape[tag.axis]) for t, tag in marked if tag.outer == 1]):
             try:
-                parts = [self._alone(func, args, kwargs, before, axes, member) for member in range(self.n)]
+                parts = [self._alone(seen, before, axes, member) for member in range(self.n)]
             except Exception:  # the operation needs the rows of several members: that is the answer
                 continue
-            again = [self._match(result, [p[i] for p in parts], sizes) for i, result in enumerate(results)]
+            again = [self._match(result, [p[i] for p in parts], sizes) for i, result in enumerate(seen.results)]
             found = [tag if tag is not MIXED else other for tag, other in zip(found, again, strict=True)]
             if MIXED not in found:
                 break
         return found
 
-    def _alone(
-        self,
-        func: Any,
-        args: Any,
-        kwargs: Any,
-        before: dict[int, Tensor],
-        axes: list[tuple[int, int]],
-        member: int,
-    ) -> list[Tensor]:
+    def _alone(self, seen: Seen, before: dict[int, Tensor], axes: list[tuple[int, int]], member: int) -> list[Tensor]:
         """What the operation gives for the blocks of one member."""
 
         def own(t: Any) -> Any:
@@ -383,8 +347,7 @@ class Tracking(ThreadMode):
             value = value if tag is None else self.part(value, tag, member)
             return value.clone() if id(t) in before else value
 
-        alone = func(*pytree.tree_map(own, args), **pytree.tree_map(own, kwargs))
-        return [t for t in pytree.tree_leaves(alone) if isinstance(t, Tensor)]
+        return _results(self._compute(seen.operator, *pytree.tree_map(own, (seen.args, seen.kwargs))))
 
     def _match(self, whole: Tensor, parts: list[Tensor], sizes: list[tuple[int, int]]) -> Tag:
         if any(part.ndim != whole.ndim for part in parts):
@@ -420,21 +383,6 @@ class Tracking(ThreadMode):
         self.mark(base, tag)
 
 
-def _product(name: str, given: list[Tensor], tags: list[Tag]) -> Tag:
-    """Where the rows of a product are, if that can be told from where those of its factors are."""
-    at = PRODUCTS[name]
-    if len(given) != at + 2 or any(tag is not None for tag in tags[:at]) or DRAWN in tags:
-        return None
-    (x, y), (one, other) = given[at:], tags[at:]
-    if at and given[0].ndim > 1 and given[0].shape[0] != 1:
-        return None  # a constant with as many rows
-    if one is not None and other is None:
-        return one if one.axis == x.ndim - 2 else None
-    if one is not None and other is not None and x.ndim == 3 and one.axis == other.axis == 0:
-        return one if one == other else None
-    return other if one is None and other is not None and other.axis == y.ndim - 1 else None
-
-
 class _Paused:
     """Operations inside the block are not followed."""
 
@@ -450,8 +398,11 @@ class _Paused:
         self.tracking.alone = self.before
 
 
-class Readings(TorchFunctionMode):
-    """Notes what passes every dispatcher by: where values leave torch, copies of objects, hooks of the backward."""
+class Readings(WithoutDropout):
+    """Turns dropout off, and notes what passes every dispatcher by.
+
+    That is where values leave torch, where objects are copied, and where the backward pass gets hooks.
+    """
 
     AWAY: ClassVar = frozenset(
         {
@@ -466,6 +417,9 @@ class Readings(TorchFunctionMode):
         }
     )
 
+    NOTED: ClassVar = AWAY | HOOKS | {Tensor.__deepcopy__}
+    ANY: ClassVar = NOTED | WithoutDropout.WATCHED | {F.linear}
+
     def __init__(self, tracking: Tracking) -> None:
         super().__init__()
         self.tracking = tracking
@@ -473,7 +427,14 @@ class Readings(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func not in self.ANY:
+            return func(*args, **(kwargs or {}))
         tracking = self.tracking
+        if func is F.linear:
+            out = None if kwargs else tracking.linear(*args)
+            return func(*args, **(kwargs or {})) if out is None else out
+        if func not in self.NOTED:
+            return super().__torch_function__(func, types, args, kwargs)
         if func in self.HOOKS:
             tracking.hooked = True
         elif func in self.AWAY and (not tracking.paused or tracking.alone):
@@ -487,86 +448,29 @@ class Readings(TorchFunctionMode):
         return out
 
 
-def reshaped(shape: Any, tag: Rows, n: int, new: Any) -> Rows:
-    """Where the rows are when a tensor of ``shape`` is read, row-major, as one of the shape ``new``.
-
-    >>> reshaped((6, 5, 4), Rows(0), 3, (30, 4)), reshaped((5, 6, 4), Rows(1), 3, (30, 4))
-    (Rows(axis=0, outer=1), Rows(axis=0, outer=5))
-    """
-    before = math.prod(shape[: tag.axis]) * tag.outer
-    ahead = 1
-    for axis, size in enumerate(new):
-        if before % ahead == 0 and size % n == 0 and size % (before // ahead * n) == 0 and size > 1:
-            return Rows(axis, before // ahead)
-        if size and before % (ahead * size):
-            break
-        ahead *= size
-    return MIXED
-
-
-def _moved(name: str, x: Tensor, tag: Rows, args: Any, result: Tensor) -> Rows:
-    axis = tag.axis
-    if name == "expand":
-        at = axis + result.ndim - x.ndim
-        return Rows(at, tag.outer) if result.shape[at] == x.shape[axis] else MIXED
-    if name == "permute":
-        return Rows([dim % x.ndim for dim in args[1]].index(axis), tag.outer)
-    if name in ("transpose", "t", "swapaxes"):
-        one, two = (args[1] % x.ndim, args[2] % x.ndim) if len(args) > 2 else (0, x.ndim - 1)
-        return Rows({one: two, two: one}.get(axis, axis), tag.outer)
-    if name == "unsqueeze":
-        return Rows(axis + (args[1] % (x.ndim + 1) <= axis), tag.outer)
-    if name == "squeeze":
-        dims = range(x.ndim) if len(args) < 2 else args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
-        gone = {dim % x.ndim for dim in dims if x.shape[dim] == 1} if x.ndim else set()
-        return MIXED if axis in gone else Rows(axis - sum(dim < axis for dim in gone), tag.outer)
-    return MIXED
-
-
-def _cut(name: str, x: Tensor, tag: Rows, args: Any, kwargs: Any, results: list[Tensor]) -> list[Tag]:
-    place = {"slice": 1, "select": 1, "unbind": 1, "narrow": 1}.get(name, 2)
-    dim = (args[place] if len(args) > place else kwargs.get("dim", 0)) % x.ndim
-    if dim == tag.axis:
-        return [tag if result.shape == x.shape else MIXED for result in results]
-    gone = name in ("select", "unbind") and dim < tag.axis
-    return [Rows(tag.axis - gone, tag.outer)] * len(results)
-
-
-def _along(name: str, args: Any, kwargs: Any, x: Tensor, tag: Rows) -> bool:
-    """Whether an operation along one axis goes along that of the rows."""
-    # What counts entries comes before the axis, which is the last one where nothing says which.
-    places = args[2:] if name in ("topk", "kthvalue") else args[1:]
-    numbers = [a for a in places if isinstance(a, (int, list, tuple)) and not isinstance(a, bool)]
-    given = kwargs.get("dim", kwargs.get("dims", None if numbers or name == "median" else -1))
-    dims = [given] if given is not None else numbers
-    flat = [dim for entry in dims for dim in (entry if isinstance(entry, (list, tuple)) else [entry])]
-    return not flat or any(
-        isinstance(dim, int) and -x.ndim <= dim < x.ndim and dim % x.ndim == tag.axis for dim in flat
-    )
-
-
 def _marked(given: list[Tensor], tags: list[Tag]) -> list[tuple[Tensor, Rows]]:
     return [(t, tag) for t, tag in zip(given, tags, strict=True) if tag is not None]
 
 
-def _flat(args: Any, kwargs: Any) -> Iterator[Any]:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, (list, tuple)):
-            yield from value
-        else:
-            yield value
-
-
-def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """The arguments that the operation writes into."""
-    if not func._schema.is_mutable:
-        return []
+def _tensors(values: Any) -> list[Tensor]:
+    """The tensors among the arguments of an operation, which may be in lists."""
     found = []
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[place] if place < len(args) else kwargs.get(argument.name)
-            found += [t for t in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(t, Tensor)]
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [entry for entry in value if isinstance(entry, Tensor)]
     return found
+
+
+def _results(out: Any) -> list[Tensor]:
+    """The tensors that an operation gave."""
+    return [out] if isinstance(out, Tensor) else [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+
+
+def _written(operator: Operator, args: Any, kwargs: Any) -> list[Tensor]:
+    """The arguments that the operation writes into."""
+    return _tensors(args[place] if place < len(args) else kwargs.get(name) for place, name in operator.written)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

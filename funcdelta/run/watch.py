@@ -13,9 +13,9 @@ from torch.utils.flop_counter import flop_registry
 
 from ..pytrees.opaque import PLAIN
 from ..randomness import Generators, PrivateRandom, ThreadMode, drawn
-from .probe import WithoutDropout
 from .skeleton import Skeleton
 from .trunk import places
+from .undisturbed import WithoutDropout
 
 STATELESS = (*PLAIN, torch.dtype, torch.device, torch.Size)
 """What a module may take or give besides tensors without hiding a state in it."""
@@ -152,31 +152,14 @@ class Flops(ThreadMode):
 
 
 class CountedDropout(WithoutDropout):
-    """Turns dropout off and counts where it would have acted: masks are drawn for each member's rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+    """Turns dropout off; what it would have acted on is another tensor, for masks are drawn for each member's rows."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = kwargs or {}
-        if func in self.OFF:
-            share, training = (*args[1:3], *(None, None))[:2]
-            share = given.get("p", 0.5) if share is None else share
-            training = given.get("training", given.get("train", True)) if training is None else training
-            if training and share > 0:
-                self.count += 1
-                # Another tensor, as it would be, and not one that no random number has touched.
-                return super().__torch_function__(func, types, args, kwargs).clone()
-        elif func is torch.nn.functional.scaled_dot_product_attention:
-            self.count += float(args[4] if len(args) > 4 else given.get("dropout_p", 0.0)) > 0
-        elif func is torch.nn.functional.multi_head_attention_forward:
-            # Its chance stands eleventh.
-            share = args[10] if len(args) > 10 else given.get("dropout_p", 0.0)
-            self.count += bool(given.get("training", True)) and share > 0
-        return super().__torch_function__(func, types, args, kwargs)
+        before = self.count
+        out = super().__torch_function__(func, types, args, kwargs)
+        return out.clone() if func in self.OFF and self.count != before else out
 
 
 class CountedRandom(PrivateRandom):

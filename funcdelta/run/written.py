@@ -6,14 +6,13 @@ delta and without it, or by another engine after the first one could not, has to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..transforms import is_wrapped
-from .inputs import Inputs
 
 Result = TypeVar("Result")
 
@@ -88,23 +87,3 @@ class Copies:
             return self.known
         made, given = self._before
         return self.known.union(changed(self.made, made), changed(self.values, given))
-
-
-def on_copies(inputs: Inputs, run: Callable[[Inputs], Result]) -> Result:
-    """``run`` with copies of the inputs; what it has written into them is in the inputs once it has succeeded.
-
-    >>> x = torch.zeros(2, 1)
-    >>> on_copies(Inputs(torch.nn.Identity(), 1, (x,), {}, None, 0), lambda own: own.leaves[0].add_(1))
-    tensor([[1.],
-            [1.]])
-    >>> x
-    tensor([[1.],
-            [1.]])
-    """
-    copied = inputs.copied()
-    own, given = copied.tensors(), inputs.tensors()
-    before = marks(own)
-    result = run(copied)
-    for i in changed(own, before):
-        given[i].copy_(own[i])
-    return result

@@ -24,17 +24,17 @@ from ..planning.sharing import expand_stack
 from ..pytrees.opaque import holds_tensors
 from ..run.call import Call
 from ..run.containers import is_cache
-from ..run.engines import ATTEMPTS
+from ..run.first_time import ATTEMPTS
 from ..run.fold import Folded
 from ..run.forward import without_cache
 from ..run.in_turn import run_in_turn
 from ..run.inputs import Inputs
 from ..run.layout import Layout, LayoutMismatchError, Run
 from ..run.layouts import key_of, layout_of, learned_anew
+from ..run.on_copies import on_copies
 from ..run.program import Program
 from ..run.single import tell_missed
 from ..run.skeleton import Skeleton, runner_candidates
-from ..run.written import on_copies
 from ..stacks.resident import Resident
 from ..stacks.routing import Index, pick_rows, read_index
 from ..transforms import eager

@@ -1,0 +1,161 @@
+"""The first call of inputs of some sizes: do members give in one batch what they give alone?
+
+A layout is learned from a few rows. A model that takes another branch for many of them, or for long ones, is seen here,
+on all rows at hand. Where members are far from each other and nothing draws, the call itself is the evidence, held
+against another with its members in other places and against one of them alone; else a call of members that are
+moved apart is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FoldError
+from ..pytrees.opaque import spare
+from ..stacks.params import take
+from ..transforms import concrete, current_transform
+from .call import Params
+from .fold import Folded, members_of
+from .inputs import Arguments, Inputs
+from .layout import Layout, LayoutMismatchError, close, tolerance_of
+from .layouts import key_of, learned_anew
+from .moved import APART, are_apart, moved_apart
+from .on_copies import on_copies
+from .outputs import flatten
+from .probe import OTHER_ENGINES, unequal
+from .program import Program
+from .single import call_single
+from .together import folded_run
+from .undisturbed import undisturbed
+
+ATTEMPTS = 6
+"""How often a layout is learned anew for one call: layers that are skipped at random may each be missed once."""
+
+
+def with_layout(
+    program: Program,
+    stack: Params,
+    inputs: Inputs,
+    layout: Layout,
+    given: Arguments,
+    run: Callable[..., Any],
+    by_row: bool = False,
+) -> Any:
+    """``run(layout, *given)``, with the inputs of all.
+
+    Where the call goes another way than the probe did, the layout is learned from its inputs, and it begins anew.
+    """
+
+    def once(layout: Layout) -> Any:
+        if not program.writes_inputs or torch.compiler.is_compiling():
+            return run(layout, *given)
+        return on_copies(inputs, lambda own: run(layout, *(own.shared() if by_row else own.folded())))
+
+    for attempt in range(ATTEMPTS):
+        try:
+            return _checked(program, stack, inputs, layout, once, by_row)
+        except LayoutMismatchError as error:
+            if torch.compiler.is_compiling() or attempt == ATTEMPTS - 1:
+                # Rows have no ``engine=``; what reads them one by one catches this.
+                raise error if by_row else LayoutMismatchError(f"{error} {OTHER_ENGINES}") from error
+            layout = learned_anew(program, stack, inputs, layout, by_row)
+    raise AssertionError("every attempt returns or raises")
+
+
+def _checked(
+    program: Program, stack: Params, inputs: Inputs, layout: Layout, run: Callable[[Layout], Any], by_row: bool
+) -> Any:
+    """``run(layout)``, and evidence for it where inputs of these sizes come for the first time."""
+    if torch.compiler.is_compiling() or id(layout) in inputs.checked:
+        return run(layout)
+    shapes = tuple(tuple(leaf.shape) for leaf in inputs.leaves if isinstance(leaf, Tensor))
+    key = key_of(program, stack, inputs, by_row), inputs.n, inputs.b, shapes
+    itself, output = False, None
+    if key not in program.checked:
+        plain = inputs.concrete().copied()  # the call may write into what it is given
+        itself = not by_row and not layout.draws and not program.writes_inputs and current_transform() is None
+        itself = itself and are_apart(stack, program.plan.constants)
+        output = run(layout) if itself else None
+        if not (itself and _is_evidence(program, stack, plain, layout, flatten(output)[0])):
+            _check_moved(program, stack, plain, layout, by_row)
+        program.checked[key] = True
+    inputs.checked[id(layout)] = layout  # which lives as long as its number stands here
+    return output if itself else run(layout)
+
+
+def _is_evidence(program: Program, stack: Params, inputs: Inputs, layout: Layout, leaves: list[Any]) -> bool:
+    """Whether a call itself shows that members do not mix: a mix would change its outputs, and they are right."""
+    return any(map(_differ, leaves)) and not _odd_output(program, stack, inputs, layout, leaves, by_row=False)
+
+
+def _differ(leaf: Any) -> bool:
+    """Whether an output of the last member is far from that of the first: much more than rounding explains."""
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or not leaf.numel():
+        return False
+    first, last = leaf[0].detach(), leaf[-1].detach()
+    far = max(APART, 16 * tolerance_of(leaf))
+    return bool((last - first).abs().max() > far * torch.maximum(first.abs().max(), last.abs().max()))
+
+
+def _check_moved(program: Program, stack: Params, inputs: Inputs, layout: Layout, by_row: bool) -> None:
+    """Members that are moved apart get in one batch what they get alone.
+
+    Raises :class:`FoldError` where the numbers differ.
+    """
+    n, rows = (inputs.b, 1) if by_row else (inputs.n, inputs.b)
+    moved = moved_apart(stack, program.plan.constants)
+    leaves = _in_one_batch(program, moved, inputs, layout, by_row)
+    odd = _odd_output(program, moved, inputs, layout, leaves, by_row)
+    if not odd:
+        return
+    if not layout.compared:
+        learned_anew(program, stack, inputs, layout)  # says where, if a few rows show it as well
+    program.layouts.pop(key_of(program, stack, inputs, by_row), None)
+    raise FoldError(
+        f"{n} members with {rows} rows in one batch do not give what one gives alone (output {odd}): what the model "
+        f"computes depends on how many rows there are, or how long. {OTHER_ENGINES}"
+    )
+
+
+def _in_one_batch(program: Program, stack: Params, inputs: Inputs, layout: Layout, by_row: bool) -> list[Any]:
+    """The leaves of the output, (n, b, …), of all members in one batch."""
+    n, rows = (inputs.b, 1) if by_row else (inputs.n, inputs.b)
+    copied = inputs.copied()
+    args, kwargs = spare(copied.shared() if by_row else copied.folded())
+    with undisturbed(layout.draws):
+        together, _ = flatten(folded_run(program, stack, layout, args, kwargs, Folded(n, rows)))
+        return [
+            members_of(leaf, dim, n, rows, name) if isinstance(leaf, Tensor) else leaf
+            for name, leaf, dim in zip(layout.names, together, layout.outputs, strict=True)
+        ]
+
+
+def _odd_output(
+    program: Program, stack: Params, inputs: Inputs, layout: Layout, leaves: list[Any], by_row: bool
+) -> str | None:
+    """The first output (n, b, …) of a batch that is not what each member gives alone.
+
+    The last member is compared with itself alone, and all with themselves one place further in the batch: so what
+    holds at the last place holds at every one.
+    """
+    n = inputs.b if by_row else inputs.n
+    copied = inputs.copied()
+    own = copied.rows([n - 1]).shared() if by_row else copied.member(n - 1)
+    plain = {name: concrete(leaf) for name, leaf in stack.items()}
+    with undisturbed(layout.draws):
+        alone, _ = flatten(call_single(program, take(plain, n - 1), *spare(own)))
+    turned = inputs.copied().rows([*range(1, n), 0]) if by_row else inputs.copied().turned()
+    others = _in_one_batch(program, {name: leaf.roll(-1, 0) for name, leaf in plain.items()}, turned, layout, by_row)
+    if not len(alone) == len(leaves) == len(others):
+        return "of the model"
+    for name, leaf, again, expected in zip(layout.names, leaves, others, alone, strict=True):
+        if isinstance(leaf, Tensor) and isinstance(expected, Tensor):
+            if not (close(leaf[-1], expected) and close(again, leaf.roll(-1, 0))):
+                return name
+        elif not by_row and unequal(leaf, expected):
+            return name
+    return None
