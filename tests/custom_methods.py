@@ -137,7 +137,7 @@ class HadamardConfig(fd.Additive):
 
 @fd.register("test_chain")
 @dataclass(frozen=True)
-class ChainedConfig(fd.ChainConfig):
+class ChainedConfig(fd.methods.ChainConfig):
     """LoRA, and an adapter on what it gives."""
 
     composed: ClassVar[bool] = False
@@ -146,7 +146,7 @@ class ChainedConfig(fd.ChainConfig):
 
 @fd.register("test_average")
 @dataclass(frozen=True)
-class AveragedConfig(fd.AverageConfig):
+class AveragedConfig(fd.methods.AverageConfig):
     """Two LoRAs of unlike rank, and their shares."""
 
     composed: ClassVar[bool] = False
@@ -157,7 +157,7 @@ class AveragedConfig(fd.AverageConfig):
 
 @fd.register("test_mixture")
 @dataclass(frozen=True)
-class MixedConfig(fd.MixtureConfig):
+class MixedConfig(fd.methods.MixtureConfig):
     """LoRAs mixed by gates that each token sets, as in X-LoRA (Buehler and Buehler 2024), and a chain among them."""
 
     composed: ClassVar[bool] = False

@@ -36,7 +36,7 @@ class ChainConfig(Composition):
 
     >>> backbone, x = torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.randn(2, 4)
     >>> parts = fd.LoraConfig(lora_r=1), fd.AdapterConfig(bottleneck_dim=2)
-    >>> chained = fd.DeltaModel(backbone, fd.ChainConfig(parts=parts, modified_modules=["0"]))
+    >>> chained = fd.DeltaModel(backbone, fd.methods.ChainConfig(parts=parts, modified_modules=["0"]))
     >>> params = fd.tree.map(torch.rand_like, chained.init(0))
     >>> beside = fd.DeltaModel(backbone, *(part.replace(modified_modules=["0"]) for part in parts))
     >>> renamed = {name.replace("0.chain.", "0."): leaf for name, leaf in params.items()}
