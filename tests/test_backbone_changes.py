@@ -452,7 +452,8 @@ def test_numbers_are_followed(change: Callable[[Any], None]) -> None:
     after = delta.apply(params, x)
     assert torch.equal(after, m(x))
     assert not torch.equal(before, after)
-    assert torch.equal(delta.apply_many(delta.init(0, n=2), x)[1], m(x))
+    # In a batch of another size a processor may round otherwise.
+    torch.testing.assert_close(delta.apply_many(delta.init(0, n=2), x)[1], m(x))
 
 
 def nothing_read(m: Any) -> None:

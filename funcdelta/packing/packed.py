@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..methods.acts import Acts
 from ..methods.config import AutoDeltaConfig, BaseDeltaConfig, register
-from ..methods.leaf import Leaf, Leaves, as_leaves, growing
+from ..methods.leaf import Growing, Leaf, Leaves, as_leaves, growing
 from ..sites.own import Own
 from ..sites.site import Site
 
@@ -167,11 +167,11 @@ class Packed(BaseDeltaConfig):
     # -- a member's functions --------------------------------------------------------------------------------------
 
     def acts(self, site: Site) -> Acts:
-        acts = self.method.acts(site)
+        acts, axes = self.method.acts(site), growing(dict(site.axes))
         before, after, weights, attend, prompt = acts.before, acts.after, acts.weights, acts.attend, acts.prompt
 
         def own(p: dict[str, Tensor]) -> dict[str, Tensor]:
-            return members_own(site, p)
+            return members_own(axes, p)
 
         def packed_weights(p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
             assert weights is not None
@@ -212,20 +212,20 @@ class Packed(BaseDeltaConfig):
         )
 
 
-def members_own(site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def members_own(axes: Mapping[str, Growing], p: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The method's own leaves, masked beyond the member's sizes, and harmless where it has no delta.
 
-    >>> site = Site("0", "linear", "Linear", None, None, 2, 2, axes=(("lora_B", ". rank"),))
-    >>> members_own(site, {"lora_B": torch.ones(1, 2), "size.rank": torch.tensor(1.0), "source": torch.tensor(0.0)})
+    >>> axes = growing({"lora_B": ". rank"})
+    >>> members_own(axes, {"lora_B": torch.ones(1, 2), "size.rank": torch.tensor(1.0), "source": torch.tensor(0.0)})
     {'lora_B': tensor([[1., 0.]])}
     """
     found = {leaf: t for leaf, t in p.items() if leaf not in OWN_LEAVES and not leaf.startswith(SIZE)}
     if "present" in p:
         found = {leaf: harmless(p, t) for leaf, t in found.items()}
     if any(leaf.startswith(SIZE) for leaf in p):
-        for name, axes in growing(dict(site.axes)).items():
-            for leaf, axis in axes.axes.items() if SIZE + name in p else ():
-                found[leaf] = masked(found[leaf], axis, p[SIZE + name], axes.pieces[leaf])
+        for name, own in axes.items():
+            for leaf, axis in own.axes.items() if SIZE + name in p else ():
+                found[leaf] = masked(found[leaf], axis, p[SIZE + name], own.pieces[leaf])
     return found
 
 
