@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import funcdelta as fd
@@ -216,33 +215,31 @@ class DoraConfig(fd.Additive):
 
 @fd.register("test_vera")
 @dataclass(frozen=True)
-class VeraConfig(fd.BaseDeltaConfig):
-    """``y + b ⊙ B (d ⊙ A x)``: VeRA (Kopiczko et al. 2024). A and B are one copy for all members and all sites."""
+class VeraConfig(fd.Additive):
+    """``ΔW = diag(b) B diag(d) A``: VeRA (Kopiczko et al. 2024). A and B are one copy for all members and all sites."""
 
     identity_at_start: ClassVar[bool] = True
     rank: int = 3
 
-    def check(self, site: fd.Site) -> str | None:
-        return None if site.kind in ("linear", "transposed_linear") else f"{site.module_type} is not linear"
-
     def shared(self, sites: tuple[fd.Site, ...], rng: torch.Generator) -> fd.Leaves:
-        widest, longest = max(site.input_width for site in sites), max(site.width for site in sites)
+        shapes = [self.matrix_shape(site) for site in sites]
+        longest, widest = max(rows for rows, *_ in shapes), max(math.prod(columns) for _, *columns in shapes)
         a, b = torch.randn(self.rank, widest, generator=rng), torch.randn(longest, self.rank, generator=rng)
         return {"a": fd.Leaf(a, of="all"), "b": fd.Leaf(b, of="all")}
 
     def init(self, site: fd.Site, rng: torch.Generator) -> fd.Leaves:
-        return {"d": torch.full((self.rank,), 0.1), "lambda": torch.zeros(site.width)}
+        return {"d": torch.full((self.rank,), 0.1), "lambda": torch.zeros(self.matrix_shape(site)[0])}
 
-    def after(self, site: fd.Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
-        hidden = F.linear(x, p["a"][:, : site.input_width]) * p["d"]
-        return y + F.linear(hidden, p["b"][: site.width]) * p["lambda"]
-
-    def weights(self, site: fd.Site, p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
-        change = (p["lambda"].unsqueeze(1) * p["b"][: site.width] * p["d"]) @ p["a"][:, : site.input_width]
-        return w | {"weight": w["weight"] + to_weight(site, change)}
+    def low_rank(self, site: fd.Site, p: dict[str, Tensor]) -> fd.LowRank:
+        rows, *columns = self.matrix_shape(site)
+        a = p["d"].unsqueeze(1) * p["a"][:, : math.prod(columns)]
+        return fd.LowRank(p["lambda"].unsqueeze(1) * p["b"][:rows], a.unflatten(1, columns), a.new_ones(()))
 
     def tokenwise(self, site: fd.Site) -> bool:
-        return True
+        return False
+
+    def takes_tensors(self) -> bool:
+        return False
 
 
 @fd.register("test_pissa")

@@ -237,7 +237,7 @@ def test_law_4_gradients_of_rows_go_to_the_members_picked(method: str, name: str
 def test_law_5_merged_weights_equal_apply(method: str, name: str) -> None:
     s = subject(method, name)
     params, inputs = s.member(1), s.inputs()
-    if any(a.config.unmergeable(a.site) for a in s.delta.plan.all()):
+    if any(a.acts().unmergeable or a.acts().weights is None for a in s.delta.plan.all()):
         with pytest.raises(fd.errors.MergeError, match="cannot be merged"):
             s.delta.merge(params)
         return

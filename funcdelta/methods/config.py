@@ -269,6 +269,10 @@ class BaseDeltaConfig:
         """Whether the method can act on a part of a fused output alone (``acts_on_parts``)."""
         return self.acts_on_parts
 
+    def seed_name(self, name: str) -> str:
+        """What tensors of all members (``Leaf.of``) are drawn by, of a delta called ``name``."""
+        return name
+
     def takes_tensors(self) -> bool:
         """Whether a site of the method may be one bare parameter (``site.kind == "tensor"``)."""
         return False

@@ -37,15 +37,17 @@ class Origin:
     Attributes:
         config: as it was, with its own name and its own names of sites.
         sites: the paths of its sites; ``None``: all of the packed delta's.
+        name: what its delta was called.
         stack: for members that came as one stack its number, so that they leave as one.
 
     >>> Origin(fd.LoraConfig(lora_r=2), ("0",)).to_dict()
-    {'config': {'delta_type': 'lora', 'lora_r': 2}, 'sites': ['0'], 'stack': None}
+    {'config': {'delta_type': 'lora', 'lora_r': 2}, 'sites': ['0'], 'stack': None, 'name': ''}
     """
 
     config: BaseDeltaConfig
     sites: tuple[str, ...] | None = None
     stack: int | None = None
+    name: str = ""
 
     def at(self, path: str) -> bool:
         """Whether its members have the delta at ``path``."""
@@ -54,14 +56,14 @@ class Origin:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data."""
         sites = None if self.sites is None else list(self.sites)
-        return {"config": self.config.to_diff_dict(), "sites": sites, "stack": self.stack}
+        return {"config": self.config.to_diff_dict(), "sites": sites, "stack": self.stack, "name": self.name}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Origin:
         """The origin that :meth:`to_dict` describes."""
         sites = data.get("sites")
         config = AutoDeltaConfig.from_dict(data["config"])
-        return cls(config, None if sites is None else tuple(sites), data.get("stack"))
+        return cls(config, None if sites is None else tuple(sites), data.get("stack"), data.get("name", ""))
 
 
 @register("packed")
@@ -101,6 +103,9 @@ class Packed(BaseDeltaConfig):
 
     def default_names(self) -> tuple[str, ...]:
         return self.method.default_names()
+
+    def seed_name(self, name: str) -> str:
+        return self.origins[0].name or name
 
     def takes_tensors(self) -> bool:
         return self.method.takes_tensors()
@@ -153,7 +158,8 @@ class Packed(BaseDeltaConfig):
     def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> Leaves:
         varying = {name: float(getattr(self.method, name)) for name in self.varying} | {"source": 0.0}
         constants = {name: Leaf(torch.tensor(value), trains=False) for name, value in varying.items()}
-        return {**self.method.shared(sites, rng), **constants}
+        here = tuple(site for site in sites if self.origins[0].at(site.address))
+        return {**self.method.shared(here, rng), **constants}
 
     def expand(self, sites: tuple[Site, ...], p: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         passed = {leaf: p[leaf] for leaf in ("source", *self.varying)}

@@ -61,6 +61,8 @@ class Slot:
         if known.alike() != config.alike():
             return "method"
         same_sites = own.keys() == self.sites.keys()
+        if not same_sites and any(a.fixed for a in (*own.values(), *self.sites.values())):
+            return "sites"
         parts = any(a.site.parts for a in (*own.values(), *self.sites.values()))
         if not same_sites and (
             "" in own or "" in self.sites or parts or (config.gives("expand") and group is not None)
@@ -127,7 +129,7 @@ def place(chunk: Chunk, slots: list[Slot], padding: str) -> tuple[int, ...]:
         if slot.origins and own.keys() != slot.sites.keys():
             slot.whole = False
         slot.index[chunk.kind] = len(slot.origins)
-        slot.origins.append(Origin(config, tuple(own), chunk.number))
+        slot.origins.append(Origin(config, tuple(own), chunk.number, name))
         slot.sites = {**own, **slot.sites}
         places.append(place)
         start = place + 1

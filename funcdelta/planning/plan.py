@@ -429,7 +429,7 @@ def _attach(
 ) -> Attachment:
     """The delta of ``config`` at ``site``; ``compared`` are the sites but for their paths whose forms agree."""
     module, who = modules[site.path], f"{type(config).__name__}.init"
-    rng = torch.Generator().manual_seed(derive(0, f"{site.address}.{name}"))
+    rng = torch.Generator().manual_seed(derive(0, f"{site.address}.{config.seed_name(name)}"))
     with refuse_draws(who), own_defaults():
         leaves, own_fixed = members_and_all(as_leaves(config.leaves(site, Own(module), rng), who))
     fixed = {leaf: _placed(site, tensor) for leaf, tensor in own_fixed.items()} | dict(fixed)

@@ -64,7 +64,7 @@ def share(config: BaseDeltaConfig, name: str, sites: tuple[Site, ...]) -> tuple[
 
     What all members have is there once for all sites, too.
     """
-    rng, who = torch.Generator().manual_seed(derive(0, name)), f"{type(config).__name__}.shared"
+    rng, who = torch.Generator().manual_seed(derive(0, config.seed_name(name))), f"{type(config).__name__}.shared"
     with refuse_draws(who), own_defaults():
         given, of_all = members_and_all(as_leaves(config.shared(sites, rng), who))
     like = sites[0]

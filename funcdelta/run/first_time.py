@@ -30,7 +30,7 @@ from .probe import OTHER_ENGINES, unequal
 from .program import Program
 from .single import call_single
 from .together import folded_run
-from .undisturbed import undisturbed
+from .undisturbed import beside, undisturbed
 
 ATTEMPTS = 6
 """How often a layout is learned anew for one call: layers that are skipped at random may each be missed once."""
@@ -107,7 +107,8 @@ def _check_moved(program: Program, stack: Params, inputs: Inputs, layout: Layout
     Raises :class:`FoldError` where the numbers differ.
     """
     n, rows = (inputs.b, 1) if by_row else (inputs.n, inputs.b)
-    moved = moved_apart(stack, program.plan.constants)
+    with beside():
+        moved = moved_apart(stack, program.plan.constants)
     leaves = _in_one_batch(program, moved, inputs, layout, by_row)
     odd = _odd_output(program, moved, inputs, layout, leaves, by_row)
     if not odd:

@@ -176,7 +176,8 @@ def _field(values: list[Any], join: Join, of: Mapping[int, Any], name: str) -> A
         if whole is None:
             raise EngineError(
                 f"The output {name} has the shape {' or '.join(dict.fromkeys(str(tuple(t.shape)) for t in column))} "
-                f"where rows run in turn, and cannot be put together to one for all of them."
+                f"where rows run in turn, and cannot be put together to one for all of them. If rows of the bare "
+                f"backbone are among them, run such rows by themselves, delta.apply({{}}, ...)."
             )
         found.append(whole)
     return trees[0](found)
