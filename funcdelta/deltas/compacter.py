@@ -10,7 +10,6 @@ Source: Karimi Mahabadi et al. 2021, "Compacter: Efficient Low-Rank Hypercomplex
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,6 +20,7 @@ from ..errors import ConfigError, MatchError
 from ..functional.activations import activation
 from ..functional.glorot import GLOROT, glorot
 from ..functional.hypercomplex import kronecker_sum, times_kronecker_sum
+from ..functional.hypercomplex_widths import fits, nearby, remedies
 from ..match import near
 from ..methods.config import BaseDeltaConfig, register
 from ..methods.leaf import Leaf, Leaves
@@ -107,33 +107,16 @@ class CompacterConfig(BaseDeltaConfig):
 
     def check(self, site: Site) -> str | None:
         d, n, factor = site.out_features, self.hypercomplex_division, self.reduction_factor
-        if d is None or self._fits(d):
+        if d is None or fits(d, n, factor):
             return None
-        below = next((width for width in range(d - 1, 0, -1) if self._fits(width)), None)
-        # The widths whose bottleneck is a multiple of n begin with a multiple of n.
-        bottleneck = max(d + 1, n * factor) // factor // n * n
-        above = max(d + 1, bottleneck * factor)
-        above += -above % n
-        above = above if above // factor == bottleneck else (bottleneck + n) * factor
-        nearby = ", ".join(str(width) for width in (below, above) if width is not None)
-        ways: list[str] = []
-        divisions = [i for i in range(2, d + 1) if d // factor and math.gcd(d, d // factor) % i == 0]
-        if divisions:
-            ways.append(f"hypercomplex_division={' or '.join(map(str, divisions[:4]))}")
-        factors = [f for f in range(2, d + 1) if d % n == 0 and (d // f) % n == 0]
-        if factors:
-            closest = sorted(factors, key=lambda f: abs(f - factor))[:4]
-            ways.append(f"reduction_factor={' or '.join(map(str, sorted(closest)))}")
+        widths = ", ".join(map(str, nearby(d, n, factor)))
+        found = remedies(d, n, factor).items()
+        ways = [f"{field}={' or '.join(map(str, values))}" for field, values in found if values]
         here = f"; for the width {d} write {', or '.join(ways)}" if ways else ""
         return (
             f"its width {d} and the bottleneck {d} // {factor} = {d // factor} must both be multiples of "
-            f"hypercomplex_division={n}, at least {n}. Widths nearby that work: {nearby}{here}"
+            f"hypercomplex_division={n}, at least {n}. Widths nearby that work: {widths}{here}"
         )
-
-    def _fits(self, width: int) -> bool:
-        """Whether a site of that width and its bottleneck split into equal parts."""
-        bottleneck = width // self.reduction_factor
-        return bottleneck > 0 and width % self.hypercomplex_division == bottleneck % self.hypercomplex_division == 0
 
     def unmergeable(self, site: Site) -> str | None:
         return "it adds a non-linear function of the output, which no weight of the site computes"
