@@ -98,10 +98,11 @@ def build_parser() -> Parser:
     commands.add_parser("bench", help="time members by fold, vmap, loop and PEFT side by side", add_help=False)
     plan = commands.add_parser(
         "plan",
-        help="what n members cost in memory and time, and which layout fits",
+        help="the memory and the operations that n members on one backbone take",
         description=(
-            "Memory and time of a step of n members on one backbone, on one device, with members or the backbone or "
-            "both sharded over several, by formulas (they stand in funcdelta/costs/formulas.py). No weights are read."
+            "Memory and operations of a step of training n members on one backbone, counted by torch's own counters in "
+            "a run on the meta device. No weights are read, and nothing is computed. Times are not predicted: "
+            "'funcdelta bench' measures them."
         ),
     )
     add_options(plan)

@@ -1,25 +1,10 @@
-"""``funcdelta plan``: what n members on one backbone cost in memory and time, and which layout fits.
+"""``funcdelta plan``: the memory and the operations that n members on one backbone take, counted without any numbers.
 
-:mod:`.sizes` counts a backbone and a member, :mod:`.formulas` turns counts into bytes, operations and seconds,
-:mod:`.layouts` spreads them over devices, :mod:`.report` prints. Nothing is trained and no weights are loaded.
+:mod:`.measured` runs one member on the meta device under torch's own counters, :mod:`.fused` has attention there keep
+what fused kernels keep, :mod:`.report` builds a backbone from its config and prints.
 """
 
-from .devices import DEVICES, Device
-from .formulas import Cost, Job, decode_cost, training_cost
-from .layouts import Placed, layouts
-from .sizes import Backbone, Member, from_config, from_numbers
+from .measured import Cost, measure
+from .report import backbone_of
 
-__all__ = [
-    "DEVICES",
-    "Backbone",
-    "Cost",
-    "Device",
-    "Job",
-    "Member",
-    "Placed",
-    "decode_cost",
-    "from_config",
-    "from_numbers",
-    "layouts",
-    "training_cost",
-]
+__all__ = ["Cost", "backbone_of", "measure"]

@@ -10,7 +10,6 @@ Source: Karimi Mahabadi et al. 2021, "Compacter: Efficient Low-Rank Hypercomplex
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,17 +18,15 @@ from torch import Tensor
 
 from ..errors import ConfigError, MatchError
 from ..functional.activations import activation
-from ..functional.glorot import GLOROT, glorot
 from ..functional.hypercomplex import kronecker_sum, times_kronecker_sum
+from ..functional.hypercomplex_start import RULE_STARTS, WEIGHT_STARTS, fresh_blocks, fresh_rule
+from ..functional.hypercomplex_widths import fits, nearby, remedies
 from ..match import near
 from ..methods.config import BaseDeltaConfig, register
 from ..methods.leaf import Leaf, Leaves
 from ..sites.site import Site
 
 LAYERS = ("down_sampler", "up_sampler")
-W_INITS = (*GLOROT, "normal")
-RULE_INITS = ("normal", "uniform")
-RULE_SPREAD = 0.01
 SWITCHES = (
     *("learn_phm", "shared_phm_rule", "factorized_phm", "shared_W_phm", "factorized_phm_rule"),
     *("use_bias_up_sampler", "use_bias_down_sampler"),
@@ -98,7 +95,7 @@ class CompacterConfig(BaseDeltaConfig):
         for field in SWITCHES:
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(f"{field}={getattr(self, field)!r}: write True or False.")
-        for field, known in (("phm_c_init", RULE_INITS), ("hypercomplex_nonlinearity", W_INITS)):
+        for field, known in (("phm_c_init", RULE_STARTS), ("hypercomplex_nonlinearity", WEIGHT_STARTS)):
             if getattr(self, field) not in known:
                 raise ConfigError(f"{field}={getattr(self, field)!r}.{near(str(getattr(self, field)), known)}")
         if self.phm_init_range < 0:
@@ -107,33 +104,16 @@ class CompacterConfig(BaseDeltaConfig):
 
     def check(self, site: Site) -> str | None:
         d, n, factor = site.out_features, self.hypercomplex_division, self.reduction_factor
-        if d is None or self._fits(d):
+        if d is None or fits(d, n, factor):
             return None
-        below = next((width for width in range(d - 1, 0, -1) if self._fits(width)), None)
-        # The widths whose bottleneck is a multiple of n begin with a multiple of n.
-        bottleneck = max(d + 1, n * factor) // factor // n * n
-        above = max(d + 1, bottleneck * factor)
-        above += -above % n
-        above = above if above // factor == bottleneck else (bottleneck + n) * factor
-        nearby = ", ".join(str(width) for width in (below, above) if width is not None)
-        ways: list[str] = []
-        divisions = [i for i in range(2, d + 1) if d // factor and math.gcd(d, d // factor) % i == 0]
-        if divisions:
-            ways.append(f"hypercomplex_division={' or '.join(map(str, divisions[:4]))}")
-        factors = [f for f in range(2, d + 1) if d % n == 0 and (d // f) % n == 0]
-        if factors:
-            closest = sorted(factors, key=lambda f: abs(f - factor))[:4]
-            ways.append(f"reduction_factor={' or '.join(map(str, sorted(closest)))}")
+        widths = ", ".join(map(str, nearby(d, n, factor)))
+        found = remedies(d, n, factor).items()
+        ways = [f"{field}={' or '.join(map(str, values))}" for field, values in found if values]
         here = f"; for the width {d} write {', or '.join(ways)}" if ways else ""
         return (
             f"its width {d} and the bottleneck {d} // {factor} = {d // factor} must both be multiples of "
-            f"hypercomplex_division={n}, at least {n}. Widths nearby that work: {nearby}{here}"
+            f"hypercomplex_division={n}, at least {n}. Widths nearby that work: {widths}{here}"
         )
-
-    def _fits(self, width: int) -> bool:
-        """Whether a site of that width and its bottleneck split into equal parts."""
-        bottleneck = width // self.reduction_factor
-        return bottleneck > 0 and width % self.hypercomplex_division == bottleneck % self.hypercomplex_division == 0
 
     def unmergeable(self, site: Site) -> str | None:
         return "it adds a non-linear function of the output, which no weight of the site computes"
@@ -189,20 +169,12 @@ class CompacterConfig(BaseDeltaConfig):
         d, m = site.width, site.width // self.reduction_factor
         return {"down_sampler": (d, m), "up_sampler": (m, d)}
 
-    def _rule_names(self) -> tuple[str, ...]:
-        return ("phm_rule_left", "phm_rule_right") if self.factorized_phm_rule else ("phm_rule",)
-
     def _rule(self, rng: torch.Generator) -> dict[str, Leaf]:
         """A fresh rule, or its two factors."""
         n = self.hypercomplex_division
-        shapes = ((n, n, 1), (n, 1, n)) if self.factorized_phm_rule else ((n, n, n),)
-        named = zip(self._rule_names(), shapes, strict=True)
-        return {name: Leaf(self._drawn_rule(shape, rng), trains=self.learn_phm) for name, shape in named}
-
-    def _drawn_rule(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-        if self.phm_c_init == "normal":
-            return torch.randn(shape, generator=rng) * RULE_SPREAD
-        return torch.empty(shape).uniform_(-RULE_SPREAD, RULE_SPREAD, generator=rng)
+        factors = {"phm_rule_left": (n, n, 1), "phm_rule_right": (n, 1, n)}
+        named = (factors if self.factorized_phm_rule else {"phm_rule": (n, n, n)}).items()
+        return {name: Leaf(fresh_rule(self.phm_c_init, shape, rng), trains=self.learn_phm) for name, shape in named}
 
     def _weight(self, layer: str, features: int, outputs: int, rng: torch.Generator) -> dict[str, Leaf]:
         """A fresh weight of n blocks, or its two factors."""
@@ -217,6 +189,4 @@ class CompacterConfig(BaseDeltaConfig):
         return {"W": Leaf(self._drawn((n, rows, columns), rng), f". {into} {out}")}
 
     def _drawn(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-        if self.hypercomplex_nonlinearity == "normal":
-            return torch.randn(shape, generator=rng) * self.phm_init_range
-        return glorot(self.hypercomplex_nonlinearity, shape, rng)
+        return fresh_blocks(self.hypercomplex_nonlinearity, shape, self.phm_init_range, rng)

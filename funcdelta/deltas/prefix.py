@@ -10,16 +10,15 @@ hides in front gets the position numbers that its text has alone, unless ``posit
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError, MatchError
+from ..functional.prefix_network import fresh_network, written
 from ..methods.config import BaseDeltaConfig, register
 from ..methods.leaf import Leaves
 from ..run.attention import attention_below
@@ -101,27 +100,12 @@ class PrefixConfig(BaseDeltaConfig):
                     f"has keys of {width} numbers, {path} keys and values of {found}. Write reparameterize=False, or "
                     f"make a delta of each width."
                 )
-
-        def linear(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-            bound = 1 / math.sqrt(columns)  # as torch.nn.Linear starts
-            weight = torch.empty(rows, columns).uniform_(-bound, bound, generator=rng)
-            return weight, torch.empty(rows).uniform_(-bound, bound, generator=rng)
-
-        table = torch.randn(self.prefix_token_num, self.embed_dim, generator=rng)
-        first, second = linear(self.mid_dim, self.embed_dim), linear(2 * len(sites) * width, self.mid_dim)
-        return {
-            "wte.weight": table,
-            "control_trans.0.weight": first[0],
-            "control_trans.0.bias": first[1],
-            "control_trans.2.weight": second[0],
-            "control_trans.2.bias": second[1],
-        }
+        outputs = 2 * len(sites) * width
+        return fresh_network(self.prefix_token_num, self.embed_dim, self.mid_dim, outputs, rng)
 
     def expand(self, sites: tuple[Site, ...], p: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """``W₂ tanh(W₀ E + b₀) + b₂``, cut into a key and a value for each site in turn."""
-        hidden = F.linear(p["wte.weight"], p["control_trans.0.weight"], p["control_trans.0.bias"]).tanh()
-        written = F.linear(hidden, p["control_trans.2.weight"], p["control_trans.2.bias"])
-        pieces = written.chunk(2 * len(sites), -1)
+        pieces = written(p).chunk(2 * len(sites), -1)
         return {site.path: {"past_key": pieces[2 * i], "past_value": pieces[2 * i + 1]} for i, site in enumerate(sites)}
 
     def baked(self) -> Self:

@@ -1,0 +1,43 @@
+"""Widths d whose hypercomplex adapter splits evenly: d and its bottleneck d // factor are multiples of n."""
+
+from __future__ import annotations
+
+import math
+
+
+def fits(width: int, division: int, factor: int) -> bool:
+    """Whether a site of that width and its bottleneck split into equal parts.
+
+    >>> fits(64, division=4, factor=16), fits(60, division=4, factor=16)
+    (True, False)
+    """
+    bottleneck = width // factor
+    return bottleneck > 0 and width % division == bottleneck % division == 0
+
+
+def nearby(width: int, division: int, factor: int) -> list[int]:
+    """The next widths that fit, below (where there is one) and above.
+
+    >>> nearby(100, division=4, factor=16)
+    [76, 128]
+    """
+    below = next((smaller for smaller in range(width - 1, 0, -1) if fits(smaller, division, factor)), None)
+    # The widths whose bottleneck is a multiple of n begin with a multiple of n.
+    bottleneck = max(width + 1, division * factor) // factor // division * division
+    above = max(width + 1, bottleneck * factor)
+    above += -above % division
+    above = above if above // factor == bottleneck else (bottleneck + division) * factor
+    return [above] if below is None else [below, above]
+
+
+def remedies(width: int, division: int, factor: int) -> dict[str, list[int]]:
+    """Other values of either setting with which this width fits, the other left as it is; at most four of each.
+
+    >>> remedies(32, division=4, factor=16)
+    {'hypercomplex_division': [2], 'reduction_factor': [2, 4, 7, 8]}
+    """
+    least = math.gcd(width, width // factor) if width // factor else 1
+    divisions = [i for i in range(2, width + 1) if least % i == 0][:4]
+    factors = [f for f in range(2, width + 1) if width % division == 0 and (width // f) % division == 0]
+    closest = sorted(sorted(factors, key=lambda f: abs(f - factor))[:4])
+    return {"hypercomplex_division": divisions, "reduction_factor": closest}
