@@ -6,6 +6,7 @@ This is the one place that asks torch's interpreter stack. The decorators for ``
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -60,8 +61,19 @@ def constant_while_tracing(function: Function) -> Function:
     >>> answer()
     42
     """
-    function.__dict__["_dynamo_marked_constant"] = True
-    return function
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # torch says that it compiles for as long as it traces, also to what it runs for real.
+        compiler: Any = torch.compiler
+        tracing, compiler._is_compiling_flag = compiler._is_compiling_flag, False
+        try:
+            return function(*args, **kwargs)
+        finally:
+            compiler._is_compiling_flag = tracing
+
+    run.__dict__["_dynamo_marked_constant"] = True
+    return run  # pyright: ignore[reportReturnType]
 
 
 current_transform: Callable[[], Any] = _functorch.peek_interpreter_stack

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from funcdelta.config import BaseDeltaConfig
 from handmade import MLP
-from torch import Tensor, nn
+from torch import nn
 
 import funcdelta as fd
 from funcdelta import fresh
 from funcdelta.errors import ConfigError
+from funcdelta.methods.config import BaseDeltaConfig
 
 WIDE: dict[torch.dtype | None, str] = {None: "own", torch.float64: "f64", torch.bfloat16: "bf16"}
 WAYS: dict[str, dict[str, Any]] = {
@@ -70,10 +70,12 @@ class Growing(fd.LoraConfig):
 
     drawn = 0
 
-    def init(self, site: fd.Site, rng: torch.Generator) -> dict[str, Tensor]:
+    def init(self, site: fd.Site, rng: torch.Generator) -> fd.Leaves:
         Growing.drawn += 1
         leaves = super().init(site, rng)
-        return leaves | {"lora_B": nn.functional.pad(leaves["lora_B"], (0, Growing.drawn // 4))}
+        b = leaves["lora_B"]
+        assert isinstance(b, fd.Leaf)
+        return {**leaves, "lora_B": nn.functional.pad(b.value, (0, Growing.drawn // 4))}
 
 
 @pytest.mark.parametrize("n", [None, 3])

@@ -520,7 +520,9 @@ def _check_reads(attachments: Sequence[Attachment], trains: Mapping[str, tuple[s
                 f"leave one of the two out."
             )
         other = rewriting.get(a.site.path)
-        if read and other is not None and other is not a:
+        # Where no member need have both, none has: each came with one of them.
+        optional = other is not None and other.acts().present is not None and a.acts().present is not None
+        if read and other is not None and other is not a and not optional:
             raise MatchError(
                 f"{a.name} at {a.site.path} reads {read[0]}, which {other.name} rewrites: give them sites of their own."
             )

@@ -42,6 +42,8 @@ def run_in_turn(inputs: Inputs, members: Sequence[int], run: Run) -> Any:
         try:
             return _by_member(inputs, members, run)
         except Exception as other:
+            if type(other) is type(error) and str(other) == str(error):
+                raise  # the model's own
             # The first one tells more: what a row alone lacks.
             raise EngineError(
                 f"a row alone fails ({type(error).__name__}: {error}), and so does the whole batch with one member "
