@@ -105,9 +105,18 @@ def test_a_command_installs_an_extra_that_there_is(mark: str) -> None:
 @every_page
 def test_every_link_to_a_file_of_the_repository_leads_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    links = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
+    links = [target.partition("#") for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
     assert links or page != FRONT
-    assert not [target for target in links if not (page.parent / target).exists()]
+    for target, _, heading in links:
+        leads_to = page.parent / target if target else page
+        assert leads_to.exists(), target
+        assert not heading or heading in headings(leads_to), f"{target}#{heading}"
+
+
+def headings(page: Path) -> set[str]:
+    """What links call the headings of a page."""
+    lines = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in lines}
 
 
 def test_the_front_page_links_to_every_other() -> None:
