@@ -499,7 +499,7 @@ def test_the_command_prints_tables_and_writes_json_and_plot(
         assert text in shown
     content = json.loads(data.read_text())
     assert content["machine"]["threads"] == 1
-    assert len(content["tables"]) == 25
+    assert len(content["tables"]) == 28
     assert content["tables"][0]["rows"][1]["to_yardstick"]["median"] > 0
     assert isinstance(content["tables"][0]["noisy"], bool)
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -161,8 +161,8 @@ def test_common_names_mean_the_same_everywhere(bert: nn.Module) -> None:
             {"modified_modules": ["query"], "unfrozen_modules": ["deltas", "clasifier"]},
             ["unfrozen_modules", "'clasifier'", "classifier"],
         ),
-        ({"modified_modules": ["attention"]}, [f"{LAYER}.0.attention", "LoRA", "BertAttention", "self.query"]),
-        ({"modified_modules": ["LayerNorm"]}, ["LayerNorm", "LoRA", "Linear"]),
+        ({"modified_modules": ["attention"]}, [f"{LAYER}.0.attention", "lora", "BertAttention", "self.query"]),
+        ({"modified_modules": ["LayerNorm"]}, ["LayerNorm", "lora", "Linear"]),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )

@@ -230,7 +230,7 @@ def test_targets_in_the_backbones_own_names() -> None:
         ("bert", {"modified_modules": ["attn.x"], "common_structure": True}, ["attn.x", "attn.q"]),
         ("bert", {"exclude_modules": ["block@.7"]}, ["exclude_modules", "block@.7"]),
         ("bert", {"unfrozen_modules": ["deltas", "layer_nrom@"]}, ["unfrozen_modules", "layer_nrom@", "layer_norm@"]),
-        ("mixtral", {"modified_modules": ["ff@.w2@"]}, ["model.layers.0.mlp", "LoRA", "MixtralSparseMoeBlock"]),
+        ("mixtral", {"modified_modules": ["ff@.w2@"]}, ["model.layers.0.mlp", "lora", "MixtralSparseMoeBlock"]),
     ],
     ids=lambda value: str(value)[:50] if isinstance(value, dict) else "",
 )

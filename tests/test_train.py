@@ -372,7 +372,7 @@ def test_a_state_of_another_shape_is_named(tmp_path: Path) -> None:
         ({"delta": "lor"}, r"There is no delta type 'lor'\. Near names: lora"),
         ({"set": ("lora_rank=4",)}, r"LoraConfig has no field 'lora_rank'"),
         ({"set": ("lora_r=four",)}, r"--set lora_r=four: expected a whole number, found 'four'"),
-        ({"set": ("lora_r=0",)}, r"lora_r=0: the rank must be at least 1"),
+        ({"set": ("lora_r=0",)}, r"lora_r=0: write at least 1"),
         ({"set": ("lora_r",)}, r"--set lora_r: write --set name=value"),
         ({"set": ("lora_r=1", "lora_r=2")}, r"--set lora_r: given twice"),
         ({"set": ("batch_dim=1",)}, r"the job fills in this field itself"),

@@ -514,7 +514,9 @@ class AutoDeltaConfig:
         8
         """
         if "delta_type" not in data:
-            raise ConfigError(f'No "delta_type" in {sorted(data)}: add one of {sorted(METHODS)}.')
+            known = sorted(METHODS)
+            more = ", …" if len(known) > 12 else ""
+            raise ConfigError(f'No "delta_type" in {sorted(data)}: add one of {", ".join(known[:12])}{more}.')
         return AutoDeltaConfig.for_type(data["delta_type"]).from_dict(data, **changes)
 
     @staticmethod

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional.tokenwise import linear
@@ -15,8 +16,7 @@ from .layers import LINEAR, through_factors
 from .leaf import Leaf
 
 
-@dataclass(frozen=True)
-class LowRank:
+class LowRank(NamedTuple):
     """``ΔW = s B A``; with several pairs each writes one of the parts of the output.
 
     Attributes:
@@ -47,16 +47,17 @@ class LowRank:
         """``y + s B (A x)``: two thin products; of a linear layer for one member or, tokenwise, for each of many."""
         if site.kind not in LINEAR:
             return y + through_factors(site, self.scale * self.b, self.a, x, y)
+        if not parts and self.a.ndim == 2:  # scaled between the two products, where there are fewest numbers
+            return y + F.linear(F.linear(x, self.a) * self.scale, self.b)
         if self._in_pairs():
             hidden = linear(x, self.a).chunk(len(parts), -1)
             rows = (self.scale * self.b).split([part.size for part in parts], -2)
             return y + place([linear(h, row) for h, row in zip(hidden, rows, strict=True)], parts, site.width)
-        # Scaled between the two products, where there are fewest numbers.
         hidden = linear(x, self.a) * self.scale
         if parts:
             rows = linear(hidden, self.b).split([part.size for part in parts], -1)
             return y + place(rows, parts, site.width)
-        if self.a.ndim == 2 or y.dtype.itemsize < 4:  # half precision rounds as it does for one member
+        if y.dtype.itemsize < 4:  # half precision rounds as it does for one member
             return y + linear(hidden, self.b)
         return torch.baddbmm(y, hidden, self.b.mT)
 

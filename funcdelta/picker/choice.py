@@ -52,7 +52,7 @@ def assess(model: nn.Module, paths: Mapping[str, str], config: BaseDeltaConfig, 
     >>> choice.text, choice.sites, choice.parameters
     ('modified_modules=["0", "2"]', 2, 44)
     >>> assess(model, paths_of(model), fd.LoraConfig(lora_r=2), ["0", "1"]).error
-    'lora cannot act at 1: LoRA acts on Linear, Conv1D, Embedding and Conv1d/2d/3d, not on ReLU.'
+    'lora cannot act at 1: it changes Linear, Conv1D, Embedding, Conv1d/2d/3d and ConvTranspose1d/2d/3d, not ReLU.'
     """
     names = at(config, short_names(paths, chosen)).modified_modules or ()
     text = pasted(names)

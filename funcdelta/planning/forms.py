@@ -38,7 +38,8 @@ def compare_forms(
     >>> from funcdelta.sites.site import site_of
     >>> config, layer = fd.LoraConfig(lora_r=1), nn.Linear(2, 3)
     >>> site = site_of("0", layer)
-    >>> compare_forms(config, site, layer, config.init(site, torch.Generator()), frozenset({"scale"}))
+    >>> p = {leaf: one.value for leaf, one in config.init(site, torch.Generator()).items()}
+    >>> compare_forms(config, site, layer, p, frozenset({"scale"}))
     """
     with own_defaults():
         x = _input(site)
