@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from custom_methods import GateConfig, RowScaleConfig, VeraConfig
+from custom_methods import DoraConfig, GateConfig, RowScaleConfig, VeraConfig
 from handmade import raises_saying
 from torch import Tensor, nn
 
@@ -198,6 +198,17 @@ def test_a_part_without_weights_form_cannot_stand_beside_one_that_has_no_other()
     delta = fd.DeltaModel(nn.Sequential(Doubled(4, 4)), fd.chain(LORA, RowScaleConfig(), modified_modules=["0"]))
     params, x = moved(delta.init(0), delta), torch.randn(3, 4)
     close(delta.apply(params, x), delta.merged(params)(x))
+
+
+def test_what_reads_the_weight_stands_first_in_a_chain() -> None:
+    with raises_saying(fd.MatchError, "test_dora", "put it first"):
+        fd.DeltaModel(backbone(), fd.chain(LORA, DoraConfig(), **HERE))
+    with raises_saying(fd.ConfigError, '"own"'):
+        fd.chain(LORA.replace(name="own"), ADAPTER)
+    for config in (fd.chain(DoraConfig(), LORA, **HERE), fd.parallel(LORA, DoraConfig(), **HERE)):
+        delta = fd.DeltaModel(backbone(), config)
+        params, x = moved(delta.init(0), delta), torch.randn(5, 4)
+        close(delta.apply(params, x), delta.merged(params)(x))
 
 
 def test_gates_train() -> None:

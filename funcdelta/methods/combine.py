@@ -46,6 +46,12 @@ class ChainConfig(Composition):
 
     default_name: ClassVar[str] = "chain"
 
+    def check(self, site: Site) -> str | None:
+        reading = next((name for name, acts in list(self.parts_at(site).items())[1:] if acts.reads), None)
+        if reading is not None and super().check(site) is None:
+            return f"its part {reading} reads the site's own tensors, and the parts before it change them: put it first"
+        return super().check(site)
+
     def acts(self, site: Site) -> Acts:
         parts = list(self.parts_at(site).values())
         befores = [one.before for one in parts if one.before is not None]

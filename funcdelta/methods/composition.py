@@ -80,6 +80,8 @@ class Composition(BaseDeltaConfig):
             )
         if given:
             object.__setattr__(self, "modified_modules", next(iter(given)))
+        if any(part.name == OWN.removesuffix(".") for part in parts):
+            raise ConfigError('A part is called "own", as what methods read of the site is: give it another name=.')
         alone = tuple(part.replace(modified_modules=None) for part in parts)
         object.__setattr__(self, "parts", alone)
         super().__post_init__()
