@@ -94,7 +94,7 @@ def thinned(each_method: int = 4) -> list[tuple[str, str]]:
     return sorted(pairs)
 
 
-PAIRS = EVERY_PAIR if os.environ.get("FUNCDELTA_PAIRS") == "all" else thinned(8)
+PAIRS = EVERY_PAIR if os.environ.get("FUNCDELTA_PAIRS") == "all" else thinned(5)
 """What most laws run on. ``FUNCDELTA_PAIRS=all`` takes every method on every architecture."""
 
 

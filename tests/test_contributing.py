@@ -53,8 +53,8 @@ def test_the_method_does_what_a_method_does(pages_code: dict[str, Any]) -> None:
     with pytest.raises(fd.errors.MatchError, match="acts on what has a matrix, not on LayerNorm"):
         fd.DeltaModel(backbone, pages_code["RescaleConfig"](modified_modules=["LayerNorm"]))
     runner = doctest.DocTestRunner()
-    for example in doctest.DocTestFinder().find(pages_code["RescaleConfig"], globs=pages_code | {"fd": fd}):
-        runner.run(example)
+    text = pages_code["RescaleConfig"].__doc__
+    runner.run(doctest.DocTestParser().get_doctest(text, pages_code | {"fd": fd}, "RescaleConfig", None, 0))
     assert (runner.tries, runner.failures) == (2, 0)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import funcdelta as fd
+from funcdelta.functional.hypercomplex_widths import fits
 
 DELTA = fd.LoraModel(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), lora_r=2, modified_modules=["0"])
 PARAMS, STACK, X = DELTA.init(0), DELTA.init(0, n=3), torch.randn(2, 4)
@@ -93,10 +94,10 @@ def test_the_next_width_that_a_compacter_fits() -> None:
         for factor in (1, 2, 5, 16):
             config = fd.CompacterConfig(reduction_factor=factor, hypercomplex_division=division)
             for width in range(1, 40):
-                if config._fits(width):
+                if fits(width, division, factor):
                     continue
                 delta = nn.Sequential(nn.Linear(2, width))
                 with pytest.raises(fd.errors.FuncdeltaError) as caught:
                     fd.DeltaModel(delta, config.replace(modified_modules=["0"]))
-                above = next(one for one in range(width + 1, 1000) if config._fits(one))
+                above = next(one for one in range(width + 1, 1000) if fits(one, division, factor))
                 assert f"{above}" in str(caught.value).partition("Widths nearby that work: ")[2]

@@ -76,7 +76,8 @@ def _checked(
     key = key_of(program, stack, inputs, by_row), inputs.n, inputs.b, shapes
     itself, output = False, None
     if key not in program.checked:
-        plain = inputs.concrete().copied()  # the call may write into what it is given
+        with beside():
+            plain = inputs.concrete().copied()  # the call may write into what it is given
         itself = not by_row and not layout.draws and not program.writes_inputs and current_transform() is None
         itself = itself and are_apart(stack, program.plan.constants)
         output = run(layout) if itself else None
@@ -125,9 +126,9 @@ def _check_moved(program: Program, stack: Params, inputs: Inputs, layout: Layout
 def _in_one_batch(program: Program, stack: Params, inputs: Inputs, layout: Layout, by_row: bool) -> list[Any]:
     """The leaves of the output, (n, b, …), of all members in one batch."""
     n, rows = (inputs.b, 1) if by_row else (inputs.n, inputs.b)
-    copied = inputs.copied()
-    args, kwargs = spare(copied.shared() if by_row else copied.folded())
     with undisturbed(layout.draws):
+        copied = inputs.copied()
+        args, kwargs = spare(copied.shared() if by_row else copied.folded())
         together, _ = flatten(folded_run(program, stack, layout, args, kwargs, Folded(n, rows)))
         return [
             members_of(leaf, dim, n, rows, name) if isinstance(leaf, Tensor) else leaf
@@ -144,13 +145,14 @@ def _odd_output(
     holds at the last place holds at every one.
     """
     n = inputs.b if by_row else inputs.n
-    copied = inputs.copied()
-    own = copied.rows([n - 1]).shared() if by_row else copied.member(n - 1)
-    plain = {name: concrete(leaf) for name, leaf in stack.items()}
     with undisturbed(layout.draws):
+        copied = inputs.copied()
+        own = copied.rows([n - 1]).shared() if by_row else copied.member(n - 1)
+        plain = {name: concrete(leaf) for name, leaf in stack.items()}
         alone, _ = flatten(call_single(program, take(plain, n - 1), *spare(own)))
-    turned = inputs.copied().rows([*range(1, n), 0]) if by_row else inputs.copied().turned()
-    others = _in_one_batch(program, {name: leaf.roll(-1, 0) for name, leaf in plain.items()}, turned, layout, by_row)
+        turned = inputs.copied().rows([*range(1, n), 0]) if by_row else inputs.copied().turned()
+        others = {name: leaf.roll(-1, 0) for name, leaf in plain.items()}
+        others = _in_one_batch(program, others, turned, layout, by_row)
     if not len(alone) == len(leaves) == len(others):
         return "of the model"
     for name, leaf, again, expected in zip(layout.names, leaves, others, alone, strict=True):
