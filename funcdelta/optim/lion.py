@@ -78,7 +78,6 @@ def lion(
                 direction = decayed(direction, p, values("weight_decay", p, name), live)
             return direction * -chosen.scaled(values, "lr", p, name)
 
-        results = {one.name: how.result(one, move(one.name, one.value, one.gradient)) for one in tree.moving}
-        return tree.filled(results, how), LionState(state.step + 1, mu)
+        return tree.moved(move, how), LionState(state.step + 1, mu)
 
     return Optimizer(init, Rule(run))

@@ -10,7 +10,7 @@ something other than zero (:func:`alive`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -173,6 +173,11 @@ class Tree:
             _same_members(name, leaf, moments[name])
             wide = compute_dtype(leaf.dtype)
             self.moving.append(Moving(name, leaf, _as(leaf, wide), _as(gradient, wide)))
+
+    def moved(self, move: Callable[[str, Tensor, Tensor], Tensor], how: How) -> Any:
+        """What :meth:`filled` gives where ``move(name, value, gradient)`` is the update of each leaf that moves."""
+        results = {one.name: how.result(one, move(one.name, one.value, one.gradient)) for one in self.moving}
+        return self.filled(results, how)
 
     def filled(self, results: Mapping[str, Tensor], how: How) -> Any:
         """``results`` by name; the leaves that are not among them do not move."""

@@ -169,8 +169,7 @@ def sgd(
                 g = torch.addcmul(g, velocities[name], m) if nesterov else velocities[name]
             return g * -chosen.scaled(values, "lr", p, name)
 
-        results = {one.name: how.result(one, move(one.name, one.value, one.gradient)) for one in tree.moving}
-        return tree.filled(results, how), SGDState(state.step + 1, velocities)
+        return tree.moved(move, how), SGDState(state.step + 1, velocities)
 
     return Optimizer(init, Rule(run))
 
@@ -280,8 +279,7 @@ def _adam(
                 return decayed(delta, p, chosen.scaled(values, "shrink", p, name), live)
             return delta
 
-        results = {one.name: how.result(one, move(one.name, one.value, one.gradient)) for one in tree.moving}
-        return tree.filled(results, how), AdamState(state.step + 1, mu, nu)
+        return tree.moved(move, how), AdamState(state.step + 1, mu, nu)
 
     return Optimizer(init, Rule(run))
 
