@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from ..functional.attention import AttentionBy
 
 
-class FusedAttention(TorchFunctionMode):
+class FusedAttention(AttentionBy):
     """Inside of it ``scaled_dot_product_attention`` on meta tensors keeps queries, keys, values, output and row sums.
 
     By itself the meta device takes the plain composition, which keeps two matrices of scores a head; real devices
@@ -23,12 +20,8 @@ class FusedAttention(TorchFunctionMode):
     'ScaledDotProductEfficientAttentionBackward0'
     """
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return _attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    def __init__(self) -> None:
+        super().__init__(_attention)
 
 
 def _attention(

@@ -55,20 +55,40 @@ def mathematical_attention(
     return out
 
 
-class MathematicalAttention(TorchFunctionMode):
-    """Replaces every call of ``scaled_dot_product_attention`` inside the block, in this thread only."""
+class AttentionBy(TorchFunctionMode):
+    """Inside the block, in this thread only, ``attention`` takes the place of ``scaled_dot_product_attention``.
+
+    >>> q = torch.ones(1, 1, 1, 2)
+    >>> with AttentionBy(lambda query, key, value: value + 1):
+    ...     F.scaled_dot_product_attention(q, q, q)
+    tensor([[[[2., 2.]]]])
+    """
+
+    def __init__(self, attention: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return (self.attention if func is F.scaled_dot_product_attention else func)(*args, **(kwargs or {}))
+
+
+class MathematicalAttention(AttentionBy):
+    """Attention by :func:`mathematical_attention`, also within torch's own attention module."""
+
+    def __init__(self) -> None:
+        super().__init__(mathematical_attention)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return mathematical_attention(*args, **kwargs)
         if func is F.multi_head_attention_forward and not kwargs.get("need_weights", True):
             # What it calls is out of a mode's sight; with its weights wanted it uses plain matrix products itself.
             out, _ = func(*args, **{**kwargs, "need_weights": True})
             return out, None
-        return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 @contextlib.contextmanager
