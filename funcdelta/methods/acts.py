@@ -81,6 +81,27 @@ class Acts:
         return self.by_values or any(act is not None for act in (self.weights, self.attend, self.prompt))
 
 
+OWN = "own."
+"""Before the name of one of the site's own tensors among leaves."""
+
+OF_LEAVES = ("before", "after", "weights", "attend", "prompt", "factors")
+"""The functions that get a member's leaves first."""
+
+
+def on_leaves(acts: Acts, change: Callable[[Params], Params]) -> Acts:
+    """``acts`` whose functions get ``change(p)`` where these are given ``p``.
+
+    >>> acts = on_leaves(Acts(prompt=lambda p: p["rows"]), lambda p: {"rows": p["lora.rows"]})
+    >>> acts.prompt({"lora.rows": torch.ones(1)}), acts.before is None
+    (tensor([1.]), True)
+    """
+
+    def changed(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        return None if function is None else lambda p, *values: function(change(p), *values)
+
+    return dataclasses.replace(acts, **{name: changed(getattr(acts, name)) for name in OF_LEAVES})
+
+
 def with_fixed(acts: Acts, fixed: Mapping[str, Tensor], leading: str) -> Acts:
     """``acts`` whose functions get, beside a member's leaves, tensors that all members have together.
 
@@ -91,19 +112,10 @@ def with_fixed(acts: Acts, fixed: Mapping[str, Tensor], leading: str) -> Acts:
     >>> acts.after({"d": torch.tensor(2.0)}, torch.ones(1, 2), None)
     tensor([[2., 2.]])
     """
-    if not fixed:
-        return acts
 
-    def bound(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
-        if function is None:
-            return None
+    def beside(p: Params) -> Params:
+        like = p[leading]
+        same = {name: t.to(like.device, like.dtype) if t.is_floating_point() else t for name, t in fixed.items()}
+        return {**same, **p}
 
-        def act(p: Params, *values: Any) -> Any:
-            like = p[leading]
-            same = {name: t.to(like.device, like.dtype) if t.is_floating_point() else t for name, t in fixed.items()}
-            return function({**same, **p}, *values)
-
-        return act
-
-    names = ("before", "after", "weights", "attend", "prompt", "factors")
-    return dataclasses.replace(acts, **{name: bound(getattr(acts, name)) for name in names})
+    return on_leaves(acts, beside) if fixed else acts

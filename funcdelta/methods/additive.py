@@ -97,10 +97,8 @@ class Additive(BaseDeltaConfig):
 
     def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
         """``y + layer(x; ΔW)``, through the factors where there are some."""
-        x, parts = self.entering(site, p, x), self.parts(site)
-        if self.has_factors:
-            factors = self.low_rank(site, p)
-            assert factors is not None
+        x, parts, factors = self.entering(site, p, x), self.parts(site), self.low_rank(site, p)
+        if factors is not None:
             return factors.onto(site, y, x, parts)
         return y + through(site, self.change(site, p), x, y, parts)
 
@@ -124,17 +122,6 @@ class Additive(BaseDeltaConfig):
         parts, acts = self.parts(site), super().acts(site)
         if not self.has_factors:
             return acts
-        drops = bool(self.dropout_field) and site.training and site.kind != "embedding"
-        if type(self).after is Additive.after and type(self).entering is Additive.entering and not drops:
-            # The same as ``after`` in fewer calls, for a site is called very often.
-            low_rank = self.low_rank
-
-            def after(p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
-                factors = low_rank(site, p)
-                assert factors is not None
-                return factors.onto(site, y, x, parts)
-
-            acts = dataclasses.replace(acts, after=after)
         if parts:
             names = ", ".join(part.name for part in parts)
             return dataclasses.replace(acts, unfactored=f"it acts on parts ({names}) of the output")

@@ -47,10 +47,11 @@ class ChainConfig(Composition):
     default_name: ClassVar[str] = "chain"
 
     def check(self, site: Site) -> str | None:
+        refusal = super().check(site)
         reading = next((name for name, acts in list(self.parts_at(site).items())[1:] if acts.reads), None)
-        if reading is not None and super().check(site) is None:
-            return f"its part {reading} reads the site's own tensors, and the parts before it change them: put it first"
-        return super().check(site)
+        if refusal is not None or reading is None:
+            return refusal
+        return f"its part {reading} reads the site's own tensors, and the parts before it change them: put it first"
 
     def acts(self, site: Site) -> Acts:
         parts = list(self.parts_at(site).values())
@@ -75,7 +76,7 @@ class Summed(Composition):
 
     def shares_of(self, site: Site, p: Params, y: Tensor | None) -> Sequence[Tensor | float]:
         """What each part's change is multiplied by; ``y`` is the site's output, ``None`` for its weights."""
-        raise NotImplementedError
+        raise ConfigError(f"{type(self).__name__} gives no shares_of(self, site, p, y).")
 
     def acts(self, site: Site) -> Acts:
         parts = list(self.parts_at(site).values())

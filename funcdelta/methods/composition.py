@@ -8,6 +8,7 @@ packed and saved as any method is, and merged where its parts can be.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, MatchError
 from ..sites.own import Own
 from ..sites.site import Site
-from .acts import Acts, Params
+from .acts import OWN, Acts, Params, on_leaves
 from .config import AutoDeltaConfig, BaseDeltaConfig
 from .leaf import FIXED, Leaf, Leaves, as_leaves
 
@@ -28,9 +29,6 @@ REFUSED = {
     "spans": "begins at one module and ends at another",
 }
 """What cannot be composed at one site: such a config is given to the delta beside the composition."""
-
-OWN = "own."
-"""Before the name of one of the site's own tensors among leaves."""
 
 OF_THE_WHOLE = ("exclude_modules", "unfrozen_modules", "unfrozen_init", "common_structure", "batch_dim", "axis_order")
 """Fields that a part leaves to its composition."""
@@ -190,7 +188,10 @@ class Composition(BaseDeltaConfig):
     def parts_at(self, site: Site) -> dict[str, Acts]:
         """What each part does at ``site``, with the composition's leaves."""
         alone = dataclasses.replace(site, axes=())
-        return {name: _with_leaves_of(name, part.acts(alone)) for name, part in self.named.items()}
+        return {
+            name: on_leaves(part.acts(alone), functools.partial(part_of, name=name))
+            for name, part in self.named.items()
+        }
 
 
 def part_of(p: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -202,17 +203,6 @@ def part_of(p: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     start = f"{name}."
     own = {leaf.removeprefix(start): tensor for leaf, tensor in p.items() if leaf.startswith(start)}
     return own | {leaf: tensor for leaf, tensor in p.items() if leaf.startswith(OWN)}
-
-
-def _with_leaves_of(name: str, acts: Acts) -> Acts:
-    """A part's functions, which pick its leaves from among all."""
-    before, after, weights = acts.before, acts.after, acts.weights
-    return dataclasses.replace(
-        acts,
-        before=before and (lambda p, x: before(part_of(p, name), x)),
-        after=after and (lambda p, y, x: after(part_of(p, name), y, x)),
-        weights=weights and (lambda p, w: weights(part_of(p, name), w)),
-    )
 
 
 def _named_axis(word: str, part: str) -> str:

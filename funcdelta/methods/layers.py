@@ -58,11 +58,7 @@ def to_weight(site: Site, change: Tensor, parts: tuple[Part, ...] = ()) -> Tenso
     """
     if parts:
         change = place(change.split([part.size for part in parts], 0), parts, site.width, 0)
-    if site.kind in TURNED:
-        return change.mT
-    if site.kind == "transposed_conv":
-        return _turned(change, site.option("groups"))
-    return change
+    return _other_way(site, change)
 
 
 def from_weight(site: Site, weight: Tensor) -> Tensor:
@@ -72,16 +68,16 @@ def from_weight(site: Site, weight: Tensor) -> Tensor:
     >>> from_weight(site_of("0", torch.nn.Embedding(9, 2)), torch.zeros(9, 2)).shape
     torch.Size([2, 9])
     """
+    return _other_way(site, weight)
+
+
+def _other_way(site: Site, matrix: Tensor) -> Tensor:
+    """From (out, in, *kernel) to the layer's own order of axes, or back: each is the other's inverse."""
     if site.kind in TURNED:
-        return weight.mT
-    if site.kind == "transposed_conv":
-        return _turned(weight, site.option("groups"))
-    return weight
-
-
-def _turned(weight: Tensor, groups: int) -> Tensor:
-    """``(groups · a, b, *kernel)`` as ``(groups · b, a, *kernel)``."""
-    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        return matrix.mT
+    if site.kind == "transposed_conv":  # (groups · a, b, *kernel) as (groups · b, a, *kernel)
+        return matrix.unflatten(0, (site.option("groups"), -1)).transpose(1, 2).flatten(0, 1)
+    return matrix
 
 
 def through(site: Site, change: Tensor, x: Tensor, y: Tensor, parts: tuple[Part, ...] = ()) -> Tensor:

@@ -12,6 +12,7 @@ member that has no delta is chosen, too, and what they compute finds no way back
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..methods.acts import Acts
+from ..methods.acts import Acts, on_leaves
 from ..methods.config import AutoDeltaConfig, BaseDeltaConfig, register
 from ..methods.leaf import Growing, Leaf, Leaves, as_leaves, growing
 from ..sites.own import Own
@@ -173,16 +174,14 @@ class Packed(BaseDeltaConfig):
     # -- a member's functions --------------------------------------------------------------------------------------
 
     def acts(self, site: Site) -> Acts:
-        acts, axes = self.method.acts(site), growing(dict(site.axes))
-        before, after, weights, attend, prompt = acts.before, acts.after, acts.weights, acts.attend, acts.prompt
-
-        def own(p: dict[str, Tensor]) -> dict[str, Tensor]:
-            return members_own(axes, p)
+        axes = growing(dict(site.axes))
+        acts = on_leaves(self.method.acts(site), functools.partial(members_own, axes))
+        before, after, weights = acts.before, acts.after, acts.weights
 
         def packed_weights(p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
             assert weights is not None
             # Not one_way: that would be n copies of every tensor here, those too that the method leaves as they are.
-            changed = weights(own(p), w)
+            changed = weights(p, w)
             if "present" not in p:
                 return changed
             # A tensor that the module does not have, such as a bias, is as if it were zero.
@@ -194,11 +193,9 @@ class Packed(BaseDeltaConfig):
 
         return dataclasses.replace(
             acts,
-            before=before and (lambda p, x: where_present(p, before(own(p), one_way(p, x)), x)),
-            after=after and (lambda p, y, x: where_present(p, after(own(p), one_way(p, y), one_way(p, x)), y)),
+            before=before and (lambda p, x: where_present(p, before(p, one_way(p, x)), x)),
+            after=after and (lambda p, y, x: where_present(p, after(p, one_way(p, y), one_way(p, x)), y)),
             weights=weights and packed_weights,
-            attend=attend and (lambda p: attend(own(p))),
-            prompt=prompt and (lambda p: prompt(own(p))),
             factors=None,
             present=lambda p: p.get("present"),
         )

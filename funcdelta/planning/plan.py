@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import ConfigError, MatchError
 from ..match import below, within
-from ..methods.acts import Acts, with_fixed
+from ..methods.acts import OWN, Acts, with_fixed
 from ..methods.config import BaseDeltaConfig, packed_weight
 from ..methods.leaf import Leaf, as_leaves, members_and_all, values_of
 from ..pytrees.drawing import own_defaults
@@ -69,6 +69,7 @@ class Attachment:
     prompt_rows: int = 0
     has_two_forms: bool = False
     read_by_parent: bool = False
+    _acts: tuple[Acts, Acts] = field(init=False, repr=False, compare=False)
 
     @property
     def ends(self) -> tuple[str, ...]:
@@ -87,9 +88,21 @@ class Attachment:
         """The site in training or evaluation mode."""
         return self.site if self.site.training == training else dataclasses.replace(self.site, training=training)
 
+    def __post_init__(self) -> None:
+        # In both modes, once: a call of what rewrites weights asks for it at every site.
+        both = tuple(with_fixed(self.config.acts(self.at(mode)), self.fixed, self.leading) for mode in (False, True))
+        object.__setattr__(self, "_acts", both)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_acts"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.__post_init__()
+
     def acts(self, training: bool = False) -> Acts:
         """What the delta does here, in training or evaluation mode."""
-        return with_fixed(self.config.acts(self.at(training)), self.fixed, self.leading)
+        return self._acts[training]
 
     @property
     def axes(self) -> dict[str, str]:
@@ -286,8 +299,8 @@ def build_plan(
                     f"{path} already has a child {name!r}: give the config another name, name={name + '_delta'!r}."
                 )
             attachment = _attach(config, name, site, modules, group, fixed, compared)
-            alone = attachment.fixed.keys() - fixed.keys() - {f"own.{read}" for read in config.acts(site).reads}
-            of_all |= {f"{site.address}.{name}.{leaf}": attachment.fixed[leaf] for leaf in sorted(alone)}
+            alone = sorted(leaf for leaf in attachment.fixed if leaf not in fixed and not leaf.startswith(OWN))
+            of_all |= {f"{site.address}.{name}.{leaf}": attachment.fixed[leaf] for leaf in alone}
             attachments.setdefault(site.exit or path, []).append(attachment)
     trains, fresh = trained(backbone, modules, configs, known)
     _check_reads([a for acting in attachments.values() for a in acting], trains)
@@ -504,7 +517,7 @@ def _read(config: BaseDeltaConfig, acts: Acts, site: Site, own: Own) -> dict[str
             f"{config.delta_type} cannot act at {site.path}: it reads the weight, and {packed_weight(site)}. Leave it "
             f"out: exclude_modules=[{site.path!r}]."
         )
-    return {f"own.{name}": own[name] for name in acts.reads if name in own}
+    return {f"{OWN}{name}": own[name] for name in acts.reads if name in own}
 
 
 def _check_reads(attachments: Sequence[Attachment], trains: Mapping[str, tuple[str, ...]]) -> None:

@@ -7,14 +7,12 @@ delta and without it, or by another engine after the first one could not, has to
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..transforms import is_wrapped
-
-Result = TypeVar("Result")
 
 
 def marks(tensors: Sequence[Tensor]) -> list[Any]:
