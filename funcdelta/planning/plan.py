@@ -445,7 +445,7 @@ def _attach(
     rng = torch.Generator().manual_seed(derive(0, f"{site.address}.{config.seed_name(name)}"))
     with refuse_draws(who), own_defaults():
         leaves, own_fixed = members_and_all(as_leaves(config.leaves(site, Own(module), rng), who))
-    fixed = {leaf: _placed(site, tensor) for leaf, tensor in own_fixed.items()} | dict(fixed)
+    fixed = {leaf: site.placed(tensor) for leaf, tensor in own_fixed.items()} | dict(fixed)
     common = group.leaves if group is not None else {}
     if not (leaves or common):
         raise ConfigError(f"{who} gave no leaves at {site.path}.")
@@ -486,7 +486,7 @@ def _attach(
         site=site,
         leaves=all_keys,
         shapes={keys[leaf]: tuple(one.value.shape) for leaf, one in leaves.items()},
-        dtypes={keys[leaf]: _dtype(site, one.value) for leaf, one in leaves.items()},
+        dtypes={keys[leaf]: site.dtype_of(one.value) for leaf, one in leaves.items()},
         constants=tuple(keys[leaf] for leaf in leaves if leaf in constants),
         key=next(iter((keys or common).values())),
         leading=next((leaf for leaf in all_keys if leaf not in still), next(iter(all_keys))),
@@ -523,7 +523,7 @@ def _read(config: BaseDeltaConfig, acts: Acts, site: Site, own: Own) -> dict[str
 def _check_reads(attachments: Sequence[Attachment], trains: Mapping[str, tuple[str, ...]]) -> None:
     """Refuse a method that reads a tensor which differs by member: what it is given is the backbone's own."""
     trained_names = {end for ends in trains.values() for end in ends}
-    rewriting = {a.site.path: a for a in attachments if a.by_weights}
+    rewriting = [a for a in attachments if a.by_weights]
     for a in attachments:
         read = [below(a.site.path, name) for name in a.acts().reads]
         again = next((name for name in read if name in trained_names), None)
@@ -532,21 +532,13 @@ def _check_reads(attachments: Sequence[Attachment], trains: Mapping[str, tuple[s
                 f"{a.name} at {a.site.path} reads {again}, which unfrozen_modules trains, so it differs by member: "
                 f"leave one of the two out."
             )
-        other = rewriting.get(a.site.path)
+        here = [other for other in rewriting if other.site.path == a.site.path and other is not a] if read else []
         # Where no member need have both, none has: each came with one of them.
-        optional = other is not None and other.acts().present is not None and a.acts().present is not None
-        if read and other is not None and other is not a and not optional:
+        other = next((b for b in here if b.acts().present is None or a.acts().present is None), None)
+        if other is not None:
             raise MatchError(
                 f"{a.name} at {a.site.path} reads {read[0]}, which {other.name} rewrites: give them sites of their own."
             )
-
-
-def _placed(site: Site, tensor: Tensor) -> Tensor:
-    return tensor.to(site.device, _dtype(site, tensor))
-
-
-def _dtype(site: Site, value: Tensor) -> torch.dtype:
-    return site.leaf_dtype if value.is_floating_point() else value.dtype
 
 
 def acts_by_weights(config: BaseDeltaConfig, site: Site) -> bool:

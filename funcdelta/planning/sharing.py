@@ -67,11 +67,8 @@ def share(config: BaseDeltaConfig, name: str, sites: tuple[Site, ...]) -> tuple[
     rng, who = torch.Generator().manual_seed(derive(0, config.seed_name(name))), f"{type(config).__name__}.shared"
     with refuse_draws(who), own_defaults():
         given, of_all = members_and_all(as_leaves(config.shared(sites, rng), who))
-    like = sites[0]
-    fixed = {
-        leaf: tensor.to(like.device, like.leaf_dtype if tensor.is_floating_point() else tensor.dtype)
-        for leaf, tensor in of_all.items()
-    }
+    first = sites[0]
+    fixed = {leaf: first.placed(tensor) for leaf, tensor in of_all.items()}
     if not given:
         return None, fixed
     leaves = values_of(given)
@@ -82,14 +79,13 @@ def share(config: BaseDeltaConfig, name: str, sites: tuple[Site, ...]) -> tuple[
         if set(found) != {site.address for site in sites}:
             raise ConfigError(f"{type(config).__name__}.expand gives leaves for {sorted(found)}; expected every site.")
         expanded = {path: {leaf: f"{path}.{name}.{leaf}" for leaf in found[path]} for path in found}
-    dtype = sites[0].leaf_dtype
     return Shared(
         name=name,
         config=config,
         sites=sites,
         leaves=keys,
         shapes={keys[leaf]: tuple(tensor.shape) for leaf, tensor in leaves.items()},
-        dtypes={keys[leaf]: dtype if t.is_floating_point() else t.dtype for leaf, t in leaves.items()},
+        dtypes={keys[leaf]: first.dtype_of(tensor) for leaf, tensor in leaves.items()},
         constants=tuple(key for leaf, key in keys.items() if not given[leaf].trains),
         expanded=expanded,
         start=given,

@@ -45,10 +45,6 @@ def rewritten(
     }
 
 
-MODES = (False, True)
-"""Evaluation and training."""
-
-
 class Bound:
     """One of a method's functions at its site.
 

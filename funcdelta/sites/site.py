@@ -122,6 +122,23 @@ class Site:
         """The dtype of fresh leaves: float32 where the module is half precision or quantised, else its own."""
         return self.dtype if self.dtype in (torch.float32, torch.float64) else torch.float32
 
+    def dtype_of(self, leaf: Tensor) -> torch.dtype:
+        """The dtype that a method's fresh ``leaf`` gets here: numbers of floating point that of all leaves.
+
+        >>> site = site_of("0", torch.nn.Linear(2, 2).half())
+        >>> site.dtype_of(torch.ones(1, dtype=torch.float64)), site.dtype_of(torch.ones(1, dtype=torch.int8))
+        (torch.float32, torch.int8)
+        """
+        return self.leaf_dtype if leaf.is_floating_point() else leaf.dtype
+
+    def placed(self, leaf: Tensor) -> Tensor:
+        """A fresh ``leaf`` in that dtype, on the site's device.
+
+        >>> site_of("0", torch.nn.Linear(2, 2)).placed(torch.ones(1, dtype=torch.float64)).dtype
+        torch.float32
+        """
+        return leaf.to(self.device, self.dtype_of(leaf))
+
     @property
     def width(self) -> int:
         """The number of features that leave the site."""

@@ -215,14 +215,6 @@ def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
 
 
-def paired_buffers(backbone: nn.Module, skeleton: nn.Module) -> list[Tensor]:
-    """Every buffer of the backbone's, each followed by the skeleton's copy of it."""
-    copies = dict(skeleton.named_buffers())
-    # Tensors made in inference mode count no versions.
-    named = [(name, buffer) for name, buffer in backbone.named_buffers() if not buffer.is_inference()]
-    return [tensor for name, buffer in named for tensor in (buffer, copies[name])]
-
-
 def _uncopyable(backbone: nn.Module) -> str:
     """The path of the innermost module that ``copy.deepcopy`` refuses."""
     found = "the backbone itself"
