@@ -41,18 +41,18 @@ from .methods.combine import parallel as parallel
 from .methods.config import AutoDeltaConfig as AutoDeltaConfig
 from .methods.config import BaseDeltaConfig as BaseDeltaConfig
 from .methods.config import register as register
+from .methods.site import Site as Site
 from .model import DeltaModel as DeltaModel
-from .sites.site import Site as Site
-from .stacks.params import broadcast as broadcast
-from .stacks.params import cat as cat
-from .stacks.params import combine as combine
-from .stacks.params import members as members
-from .stacks.params import partition as partition
-from .stacks.params import seeds as seeds
-from .stacks.params import stack as stack
-from .stacks.params import take as take
-from .stacks.params import unstack as unstack
-from .stacks.resident import Resident as Resident
+from .trees.resident import Resident as Resident
+from .trees.stack import broadcast as broadcast
+from .trees.stack import cat as cat
+from .trees.stack import combine as combine
+from .trees.stack import members as members
+from .trees.stack import partition as partition
+from .trees.stack import seeds as seeds
+from .trees.stack import stack as stack
+from .trees.stack import take as take
+from .trees.stack import unstack as unstack
 from .views.unbound import unbind as unbind
 
 __all__ = [
@@ -126,11 +126,11 @@ if _typing.TYPE_CHECKING:
     from . import interop as interop
     from . import metrics as metrics
     from . import optim as optim
+    from .apps.picker import pick as pick
     from .interop import load_opendelta as load_opendelta
     from .interop import save_opendelta as save_opendelta
     from .packing import pack as pack
     from .packing import unpack as unpack
-    from .picker import pick as pick
 else:  # a type checker would take every name for a public one
     from .habits import missing_name as _missing_name
 
@@ -141,7 +141,7 @@ else:  # a type checker would take every name for a public one
     _HOMES = {
         "interop": ("load_opendelta", "save_opendelta"),
         "packing": ("pack", "unpack"),
-        "picker": ("pick",),
+        "apps.picker": ("pick",),
         # These may be written without their namespace, too, and are not listed.
         "errors": (
             *("CheckpointError", "ConfigError", "EngineError", "EngineWarning", "FactorMeanWarning", "FoldError"),

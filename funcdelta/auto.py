@@ -49,7 +49,7 @@ class MethodModel(DeltaModel):
             raise ConfigError(f"backend={backend!r}: any nn.Module is a backbone here; leave out backend.")
         config = self.config_class.from_dict(fields)
         if interactive_modify is not False:
-            from .picker.interactive import picked  # a web server's imports, where one is asked for
+            from .apps.picker.interactive import picked  # a web server's imports, where one is asked for
 
             config = picked(backbone_model, config, interactive_modify)
         super().__init__(backbone_model, config, example=example, prepare=prepare)

@@ -36,8 +36,8 @@ from .files.shards import read_shards, write_shard
 from .kinds import count
 from .loading import load
 from .model import DeltaModel
-from .pytrees.leaves import named
-from .stacks.params import members
+from .trees.leaves import named
+from .trees.stack import members
 
 __all__ = ["gather", "load_shards", "mean", "save_shard", "shard"]
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from .errors import ConfigError
 from .methods.leaf import Leaves, as_leaves, values_of
-from .planning.plan import Attachment, Plan
-from .planning.sharing import Shared
-from .pytrees.constants import still
-from .pytrees.drawing import own_defaults
-from .pytrees.seeding import derive
-from .sites.own import Own
-from .sites.site import Site
+from .methods.own import Own
+from .methods.site import Site
+from .plan.plan import Attachment, Plan
+from .plan.sharing import Shared
+from .trees.constants import still
+from .trees.drawing import own_defaults
+from .trees.seeding import derive
 
 
 def fresh_member(

@@ -20,8 +20,8 @@ from .errors import ConfigError
 from .match import near
 from .methods.config import BaseDeltaConfig, register
 from .methods.leaf import Leaf
+from .methods.site import Site
 from .randomness import private_random
-from .sites.site import Site
 from .transforms import outside_transforms
 
 MakeModule = Callable[..., nn.Module]

@@ -14,9 +14,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .errors import MergeError
 from .match import below
-from .planning.plan import Attachment, Plan, Planned
+from .plan.plan import Attachment, Plan, Planned
 from .run.bound import rewritten
-from .sites.structure import copy_module, is_quantised
+from .structures.modules.structure import copy_module, is_quantised
 from .transforms import is_wrapped
 
 Params = Mapping[str, Tensor]

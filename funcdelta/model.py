@@ -20,10 +20,10 @@ from .kinds import count
 from .match import as_names
 from .merge import merge, merged
 from .methods.config import BaseDeltaConfig
-from .planning.kinds import COMPUTES, check_device
-from .planning.naming import named_leaves
-from .planning.plan import Plan, build_plan, shapes_of
-from .planning.sharing import expand_member, expand_stack
+from .plan.kinds import COMPUTES, check_device
+from .plan.naming import named_leaves
+from .plan.plan import Plan, build_plan, shapes_of
+from .plan.sharing import expand_member, expand_stack
 from .run.auto import Explanation, explain, run_any
 from .run.call import Params, Prepare
 from .run.checked import Checks
@@ -35,16 +35,16 @@ from .run.program import Program
 from .run.route import route_rows
 from .run.single import call_single, tell_missed
 from .run.widths import measure_attention, measure_shapes
-from .stacks.params import partition, seeds, slices, take
-from .stacks.resident import Resident
-from .stacks.routing import Index
 from .transforms import current_transform
+from .trees.resident import Resident
+from .trees.routing import Index
+from .trees.stack import partition, seeds, slices, take
 from .views.bound import bind
 from .views.held import refuse_views
 from .views.routed import bind_rows
 
 if TYPE_CHECKING:
-    from .inspect import DeltaStatistics
+    from .apps.inspect import DeltaStatistics
 
 ENGINES = ("auto", *BY_NAME)
 FACTS = operator.attrgetter("shape", "dtype", "layout", "is_meta")
@@ -584,7 +584,7 @@ class DeltaModel(Habits):
         >>> stats.delta_parameters, stats.constant_parameters
         (24, 1)
         """
-        from .inspect import log  # drawing is not imported where nothing is drawn
+        from .apps.inspect import log
 
         return log(self.program, params, delta_ratio, trainable_ratio, visualization, cuda_memory)
 

@@ -1,7 +1,7 @@
 """Arithmetic of what deltas do, ΔW: the change of every weight, not the leaves that make it.
 
 Leaves of a low-rank delta are coordinates, and no unique ones: ``B A = (B G)(G⁻¹ A)`` for every invertible G. Averaging
-leaves (:mod:`funcdelta.tree`) therefore averages something else than the changes; the functions here give the same
+leaves (``fd.tree``) therefore averages something else than the changes; the functions here give the same
 result for every choice of G. They take and give ``(delta, params)``, for ranks change: what comes out is a delta of
 its own, with one config, on the same backbone. ``params`` is one member or a stack, whose members are then treated one
 by one. All are differentiable; where a singular value decomposition is part, its docstring says where.

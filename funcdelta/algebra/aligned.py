@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..errors import FactorMeanWarning, ParamsError
 from ..model import DeltaModel
-from ..pytrees.leaves import compute_dtype
-from ..stacks.params import members
+from ..trees.leaves import compute_dtype
+from ..trees.stack import members
 from .factored import Factored, Factors, is_stack, rank_of, read, write
 from .merging import shares_of, ties, weighted_sum
 from .sums import Pair, summands_of

@@ -12,10 +12,10 @@ from ..match import near
 from ..merge import changes
 from ..model import DeltaModel
 from ..packing.packed import Packed
-from ..planning.plan import Attachment
-from ..planning.sharing import expand_member
-from ..pytrees.leaves import compute_dtype
-from ..stacks.params import unstack
+from ..plan.plan import Attachment
+from ..plan.sharing import expand_member
+from ..trees.leaves import compute_dtype
+from ..trees.stack import unstack
 from .factored import Factored, Factors, factors_of, is_stack, need_factors, unfactored, write
 from .ranks import gauged
 

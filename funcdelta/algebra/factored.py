@@ -16,11 +16,11 @@ from ..methods.config import BaseDeltaConfig
 from ..model import DeltaModel
 from ..packing.packed import Packed
 from ..packing.slots import exactly
-from ..planning.plan import Attachment
-from ..planning.sharing import expand_member, expand_stack
-from ..pytrees.constants import still
+from ..plan.plan import Attachment
+from ..plan.sharing import expand_member, expand_stack
 from ..run.checked import checks_of
 from ..transforms import outside_transforms
+from ..trees.constants import still
 
 Factors = tuple[Tensor, Tensor]
 """``(B, A)`` with ΔW = B A: (..., rows, r) and (..., r, columns)."""

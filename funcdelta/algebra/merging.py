@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ParamsError
-from ..pytrees.leaves import check_tree, compute_dtype, dense
-from ..pytrees.seeding import derive
-from ..stacks.params import members, stack, take
-from ..tree import map as map_leaves
-from ..tree import ravel
+from ..trees.arithmetic import map as map_leaves
+from ..trees.arithmetic import ravel
+from ..trees.leaves import check_tree, compute_dtype, dense
+from ..trees.seeding import derive
+from ..trees.stack import members, stack, take
 
 Change = Mapping[str, Tensor]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kinds import count
 from ..model import DeltaModel
-from ..pytrees.leaves import compute_dtype
+from ..trees.leaves import compute_dtype
 from .factored import Factored, Factors, rank_of, read, write
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ParamsError
 from ..model import DeltaModel
-from ..stacks.params import unstack
+from ..trees.stack import unstack
 from .factored import Factored, Factors, beside, is_stack, rank_of, read, write
 
 Pair = tuple[DeltaModel, Mapping[str, Tensor]]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..methods.config import BaseDeltaConfig, register
 from ..methods.leaf import Leaves
-from ..sites.forwards import family, is_known, reads_bias
-from ..sites.site import Site, site_of
+from ..methods.site import Site, site_of
+from ..structures.modules.forwards import family, is_known, reads_bias
 
 KINDS_WITH_BIAS = ("linear", "transposed_linear", "conv1d", "conv2d", "conv3d", "transposed_conv", "norm")
 

@@ -24,7 +24,7 @@ from ..functional.hypercomplex_widths import fits, nearby, remedies
 from ..match import near
 from ..methods.config import BaseDeltaConfig, register
 from ..methods.leaf import Leaf, Leaves
-from ..sites.site import Site
+from ..methods.site import Site
 
 LAYERS = ("down_sampler", "up_sampler")
 SWITCHES = (

@@ -21,9 +21,9 @@ from ..methods.config import register
 from ..methods.layers import TURNED
 from ..methods.leaf import Leaf, Leaves
 from ..methods.low_rank import LowRank, started
+from ..methods.site import Site
 from ..methods.switched import check_switches, misfit, switched_on
-from ..sites.parts import Part
-from ..sites.site import Site
+from ..structures.parts import Part
 
 
 @register("lora")

@@ -20,7 +20,7 @@ from ..functional.glorot import GLOROT, glorot
 from ..match import near
 from ..methods.config import BaseDeltaConfig, register
 from ..methods.leaf import Leaf, Leaves
-from ..sites.site import Site
+from ..methods.site import Site
 
 LAYERS = ("down_sampler", "up_sampler")
 

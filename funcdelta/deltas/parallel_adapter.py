@@ -19,7 +19,7 @@ from ..functional.activations import activation
 from ..functional.tokenwise import linear
 from ..methods.config import BaseDeltaConfig, register
 from ..methods.leaf import Leaf, Leaves
-from ..sites.site import Site
+from ..methods.site import Site
 
 
 @register("parallel_adapter")

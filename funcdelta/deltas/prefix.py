@@ -21,8 +21,8 @@ from ..errors import ConfigError, MatchError
 from ..functional.prefix_network import fresh_network, written
 from ..methods.config import BaseDeltaConfig, register
 from ..methods.leaf import Leaves
+from ..methods.site import Site
 from ..run.attention import attention_below
-from ..sites.site import Site
 
 POSITION_BIAS = ("kept", "first_layer_only")
 

@@ -22,11 +22,11 @@ from ..errors import ConfigError
 from ..methods.acts import Acts
 from ..methods.config import BaseDeltaConfig, register
 from ..methods.leaf import Leaves
+from ..methods.own import Own
+from ..methods.site import Site
 from ..run.entrance import embedded_tokens, entrances, why_not
 from ..run.lengthened import EXPAND
 from ..run.text_model import input_embedding
-from ..sites.own import Own
-from ..sites.site import Site
 
 
 @register("soft_prompt")

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .. import tree
 from ..errors import ParamsError
 from ..functional.attention import higher_order
 from ..kinds import count
-from ..pytrees.leaves import align
-from ..stacks.params import checked_chunk
+from ..trees import arithmetic as tree
+from ..trees.leaves import align
+from ..trees.stack import checked_chunk
 from .one_member import one_member
 from .real import Parted
 

@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 from ..errors import EngineError, EngineWarning, FuncdeltaError, ParamsError, RecomputeError, StackError
 from ..run.checkpointing import gradients_of, note_reentrant
 from ..run.engines import known_vmap_limit
-from ..stacks.params import members, slices, take
 from ..transforms import inside_transform
+from ..trees.stack import members, slices, take
 
 DataDims = int | None | Sequence[int | None]
 

@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import ParamsError
-from ..pytrees.leaves import check_tree, dense
 from ..transforms import eager, inside_transform
+from ..trees.leaves import check_tree, dense
 
 __all__ = ["reached"]
 

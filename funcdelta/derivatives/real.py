@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import ParamsError
-from ..pytrees.leaves import align, check_tree, dense, named
+from ..trees.leaves import align, check_tree, dense, named
 
 __all__ = ["Parted"]
 

@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 from ..errors import ParamsError, RecomputeError
 from ..functional.attention import higher_order, needs_mathematical_attention
 from ..kinds import count
-from ..pytrees.leaves import align, named
 from ..transforms import eager, inside_transform
+from ..trees.leaves import align, named
 
 __all__ = ["unroll"]
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ParamsError, shown
-from ..pytrees.leaves import check_leaves
+from ..trees.leaves import check_leaves
 from .atomic import replace_folder
 from .configfile import check_same_save, data_at, funcdelta_version, newer, read_config, write_config
 from .fingerprint import differences, survey

@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CheckpointError, ParamsError
 from ..kinds import count
-from ..pytrees.leaves import named
-from ..stacks.params import cat, members, take
+from ..trees.leaves import named
+from ..trees.stack import cat, members, take
 from .atomic import recover, replace_folder
 from .tensorfile import read_tensors, write_tensors
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional.dropout import dropout
-from ..sites.parts import Part
-from ..sites.site import Site
+from ..structures.parts import Part
 from .acts import Acts, Factors
 from .config import BaseDeltaConfig, packed_weight
 from .layers import KINDS, LINEAR, NAMES, TURNED, formula_holds, matrix_shape, through, to_weight
 from .low_rank import LowRank
+from .site import Site
 
 
 @dataclass(frozen=True)

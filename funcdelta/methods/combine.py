@@ -19,12 +19,12 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional.tokenwise import linear
-from ..sites.own import Own
-from ..sites.site import Site
 from .acts import Acts, Params
 from .composition import Composition
 from .config import BaseDeltaConfig, register
 from .leaf import Leaf, Leaves
+from .own import Own
+from .site import Site
 
 GATES = ("call", "token")
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, MatchError
-from ..sites.own import Own
-from ..sites.site import Site
 from .acts import OWN, Acts, Params, on_leaves
 from .config import AutoDeltaConfig, BaseDeltaConfig
 from .leaf import FIXED, Leaf, Leaves, as_leaves
+from .own import Own
+from .site import Site
 
 REFUSED = {
     "prompt": "makes the input longer",

@@ -27,8 +27,8 @@ from .acts import Acts, Factors
 from .leaf import Leaves
 
 if TYPE_CHECKING:
-    from ..sites.own import Own
-    from ..sites.site import Site
+    from .own import Own
+    from .site import Site
 
 METHODS: dict[str, type[BaseDeltaConfig]] = {}
 """Every registered method by its ``delta_type``."""
@@ -469,7 +469,7 @@ class BaseDeltaConfig:
 def packed_weight(site: Site) -> str:
     """Why nothing can be added to the weight of a ``packed`` site.
 
-    >>> from funcdelta.sites.site import site_of
+    >>> from funcdelta.methods.site import site_of
     >>> packed_weight(site_of("proj", nn.Linear(2, 3)))
     'the weight of Linear is packed or computed, so it does not hold the numbers of the (3, 2) matrix'
     """

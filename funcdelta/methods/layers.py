@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..sites.parts import Part, place
-from ..sites.site import Site
+from ..structures.parts import Part, place
+from .site import Site
 
 CONVOLVE: dict[str, Callable[..., Tensor]] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
 POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -33,7 +33,7 @@ def matrix_shape(site: Site, parts: tuple[Part, ...] = ()) -> tuple[int, ...]:
 
     That of a bare parameter is its own.
 
-    >>> from funcdelta.sites.site import site_of
+    >>> from funcdelta.methods.site import site_of
     >>> [matrix_shape(site_of("0", layer)) for layer in (torch.nn.ConvTranspose1d(4, 6, 3), torch.nn.Embedding(9, 2))]
     [(6, 4, 3), (2, 9)]
     """
@@ -52,7 +52,7 @@ def matrix_shape(site: Site, parts: tuple[Part, ...] = ()) -> tuple[int, ...]:
 def to_weight(site: Site, change: Tensor, parts: tuple[Part, ...] = ()) -> Tensor:
     """A change, of parts of the output or of all of it, as it is laid out in the layer's weight.
 
-    >>> from funcdelta.sites.site import site_of
+    >>> from funcdelta.methods.site import site_of
     >>> to_weight(site_of("0", torch.nn.Embedding(9, 2)), torch.zeros(2, 9)).shape
     torch.Size([9, 2])
     """
@@ -64,7 +64,7 @@ def to_weight(site: Site, change: Tensor, parts: tuple[Part, ...] = ()) -> Tenso
 def from_weight(site: Site, weight: Tensor) -> Tensor:
     """The layer's weight as a matrix ``(out, in, *kernel)``: the inverse of :func:`to_weight`.
 
-    >>> from funcdelta.sites.site import site_of
+    >>> from funcdelta.methods.site import site_of
     >>> from_weight(site_of("0", torch.nn.Embedding(9, 2)), torch.zeros(9, 2)).shape
     torch.Size([2, 9])
     """
@@ -83,7 +83,7 @@ def _other_way(site: Site, matrix: Tensor) -> Tensor:
 def through(site: Site, change: Tensor, x: Tensor, y: Tensor, parts: tuple[Part, ...] = ()) -> Tensor:
     """What the layer would give for ``x`` with ``change`` as its weight and no bias; ``y`` is what it gave.
 
-    >>> from funcdelta.sites.site import site_of
+    >>> from funcdelta.methods.site import site_of
     >>> layer, x = torch.nn.ConvTranspose1d(2, 3, 2, stride=2, bias=False), torch.randn(1, 2, 5)
     >>> site = site_of("0", layer)
     >>> torch.allclose(through(site, from_weight(site, layer.weight), x, layer(x)), layer(x), atol=1e-6)
@@ -102,7 +102,7 @@ def through(site: Site, change: Tensor, x: Tensor, y: Tensor, parts: tuple[Part,
 def through_factors(site: Site, b: Tensor, a: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """The same with ``change = B A`` in factors (out, r) and (r, in, *kernel), whose product is never made.
 
-    >>> from funcdelta.sites.site import site_of
+    >>> from funcdelta.methods.site import site_of
     >>> site, x = site_of("0", torch.nn.Conv1d(4, 6, 3, groups=2)), torch.randn(1, 4, 5)
     >>> b, a = torch.randn(6, 2), torch.randn(2, 2, 3)
     >>> dense = through(site, (b @ a.flatten(1)).view(6, 2, 3), x, x)
@@ -124,7 +124,7 @@ def through_factors(site: Site, b: Tensor, a: Tensor, x: Tensor, y: Tensor) -> T
 def spare_padding(site: Site, change: Tensor, x: Tensor) -> Tensor:
     """``change`` of an embedding's rows: the table gives ``padding_idx`` a value and no gradient, so this does, too.
 
-    >>> from funcdelta.sites.site import site_of
+    >>> from funcdelta.methods.site import site_of
     >>> spare_padding(site_of("0", torch.nn.Embedding(4, 2)), torch.ones(1, 2), torch.tensor([3]))
     tensor([[1., 1.]])
     """
@@ -135,7 +135,7 @@ def spare_padding(site: Site, change: Tensor, x: Tensor) -> Tensor:
 def formula_holds(site: Site) -> bool:
     """Whether the layer computes what :func:`through` does, so that a change of its weight is one of its output.
 
-    >>> from funcdelta.sites.site import site_of
+    >>> from funcdelta.methods.site import site_of
     >>> layers = (torch.nn.Conv1d(2, 2, 3, padding_mode=mode) for mode in ("zeros", "circular"))
     >>> [formula_holds(site_of("0", layer)) for layer in layers]
     [True, False]

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..functional.tokenwise import linear
-from ..sites.parts import Part, place
-from ..sites.site import Site
+from ..structures.parts import Part, place
 from .layers import LINEAR, through_factors
 from .leaf import Leaf
+from .site import Site
 
 
 class LowRank(NamedTuple):
@@ -71,7 +71,7 @@ def started(site: Site, shape: tuple[int, ...], rank: int, pieces: int, rng: tor
     A is Kaiming uniform with a = √5, as the weight of ``torch.nn.Linear``; it holds ``pieces`` matrices one below the
     other. A bare parameter of many matrices has factors for each.
 
-    >>> from funcdelta.sites.site import site_of
+    >>> from funcdelta.methods.site import site_of
     >>> a, b = started(site_of("0", torch.nn.Linear(4, 6)), (6, 4), 2, 1, torch.Generator())
     >>> a.value.shape, b.axes, bool(b.value.any())
     (torch.Size([2, 4]), '. rank', False)

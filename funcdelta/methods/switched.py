@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import ConfigError
-from ..sites.parts import Part, equal_parts
-from ..sites.site import Site
+from ..structures.parts import Part, equal_parts
 from .layers import LINEAR
+from .site import Site
 
 
 def check_switches(field: str, on: Any) -> None:
@@ -24,7 +24,7 @@ def check_switches(field: str, on: Any) -> None:
 def switched_on(site: Site, on: tuple[bool, ...]) -> tuple[Part, ...]:
     """The parts of the output that are on: those that the backbone's family has, or equal ones side by side.
 
-    >>> from funcdelta.sites.site import site_of
+    >>> from funcdelta.methods.site import site_of
     >>> [part.start for part in switched_on(site_of("qkv", torch.nn.Linear(2, 6)), (True, False, True))]
     [0, 4]
     """
@@ -35,7 +35,7 @@ def switched_on(site: Site, on: tuple[bool, ...]) -> tuple[Part, ...]:
 def misfit(site: Site, field: str, on: tuple[bool, ...], is_named: bool) -> str | None:
     """Why the switches of the config's ``field`` do not fit the output; ``is_named``: it names parts elsewhere, too.
 
-    >>> from funcdelta.sites.site import site_of
+    >>> from funcdelta.methods.site import site_of
     >>> misfit(site_of("qkv", torch.nn.Linear(2, 7)), "enable_lora", (True, False), False)
     'enable_lora has 2 equal parts, but it has 7 outputs'
     """

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ConfigError, MatchError
-from ..pytrees.leaves import named
-from ..pytrees.selecting import Selector, select
+from ..trees.leaves import named
+from ..trees.selecting import Selector, select
 from .hyper import Hyper, Values
 
 __all__ = ["Chosen", "Groups"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..pytrees.selecting import Selector
+from ..trees.selecting import Selector
 from .groups import Groups
 from .hyper import Hyper, Values, checked, is_zero
 from .moving import How, Tree, alive, begin, decayed, told, zeros

@@ -1,7 +1,7 @@
 """Which leaves an optimiser moves, and one pass of a rule over them.
 
 Which leaves train is no state of the process: it is seen in what the optimiser is given. A delta's constants carry a
-mark (:mod:`funcdelta.pytrees.constants`) and get no moments. The mark is lost in transforms, in compiled code, in
+mark (:mod:`funcdelta.trees.constants`) and get no moments. The mark is lost in transforms, in compiled code, in
 ``leaf.to(...)``; but the gradient of a constant is zero, so that every rule leaves it where it is. Weight decay is the
 one term that would move it. So where nothing has said what trains, a leaf decays only once its gradient has been
 something other than zero (:func:`alive`).
@@ -19,9 +19,9 @@ from torch import Tensor
 from ..errors import ParamsError, StackError
 from ..kinds import count
 from ..match import near
-from ..pytrees.constants import is_constant, marked
-from ..pytrees.leaves import check_tree, compute_dtype, dense, like, named
-from ..pytrees.selecting import Selector, select
+from ..trees.constants import is_constant, marked
+from ..trees.leaves import check_tree, compute_dtype, dense, like, named
+from ..trees.selecting import Selector, select
 from .hyper import Hyper, members_of
 
 __all__ = ["How", "Moving", "Tree", "alive", "begin", "decayed", "told", "zeros"]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, StackError
-from ..pytrees.leaves import named
-from ..pytrees.selecting import Selector, select
+from ..trees.leaves import named
+from ..trees.selecting import Selector, select
 from .groups import Groups
 from .hyper import Hyper, Values, checked, is_zero
 from .moving import How, Tree, alive, begin, decayed, told, zeros

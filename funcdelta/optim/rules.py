@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import tree
 from ..errors import ConfigError
-from ..pytrees.selecting import Selector
+from ..trees import arithmetic as tree
+from ..trees.selecting import Selector
 from .fused import Adam, kernel_for
 from .groups import Groups
 from .hyper import Hyper, Values, checked, is_zero

@@ -24,8 +24,8 @@ from ..errors import ConfigError
 from ..methods.acts import Acts, on_leaves
 from ..methods.config import AutoDeltaConfig, BaseDeltaConfig, register
 from ..methods.leaf import Growing, Leaf, Leaves, as_leaves, growing
-from ..sites.own import Own
-from ..sites.site import Site
+from ..methods.own import Own
+from ..methods.site import Site
 
 SIZE = "size."
 OWN_LEAVES = ("present", "source")

@@ -19,9 +19,9 @@ from ..errors import ParamsError
 from ..methods.config import BaseDeltaConfig
 from ..methods.leaf import growing
 from ..model import DeltaModel
-from ..planning.plan import Attachment
-from ..planning.sharing import Shared
-from ..stacks.params import members
+from ..plan.plan import Attachment
+from ..plan.sharing import Shared
+from ..trees.stack import members
 from .packed import Origin, Packed
 
 

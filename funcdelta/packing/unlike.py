@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..errors import ParamsError
 from ..model import DeltaModel
-from ..pytrees.constants import still
 from ..run.checked import checks_of
-from ..stacks.params import stack, take
+from ..trees.constants import still
+from ..trees.stack import stack, take
 from .packed import Packed
 from .shelves import stacked, taken_out
 from .slots import Chunk, Slot, exactly, place

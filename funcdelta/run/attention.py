@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, MatchError
-from ..sites.site import AttentionShape
+from ..methods.site import AttentionShape
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 """The name under which Transformers' models look up their attention function."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from ..planning.plan import Plan
+from ..plan.plan import Plan
 from .layout import Layout, Run
 
 TENSOR = object()

@@ -1,6 +1,6 @@
 """Params of a delta checked before its calls: in full where one comes in a new shape, else by one look in C.
 
-What :mod:`.check` and :mod:`funcdelta.planning.kinds` find depends on the names of leaves and on their shapes, dtypes,
+What :mod:`.check` and :mod:`funcdelta.plan.kinds` find depends on the names of leaves and on their shapes, dtypes,
 layouts and on whether they have numbers. Params that have passed with the same pass again.
 """
 
@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..planning.kinds import Kinds
-from ..planning.plan import Plan
+from ..plan.kinds import Kinds
+from ..plan.plan import Plan
 from .check import Shapes, check_member, check_stack
 
 MOST = 256

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import EngineError
-from ..pytrees.opaque import PLAIN, holds_tensors
+from ..trees.opaque import PLAIN, holds_tensors
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..errors import EngineError, FoldError
-from ..pytrees.opaque import PLAIN, spare
-from ..stacks.params import take
 from ..transforms import current_transform, inside_transform
+from ..trees.opaque import PLAIN, spare
+from ..trees.stack import take
 from .call import TENSOR, Params
 from .first_time import with_layout
 from .fold import Folded, members_of

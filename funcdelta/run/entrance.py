@@ -214,7 +214,7 @@ def embedded_tokens(embedding: nn.Embedding, count: int) -> Tensor:
     >>> torch.equal(embedded_tokens(table, 3), table.weight[:3])
     True
     """
-    from ..sites.structure import copy_structure
+    from ..structures.modules.structure import copy_structure
 
     with torch.no_grad():
         private = copy_structure(embedding, trains=False)

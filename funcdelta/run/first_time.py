@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..errors import FoldError
-from ..pytrees.opaque import spare
-from ..stacks.params import take
 from ..transforms import concrete, current_transform
+from ..trees.opaque import spare
+from ..trees.stack import take
 from .call import Params
 from .fold import Folded, members_of
 from .inputs import Arguments, Inputs

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EngineError, EngineWarning, FuncdeltaError
-from ..pytrees.opaque import PLAIN, holds_tensors, spare
+from ..trees.opaque import PLAIN, holds_tensors, spare
 from .containers import is_cache
 from .inputs import Inputs
 from .layout import close

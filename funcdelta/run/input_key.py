@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..pytrees.opaque import PLAIN
+from ..trees.opaque import PLAIN
 from .containers import CARRIERS, is_cache
 from .values import written
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import EngineError, FoldError, ParamsError
 from ..match import near
-from ..pytrees.opaque import PLAIN, holds_tensors, spare
 from ..transforms import concrete
+from ..trees.opaque import PLAIN, holds_tensors, spare
 from .containers import CARRIERS, LEAF, Tree, flatten, is_cache
 from .fold import join_members
 from .forward import positional_names, without_cache

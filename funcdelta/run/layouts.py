@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..errors import FoldError
 from ..locks import fork_safe_lock
-from ..pytrees.opaque import spare
 from ..transforms import constant_while_tracing, current_transform
+from ..trees.opaque import spare
 from .call import Params
 from .inputs import Arguments, Inputs
 from .layout import Layout

@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..errors import EngineError
-from ..sites.code import Reach
+from ..structures.modules.code import Reach
 
 HOOKS = frozenset(("register_hook", "register_post_accumulate_grad_hook", "register_multi_grad_hook"))
 """By these names forwards have functions called in the backward pass. Mapped tensors say that they need no gradient."""

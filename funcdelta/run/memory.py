@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from ..errors import StaleBackboneError
 from ..match import within
-from ..sites.code import Reach, reach_of
-from ..sites.noted import CONTAINERS, DEPTH, FUNCTIONS, OWN, PLAIN, Noted, differ, fill, is_private
-from ..sites.structure import own_table
+from ..structures.modules.code import Reach, reach_of
+from ..structures.modules.noted import CONTAINERS, DEPTH, FUNCTIONS, OWN, PLAIN, Noted, differ, fill, is_private
+from ..structures.modules.structure import own_table
 from ..transforms import outside_transforms
 
 VERSION = operator.attrgetter("_version")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import ConfigError, FoldError, FuncdeltaError
-from ..planning.plan import Attachment
-from ..planning.spans import keep, take
+from ..plan.plan import Attachment
+from ..plan.spans import keep, take
 from ..transforms import innermost
 from .bound import Bound
 from .call import TENSOR, Call, Host, Params

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import EngineError
-from ..pytrees.opaque import PLAIN, holds_tensors
 from ..transforms import is_wrapped
+from ..trees.opaque import PLAIN, holds_tensors
 from .containers import Tree, flatten, is_cache
 
 __all__ = ["check_visible", "flatten", "join_chunks", "names", "refuse_lazy", "stack_members"]

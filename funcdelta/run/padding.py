@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ParamsError
-from ..sites.structure import named_tensors
+from ..structures.modules.structure import named_tensors
 from ..transforms import concrete, is_wrapped, outside_transforms
 from .call import Call, Host, Params
 from .containers import flatten

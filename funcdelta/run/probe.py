@@ -37,10 +37,10 @@ from torch.utils import _pytree as pytree
 
 from ..errors import EngineError, FoldError, FuncdeltaError
 from ..match import within
-from ..planning.sharing import expand_stack
-from ..pytrees.opaque import PLAIN, spare, tensors_in
+from ..plan.sharing import expand_stack
 from ..structures.rowwise import is_rowwise
 from ..transforms import eager, outside_transforms
+from ..trees.opaque import PLAIN, spare, tensors_in
 from .backward import check_backward, grown, roots, written_in_python
 from .call import TENSOR, Call, Params
 from .containers import is_cache

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ..errors import StaleBackboneError
 from ..fresh import random_members
 from ..locks import fork_safe_lock
-from ..planning.plan import Plan
-from ..sites.code import Reach
-from ..sites.freshness import Fingerprint
+from ..plan.plan import Plan
+from ..structures.modules.code import Reach
+from ..structures.modules.freshness import Fingerprint
 from ..transforms import eager
 from .call import Params, Prepare
 from .checkpointing import FLAG, FUNCTION, REQUIRE_GRADS, flags_of

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import MatchError, StaleBackboneError
-from ..sites.structure import own_table, written_from_above
+from ..structures.modules.structure import own_table, written_from_above
 from ..transforms import is_wrapped
 
 _GETTERS = ("dtype", "device", "shape", "ndim", "layout", "requires_grad", "is_cuda", "is_sparse", "is_quantized")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ParamsError
-from ..planning.sharing import expand_stack
-from ..stacks.resident import Resident
-from ..stacks.routing import Index, pick_rows, read_index
+from ..plan.sharing import expand_stack
+from ..trees.resident import Resident
+from ..trees.routing import Index, pick_rows, read_index
 from .auto import run_first_that_can
 from .call import Params
 from .first_time import with_layout

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import EngineError
-from ..pytrees.opaque import spare
 from ..transforms import concrete
+from ..trees.opaque import spare
 
 COUNT_POSITIONS = ("cache_position", "logits_to_keep")
 """Inputs of Transformers that tell positions on their only axis, never rows."""

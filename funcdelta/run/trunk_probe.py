@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import FoldError, FuncdeltaError
-from ..planning.sharing import expand_stack
+from ..plan.sharing import expand_stack
 from ..randomness import private_random
-from ..stacks.params import take
 from ..transforms import eager, outside_transforms
+from ..trees.stack import take
 from .call import Call, Params
 from .fold import Folded, members_of
 from .inputs import Inputs

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..pytrees.opaque import PLAIN, holds_tensors, tensors_in
 from ..transforms import concrete
+from ..trees.opaque import PLAIN, holds_tensors, tensors_in
 from .containers import is_cache
 
 SHORT = 32

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
-from ..pytrees.opaque import PLAIN
 from ..randomness import Generators, PrivateRandom, ThreadMode, drawn
+from ..trees.opaque import PLAIN
 from .skeleton import Skeleton
 from .trunk import places
 from .undisturbed import WithoutDropout

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MatchError
+from ..methods.site import AttentionShape, Shapes
 from ..randomness import private_random
-from ..sites.site import AttentionShape, Shapes
 from .attention import open_attention, shape_of
 from .hidden import hidden_input, hidden_output
 from .skeleton import Skeleton

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..sites.parts import Part, equal_parts
+from .parts import Part, equal_parts
 
 
 def side_by_side(config: Any, names: Sequence[str], width: int) -> tuple[Part, ...]:

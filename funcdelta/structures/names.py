@@ -10,8 +10,8 @@ from torch import nn
 
 from ..errors import MatchError
 from ..match import matches, near
-from ..sites.parts import Part
 from .families import FAMILIES, rows_of
+from .parts import Part
 from .rows import Translation, translate
 
 Parts = tuple[Part, ...]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..sites.parts import Part
+from .parts import Part
 
 Layout = Callable[[Any, Sequence[str], int], tuple[Part, ...]]
 """``layout(model config, names, width)``: where the named parts lie among ``width`` features."""

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ParamsError, shown
 from ..match import near
-from ..planning.sharing import Expanding
-from ..pytrees.leaves import check_leaves
+from ..plan.sharing import Expanding
 from ..run.call import Call, Params
 from ..run.fsdp import check_bound
 from ..run.layout import Run
@@ -26,7 +25,8 @@ from ..run.program import Program
 from ..run.reading import ORIGINAL
 from ..run.single import tell_missed
 from ..run.skeleton import Skeleton
-from ..sites.references import holders
+from ..structures.modules.references import holders
+from ..trees.leaves import check_leaves
 from .calls import Calls, MemberCalls
 from .copies import Twin, attributes_of, give, given_since, hold, made_of, reduced_part, tensors_held
 from .frozen import ABOUT, Moved, building, dress, take_out

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import EngineError, StaleBackboneError
 from ..locks import fork_safe_lock
-from ..planning.sharing import Expanding
+from ..plan.sharing import Expanding
 from ..run.call import Call
 from ..run.memory import VERSION
 from ..run.old_functions import named_functions

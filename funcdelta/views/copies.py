@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import ParamsError
 from ..run.reading import KEPT, WATCHED
-from ..sites.noted import FUNCTIONS, OWN, PLAIN
+from ..structures.modules.noted import FUNCTIONS, OWN, PLAIN
 from .frozen import ABOUT, BUFFERS, MOVED, PATH, Leaves, original_kind
 
 OF_VIEWS = {KEPT, WATCHED, BUFFERS, PATH, MOVED, ABOUT, "forward"} | OWN - {"training"}

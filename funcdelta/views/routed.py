@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EngineError, EngineWarning, FoldError, ParamsError, without_engines
-from ..planning.sharing import expand_stack
-from ..pytrees.opaque import holds_tensors
+from ..plan.sharing import expand_stack
 from ..run.call import Call
 from ..run.containers import is_cache
 from ..run.first_time import ATTEMPTS
@@ -35,9 +34,10 @@ from ..run.on_copies import on_copies
 from ..run.program import Program
 from ..run.single import tell_missed
 from ..run.skeleton import Skeleton, runner_candidates
-from ..stacks.resident import Resident
-from ..stacks.routing import Index, pick_rows, read_index
 from ..transforms import eager
+from ..trees.opaque import holds_tensors
+from ..trees.resident import Resident
+from ..trees.routing import Index, pick_rows, read_index
 from .bound import as_view
 from .calls import Calls, Function
 from .copies import Twin, give, given_since, held_by, made_of

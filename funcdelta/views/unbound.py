@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..errors import ParamsError
-from ..pytrees.constants import still
+from ..trees.constants import still
 from .held import Viewlike, learned
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from ...match import matches, within
 from ...methods.config import BaseDeltaConfig
 from ...model import DeltaModel
-from ...planning.spans import pair
+from ...plan.spans import pair
 from .common_names import EXCLUDED, named_sites
 from .spelling import Spelling
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...methods.config import BaseDeltaConfig
-from ...sites.site import Site
+from ...methods.site import Site
 
 Leaves = dict[str, dict[str, Tensor]]
 """``{site path: {leaf: tensor}}``."""

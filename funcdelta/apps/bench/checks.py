@@ -1,0 +1,112 @@
+"""What the checks of every call cost, each timed by itself, as a share of one training step."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import funcdelta as fd
+from funcdelta.apps.bench import contenders as c
+from funcdelta.apps.bench.measure import Effort, Notify, Row, Table, Target
+from funcdelta.apps.bench.subjects import Shape, Subject
+from funcdelta.apps.bench.timing import Ratio, spread, timed
+from funcdelta.run.call import Call
+from funcdelta.run.engines import visible
+from funcdelta.run.inputs import Inputs
+from funcdelta.run.layouts import key_of, layout_of
+from funcdelta.run.opened import where
+
+ALLOWED = 3.0
+TIMES = 20
+"""Checks take microseconds: so many in a row are timed together."""
+
+STEP, ALL = "one training step, fold", "all checks"
+
+
+def checks_of(delta: fd.DeltaModel, stack: dict[str, Tensor], tokens: Tensor) -> dict[str, Callable[[], Any]]:
+    """`{what is checked: how}`, as one fold of `stack` on `tokens` (n, b, s) does it.
+
+    >>> from funcdelta.apps.bench.subjects import tiny
+    >>> delta = c.lora(tiny())
+    >>> checks = checks_of(delta, c.random_stack(delta, 2), tiny().tokens(Shape(2, 1, 4)))
+    >>> len(checks), checks["the stack's leaves"]()
+    (7, 2)
+    """
+    program, plan = delta.program, delta.plan
+
+    def read() -> Inputs:
+        return delta._readings.read(tokens.shape[0], (), {"input_ids": tokens}, 0)
+
+    with torch.no_grad():
+        output = delta.apply_many(stack, input_ids=tokens, in_dims=0, engine="fold")
+    inputs, skeleton = read(), program.skeletons.get(program.training)
+    layout = layout_of(program, stack, inputs)
+
+    def sites() -> None:
+        call = Call(stack, layout=layout)
+        for path in plan.attachments:
+            where(call, path)
+
+    def memory() -> None:
+        skeleton.memory.follow()
+        skeleton.memory.end_call()
+
+    return {
+        "the stack's leaves": lambda: delta._stack(stack)[0],
+        "rows of the inputs": read,
+        "the inputs' key": lambda: key_of(program, stack, inputs),
+        "whether the backbone is the same": program.skeletons.check,
+        "what modules remember": memory,
+        "axes at the sites": sites,
+        "sites reached, outputs": lambda: (program.is_verified(stack), visible(output)),
+    }
+
+
+def checks_table(subject: Subject, shape: Shape, effort: Effort, notify: Notify = lambda _: None) -> Table:
+    """Microseconds of each check of a call, and of all of them as a share of a training step.
+
+    >>> from funcdelta.apps.bench.subjects import tiny
+    >>> table = checks_table(tiny(), Shape(2, 1, 4), Effort(repeats=1, attempts=1))
+    >>> table.rows[0].label, table.rows[-1].label
+    ('one training step, fold', 'all checks')
+    """
+    title = f"{subject.name} {shape} checks of every call"
+    delta = c.lora(subject)
+    stack = c.random_stack(delta, shape.members)
+    tokens, goals = subject.tokens(shape), subject.goals(shape)
+    checks = checks_of(delta, stack, tokens)
+    steps: list[float] = []
+    seconds: dict[str, list[float]] = {label: [] for label in checks}
+    for index in range(1 + effort.repeats):
+        notify(f"{title}: round {index} of {effort.repeats}")
+        step = timed(lambda: c.engine_step(delta, stack, tokens, goals, "fold"))
+        if not index:
+            continue  # what is built at the first call is no part of a step
+        steps.append(step)
+        for label, check in checks.items():
+            seconds[label].append(timed(lambda check=check: [check() for _ in range(TIMES)]) / TIMES)
+    seconds[ALL] = [sum(each) for each in zip(*seconds.values(), strict=True)]
+    rows = [Row(STEP, 1e6 * statistics.median(steps), Ratio(1.0, 1.0, 1.0))]
+    for label, values in seconds.items():
+        ratio = Ratio.of([value / step for value, step in zip(values, steps, strict=True)])
+        share = 100 * ratio.median
+        target = Target.at_most("% of a step", ALLOWED, share) if label == ALL and subject.judged else None
+        rows.append(Row(label, 1e6 * statistics.median(values), ratio, None, target, f"{share:.2f} %"))
+    kept = {STEP: tuple(steps), **{label: tuple(values) for label, values in seconds.items()}}
+    return Table(
+        title,
+        subject.name,
+        "step",
+        tuple(rows),
+        spread(steps),
+        1,
+        0.0,
+        kept,
+        what="checks of one call",
+        unit="µs",
+        compared="",
+    )

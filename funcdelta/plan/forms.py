@@ -1,0 +1,120 @@
+"""Whether a method's two forms are one function: ``before`` and ``after`` on activations, ``weights`` on tensors.
+
+Merging writes what ``weights`` gives and ``apply`` computes what ``after`` gives, so a method whose forms differ would
+change its numbers when it is merged. Both are run once, on random leaves, on a copy of the layer in double precision.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..methods.acts import Acts
+from ..methods.config import BaseDeltaConfig
+from ..methods.site import Site
+from ..structures.modules.forwards import is_plain
+from ..structures.modules.structure import copy_structure
+from ..transforms import outside_transforms
+from ..trees.drawing import own_defaults
+from .axes import in_order
+
+LARGEST = 2**20
+"""Layers of more numbers are not compared: another of their kind is, or what the site says is trusted."""
+
+SPREAD = 0.3
+
+
+def compare_forms(
+    config: BaseDeltaConfig, site: Site, module: nn.Module, p: Mapping[str, Tensor], constants: frozenset[str]
+) -> None:
+    """Raises `ConfigError` where both forms of ``config`` run at ``site`` and give different outputs.
+
+    ``p`` are the leaves that the method gets there, at their start; all but ``constants`` are moved away from it.
+
+    >>> from funcdelta.methods.site import site_of
+    >>> config, layer = fd.LoraConfig(lora_r=1), nn.Linear(2, 3)
+    >>> site = site_of("0", layer)
+    >>> p = {leaf: one.value for leaf, one in config.init(site, torch.Generator()).items()}
+    >>> compare_forms(config, site, layer, p, frozenset({"scale"}))
+    """
+    with own_defaults():
+        x = _input(site)
+    own = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
+    acts = config.acts(dataclasses.replace(site, training=False))
+    known = x is not None and not site.own_forward and not site.packed and acts.unmergeable is None
+    plain = all(is_plain(t) for t in own.values()) and not any(t.is_meta for t in own.values())
+    if x is None or not known or not plain or not own or sum(t.numel() for t in own.values()) > LARGEST:
+        return
+    with torch.inference_mode(False), torch.no_grad(), outside_transforms(), own_defaults():
+        found = _both(acts, config.axis_order, module, _moved(p, constants), x)
+    if found is None:
+        return
+    values, weights = found
+    if values.shape == weights.shape and (values - weights).abs().max() <= 1e-6 * (1 + weights.abs().max()):
+        return
+    told = "differ in shape"
+    if values.shape == weights.shape:
+        told = f"differ by {float((values - weights).abs().max()):.1e}"
+    raise ConfigError(
+        f"{type(config).__name__}: on random leaves, before and after give at {site.path} another output than weights "
+        f"does (they {told}), so merging would change what the delta computes. Make them one function, or say why the "
+        f"delta cannot be merged there in unmergeable(self, site)."
+    )
+
+
+def _both(
+    acts: Acts, order: tuple[int, ...] | None, module: nn.Module, p: dict[str, Tensor], x: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """The output by activations and by weights; ``None`` where either raises, as the first call will, with its site."""
+    copied = copy_structure(module).eval().double()
+    for child in copied.modules():
+        child._forward_hooks.clear()
+    device = next(copied.parameters()).device
+    x = x.to(device) if not x.is_floating_point() else x.to(device, torch.float64)
+    p = {leaf: tensor.to(device) for leaf, tensor in p.items()}
+    own = {name: tensor for name, tensor in copied._parameters.items() if tensor is not None}
+    try:
+        entering = in_order(acts.before, order)(p, x) if acts.before is not None else x
+        leaving = copied(entering)
+        values = leaving
+        if acts.after is not None:
+            values = in_order(acts.after, order)(p, leaving, entering)
+        assert acts.weights is not None
+        for name, tensor in acts.weights(p, dict(own)).items():
+            copied._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        return values, copied(x)
+    except Exception:  # the method's own error is told with its site when it is first called
+        return None
+
+
+def _moved(p: Mapping[str, Tensor], constants: frozenset[str]) -> dict[str, Tensor]:
+    """The leaves in double precision, away from their start: a fresh LoRA would agree with anything."""
+    rng = torch.Generator().manual_seed(0)
+    moved: dict[str, Tensor] = {}
+    for leaf, tensor in p.items():
+        tensor = tensor.detach().cpu()
+        if tensor.is_floating_point():
+            tensor = tensor.double()
+            if leaf not in constants:
+                tensor = tensor + SPREAD * torch.randn(tensor.shape, generator=rng, dtype=torch.float64)
+        moved[leaf] = tensor
+    return moved
+
+
+def _input(site: Site) -> Tensor | None:
+    """What a layer of the site's kind is called with; ``None`` where that is not known."""
+    rng = torch.Generator().manual_seed(0)
+    if site.in_features is None:
+        return None
+    if site.kind == "embedding":
+        return torch.randint(site.in_features, (2, 3), generator=rng)
+    if site.kind in ("linear", "transposed_linear") or (site.kind == "norm" and site.channel_axis == -1):
+        return torch.randn(2, 3, site.in_features, generator=rng)
+    if site.kind in ("conv1d", "conv2d", "conv3d", "transposed_conv"):
+        sizes = zip(site.option("kernel_size"), site.option("dilation"), strict=True)
+        return torch.randn(2, site.in_features, *[(k - 1) * d + 3 for k, d in sizes], generator=rng)
+    return None

@@ -1,0 +1,206 @@
+"""What the names in a config select: the sites of a delta, and the backbone leaves that are trained with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from ..errors import MatchError
+from ..match import below, matches, near, within
+from ..methods.config import BaseDeltaConfig
+from ..structures import Names, Parts
+from ..structures.modules.structure import is_quantised
+
+HEAD = ("lm_head",)
+
+
+def refuse_lazy(backbone: nn.Module) -> None:
+    """Raise ``MatchError`` where a module has not seen its input yet, and so has tensors without a shape.
+
+    >>> refuse_lazy(nn.Sequential(nn.LazyLinear(4)))
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.MatchError: 0.weight has no shape yet (LazyLinear): run the model once, backbone(inputs), ...
+    """
+    for path, module in backbone.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and is_lazy(tensor):
+                raise MatchError(
+                    f"{path}.{name} has no shape yet ({type(module).__name__}): run the model once, "
+                    f"backbone(inputs), before a delta is built on it."
+                )
+
+
+def select(
+    backbone: nn.Module,
+    modules: dict[str, nn.Module],
+    canonical: dict[int, str],
+    config: BaseDeltaConfig,
+    known: Names,
+) -> dict[str, Parts]:
+    """The sites that ``config`` names, in the backbone's order; every name given has to mean something.
+
+    A site stands with the parts of its fused output that are meant, or with none for the whole output.
+    """
+    given = config.modified_modules
+    # OpenDelta writes "root" where a method finds its own place.
+    own = config.own_sites(backbone) if given in (None, ("root",)) and "root" not in modules else None
+    if own is not None:
+        for path in own:
+            if any(within(path, left_out) for left_out in config.exclude_modules or ()):
+                raise MatchError(f"exclude_modules leaves out {path or 'the model'!r}, the one site of its method.")
+        return dict.fromkeys(sorted({canonical[id(modules[path])] for path in own}, key=list(modules).index), ())
+    common = config.common_structure
+    if given is None:
+        given, common = config.default_names(), None
+        if not given:
+            raise MatchError(f"{config.delta_type} has no default sites: give modified_modules=[...].")
+    if not given:
+        raise MatchError("modified_modules=[] names no site: leave it out for the method's own sites.")
+    # A parametrised weight is computed by modules of its own, which are meant only when they are named.
+    inner = any("parametrizations" in target for target in given)
+    names = [path for path in modules if path and (inner or ".parametrizations." not in path)]
+    excluded = _excluded(backbone, modules, names, config, known)
+    tensors = [name for name, _ in backbone.named_parameters(remove_duplicate=False)]
+    named: dict[str, Parts] = {}
+    for target in given:
+        hits = known.find(target, common, names)
+        if not hits and config.takes_tensors():
+            hits = {address: () for address in tensors if matches(address, target)}
+        if not hits:
+            raise MatchError(
+                f"modified_modules: {target!r} matches no module of {type(backbone).__name__}."
+                f"{known.nearest(target, common)}"
+            )
+        for path, parts in hits.items():
+            # Named as a whole by any name, it is whole.
+            whole = not parts or (path in named and not named[path])
+            named[path] = () if whole else tuple(dict.fromkeys((*named.get(path, ()), *parts)))
+    found: dict[str, Parts] = {}
+    for path in names:
+        if path not in named or any(within(path, out) for out, parts in excluded.items() if not parts):
+            continue
+        for site in config.spread(path, modules[path]):
+            if any(within(site, out) for out, parts in excluded.items() if not parts):
+                continue
+            parts = named[path] if site == path else ()
+            out = excluded.get(site, ())
+            if out:
+                parts = tuple(part for part in parts or known.parts(site) if part not in out)
+                if not parts:
+                    continue
+            found[canonical[id(modules[site])]] = _acceptable(config, site, parts, known)
+    for address in tensors:
+        if address in named and address not in modules and not any(within(address, out) for out in excluded):
+            path, _, name = address.rpartition(".")
+            found[below(canonical[id(modules[path])], name)] = ()
+    if not found:
+        raise MatchError(f"exclude_modules={list(excluded)} leaves none of the sites that {list(given)} name.")
+    order = {path: position for position, path in enumerate([*modules, *tensors])}
+    return {address: found[address] for address in sorted(found, key=order.__getitem__)}
+
+
+def _excluded(
+    backbone: nn.Module, modules: dict[str, nn.Module], names: list[str], config: BaseDeltaConfig, known: Names
+) -> dict[str, Parts]:
+    """The paths that ``exclude_modules`` leaves out with all below them; with parts, those of their output alone."""
+    given = config.exclude_modules
+    if given is None:
+        # A method's own sites never include the language model's head; a head that is named is meant.
+        given = () if config.modified_modules is not None else HEAD
+    if given == HEAD and HEAD[0] not in modules:
+        given = ()  # OpenDelta writes it into the config of every model
+    excluded: dict[str, Parts] = {}
+    for target in given:
+        if any(within(name, target) for name in names):
+            excluded[target] = ()
+            continue
+        found = known.find(target, config.common_structure, names) if "@" in target or config.common_structure else {}
+        if not found:
+            nearest = known.nearest(target, None) if "@" in target else near(target, names)
+            raise MatchError(f"exclude_modules: {target!r} is no module of {type(backbone).__name__}.{nearest}")
+        for path, parts in found.items():
+            whole = not parts or (path in excluded and not excluded[path])
+            excluded[path] = () if whole else tuple(dict.fromkeys((*excluded.get(path, ()), *parts)))
+    return excluded
+
+
+def _acceptable(config: BaseDeltaConfig, path: str, parts: Parts, known: Names) -> Parts:
+    """The parts as the method takes them, in their order: all are the whole output for one that knows no parts."""
+    if not parts or config.takes_parts():
+        return tuple(sorted(parts, key=lambda part: part.start))
+    called, every = known.of(path), known.parts(path)
+    if set(parts) == set(every):
+        return ()
+    meant = ", ".join(part.name for part in parts)
+    raise MatchError(
+        f"{config.delta_type} cannot act at {path}: {meant} is a part of its fused output "
+        f"({', '.join(part.name for part in every)}), and {config.delta_type} acts on whole outputs. Name the whole "
+        f"layer, {called.name.rpartition('@.')[2]!r} or {path!r}."
+    )
+
+
+def trained(
+    backbone: nn.Module, modules: dict[str, nn.Module], configs: Sequence[BaseDeltaConfig], known: Names
+) -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
+    """The backbone leaves that ``unfrozen_modules`` name, each with every name of its tensor."""
+    parameters = dict(backbone.named_parameters(remove_duplicate=False))
+    names_of = names_of_tensors(backbone)
+    found: dict[str, tuple[str, ...]] = {}
+    fresh: set[str] = set()
+    for config in configs:
+        for target in (name for name in config.unfrozen_modules if name != "deltas"):
+            owners = known.find(target, config.common_structure, (*modules, *parameters))
+            for path, parts in owners.items():
+                if parts:
+                    raise MatchError(
+                        f"unfrozen_modules: {target!r} is a part of {path}, whose weight is one tensor and is trained "
+                        f"as one: write {known.of(path).name.rpartition('@.')[2]!r}."
+                    )
+            hits = [name for name in parameters if name in owners or any(within(name, owner) for owner in owners)]
+            if not hits:
+                raise MatchError(
+                    f"unfrozen_modules: {target!r} means no parameter of {type(backbone).__name__}."
+                    f"{known.nearest(target, config.common_structure, parameters)}"
+                )
+            for name in hits:
+                ends = names_of[id(parameters[name])]
+                if not parameters[name].is_floating_point():
+                    raise MatchError(f"unfrozen_modules: {name} is {parameters[name].dtype} and cannot be trained.")
+                if is_quantised(parameters[name]):
+                    raise MatchError(
+                        f"unfrozen_modules: {name} is quantised ({type(parameters[name]).__name__}) and cannot be "
+                        f"trained: leave it out, or leave that module unquantised."
+                    )
+                if ends[0] not in found:
+                    found[ends[0]] = tuple(ends)
+                    if config.unfrozen_init == "fresh":
+                        fresh.add(ends[0])
+    order = {name: position for position, name in enumerate(parameters)}
+    return {name: found[name] for name in sorted(found, key=order.__getitem__)}, frozenset(fresh)
+
+
+def named_leaves(backbone: nn.Module, names: tuple[str, ...], common: bool | None) -> tuple[str, ...]:
+    """The backbone's leaves that ``names`` mean as ``unfrozen_modules``, each under the first name of its tensor.
+
+    >>> named_leaves(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ("deltas", "1", "bias"), None)
+    ('0.bias', '1.weight', '1.bias')
+    """
+    config = BaseDeltaConfig(unfrozen_modules=("deltas", *names), common_structure=common)
+    modules = dict(backbone.named_modules(remove_duplicate=False))
+    return tuple(trained(backbone, modules, [config], Names(backbone))[0])
+
+
+def names_of_tensors(backbone: nn.Module) -> dict[int, list[str]]:
+    """Every name of every tensor by its id, one name a slot: a module that stands under two paths has one slot.
+
+    Swapping one slot under two names would put the wrong tensor back.
+    """
+    names: dict[int, list[str]] = {}
+    for path, module in backbone.named_modules():
+        for own, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                names.setdefault(id(tensor), []).append(f"{path}.{own}" if path else own)
+    return names

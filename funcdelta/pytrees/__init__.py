@@ -1,1 +1,0 @@
-"""Leaves of pytrees: their names, their selection, and the seeds of their numbers."""
