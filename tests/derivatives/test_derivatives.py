@@ -112,7 +112,7 @@ def test_conjugate_gradients_map_and_rest_when_done() -> None:
 
 
 def test_messages(case: Case) -> None:
-    with pytest.raises(fd.ParamsError, match=r"one length, found \[\(5,\), \(3,\)\]"):
+    with pytest.raises(fd.ParamsError, match=r"the same length for all, found \[\(5,\), \(3,\)\]"):
         fd.per_sample_grads(case.loss)(case.params, case.tokens, case.labels[:3])
     with pytest.raises(fd.ParamsError, match=r"one loss, \(\).*found shape \(1, 3\)"):
         fd.per_sample_grads(lambda p, t: case.delta.apply(p, input_ids=t).logits)(case.params, case.tokens)

@@ -133,7 +133,7 @@ def test_a_leaf_that_acts_otherwise_too_has_no_tap() -> None:
 
 
 def test_messages(case: Case) -> None:
-    with pytest.raises(fd.errors.ParamsError, match=r"one loss a row, \(6,\); found shape \(\).*reduction="):
+    with pytest.raises(fd.errors.ParamsError, match=r"one loss per row, \(6,\); found shape \(\).*reduction="):
         fd.grad.taps(case.loss, case.params, case.x, case.y)
     with pytest.raises(fd.errors.StackError, match=r"fd.grad.taps takes one member's params"):
         fd.grad.taps(case.losses, fd.stack([case.params] * 2), case.x, case.y)

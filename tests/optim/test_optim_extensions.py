@@ -465,7 +465,7 @@ PAIR: Tensors = {"l.w": torch.ones(2, 2), "l.b": torch.ones(2)}
             r"peak of the schedule has 3 values.*of 2 members.*peak=peak\[index\]",
         ),
         (lambda: fd.unroll(lambda s, i: s, ONE, -1), ParamsError, "steps=-1: write how many times fd.grad.unroll"),
-        (lambda: fd.unroll(lambda s, i: {"x": s["w"]}, {"w": ONE}, 2), ParamsError, "step gave at i=0"),
+        (lambda: fd.unroll(lambda s, i: {"x": s["w"]}, {"w": ONE}, 2), ParamsError, "output of step at i=0"),
         (
             lambda: fd.grad.unroll(lambda s, i: {"w": s["w"].add_(1)}, {"w": torch.ones(2)}, 2),
             ParamsError,
@@ -474,7 +474,7 @@ PAIR: Tensors = {"l.w": torch.ones(2, 2), "l.b": torch.ones(2)}
         (
             lambda: fd.grad.unroll(lambda s, i: s * DOUBLED, ONE, 2),
             RecomputeError,
-            "at i=0 a tensor that requires grad and is neither .*MulBackward0.*checkpoint=False",
+            "i=0 .* a tensor that requires grad but is neither .*MulBackward0.*checkpoint=False",
         ),
         (
             lambda: torch.func.grad(lambda w: fd.grad.unroll(lambda s, i: s * w, w, 2).sum())(torch.ones(2)),
