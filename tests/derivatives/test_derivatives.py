@@ -244,7 +244,7 @@ def test_more_messages(case: Case) -> None:
             fd.grad.jacobian(case.loss, case.params, case.tokens, case.labels, chunk_size=chunk_size)
     with pytest.raises(fd.errors.ParamsError, match=r"hvp needs a loss that is one number, \(\); found shape \(5, 3\)"):
         fd.grad.hvp(lambda p: case.delta.apply(p, input_ids=case.tokens).logits, case.params, case.params)
-    with pytest.raises(fd.errors.ParamsError, match="conjugate_gradient.s matvec"):
+    with pytest.raises(fd.errors.ParamsError, match=r"conjugate_gradient.s matvec"):
         fd.grad.conjugate_gradient(lambda x: {"v": x["w"]}, {"w": torch.ones(2)}, steps=1)
     with pytest.raises(fd.errors.ParamsError, match="the tangent of jvp"):
         fd.grad.jvp(case.loss, case.params, {}, case.tokens, case.labels)

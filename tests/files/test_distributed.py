@@ -70,7 +70,7 @@ def test_members_over_two_processes_started_by_torchrun(tmp_path: Path) -> None:
         assert one["odd"]["pairs"][:, 2].tolist() == [0, 1, 2, 3, 4]
         assert one["odd"]["nothing"].shape == (5, 0)
         assert one["mean"]["w"].tolist() == [0.5, 0.5]
-        assert "the leaves of process 1 are unlike those of process 0" in one["unlike"]
+        assert "the leaves of process 1 differ from those of process 0" in one["unlike"]
         assert "start at most 1 processes" in one["few"]
 
 
@@ -132,7 +132,7 @@ def test_parts_are_joined_cut_and_missed(tmp_path: Path) -> None:
     with pytest.raises(fd.errors.CheckpointError, match="does not fit like="):
         fd.distributed.load_shards(delta, tmp_path, slice(0, 2), like={"count": torch.zeros(1)})
     other = fd.DeltaModel(worker.Tiny(), worker.LORA.replace(lora_r=3))
-    with pytest.raises(fd.errors.CheckpointError, match="is of another delta"):
+    with pytest.raises(fd.errors.CheckpointError, match="holds another delta"):
         fd.distributed.load_shards(other, tmp_path, slice(0, 2))
 
 

@@ -239,11 +239,11 @@ def test_labels_that_are_no_classes_are_named() -> None:
     for metric in (metrics.accuracy, metrics.negative_log_likelihood, metrics.calibration_error):
         assert torch.equal(metric(p, torch.tensor([0, 1], dtype=torch.int32)), metric(p, torch.tensor([0, 1])))
         for labels, words in (
-            (torch.tensor([0, -100]), r"2 classes lie in 0 to 1; found -100\. Leave such rows out"),
+            (torch.tensor([0, -100]), r"With 2 classes, labels go from 0 to 1; found -100\. Leave such rows out"),
             (torch.tensor([2, 0]), "found 2"),
             (torch.tensor([0.0, 1.0]), r"found torch\.float32\. Write labels\.long\(\)"),
             (torch.tensor([True, False]), r"found torch\.bool"),
-            (torch.zeros(2, dtype=torch.long, device="meta"), "Labels are on meta, probabilities on cpu"),
+            (torch.zeros(2, dtype=torch.long, device="meta"), "Labels are on meta, but probabilities on cpu"),
         ):
             with pytest.raises(fd.errors.FuncdeltaError, match=words):
                 metric(p, labels)
