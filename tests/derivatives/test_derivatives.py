@@ -363,7 +363,7 @@ def test_what_cannot_be_a_direction_is_named() -> None:
         return params["w"].sum()
 
     for t, words in (
-        ({"w": torch.ones(2)}, "Leaf 'b' stands in params but not in the tangent of jvp"),
+        ({"w": torch.ones(2)}, "Leaf 'b' is in params but not in the tangent of jvp"),
         (
             {"w": torch.ones(3), "b": torch.ones(1)},
             r"Leaf 'w' of the tangent of jvp is \(3,\), torch.float32; expected",

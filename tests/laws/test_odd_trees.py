@@ -41,10 +41,10 @@ BAD: list[tuple[Any, str]] = [
     ([0, 5], "no member 5"),
     (range(9), "no member 3"),
     (np.array([0, 9]), "no member 9"),
-    (np.array([True]), r"A mask over 3 members has shape \(3,\); found \(1,\)"),
-    ([True, False], r"A mask over 3 members has shape \(3,\); found \(2,\)"),
-    (torch.tensor([True, False]), r"A mask over 3 members has shape \(3,\); found \(2,\)"),
-    (torch.tensor(True), r"A mask over 3 members has shape \(3,\)"),
+    (np.array([True]), r"A mask over 3 members must have shape \(3,\); found \(1,\)"),
+    ([True, False], r"A mask over 3 members must have shape \(3,\); found \(2,\)"),
+    (torch.tensor([True, False]), r"A mask over 3 members must have shape \(3,\); found \(2,\)"),
+    (torch.tensor(True), r"A mask over 3 members must have shape \(3,\)"),
     (True, "no member True"),
     ([0, True], "no member True"),
     (2.0, "chosen by an int, a list .* found 2.0"),
@@ -56,8 +56,8 @@ BAD: list[tuple[Any, str]] = [
     (torch.tensor([0.5]), r"integers or booleans; found shape \(1,\), torch.float32"),
     (torch.tensor([[0]]), r"shape \(\) or \(k,\) .* found shape \(1, 1\)"),
     (torch.tensor([0], device="meta"), "on the meta device has no values"),
-    (slice(0, 1.5), r"slice\(0, 1.5, None\) cannot choose members"),
-    (slice(None, None, 0), "cannot choose members: slice step cannot be zero"),
+    (slice(0, 1.5), r"slice\(0, 1.5, None\) cannot select members"),
+    (slice(None, None, 0), "cannot select members: slice step cannot be zero"),
 ]
 
 
@@ -95,7 +95,7 @@ def test_stacks_of_no_members() -> None:
     for call, words in (
         (lambda: fd.take(empty, 0), "no member 0: the stack has no members"),
         (lambda: fd.take(empty, torch.tensor([0])), "no member 0: the stack has no members"),
-        (lambda: fd.tree.mean(empty), "mean is over the members of a stack, and this one has none"),
+        (lambda: fd.tree.mean(empty), "mean averages over the members of a stack, but this stack has none"),
         (lambda: fd.members({}), r"without tensor leaves .* delta\.init\(seed, n=\.\.\.\)"),
         (lambda: fd.unstack({}), "without tensor leaves"),
         (lambda: fd.stack([]), "at least one member; found an empty list"),
@@ -194,10 +194,10 @@ def test_integers_and_booleans_keep_their_dtype() -> None:
         (lambda: tree.scale(counts, torch.tensor([0.5, 1, 1]), per_member=True), "'count' is torch.int64"),
         (lambda: tree.scale(STACK, 1j), r"'a\.w' is torch\.float32, and its product with 1j is not"),
         (lambda: tree.scale({"m": whole["mask"]}, 2), r"'m' is torch\.bool"),
-        (lambda: tree.lerp(counts, counts, 0.5), r"lerp is of real numbers, and leaf 'count' is torch\.int64"),
-        (lambda: tree.sub(whole, whole), r"Leaf 'mask' is torch\.bool, of which there is no difference"),
-        (lambda: tree.norm(whole), "norm is of real numbers, and leaf 'count'"),
-        (lambda: tree.randn_like(whole, 0), "randn_like is of real numbers, and leaf 'count'"),
+        (lambda: tree.lerp(counts, counts, 0.5), r"lerp takes real numbers, but leaf 'count' is torch\.int64"),
+        (lambda: tree.sub(whole, whole), r"Leaf 'mask' is torch\.bool, which cannot be subtracted"),
+        (lambda: tree.norm(whole), "norm takes real numbers, but leaf 'count'"),
+        (lambda: tree.randn_like(whole, 0), "randn_like takes real numbers, but leaf 'count'"),
     ):
         with pytest.raises(fd.errors.ParamsError, match=words):
             call()

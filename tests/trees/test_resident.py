@@ -98,7 +98,7 @@ def test_an_empty_slot_raises_wherever_it_is_named(delta: fd.DeltaModel, x: Tens
             resident.remove(slot)
     with raises_saying(fd.errors.ParamsError, "-2 to 0", "slots are 0 or more"):
         resident.check([0, -2])
-    with raises_saying(fd.errors.ParamsError, "the number that put(params) gave", "'anna'"):
+    with raises_saying(fd.errors.ParamsError, "a number that put(params) returned", "'anna'"):
         resident.member("anna")  # type: ignore[arg-type]
 
 
