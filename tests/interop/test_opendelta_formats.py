@@ -207,7 +207,7 @@ def test_tied_tensors_and_second_names_in_a_whole_model(tmp_path: Path) -> None:
     loaded, params = fd.load_opendelta(write(tmp_path / "trained", data, whole), model)
     assert len(loaded.plan.trained) == 1
     whole["lm_head.weight"] = whole["lm_head.weight"] + 1
-    with pytest.raises(fd.errors.CheckpointError, match=r"1 that name the same tied tensor but differ: lm_head\.weight"):
+    with pytest.raises(fd.errors.CheckpointError, match=r"1 .* same tied tensor but differ: lm_head\.weight"):
         fd.load_opendelta(write(tmp_path / "torn", data, whole), model)
 
 
@@ -423,9 +423,7 @@ def test_a_rule_that_was_not_saved_is_missing(tmp_path: Path) -> None:
     data = json.loads((folder / "config.json").read_text())
     tensors = torch.load(folder / "pytorch_model.bin")
     write(folder, {**data, "learn_phm": False}, {key: t for key, t in tensors.items() if "phm_rule" not in key})
-    with pytest.raises(
-        fd.errors.CheckpointError, match=r"2 missing: .*phm_rule.*does not save constants"
-    ):
+    with pytest.raises(fd.errors.CheckpointError, match=r"2 missing: .*phm_rule.*does not save constants"):
         fd.load_opendelta(folder, model)
 
 
@@ -472,7 +470,7 @@ def test_fields_that_never_had_an_effect(tmp_path: Path) -> None:
 )
 def test_what_opendelta_cannot_hold(config: fd.BaseDeltaConfig, message: str, tmp_path: Path) -> None:
     delta = fd.DeltaModel(bert(), config)
-    with pytest.raises(fd.errors.CheckpointError, match=f"{message}.*Save it in funcdelta.s format: delta.save_finetuned"):
+    with pytest.raises(fd.errors.CheckpointError, match=f"{message}.*Save it in .* format: delta.save_finetuned"):
         fd.save_opendelta(delta, delta.init(0), tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
@@ -486,7 +484,7 @@ def test_stacks_unions_and_other_methods_are_refused(tmp_path: Path) -> None:
     with pytest.raises(fd.errors.ParamsError, match=r"6 leaves are missing, first .*lora_A"):
         fd.save_opendelta(delta, {}, tmp_path / "saved")
     both = fd.DeltaModel(model, delta.configs[0], fd.AdapterConfig(modified_modules=["query"]))
-    with pytest.raises(fd.errors.CheckpointError, match=r"one config per folder, but this delta has 2 \(lora, adapter\)"):
+    with pytest.raises(fd.errors.CheckpointError, match=r"config per folder, but this delta has 2 \(lora, adapter\)"):
         fd.save_opendelta(both, both.init(0), tmp_path / "saved")
     with pytest.raises(fd.errors.CheckpointError, match=r"written by OpenDelta: write fd\.load_opendelta\("):
         fd.AutoDeltaModel.from_finetuned(fd.save_opendelta(delta, params, tmp_path / "saved"), model)
