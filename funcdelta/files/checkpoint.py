@@ -214,7 +214,7 @@ def fitted(
         problems = [f"members: {CONFIG} says {data['members']}, but the leaves have {members}"]
     if problems:
         what = f"'{saved.folder}' does not fit the delta that its config describes:\n"
-        raise CheckpointError(what + "\n".join(problems) + newer(data))
+        raise CheckpointError(what + "\n".join(problems) + (newer(data) and f".{newer(data)}"))
     return {name: saved.tensors[name].to(device or home(backbone, name)) for name in shapes}
 
 

@@ -546,7 +546,7 @@ def test_another_dtype_and_class(saved):
         pass
 
     load(saved, Net(*backbone()))
-    with pytest.raises(CheckpointError, match=r"its class was Sequential, this one is a Net"):
+    with pytest.raises(CheckpointError, match=r"its class was Sequential, but this one is a Net"):
         load(saved, Net(*backbone(seed=1)))
 
 

@@ -46,7 +46,7 @@ def load_without_metadata(folder: Path) -> None:
 
 @contextmanager
 def warns_of_version(version: str) -> Iterator[None]:
-    words = f"written by funcdelta {version}, and {INSTALLED} is installed: pip install --upgrade"
+    words = f"written by funcdelta {version}, but {INSTALLED} is installed: pip install --upgrade"
     with pytest.warns(UserWarning, match=rf"run.*{re.escape(words)}") as caught:
         yield
     assert len(caught) == 1
@@ -201,7 +201,7 @@ NEWER = {
 def test_errors_of_a_newer_version_say_so_and_do_not_warn(saved: Path, loader: Any, what: str) -> None:
     changes, named = NEWER[what]
     edit_config(saved, funcdelta_version="999.0", **changes)
-    with raises_saying(fd.errors.CheckpointError, named, "written by funcdelta 999.0", f"and {INSTALLED} is installed"):
+    with raises_saying(fd.errors.CheckpointError, named, "written by funcdelta 999.0", f"but {INSTALLED} is installed"):
         loader(saved)
 
 

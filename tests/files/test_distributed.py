@@ -127,7 +127,7 @@ def test_parts_are_joined_cut_and_missed(tmp_path: Path) -> None:
     assert all(torch.equal(leaf, stack[name][5:7]) for name, leaf in part.items())
     with pytest.raises(fd.errors.CheckpointError, match="overlaps members-1-4"):
         fd.distributed.save_shard(delta, fd.take(stack, slice(1, 5)), tmp_path, slice(1, 5))
-    with pytest.raises(fd.errors.ParamsError, match="are not 10 members"):
+    with pytest.raises(fd.errors.ParamsError, match="has 10 members, but mine"):
         fd.distributed.save_shard(delta, stack, tmp_path, slice(0, 3))
     with pytest.raises(fd.errors.CheckpointError, match="does not fit like="):
         fd.distributed.load_shards(delta, tmp_path, slice(0, 2), like={"count": torch.zeros(1)})

@@ -47,7 +47,7 @@ BAD: list[tuple[Any, str]] = [
     (torch.tensor(True), r"A mask over 3 members must have shape \(3,\)"),
     (True, "no member True"),
     ([0, True], "no member True"),
-    (2.0, "chosen by an int, a list .* found 2.0"),
+    (2.0, "selected by an int, a list .* found 2.0"),
     ([0.5], "found 0.5"),
     (np.float64(1), "found 1.0"),
     (None, "found None"),
@@ -227,7 +227,7 @@ def test_leaves_of_other_dtypes_and_devices_are_named() -> None:
     vector, unravel = tree.ravel(mixed)
     assert {name: leaf.dtype for name, leaf in unravel(vector).items()} == {"a": torch.float32, "b": torch.float64}
     for function in (tree.norm, tree.ravel):
-        with pytest.raises(fd.errors.ParamsError, match=r"Leaf 'w' is on cpu, 'v' on meta\. Move one"):
+        with pytest.raises(fd.errors.ParamsError, match=r"Leaf 'w' is on cpu, but 'v' on meta\. Move one"):
             function({**single, "v": meta["w"]})
     assert fd.stack([meta, meta])["w"].shape == (2, 2)
     assert tree.norm(meta).device.type == "meta"

@@ -477,7 +477,7 @@ PAIR: Tensors = {"l.w": torch.ones(2, 2), "l.b": torch.ones(2)}
         (
             lambda: fd.grad.unroll(lambda s, i: {"w": s["w"].add_(1)}, {"w": torch.ones(2)}, 2),
             ParamsError,
-            r"writes into its argument '0\.w' at i=0.*Return new tensors",
+            r"At i=0 .* writes into its argument '0\.w'.*Return new tensors",
         ),
         (
             lambda: fd.grad.unroll(lambda s, i: s * DOUBLED, ONE, 2),

@@ -237,7 +237,7 @@ def test_partition_and_combine_errors() -> None:
         params.partition(FLAT, lambda name, leaf, more: True)
     with pytest.raises(ParamsError, match="found the key 3"):
         params.partition({3: torch.ones(1)}, "a")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ParamsError, match=r"'classifier\.weight' is given twice; the second time in argument 1"):
+    with pytest.raises(ParamsError, match=r"'classifier\.weight' is given twice, the second time in argument 1"):
         params.combine(FLAT, {"classifier.weight": torch.ones(1)})
     with pytest.raises(ParamsError, match=r"argument 0 is a tuple\. Write fd\.combine\(some, rest\)"):
         params.combine(params.partition(FLAT, "bert"))  # pyright: ignore[reportArgumentType]
