@@ -432,9 +432,9 @@ def private_random(seed: int = 0) -> PrivateRandom:
 class RefusedDraws(ThreadMode):
     """What :func:`refuse_draws` gives."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, instead: str) -> None:
         super().__init__()
-        self.what = what
+        self.what, self.instead = what, instead
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -448,16 +448,17 @@ class RefusedDraws(ThreadMode):
         if drawing.draws(args, kwargs):
             raise ConfigError(
                 f"{self.what} drew from torch's global generator ({func}), so its numbers could not be drawn again: "
-                f"pass generator=rng to every random call."
+                f"{self.instead}."
             )
         return func(*args, **kwargs)
 
 
-def refuse_draws(what: str) -> RefusedDraws:
+def refuse_draws(what: str, instead: str = "pass generator=rng to every random call") -> RefusedDraws:
     """A block in which a draw from torch's global generator raises ``ConfigError``, in this thread.
 
     Args:
         what: who draws, for the message.
+        instead: what to write.
 
     >>> rng = torch.Generator().manual_seed(0)
     >>> with refuse_draws("MyConfig.init"):
@@ -469,4 +470,4 @@ def refuse_draws(what: str) -> RefusedDraws:
     ...
     funcdelta.errors.ConfigError: MyConfig.init drew from torch's global generator (aten.uniform_.default), ...
     """
-    return RefusedDraws(what)
+    return RefusedDraws(what, instead)

@@ -29,7 +29,8 @@ def call_single(
     call = Call(params, reached=reached)
     simple = not (torch.compiler.is_compiling() or skeleton.recomputing or skeleton.units)
     if simple and current_transform() is None and not wanted.yes:
-        call.plain = reached is None
+        # What takes the place of a tensor that a method reads is looked for with care.
+        call.plain = reached is None and (not program.plan.read or program.plan.read.isdisjoint(params))
         output = skeleton.run("", params, args, kwargs, call)
         if type(output) in LAZY:
             refuse_lazy(output)
