@@ -25,6 +25,7 @@ from .bound import Bound, in_precision
 from .call import TENSOR, Call, Host, Params
 from .hidden import hidden_input, hidden_output
 from .layout import Hidden, LayoutMismatchError, Run
+from .lookups import padded_lookups
 from .reading import READ, refuse_replaced, set_plainly
 
 
@@ -317,7 +318,8 @@ def run_members(opened: Opened, call: Call, run: Run, args: tuple[Any, ...], kwa
         return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
 
     p = {key: call.params[key] for key in run.keys}
-    results = iter(call.lift.run(member, p, tensors, run, call.visit(f"{path}()"), path))
+    with padded_lookups(skeleton.pads):
+        results = iter(call.lift.run(member, p, tensors, run, call.visit(f"{path}()"), path))
     out_spec, others = shape_of_output
     # An output that is no tensor stays as it is.
     return pytree.tree_unflatten([next(results) if other is TENSOR else other for other in others], out_spec)

@@ -16,6 +16,7 @@ from .call import Call, Params, read_mark
 from .checkpointing import kept_run, named_refusal, needs_keeping
 from .fsdp import check_kept, check_ran
 from .layout import Run
+from .lookups import padded_lookups
 from .old_functions import named_functions
 from .outputs import LAZY, refuse_lazy
 from .program import Program
@@ -42,7 +43,7 @@ def call_single(
         return kept_run(skeleton, call, overrides, args, kwargs)
     if skeleton.units:
         call.runs = {path: Run(keys) for path, keys in program.plan.outermost(params).items()}
-    with attention_for_this_call(), named_functions(), named_refusal(skeleton):
+    with attention_for_this_call(), named_functions(), named_refusal(skeleton), padded_lookups(skeleton.pads):
         try:
             output = skeleton.run("", params, args, kwargs, call)
         except RuntimeError as error:
