@@ -10,19 +10,17 @@ hides in front gets the position numbers that its text has alone, unless ``posit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, MatchError
+from ..errors import ConfigError
 from ..functional.prefix_network import fresh_network, written
 from ..methods.config import BaseDeltaConfig, register
 from ..methods.leaf import Leaves
 from ..methods.site import Site
-from ..run.attention import attention_below
 
 POSITION_BIAS = ("kept", "first_layer_only")
 
@@ -67,17 +65,6 @@ class PrefixConfig(BaseDeltaConfig):
                 raise ConfigError(f"{name}={getattr(self, name)}: write at least 1.")
         if self.position_bias not in POSITION_BIAS:
             raise ConfigError(f"position_bias={self.position_bias!r}: write one of {', '.join(POSITION_BIAS)}.")
-
-    def spread(self, path: str, module: nn.Module) -> Iterator[str]:
-        found = attention_below(path, module)
-        if not found:
-            raise MatchError(
-                f"{self.delta_type} cannot act at {path}: {type(module).__name__} neither is nor holds an attention "
-                f"module that goes through Transformers' attention interface, the one place where keys can be added. "
-                f"Name attention modules that do (exclude_modules= leaves others out); where a model has none, LoRA, "
-                f"adapters and a soft prompt act on it."
-            )
-        yield from found
 
     def init(self, site: Site, rng: torch.Generator) -> Leaves:
         if self.reparameterize:

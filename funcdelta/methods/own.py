@@ -1,4 +1,4 @@
-"""The tensors of the backbone's module at a site, for methods whose leaves start from them."""
+"""The tensors of the backbone's module at a site, and of those below it, for methods that read them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,26 @@ from torch import Tensor, nn
 class Own(Mapping[str, Tensor]):
     """``{own name: tensor}`` of a module, to be read only; ``module`` is the backbone's own.
 
-    >>> own = Own(nn.Linear(2, 3))
-    >>> list(own), own["weight"].shape, own["weight"].requires_grad
-    (['weight', 'bias'], torch.Size([3, 2]), False)
+    Listed are those of the module itself; those of modules below it are found by their dotted names.
+
+    >>> own = Own(nn.Sequential(nn.Linear(2, 3)))
+    >>> list(own), own["0.weight"].shape, own["0.weight"].requires_grad, "1.weight" in own
+    ([], torch.Size([3, 2]), False, False)
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self.module._parameters.get(name)
+        module, (below, _, own) = self.module, name.rpartition(".")
+        for token in below.split(".") if below else ():
+            child = module._modules.get(token)
+            if child is None:
+                raise KeyError(name)
+            module = child
+        tensor = module._parameters.get(own)
         # A parametrised or hooked weight is computed when it is asked for.
-        found = getattr(self.module, name, None) if tensor is None else tensor
+        found = getattr(module, own, None) if tensor is None else tensor
         if not isinstance(found, Tensor):
             raise KeyError(name)
         return found.detach()

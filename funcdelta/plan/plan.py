@@ -47,7 +47,7 @@ class Attachment:
         key: the key in params of the first leaf, own or shared, which stands for all.
         leading: the leaf whose precision the method computes in, the first that trains.
         fixed: what all members have together, beside their leaves: ``{leaf: tensor}``.
-        adds_keys: whether the delta adds keys and values to the site's attention.
+        in_attention: whether the delta adds keys and values to the site's attention, or wraps it.
         prompt_rows: how many positions it adds before the input.
         read_by_parent: whether the module above reads the site's tensors and never calls it.
         has_two_forms: whether it acts on hidden values, and could as well by rewriting the site's tensors.
@@ -65,7 +65,7 @@ class Attachment:
     key: str
     leading: str
     fixed: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    adds_keys: bool = False
+    in_attention: bool = False
     prompt_rows: int = 0
     has_two_forms: bool = False
     read_by_parent: bool = False
@@ -359,8 +359,8 @@ def _sites(
 
 
 def _unknown(config: BaseDeltaConfig, sites: Sequence[Site]) -> Iterator[str]:
-    """The modules whose numbers of features ``config`` may need and has not told; keys and values need none."""
-    if config.gives("attend") and not (config.gives("before") or config.gives("after")):
+    """The modules whose numbers of features ``config`` may need and has not told; within attention none is needed."""
+    if _in_attention(config) and not (config.gives("before") or config.gives("after")):
         return
     for site in sites:
         if site.exit is not None:
@@ -372,14 +372,21 @@ def _unknown(config: BaseDeltaConfig, sites: Sequence[Site]) -> Iterator[str]:
 def _with_attention(
     configs: Sequence[BaseDeltaConfig], sites: Sequence[tuple[Site, ...]], attention: AttentionProbe
 ) -> list[tuple[Site, ...]]:
-    """The sites, with the shapes of keys and values at those of methods that add some."""
-    adding = [config.gives("attend") for config in configs]
-    paths = list(dict.fromkeys(site.path for own, adds in zip(sites, adding, strict=True) for site in own if adds))
+    """The sites, with the shapes of keys and values at those of methods that act within attention."""
+    acting = [
+        _in_attention(config) or any(config.acts(site).in_attention for site in own)
+        for config, own in zip(configs, sites, strict=True)
+    ]
+    paths = list(dict.fromkeys(site.path for own, acts in zip(sites, acting, strict=True) for site in own if acts))
     shapes = attention(paths) if paths else {}
     return [
-        tuple(dataclasses.replace(site, shape_of_attention=shapes[site.path]) if adds else site for site in own)
-        for own, adds in zip(sites, adding, strict=True)
+        tuple(dataclasses.replace(site, shape_of_attention=shapes[site.path]) if acts else site for site in own)
+        for own, acts in zip(sites, acting, strict=True)
     ]
+
+
+def _in_attention(config: BaseDeltaConfig) -> bool:
+    return config.gives("attend") or config.gives("around")
 
 
 def _facts(address: str, modules: dict[str, nn.Module], known: Names) -> Site:
@@ -491,7 +498,7 @@ def _attach(
         key=next(iter((keys or common).values())),
         leading=next((leaf for leaf in all_keys if leaf not in still), next(iter(all_keys))),
         fixed=fixed,
-        adds_keys=acts.attend is not None,
+        in_attention=acts.in_attention,
         by_weights=by_weights,
         by_values=not by_weights and acts.by_values,
         prompt_rows=_prompt_rows(config, acts, site, leaves, group) if acts.prompt is not None else 0,
@@ -504,7 +511,8 @@ def _check_acts(config: BaseDeltaConfig, acts: Acts) -> None:
     """Refuse a config that would do nothing, or that says something of hidden values and acts on none."""
     if not acts.anything:
         raise ConfigError(
-            f"{type(config).__name__} gives none of before, after, weights, attend and prompt: it would do nothing."
+            f"{type(config).__name__} gives none of before, after, weights, attend, around and prompt: it would do "
+            f"nothing."
         )
     if config.axis_order is not None and not acts.by_values:
         raise ConfigError(f"axis_order: {type(config).__name__} acts on no hidden value; leave it out.")
@@ -512,11 +520,16 @@ def _check_acts(config: BaseDeltaConfig, acts: Acts) -> None:
 
 def _read(config: BaseDeltaConfig, acts: Acts, site: Site, own: Own) -> dict[str, Tensor]:
     """The site's own tensors that the method reads, as leaves; one that the module lacks is not among them."""
-    if "weight" in acts.reads and site.packed:
-        raise MatchError(
-            f"{config.delta_type} cannot act at {site.path}: it reads the weight, and {packed_weight(site)}. Leave it "
-            f"out: exclude_modules=[{site.path!r}]."
-        )
+    modules = dict(own.module.named_modules())
+    for name in acts.reads:
+        owner, _, last = name.rpartition(".")
+        if last == "weight" and owner in modules:
+            read = site_of(below(site.path, owner), modules[owner]) if owner else site
+            if read.packed:
+                raise MatchError(
+                    f"{config.delta_type} cannot act at {site.path}: it reads {name}, and {packed_weight(read)}. Leave "
+                    f"it out: exclude_modules=[{site.path!r}]."
+                )
     return {f"{OWN}{name}": own[name] for name in acts.reads if name in own}
 
 
@@ -532,12 +545,14 @@ def _check_reads(attachments: Sequence[Attachment], trains: Mapping[str, tuple[s
                 f"{a.name} at {a.site.path} reads {again}, which unfrozen_modules trains, so it differs by member: "
                 f"leave one of the two out."
             )
-        here = [other for other in rewriting if other.site.path == a.site.path and other is not a] if read else []
+        owners = {name.rpartition(".")[0] for name in read}
+        here = [other for other in rewriting if other.site.path in owners and other is not a]
         # Where no member need have both, none has: each came with one of them.
         other = next((b for b in here if b.acts().present is None or a.acts().present is None), None)
         if other is not None:
+            what = next(name for name in read if name.rpartition(".")[0] == other.site.path)
             raise MatchError(
-                f"{a.name} at {a.site.path} reads {read[0]}, which {other.name} rewrites: give them sites of their own."
+                f"{a.name} at {a.site.path} reads {what}, which {other.name} rewrites: give them sites of their own."
             )
 
 
@@ -555,7 +570,7 @@ def acts_by_weights(config: BaseDeltaConfig, site: Site) -> bool:
     """
     acts = config.acts(site)
     if not acts.by_values:
-        return acts.attend is None and acts.prompt is None
+        return acts.weights is not None
     if acts.weights is None or acts.exact:
         return False
     refusal = acts.unmergeable

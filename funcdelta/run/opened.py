@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from .call import TENSOR, Call, Host, Params
 from .hidden import hidden_input, hidden_output
 from .layout import Hidden, LayoutMismatchError, Run
 from .reading import READ, refuse_replaced, set_plainly
+
+
+Result = TypeVar("Result")
 
 
 class Bypass(nn.Module):
@@ -216,14 +219,28 @@ def act(
         return (function(p, *values), None) if lift is None else lift(function, p, values, dims, path)
     if call.reached is not None:
         values = tuple(map(_counted, values))
+
+    def compute() -> tuple[Tensor, int | None]:
+        if lift is None:
+            return function(p, *values), None
+        if call.watch is None:
+            return lift(function, p, values, dims, path)
+        return call.watch.lifted(lambda: lift(function, p, values, dims, path))
+
+    return checked(path, p, values, compute)
+
+
+def checked(path: str, p: Params, values: tuple[Tensor, ...], compute: Callable[[], Result]) -> Result:
+    """What a method's function gives of ``values`` at a site, which is named in whatever goes wrong.
+
+    >>> checked("0", {}, (torch.ones(1),), lambda: 2)
+    2
+    """
+    if torch.compiler.is_compiling():
+        return compute()
     versions = _versions(values)
     try:
-        if lift is None:
-            result = function(p, *values), None
-        elif call.watch is None:
-            result = lift(function, p, values, dims, path)
-        else:
-            result = call.watch.lifted(lambda: lift(function, p, values, dims, path))
+        result = compute()
     except FuncdeltaError:
         raise
     except Exception as error:
