@@ -48,7 +48,9 @@ class ChainConfig(Composition):
 
     def check(self, site: Site) -> str | None:
         refusal = super().check(site)
-        reading = next((name for name, acts in list(self.parts_at(site).items())[1:] if acts.reads), None)
+        parts = list(self.parts_at(site).items())
+        changed = next((i for i, (_, acts) in enumerate(parts) if acts.weights is not None), len(parts))
+        reading = next((name for name, acts in parts[changed + 1 :] if acts.reads), None)
         if refusal is not None or reading is None:
             return refusal
         return f"its part {reading} reads the site's own tensors, and the parts before it change them: put it first"

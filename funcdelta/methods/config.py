@@ -121,8 +121,8 @@ class BaseDeltaConfig:
     acts_on_parts: ClassVar[bool] = False
     """Whether the method heeds ``site.parts``, so that it can act on the queries of a fused q,k,v alone."""
     reads: ClassVar[tuple[str, ...]] = ()
-    """Names of tensors of the site, or of modules below it (``k_proj.weight``), that its functions get, to be read only:
-    ``p["own.weight"]``, ``p["own.k_proj.weight"]``."""
+    """Names of tensors of the site, or of modules below it, that its functions get, to be read only: ``weight`` as
+    ``p["own.weight"]``, ``k_proj.weight`` as ``p["own.k_proj.weight"]``."""
     composed: ClassVar[bool] = False
     """Whether the config is made of other configs."""
     in_leaves: ClassVar[tuple[str, ...]] = ()
@@ -210,9 +210,7 @@ class BaseDeltaConfig:
         """The position bias (1, heads, queries, length) that ``module`` computed, with ``added`` columns in front."""
         return torch.nn.functional.pad(bias, (added, 0))
 
-    def around(
-        self, site: Site, p: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor, run: Attention
-    ) -> Tensor:
+    def around(self, site: Site, p: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor, run: Attention) -> Tensor:
         """What leaves the attention at ``site`` instead of ``run(q, k, v)``, which is the model's own: see `Acts`."""
         return run(q, k, v)
 

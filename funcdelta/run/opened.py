@@ -25,7 +25,6 @@ from .hidden import hidden_input, hidden_output
 from .layout import Hidden, LayoutMismatchError, Run
 from .reading import READ, refuse_replaced, set_plainly
 
-
 Result = TypeVar("Result")
 
 

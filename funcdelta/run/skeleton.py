@@ -151,7 +151,7 @@ class Skeleton:
             opened.shown = type(opened.module)
 
     def _open_attention(self, path: str, attachments: list[Attachment]) -> None:
-        """Let keys and values be added to those of the attention module at ``path``, and what it computes be wrapped."""
+        """Let methods act within the attention of the module at ``path``."""
         if attachments:
             added = [added_in_both_modes(a) for a in attachments if a.acts().attend is not None]
             around = [around_in_both_modes(a) for a in attachments if a.acts().around is not None]

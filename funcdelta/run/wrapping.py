@@ -7,13 +7,14 @@ Shapes as in :class:`funcdelta.methods.acts.Acts`; the model's attention functio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, FoldError
+from ..transforms import current_transform, outside_of_map
 from .bound import Bound
 from .call import Call, Lift, Params
 from .fold import split_rows
@@ -67,9 +68,7 @@ def wrapped(
         watch = call.watch
         if watch.axis(path, query) != 0 or watch.axis(path, own.result()) != 0:
             raise FoldError(f"{path} attends with rows that are not on the first axis")
-        output, _ = checked(
-            path, p, given, lambda: watch.lifted(lambda: (_together(function, p, own, lift, path), 0))
-        )
+        output, _ = checked(path, p, given, lambda: watch.lifted(lambda: (_together(function, p, own, lift, path), 0)))
     return output.transpose(1, 2).contiguous(), own.scores
 
 
@@ -88,43 +87,20 @@ def _stepping_out(function: Callable[..., Tensor], p: Params, split: Triple, own
     """Mapped over members; the model's attention is computed outside of the map, when it is asked for."""
 
     def member(p: Params, *given: Tensor) -> Tensor:
+        inside = current_transform().level()
+
         def run(*values: Tensor) -> Tensor:
-            same = _same(values, given)
-            return _Outside.apply(own, same, given[0], *(() if same else _fitting(values, given)))
+            if current_transform().level() != inside:
+                raise FoldError("run(q, k, v) was called within a transform of the method's own")
+            if _same(values, given):
+                return outside_of_map(lambda: _by_member(own.result(), split))
+            return outside_of_map(
+                lambda *all_members: _by_member(own.of(_joined(all_members)), split), *_fitting(values, given)
+            )
 
         return function(p, *given, run)
 
     return torch.vmap(member, randomness="different")(p, *split)
-
-
-class _Outside(torch.autograd.Function):
-    """The model's attention for all members at once, within a map over them.
-
-    torch hands a function with a rule for ``vmap`` the tensors of all members, one level further out, where autograd
-    and other transforms see what the rule does as they see everything else.
-    """
-
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        raise FoldError("run was called within another transform than the map over members")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, dims: Any, own: OwnAttention, same: bool, *values: Tensor) -> tuple[Tensor, int]:
-        n = info.batch_size
-        if dims[2] is None:  # the axis of the queries that the method was given
-            raise FoldError("run was called within another map than that over members")
-        if same:
-            return own.result().unflatten(0, (n, -1)), 0
-        apart = (
-            value.expand(n, *value.shape) if dim is None else value.movedim(dim, 0)
-            for value, dim in zip(values[1:], dims[3:], strict=True)
-        )
-        q, k, v = (value.flatten(0, 1) for value in apart)
-        return own.of((q, k, v)).unflatten(0, (n, -1)), 0
 
 
 def _replayed(function: Callable[..., Tensor], p: Params, split: Triple, own: OwnAttention) -> Tensor:
@@ -132,8 +108,7 @@ def _replayed(function: Callable[..., Tensor], p: Params, split: Triple, own: Ow
 
     What it asked for, and was given zeros for, is computed between two runs; the compiler drops what is not used.
     """
-    n = split[0].shape[0]
-    known = [own.result().unflatten(0, (n, -1))]
+    known = [_by_member(own.result(), split)]
     while True:
 
         def member(p: Params, given: Triple, results: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -154,8 +129,17 @@ def _replayed(function: Callable[..., Tensor], p: Params, split: Triple, own: Ow
         output, asked = torch.vmap(member, randomness="different")(p, split, known)
         if not asked:
             return output
-        q, k, v = (value.flatten(0, 1) for value in asked)
-        known = [*known, own.of((q, k, v)).unflatten(0, (n, -1))]
+        known = [*known, _by_member(own.of(_joined(asked)), split)]
+
+
+def _by_member(output: Tensor, split: Triple) -> Tensor:
+    return output.unflatten(0, split[0].shape[:2])
+
+
+def _joined(values: Sequence[Tensor]) -> Triple:
+    """(n, rows, …) → (n·rows, …)"""
+    q, k, v = (value.flatten(0, 1) for value in values)
+    return q, k, v
 
 
 def _same(values: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> bool:
