@@ -1,8 +1,8 @@
 """Configs: frozen, hashable descriptions of a delta; config and method are one class.
 
-A subclass is a delta method. It gives ``init`` and any of ``before``, ``after``, ``weights``, ``attend`` and ``around``,
-each a pure function on the tensors of *one* member at *one* site. It never sees the member axis, the executor or another
-method.
+A subclass is a delta method. It gives ``init`` and any of ``before``, ``after``, ``weights``, ``attend`` and
+``around``, each a pure function on the tensors of *one* member at *one* site. It never sees the member axis, the
+executor or another method.
 """
 
 from __future__ import annotations

@@ -468,10 +468,10 @@ def test_a_kernel_that_torch_cannot_map_runs_on_all_rows_at_once(monkeypatch: py
         return (scores.softmax(-1) @ v).transpose(1, 2), None
 
     masks = AttentionMaskInterface._global_mapping
-    monkeypatch.setitem(AttentionInterface._global_mapping, "test_flash", flash)
-    monkeypatch.setitem(masks, "test_flash", masks["flash_attention_2"])
+    monkeypatch.setitem(AttentionInterface._global_mapping, "test_kernel", flash)
+    monkeypatch.setitem(masks, "test_kernel", masks["flash_attention_2"])
     for config in (TwiceConfig(), LlamaAdapterConfig(modified_modules=["attn@"])):
-        delta, other = (fd.DeltaModel(model_of("llama", kind), config) for kind in ("sdpa", "test_flash"))
+        delta, other = (fd.DeltaModel(model_of("llama", kind), config) for kind in ("sdpa", "test_kernel"))
         stack = random_params(delta, 3)
         for extra in ({}, {"attention_mask": padding(3)}):
             inputs = {"input_ids": tokens(3), **extra}
