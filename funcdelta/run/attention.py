@@ -179,7 +179,7 @@ def by_head(rows: Tensor, heads: int) -> Tensor:
 def joined(path: str, shape: AttentionShape, keys: Tensor, values: Tensor) -> Tensor:
     """Keys and values of one member side by side, (P, key width + value width), checked against the site.
 
-    >>> joined("attn", AttentionShape(2, 4, 4), torch.zeros(3, 8), torch.ones(3, 8)).shape
+    >>> joined("attn", AttentionShape(2, 4, 4, 2), torch.zeros(3, 8), torch.ones(3, 8)).shape
     torch.Size([3, 16])
     """
     wanted = (shape.key_width, shape.value_width)
