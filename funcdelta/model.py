@@ -217,7 +217,7 @@ class DeltaModel(Habits):
         >>> delta.refresh().apply(params, torch.zeros(3, 4, dtype=torch.float64)).dtype
         torch.float64
         """
-        shapes = {a.site.path: a.site.attention for a in self.plan.all() if a.adds_keys}
+        shapes = {a.site.path: a.site.attention for a in self.plan.all() if a.in_attention}
         plan = build_plan(self.backbone, self.configs, lambda paths: self.plan.measured, lambda paths: shapes)
         self.program.refresh(plan)
         self._read_backbone()

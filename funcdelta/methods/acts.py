@@ -13,6 +13,9 @@ from torch import Tensor, nn
 Params = dict[str, Tensor]
 """One member's leaves at a site, under their own names."""
 
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values to what attention gives; shapes as in :class:`Acts`, at ``around``."""
+
 Factors = dict[str, tuple[Tensor, Tensor]]
 """``{own name: (B, A)}`` with ΔW = B A: B (rows, r), A (r, the weight's other axes, flat)."""
 
@@ -38,6 +41,13 @@ class Acts:
         weights: ``(p, w)``, the site's own tensors rewritten.
         attend: ``(p)``, keys and values that every query of the attention module sees too.
         widen_bias: ``(module, bias, added)``, a position bias with columns for those keys in front.
+        around: ``(p, q, k, v, run)``, what leaves the attention, before its output projection, instead of
+            ``run(q, k, v)``, which is the model's own: its mask, position bias, scale, dropout and cache, and the keys
+            that an ``attend`` adds. q (rows, heads, queries, key size), rotated where the model rotates; k (rows, key
+            heads, length, key size) and v (rows, key heads, length, value size), with what the cache holds, and with
+            fewer heads than q where queries share keys; the result (rows, heads, queries, value size). ``run`` takes
+            other numbers of the same shapes. Of the very tensors that it was given, the model's attention is computed
+            once, however often it is asked for.
         prompt: ``(p)``, rows before the embedded input.
         factors: ``(p)``, the change of weights as products of low rank.
         present: ``(p)``, a number above 0 where the member has this delta here; ``None``: every member has.
@@ -46,7 +56,8 @@ class Acts:
         unmergeable: why ``weights`` does not give what the delta computes; ``None`` if it does.
         unfactored: why there are no ``factors``, where that has a reason of its own.
         expand_ids: with a prompt, ``{input name: what is put before it}``; ``None``: what is usual.
-        reads: names of the site's own tensors that its functions get, as ``p["own.weight"]``, to be read only.
+        reads: names of the site's own tensors, or of modules below it (``k_proj.weight``), that its functions get, as
+            ``p["own.weight"]``, to be read only.
         strip: whether the prompt's positions are left out of outputs.
 
     >>> acts = Acts(after=lambda p, y, x: y + p["shift"])
@@ -59,6 +70,7 @@ class Acts:
     weights: Callable[[Params, Params], Params] | None = None
     attend: Callable[[Params], tuple[Tensor, Tensor]] | None = None
     widen_bias: Callable[[nn.Module, Tensor, int], Tensor] = before_all
+    around: Callable[[Params, Tensor, Tensor, Tensor, Attention], Tensor] | None = None
     prompt: Callable[[Params], Tensor] | None = None
     factors: Callable[[Params], Factors] | None = None
     present: Callable[[Mapping[str, Tensor]], Tensor | None] | None = None
@@ -76,15 +88,20 @@ class Acts:
         return self.before is not None or self.after is not None
 
     @property
+    def in_attention(self) -> bool:
+        """Whether it acts where an attention module computes its softmax."""
+        return self.attend is not None or self.around is not None
+
+    @property
     def anything(self) -> bool:
         """Whether it does anything at all."""
-        return self.by_values or any(act is not None for act in (self.weights, self.attend, self.prompt))
+        return self.by_values or self.in_attention or self.weights is not None or self.prompt is not None
 
 
 OWN = "own."
 """Before the name of one of the site's own tensors among leaves."""
 
-OF_LEAVES = ("before", "after", "weights", "attend", "prompt", "factors")
+OF_LEAVES = ("before", "after", "weights", "attend", "around", "prompt", "factors")
 """The functions that get a member's leaves first."""
 
 

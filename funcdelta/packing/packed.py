@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..methods.acts import Acts, on_leaves
+from ..methods.acts import Acts, Attention, on_leaves
 from ..methods.config import AutoDeltaConfig, BaseDeltaConfig, register
 from ..methods.leaf import Growing, Leaf, Leaves, as_leaves, growing
 from ..methods.own import Own
@@ -179,7 +179,7 @@ class Packed(BaseDeltaConfig):
     def acts(self, site: Site) -> Acts:
         axes = growing(dict(site.axes))
         acts = on_leaves(self.method.acts(site), functools.partial(members_own, axes))
-        before, after, weights = acts.before, acts.after, acts.weights
+        before, after, weights, around = acts.before, acts.after, acts.weights, acts.around
 
         def packed_weights(p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
             assert weights is not None
@@ -194,8 +194,21 @@ class Packed(BaseDeltaConfig):
                 for name, tensor in changed.items()
             }
 
+        def packed_around(p: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor, run: Attention) -> Tensor:
+            assert around is not None
+            if "present" not in p:
+                return around(p, q, k, v, run)
+            own, given = run(q, k, v), (one_way(p, q), one_way(p, k), one_way(p, v))
+
+            def from_here(*values: Tensor) -> Tensor:
+                same = all(value is one for value, one in zip(values, given, strict=True))
+                return one_way(p, own if same else run(*values))
+
+            return where_present(p, around(p, *given, from_here), own)
+
         return dataclasses.replace(
             acts,
+            around=around and packed_around,
             before=before and (lambda p, x: where_present(p, before(p, one_way(p, x)), x)),
             after=after and (lambda p, y, x: where_present(p, after(p, one_way(p, y), one_way(p, x)), y)),
             weights=weights and packed_weights,
@@ -224,7 +237,7 @@ def refuse_kept(leaves: Iterable[str], who: str) -> None:
     >>> refuse_kept(["lora_A", "size.lora_A"], "MyConfig")
     Traceback (most recent call last):
     ...
-    funcdelta.errors.ConfigError: MyConfig has a leaf 'size.lora_A', and a packed delta keeps 'present', 'source' and ...
+    funcdelta.errors.ConfigError: MyConfig has a leaf 'size.lora_A', and a packed delta keeps ...
     """
     taken = next((leaf for leaf in leaves if leaf in OWN_LEAVES or leaf.startswith(SIZE)), None)
     if taken is not None:

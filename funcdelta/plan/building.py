@@ -181,8 +181,8 @@ def _meant(site: Site, parts: Parts) -> Site:
 
 
 def _unknown(config: BaseDeltaConfig, sites: Sequence[Site]) -> Iterator[str]:
-    """The modules whose numbers of features ``config`` may need and has not told; keys and values need none."""
-    if config.gives("attend") and not (config.gives("before") or config.gives("after")):
+    """The modules whose numbers of features ``config`` may need and has not told; within attention none is needed."""
+    if _in_attention(config) and not (config.gives("before") or config.gives("after")):
         return
     for site in sites:
         if site.exit is not None:
@@ -194,14 +194,21 @@ def _unknown(config: BaseDeltaConfig, sites: Sequence[Site]) -> Iterator[str]:
 def _with_attention(
     configs: Sequence[BaseDeltaConfig], sites: Sequence[tuple[Site, ...]], attention: AttentionProbe
 ) -> list[tuple[Site, ...]]:
-    """The sites, with the shapes of keys and values at those of methods that add some."""
-    adding = [config.gives("attend") for config in configs]
-    paths = list(dict.fromkeys(site.path for own, adds in zip(sites, adding, strict=True) for site in own if adds))
+    """The sites, with the shapes of keys and values at those of methods that act within attention."""
+    acting = [
+        _in_attention(config) or any(config.acts(site).in_attention for site in own)
+        for config, own in zip(configs, sites, strict=True)
+    ]
+    paths = list(dict.fromkeys(site.path for own, acts in zip(sites, acting, strict=True) for site in own if acts))
     shapes = attention(paths) if paths else {}
     return [
-        tuple(dataclasses.replace(site, shape_of_attention=shapes[site.path]) if adds else site for site in own)
-        for own, adds in zip(sites, adding, strict=True)
+        tuple(dataclasses.replace(site, shape_of_attention=shapes[site.path]) if acts else site for site in own)
+        for own, acts in zip(sites, acting, strict=True)
     ]
+
+
+def _in_attention(config: BaseDeltaConfig) -> bool:
+    return config.gives("attend") or config.gives("around")
 
 
 def _all_ends(backbone: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -12,10 +12,10 @@ from torch import Tensor
 from ..errors import ConfigError, MergeError
 from ..functional.tokenwise import Tokenwise
 from ..match import below
-from ..methods.acts import Acts
+from ..methods.acts import Acts, Attention
 from ..plan.attachment import Attachment
-from ..plan.rewriting import check_rewritten
 from ..plan.axes import in_order
+from ..plan.rewriting import check_rewritten
 from .attention import joined
 
 
@@ -150,6 +150,37 @@ def added_in_both_modes(attachment: Attachment) -> Bound:
         def act(p: dict[str, Tensor], slot: Tensor) -> Tensor:
             added = joined(site.path, site.attention, *attend(p))
             return added.to(slot.dtype).expand(slot.shape[0], *added.shape)
+
+        return act
+
+    return Bound(attachment, bound)
+
+
+def around_in_both_modes(attachment: Attachment) -> Bound:
+    """The method's function around an attention, computed in the leaves' dtype; ``run`` computes in the model's own."""
+
+    def bound(acts: Acts) -> Callable[..., Tensor]:
+        around, path, first = acts.around, attachment.site.path, attachment.leading
+        assert around is not None
+
+        def act(p: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor, run: Attention) -> Tensor:
+            dtype, own, given = _leaf_dtype(p, first), q.dtype, (q, k, v)
+            raised = q.to(dtype), k.to(dtype), v.to(dtype)
+
+            def in_own(*values: Tensor) -> Tensor:
+                pairs = zip(values, raised, given, strict=True)
+                lowered = [old if value is same else value.to(own) for value, same, old in pairs]
+                return run(*lowered).to(dtype)
+
+            result = around(p, *raised, in_own)
+            shape = (*q.shape[:-1], v.shape[-1])
+            if not isinstance(result, Tensor) or tuple(result.shape) != shape:
+                found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+                raise ConfigError(
+                    f"{type(attachment.config).__name__}.around gave {found} at {path}; expected what run(q, k, v) "
+                    f"gives, (rows, heads, queries, value size) = {shape}."
+                )
+            return result.to(own)
 
         return act
 

@@ -389,7 +389,7 @@ class Probe:
                 f"{path} runs once per member, and the span from {attachment.site.path} to {attachment.site.exit} has "
                 f"one end in it."
             )
-        return all(inside) or (attachment.adds_keys and attachment.site.path == path)
+        return all(inside) or (attachment.in_attention and attachment.site.path == path)
 
     def reason(self) -> str:
         """The first thing that mixed rows, for a message."""

@@ -94,7 +94,7 @@ def missed_sites(plan: Any, params: Iterable[str], reached: set[str]) -> list[st
         for path, attachments in plan.attachments.items()
         if any(
             a.among(params)
-            and ((a.by_values and path not in reached) or (a.adds_keys and attention_mark(path) not in reached))
+            and ((a.by_values and path not in reached) or (a.in_attention and attention_mark(path) not in reached))
             for a in attachments
         )
     ]

@@ -27,7 +27,7 @@ from ..structures.modules.structure import copy_structure, forget_batch_statisti
 from ..transforms import inside_transform, outside_transforms
 from .attending import attention_of
 from .attention import open_attention
-from .bound import added_in_both_modes, bound_in_both_modes, rewritten
+from .bound import added_in_both_modes, around_in_both_modes, bound_in_both_modes, rewritten
 from .call import Call, Params, Prepare, read_mark
 from .checkpointing import check_runner, note_reentrant, recomputing, require_grad_outside_transforms
 from .fsdp import check_unit, units
@@ -116,7 +116,7 @@ class Skeleton:
                 self._watch_reads(path)
             if any(a.has_two_forms for a in attachments):
                 refuse_written(self.module, path)
-            self._open_attention(path, [a for a in attachments if a.adds_keys])
+            self._open_attention(path, [a for a in attachments if a.in_attention])
             if prompts is not None:
                 prompts.close()
         for path in sorted(runner_candidates(plan)):
@@ -155,10 +155,11 @@ class Skeleton:
             opened.shown = type(opened.module)
 
     def _open_attention(self, path: str, attachments: list[Attachment]) -> None:
-        """Let keys and values be added to those of the attention module at ``path``."""
+        """Let methods act within the attention of the module at ``path``."""
         if attachments:
-            added = [added_in_both_modes(a) for a in attachments]
-            open_attention(path, self.module.get_submodule(path), attention_of(self, path, added))
+            added = [added_in_both_modes(a) for a in attachments if a.acts().attend is not None]
+            around = [around_in_both_modes(a) for a in attachments if a.acts().around is not None]
+            open_attention(path, self.module.get_submodule(path), attention_of(self, path, added, around))
 
     # -- what opened modules ask -----------------------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import funcdelta as fd
 from funcdelta.methods.layers import from_weight, to_weight
@@ -240,6 +241,57 @@ class VeraConfig(fd.Additive):
 
     def takes_tensors(self) -> bool:
         return False
+
+
+# Where attention modules of Transformers keep their projections of keys and values.
+PROJECTIONS = (("k_proj", "v_proj"), ("key", "value"), ("k_lin", "v_lin"), ("k", "v"), ("key_proj", "value_proj"))
+
+
+@fd.register("test_llama_adapter")
+@dataclass(frozen=True)
+class LlamaAdapterConfig(fd.BaseDeltaConfig):
+    """``run(q, k, v) + g softmax(q K_Pᵀ / √d) V_P``: LLaMA-Adapter (Zhang et al. 2023).
+
+    K_P and V_P are the rows of a prompt through the module's own frozen projections, and gates g, one a head, start
+    at 0. A module whose projections are not layers of their own gets rows of keys and values instead of a prompt.
+    """
+
+    identity_at_start: ClassVar[bool] = True
+    prompt_rows: int = 3
+
+    def describe(self, site: fd.Site, module: nn.Module) -> fd.Site:
+        layers = {name for name, child in module.named_children() if isinstance(child, nn.Linear)}
+        found = next((pair for pair in PROJECTIONS if layers.issuperset(pair)), ("", ""))
+        return dataclasses.replace(site, options=(("projections", found),))
+
+    def leaves(self, site: fd.Site, own: Mapping[str, Tensor], rng: torch.Generator) -> fd.Leaves:
+        layers, shape, rows = self.layers(site), site.attention, self.prompt_rows
+        gates = {"gate": torch.zeros(shape.query_heads)}
+        if layers:
+            return {"prompt": torch.randn(rows, own[f"{layers[0]}.weight"].shape[1], generator=rng), **gates}
+        keys, values = (torch.randn(rows, width, generator=rng) for width in (shape.key_width, shape.value_width))
+        return {"keys": keys, "values": values, **gates}
+
+    def around(
+        self, site: fd.Site, p: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor, run: fd.methods.acts.Attention
+    ) -> Tensor:
+        heads, groups = site.attention.heads, site.attention.query_heads // site.attention.heads
+        layers = self.layers(site)
+        made = [F.linear(p["prompt"], p[f"own.{one}.weight"], p.get(f"own.{one}.bias")) for one in layers]
+        keys, values = (
+            rows.unflatten(-1, (heads, -1)).transpose(0, 1).repeat_interleave(groups, 0)
+            for rows in made or (p["keys"], p["values"])
+        )
+        seen = (q @ keys.mT / math.sqrt(q.shape[-1])).softmax(-1)
+        return run(q, k, v) + p["gate"].view(-1, 1, 1) * (seen @ values)
+
+    def acts(self, site: fd.Site) -> fd.Acts:
+        reads = tuple(f"{layer}.{name}" for layer in self.layers(site) for name in ("weight", "bias"))
+        return dataclasses.replace(super().acts(site), reads=reads)
+
+    def layers(self, site: fd.Site) -> tuple[str, ...]:
+        """The projections of keys and values, where they are layers of their own."""
+        return tuple(filter(None, dict(site.options)["projections"]))
 
 
 @fd.register("test_pissa")

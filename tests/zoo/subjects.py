@@ -24,7 +24,7 @@ UNDER_LAW = [
     if config.__module__.partition(".")[0] in ("funcdelta", "custom_methods")
 ]
 # Which of an architecture's modules a method acts on, where they are not its linears; none: it cannot act there.
-TARGETS = {"adapter": "blocks", "prefix": "attention"}
+TARGETS = {"adapter": "blocks", "prefix": "attention", "test_llama_adapter": "attention"}
 # Fields that make a method as small as the zoo, and outputs as long as the backbone's.
 SMALL: dict[str, dict[str, Any]] = {
     "prefix": {"prefix_token_num": 2, "embed_dim": 3, "mid_dim": 4},
