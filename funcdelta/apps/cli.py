@@ -1,4 +1,5 @@
-"""The command line: ``funcdelta train`` runs the main job, ``bench`` the benchmark, ``plan`` tells what a job costs."""
+"""The command line: ``train`` runs the main job, ``bench`` measures, ``plan`` counts what a job costs, ``docs`` prints
+the reference."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from ..errors import FuncdeltaError
 from ..files.configfile import funcdelta_version
 from .costs.report import add_options
 
-WRONG, STOPPED = 2, 130
-"""Exit codes: something is wrong with what was asked for; Ctrl-C."""
+UNDOCUMENTED, WRONG, STOPPED = 1, 2, 130
+"""Exit codes: a public name is not documented; something is wrong with what was asked for; Ctrl-C."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -55,7 +56,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--version", action=Version, nargs=0, default=argparse.SUPPRESS, help="print the installed version and leave"
     )
-    commands = parser.add_subparsers(dest="command", metavar="{train,bench,plan}", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="{train,bench,plan,docs}", required=True)
     train = commands.add_parser(
         "train",
         help="train a sweep of members on labelled texts, all in one folded run",
@@ -106,6 +107,20 @@ def build_parser() -> Parser:
         ),
     )
     add_options(plan)
+    docs = commands.add_parser(
+        "docs",
+        help="the reference of all public names, as pages or a name at a time",
+        description=(
+            "The reference of all public names, made from their docstrings and signatures. It refuses to write pages "
+            "while a public name has no docstring, no types or no example, and lists those names."
+        ),
+    )
+    docs.add_argument(
+        "what",
+        metavar="NAME|FOLDER",
+        nargs="?",
+        help="a public name to print, such as LoraConfig or optim.adamw; else the folder to write Markdown pages to",
+    )
     return parser
 
 
@@ -124,6 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = build_parser().parse_args(arguments)
         if options.command == "plan":
             return _plan(options)
+        if options.command == "docs":
+            return _docs(options)
         given = vars(options)
         given.pop("command")
         return _train(given)
@@ -141,6 +158,20 @@ def _plan(options: argparse.Namespace) -> int:
         print(answer(options))
     except (FuncdeltaError, OSError, ValueError) as error:
         print(f"funcdelta plan: {' '.join(str(error).split())}", file=sys.stderr)
+        return WRONG
+    return 0
+
+
+def _docs(options: argparse.Namespace) -> int:
+    from .docs.command import UndocumentedError, run
+
+    try:
+        print(run(options.what))
+    except UndocumentedError as error:
+        print(f"funcdelta docs: these public names are not documented:\n{error}", file=sys.stderr)
+        return UNDOCUMENTED
+    except (FuncdeltaError, OSError) as error:
+        print(f"funcdelta docs: {error}", file=sys.stderr)
         return WRONG
     return 0
 
