@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,20 +123,15 @@ def _run(options: argparse.Namespace) -> None:
     # Remarks of libraries on one another, while they are imported.
     for library in ("torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    measured: list[measure.Table] = []
     with _threads(options.threads):
         facts = report.machine()
         console.print(report.heading(facts))
         with errors.status("starting") as status:
-            notify: Callable[[str], None] = status.update
-            measured = tables.run(
-                options.table,
-                chosen,
-                speakers,
-                replace(sizes, shapes=tuple(shapes)),
-                effort,
-                notify,
-                emit=lambda table: console.print(report.rich_table(table)),
-            )
+            sizes = replace(sizes, shapes=tuple(shapes))
+            for table in tables.run(options.table, chosen, speakers, sizes, effort, status.update):
+                measured.append(table)
+                console.print(report.rich_table(table))
     if options.json is not None:
         report.write_json(options.json, facts, measured)
     if options.plot is not None:
