@@ -25,7 +25,7 @@ Step = Callable[[], Any]
 class Count:
     """Calls of Python functions of this library, and the files that they are in.
 
-    `elsewhere` are those of neither this library nor the bare backbone: Python's own modules, called from here.
+    `elsewhere` counts calls into Python's own modules, beyond those of the bare backbone.
     """
 
     calls: int

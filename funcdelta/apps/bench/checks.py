@@ -33,7 +33,7 @@ def checks_table(subject: Subject, shape: Shape, effort: Effort, notify: Notify 
     stack = c.random_stack(delta, shape.members)
     tokens, goals = subject.tokens(shape), subject.goals(shape)
     checks = checks_of(delta, stack, tokens)
-    c.engine_step(delta, stack, tokens, goals, "fold")  # what is built at the first call is no part of a step
+    c.engine_step(delta, stack, tokens, goals, "fold")  # what the first call builds is not part of a step
     seconds: dict[str, list[float]] = {label: [] for label in (STEP, *checks)}
     for index in range(effort.repeats):
         notify(f"{title}: round {index + 1} of {effort.repeats}")

@@ -1,6 +1,6 @@
-"""What is paid besides arithmetic: starting, functions called, the first fold, overhead a site, checks of every call.
+"""Costs besides arithmetic: starting, functions called, the first fold, overhead a site, checks of every call.
 
-The figures that these had before the core was rebuilt are given beside them.
+The figures from before the core was rebuilt are shown for comparison.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from funcdelta.apps.bench.timing import Ratio, Samples, in_milliseconds, measure
 
 SHAPE = Shape(8, 2, 16)
 LATER = 5
-"""Folds after the first one; the median of them stands for all."""
+"""Folds after the first one, of which the median is taken."""
 
 HAND, OURS = "written by hand", "funcdelta"
 FIRST_BEFORE, FIRST_ALLOWED = 15, 4
@@ -36,7 +36,7 @@ Step = Callable[[], Any]
 def core_tables(
     subject: Subject, shape: Shape, layers: int, effort: Effort, notify: Notify = silent
 ) -> Iterator[Table]:
-    """The tables of this file; checks are held against a training step of `subject`, the rest is of small models."""
+    """The tables of this file: checks relative to a training step of `subject`, the rest on small models."""
     yield starting_table(effort, notify)
     yield calls_table(notify)
     yield first_table(layers, effort, notify)

@@ -1,7 +1,7 @@
 """Models with experts: a training step of many members against the bare backbone, where rows meet in the router.
 
-What an expert is given are tokens of all rows together, so parts of these models run once per member within a fold;
-`delta.explain` says which.
+An expert gets tokens of all rows together, so parts of these models run once per member within a fold; `delta.explain`
+says which.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every table is made of: contenders are held against each other, timed side by side, and held to the targets."""
+"""What every table is made of: contenders are compared, timed side by side, and held to targets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Gradients = Mapping[str, Tensor]
 
 
 def silent(_: str) -> None:
-    """Tells nobody what is being measured."""
+    """Reports no progress."""
 
 
 class DisagreementError(Exception):
@@ -156,7 +156,7 @@ def disagreement(found: Gradients, expected: Gradients) -> float:
 
 
 def held(error: float, where: str, what: str, than: str = "hand-written LoRA", allowed: float | None = None) -> float:
-    """`error` where it is small; else it raises, for contenders that compute different things have no ratios."""
+    """`error` if it is small; else it raises: ratios of contenders that compute different things mean nothing."""
     allowed = TOLERANCE if allowed is None else allowed
     if not error <= allowed:
         raise DisagreementError(

@@ -1,7 +1,7 @@
 """What training n members holds and peaks at, against PEFT with n adapters loaded.
 
-Held are the backbone, the members' leaves, their gradients and two moments each, counted in tensors. The peak of a
-step is what Linux reports of the process above that: activations, and whatever is made on the way.
+What is held: the backbone, the members' leaves, their gradients and two moments each, counted in tensors. The peak of a
+step is what Linux reports for the process above that: activations and other temporary tensors.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PEFT_HELD, PEFT_PEAK = "PEFT in turn, held", "PEFT in turn, peak of a step"
 
 
 def memory_table(subject: Subject, shape: Shape, notify: Notify = silent) -> Table:
-    """MiB held by a training of n members, and the peak of a step above it, by fold, in chunks and by PEFT."""
+    """MiB held while training n members, and the peak of a step above that: folded, in chunks, and by PEFT."""
     title = f"{subject.name} {shape} memory of AdamW"
     notify(f"{title}: measuring")
     delta = c.lora(subject)
@@ -51,7 +51,7 @@ def memory_table(subject: Subject, shape: Shape, notify: Notify = silent) -> Tab
 
 
 def by_peft(subject: Subject, stack: Leaves, tokens: Tensor, goals: Tensor) -> dict[str, int]:
-    """`{label: bytes}` of PEFT with every member an adapter, one trained after the other."""
+    """`{label: bytes}` of PEFT with an adapter for every member, trained one after another."""
     rival = Peft(subject, fd.unstack(stack))
     parameters = [parameter for own in rival.adapters for parameter in own.parameters.values()]
     optimizer = torch.optim.AdamW(parameters)
@@ -69,7 +69,7 @@ def by_peft(subject: Subject, stack: Leaves, tokens: Tensor, goals: Tensor) -> d
 
 
 def by_fold(delta: fd.DeltaModel, stack: Leaves, tokens: Tensor, goals: Tensor, backbone: int) -> dict[str, int]:
-    """`{label: bytes}` of a fold over all members, and over a few at a time; `backbone` bytes are held besides."""
+    """`{label: bytes}` of a fold over all members, and over a few at a time; `backbone` bytes are held, too."""
     optimizer = fd.optim.adamw(lr=1e-3)
     state = optimizer.init(stack)
     kept: list[Leaves] = []
@@ -111,7 +111,7 @@ def peak_of(step: Callable[[], object]) -> int | None:
     """
     if sys.platform != "linux":
         return None
-    step()  # what is built at the first call is no part of a step
+    step()  # what the first call builds is not part of a step
     gc.collect()
     trim()
     try:

@@ -1,4 +1,4 @@
-"""What is shown of the tables: rich text, JSON, a plot. Rich and matplotlib are imported where used."""
+"""The tables as rich text, JSON and a plot. Rich and matplotlib are imported where they are used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def machine() -> dict[str, Any]:
-    """What a reader must know of the machine: torch version, threads, cores, processor, system."""
+    """What a reader must know about the machine: torch version, threads, cores, processor, system."""
     return {
         "torch": torch.__version__,
         "transformers": _version("transformers"),
@@ -76,7 +76,7 @@ def rich_table(table: Table) -> rich.table.Table:
     shown = RichTable(title=table.title, caption=caption if table.compared else None)
     shown.add_column(table.what)
     shown.add_column(table.unit, justify="right")
-    # Where PEFT itself is the yardstick, one column says it.
+    # Where PEFT itself is the yardstick, one column is enough.
     against_yardstick = not table.yardstick.startswith("PEFT")
     if against_yardstick:
         shown.add_column("/ bare" if table.yardstick == BARE else f"/ {table.yardstick}", justify="right")

@@ -23,7 +23,7 @@ PROMPT, NEW = 8, 8
 CHECKED = 4
 """Rows that go one by one: those whose outputs are compared, and timed in turn."""
 FASTER = {16: 1.4, 64: 2.0}
-"""How many times faster than PEFT's adapter_names the rows have to be."""
+"""How many times faster than PEFT's adapter_names routed rows have to be."""
 
 
 def forward_table(subject: Subject, rows: int, effort: Effort, notify: Notify = silent) -> Table:
@@ -97,7 +97,7 @@ def generated(model: Any, tokens: Tensor, **options: Any) -> Tensor:
 def comparable(found: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (rows, steps, vocabulary) as long as both chose the same tokens before; 0 after that.
 
-    Two tokens may be equally likely up to rounding: what is decoded after that has no reason to agree.
+    Two tokens may be equally likely up to rounding, and what is decoded after them need not agree.
 
     >>> same, other = torch.tensor([[[1.0, 0.0], [5.0, 0.0]]]), torch.tensor([[[0.0, 1.0], [7.0, 0.0]]])
     >>> comparable(same, other)[0].tolist()
@@ -155,7 +155,7 @@ class Routed:
         return torch.cat(outputs)
 
     def table(self, what: str, steps: Mapping[str, Callable[[], Tensor]], expected: Tensor, effort: Effort) -> Table:
-        """The table of `steps`, whose first rows must be `expected`; the bare backbone's step stands first."""
+        """The table of `steps`, whose first rows must be `expected`; the first row is the bare backbone's."""
         others = {label: step for label, step in steps.items() if label != BARE}
         share = self.turn / self.rows
         race = Race(

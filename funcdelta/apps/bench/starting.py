@@ -29,7 +29,7 @@ def starting(code: str) -> float:
     >>> 0 < starting("pass") < starting("import json, asyncio")
     True
     """
-    # Compiled modules are kept between the runs, as they are for whoever has installed the package.
+    # Bytecode is kept between runs, as it is once the package is installed.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     path = [str(Path(fd.__file__).parent.parent), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
@@ -47,7 +47,7 @@ def starting_table(effort: Effort, notify: Notify = silent) -> Table:
         notify(f"{title}: round {index + 1} of {rounds}")
         for label, code in STARTS.items():
             seconds[label].append(starting(code))
-    # Others on the same processor, and modules that are compiled for the first time, only make a process slower.
+    # Other processes, and modules compiled for the first time, can only make a run slower.
     least = {label: min(values) for label, values in seconds.items()}
     rows = []
     for label, value in least.items():

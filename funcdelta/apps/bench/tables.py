@@ -59,7 +59,7 @@ def run(
 
     `subjects` are trained, `speakers` are language models that are routed.
     """
-    # A pass of a language model or of a MAML step takes long: fewer rounds keep the whole command to minutes.
+    # A pass of a language model or a MAML step is slow: with fewer rounds the whole command takes minutes.
     fewer = replace(effort, repeats=max(1, effort.repeats // 2), attempts=1)
     for number, (name, load) in enumerate(subjects.items()):
         if not {"members", "memory", "single", "meta", "core"} & set(names):
@@ -69,7 +69,7 @@ def run(
         if "members" in names:
             for shape in sizes.shapes:
                 yield members_table(subject, shape, effort, notify)
-        # What follows from arithmetic and the tape is the same for every backbone of a size: one is enough.
+        # What follows from arithmetic and the autograd tape is the same for all backbones of a size: one is enough.
         if "memory" in names and number == 0 and sizes.shapes:
             yield memory_table(subject, sizes.shapes[0], notify)
         if "single" in names:

@@ -12,7 +12,7 @@ from funcdelta.apps.bench.subjects import Shape, Subject, narrowed
 from funcdelta.apps.bench.timing import Samples, interleave
 
 CALLS = 5
-"""Forward passes in a row: one after another contender's finds that one's data in the caches."""
+"""Forward passes in a row, since the first one finds another contender's data in the caches."""
 
 
 def members_table(subject: Subject, shape: Shape, effort: Effort, notify: Notify = silent) -> Table:
@@ -41,7 +41,7 @@ def members_target(label: str, shape: Shape, samples: Samples) -> Target | None:
     """What a contender of many members is held to at that shape."""
     if label == c.FOLD:
         return Target.at_most("x bare", 1.10, samples.ratio(label).median)
-    # Members with many tokens fill the machine one at a time too: PEFT's bounds belong to this shape.
+    # Members with many tokens fill the machine even one at a time, so PEFT's bounds hold for this shape alone.
     if shape == Shape(64, 1, 16) and label in (c.PEFT_SWITCHING, c.PEFT_ONE):
         bound = 6.0 if label == c.PEFT_SWITCHING else 4.0
         return Target.at_least("x fold", bound, samples.ratio_between(label, c.FOLD).median)

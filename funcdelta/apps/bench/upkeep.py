@@ -1,6 +1,6 @@
 """What a sweep costs besides its passes through the model: the optimiser's step, and drawing its fresh members.
 
-Members are as in the other tables of the same shape; drawn are a thousand.
+The optimiser steps the members of the other tables of that shape; a thousand members are drawn.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _apart(found: dict[str, Tensor], expected: dict[str, nn.Parameter], start: d
     """How far two ends of one step lie apart, as a share of the way from where it began."""
     with torch.no_grad():
         way = max(float((leaf - start[name]).abs().max()) for name, leaf in expected.items())
-        # A sum in float32 is rounded to its own size, which is none of the step's.
+        # A sum in float32 is rounded relative to its own size, not to that of the step.
         rounding = {name: torch.finfo(leaf.dtype).eps * leaf.abs() for name, leaf in expected.items()}
         apart = ((found[name] - leaf).abs() - rounding[name] for name, leaf in expected.items())
         return max(float(each.clamp_min(0).max()) for each in apart) / way
