@@ -21,7 +21,7 @@ from ..methods.own import Own
 from ..methods.site import Site
 from ..model import DeltaModel
 from ..plan.attachment import Attachment
-from ..plan.forms import LARGEST
+from ..plan.rewriting import LARGEST
 from ..transforms import outside_transforms
 from ..trees.drawing import own_defaults
 from .packed import SIZE, Origin, Packed, longer
@@ -75,7 +75,9 @@ def _compare(a: Attachment, origin: Origin, module: nn.Module, shared: Mapping[s
         why = f"in_leaves or as_leaves names a field of {type(config).__name__} that its functions read"
         if differ:
             called = ", ".join(map(repr, differ))
-            why = f'zeros at the end of the axes called {called} change what it computes (write "." for these), or {why}'
+            why = (
+                f'zeros at the end of the axes called {called} change what it computes (write "." for these), or {why}'
+            )
         raise ConfigError(
             f"{type(config).__name__} would compute something else at {site.address} in a stack with members of "
             f"another size than alone (they differ by {far:.1e}): {why}."

@@ -14,8 +14,8 @@ from ..functional.tokenwise import Tokenwise
 from ..match import below
 from ..methods.acts import Acts
 from ..plan.attachment import Attachment
-from ..plan.rewriting import check_rewritten
 from ..plan.axes import in_order
+from ..plan.rewriting import check_rewritten
 from .attention import joined
 
 
@@ -68,7 +68,18 @@ class Bound:
             for hidden values of the leaves' own precision.
     """
 
-    __slots__ = ("acts", "alone", "attachment", "first", "functions", "keeps_shape", "key", "pairs", "spans", "together")
+    __slots__ = (
+        "acts",
+        "alone",
+        "attachment",
+        "first",
+        "functions",
+        "keeps_shape",
+        "key",
+        "pairs",
+        "spans",
+        "together",
+    )
 
     def __init__(
         self, attachment: Attachment, make: Callable[[Acts], Callable[..., Tensor]], function: str = ""

@@ -28,7 +28,6 @@ from .layout import Hidden, LayoutMismatchError, Run
 from .lookups import padded_lookups
 from .reading import READ, refuse_replaced, set_plainly
 
-
 DRAW = "in evaluation mode a method computes one thing of one input; draw where site.training is true, or draw leaves"
 
 
@@ -244,24 +243,26 @@ def act(
             f"instead of y += change."
         )
     if closely:
-        _check_closely(path, bound, dict(zip(given, zip(before, _versions(given.values())))), values[0], result, dims)
+        after = _versions(given.values())
+        written = [leaf for leaf, *times in zip(given, before, after, strict=True) if times[0] != times[1]]
+        _check_closely(path, bound, written, values[0], result, dims)
     return result
 
 
 def _check_closely(
     path: str,
     bound: Bound,
-    leaves: dict[str, tuple[int | None, int | None]],
+    written: list[str],
     value: Tensor,
     result: tuple[Tensor, int | None],
     dims: tuple[int | None, ...],
 ) -> None:
-    """That a method wrote into no leaf (how often each was written before and after), and gave what fits there."""
-    written = next((leaf for leaf, (before, after) in leaves.items() if before != after), None)
-    if written is not None:
+    """That a method wrote into no leaf, and gave what fits there."""
+    if written:
+        leaf = f"p[{written[0]!r}]"
         raise ConfigError(
-            f"The method at {path} changed p[{written!r}] in place, which others read as well, and the caller keeps: "
-            f"compute with a changed copy, p[{written!r}] * 2 instead of p[{written!r}].mul_(2)."
+            f"The method at {path} changed {leaf} in place, which others read as well, and the caller keeps: compute "
+            f"with a changed copy, {leaf} * 2 instead of {leaf}.mul_(2)."
         )
     out, dim = result
     # Where nothing had rows, members may have brought some; what acts before a site may have changed its length.
