@@ -132,11 +132,11 @@ def in_precision(result: Any, own: torch.dtype, who: str, path: str) -> Tensor:
     torch.float16
     """
     if not isinstance(result, Tensor):
-        raise ConfigError(f"{who} returned {type(result).__name__} at {path}; expected a tensor.")
+        raise ConfigError(f"{who} at {path} returned {type(result).__name__}; expected a tensor.")
     if result.dtype == own or not own.is_floating_point:
         return result
     if not result.is_floating_point():
-        raise ConfigError(f"{who} returned {result.dtype} at {path}, where the hidden value is {own}; expected that.")
+        raise ConfigError(f"{who} at {path} returned {result.dtype}, where the hidden value is {own}; expected that.")
     return result.to(own)
 
 
