@@ -30,7 +30,8 @@ def rewritten(
     path, dtype = attachment.site.path, _leaf_dtype(p, attachment.leading)
     weights = attachment.acts(training).weights
     assert weights is not None
-    finest = functools.reduce(torch.promote_types, [t.dtype for t in own.values() if t.is_floating_point()], dtype)
+    floating = [t.dtype for t in own.values() if t.is_floating_point() and t.dtype.itemsize > 1]  # not float8
+    finest = functools.reduce(torch.promote_types, floating, dtype)
     if finest != dtype:
         dtype = finest
         p = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in p.items()}

@@ -266,7 +266,7 @@ def _check_closely(
         )
     out, dim = result
     # Where nothing had rows, members may have brought some; what acts before a site may have changed its length.
-    if bound.keeps_shape and dim == dims[0] and out.shape != value.shape:
+    if bound.keeps_shape and dim == dims[0] and not value.is_nested and out.shape != value.shape:
         raise ConfigError(
             f"The method at {path} gave the shape {tuple(out.shape)} for a hidden output of the shape "
             f"{tuple(value.shape)}: what leaves a site has one shape, with the method or without it."
