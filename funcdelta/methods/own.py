@@ -32,22 +32,21 @@ class Own(Mapping[str, Tensor]):
         self.module, self.path = module, path
 
     def __getitem__(self, name: str) -> Tensor:
-        found = self._find(name)
+        found = self.get(name)
         if found is None:
             there = ", ".join(self) or "none"
             raise ConfigError(
                 f"A method asks for {below(self.path, name)}, and {type(self.module).__name__} has no such tensor; it "
                 f'has {there}. Write own.get("{name}"), which gives None then, or refuse the site in check.'
             )
-        return found.detach().clone()
+        return found
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._find(name) is not None
 
     def get(self, key: str, default: Any = None) -> Any:
-        if key not in self:
-            return default
-        return self[key]
+        found = self._find(key)
+        return default if found is None else found.detach().clone()
 
     def __iter__(self) -> Iterator[str]:
         return iter([name for name, tensor in self.module._parameters.items() if tensor is not None])

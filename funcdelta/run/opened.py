@@ -30,7 +30,6 @@ from .reading import READ, refuse_replaced, set_plainly
 
 Result = TypeVar("Result")
 
-
 DRAW = "in evaluation mode a method computes one thing of one input; draw where site.training is true, or draw leaves"
 
 
@@ -230,7 +229,8 @@ def act(
         return lifted() if call.watch is None else call.watch.lifted(lifted)
 
     result = checked(call, path, bound, training, p, values, compute)
-    if bound.keeps_shape and _closely(call) and result[1] == dims[0] and result[0].shape != values[0].shape:
+    same = not bound.keeps_shape or result[1] != dims[0] or values[0].is_nested
+    if not same and _closely(call) and result[0].shape != values[0].shape:
         # Where nothing had rows, members may have brought some; what acts before a site may have changed its length.
         raise ConfigError(
             f"The method at {path} gave the shape {tuple(result[0].shape)} for a hidden output of the shape "
@@ -274,18 +274,20 @@ def checked(
             f"instead of y += change."
         )
     if closely:
-        _check_unwritten(path, given, before)
+        after = _versions(given.values())
+        _check_unwritten(
+            path, [leaf for leaf, *times in zip(given, before, after, strict=True) if times[0] != times[1]]
+        )
     return result
 
 
-def _check_unwritten(path: str, given: Params, before: list[int | None]) -> None:
-    """Refuse a method that wrote into what it was given by name: ``before`` says how often each was written then."""
-    pairs = zip(given, before, _versions(given.values()), strict=True)
-    written = next((leaf for leaf, then, now in pairs if then != now), None)
-    if written is not None:
+def _check_unwritten(path: str, written: list[str]) -> None:
+    """Refuse a method that wrote into what it was given by name."""
+    if written:
+        leaf = f"p[{written[0]!r}]"
         raise ConfigError(
-            f"The method at {path} changed p[{written!r}] in place, which others read as well, and the caller keeps: "
-            f"compute with a changed copy, p[{written!r}] * 2 instead of p[{written!r}].mul_(2)."
+            f"The method at {path} changed {leaf} in place, which others read as well, and the caller keeps: compute "
+            f"with a changed copy, {leaf} * 2 instead of {leaf}.mul_(2)."
         )
 
 
