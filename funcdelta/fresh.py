@@ -23,6 +23,7 @@ from .plan.plan import Plan
 from .plan.sharing import Shared
 from .trees.constants import still
 from .trees.drawing import own_defaults
+from .trees.noting import Noting
 from .trees.seeding import derive
 
 
@@ -57,19 +58,30 @@ def fresh_stack(
 ) -> dict[str, Tensor]:
     """The params of several members, (n, ...): row i is what :func:`fresh_member` gives for ``seeds[i]``.
 
-    They are drawn site by site, each into its row of the stack: nothing is held twice.
+    They are drawn site by site, each into its row of the stack: nothing is held twice. Where the first member's start
+    used no random number, such as singular vectors of the site's weight, it is that of all members.
     """
     params: dict[str, Tensor] = {}
-    rng = torch.Generator()  # seeded anew for every draw; making one takes as long as drawing a thousand numbers
+    rng = Noting()  # seeded anew for every draw; making one takes as long as drawing a thousand numbers
     for source in _sources(plan, backbone, dtype):
         found = {
             key: torch.empty((len(seeds), *shape), dtype=like, device=device or source.device)
             for key, shape, like in source.leaves.values()
         }
+        rng.begin()
+        with own_defaults():
+            first = source.draw(rng, seeds[0])
+        if not rng.used:
+            with torch.no_grad():
+                for leaf, (key, _, _) in source.leaves.items():
+                    found[key].copy_(source.checked(leaf, first))
+            params.update(still(found, source.constants))
+            continue
         step = source.at_once()
         for begin in range(0, len(seeds), step):
+            known = [] if begin else [first]
             with own_defaults():
-                drawn = [source.draw(rng, seed) for seed in seeds[begin : begin + step]]
+                drawn = known + [source.draw(rng, seed) for seed in seeds[begin + len(known) : begin + step]]
             for leaf, (key, _, _) in source.leaves.items():
                 _fill(found[key][begin : begin + step], [source.checked(leaf, one) for one in drawn])
         params.update(still(found, source.constants))
