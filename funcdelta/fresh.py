@@ -20,7 +20,7 @@ from .methods.own import Own
 from .methods.site import Site
 from .plan.attachment import Attachment
 from .plan.plan import Plan
-from .plan.sharing import Shared
+from .plan.sharing import Shared, own_at
 from .trees.constants import still
 from .trees.drawing import own_defaults
 from .trees.noting import Noting
@@ -136,7 +136,7 @@ CACHED = 1 << 16
 
 def _sources(plan: Plan, backbone: nn.Module, dtype: torch.dtype | None) -> Iterator[_Source]:
     for group in plan.shared:
-        make = partial(group.config.shared, group.sites)
+        make = partial(group.config.shared_leaves, group.sites, own_at(group.sites, backbone))
         yield _of_method(group, group.sites[0], group.name, make, dtype)
     for attachment in plan.all():
         site = attachment.site
