@@ -50,7 +50,8 @@ def select(
     if own is not None:
         if not own:
             raise MatchError(
-                f"{config.delta_type} finds no site of its own in {type(backbone).__name__}: give modified_modules=[...]."
+                f"{config.delta_type} finds no site of its own in {type(backbone).__name__}: give "
+                f"modified_modules=[...]."
             )
         kept = [path for path in own if not any(within(path, out) for out in config.exclude_modules or ())]
         if not kept:
