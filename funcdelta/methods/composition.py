@@ -162,8 +162,9 @@ class Composition(BaseDeltaConfig):
         given = [part.leaves(site, own, one) for part, one in zip(self.parts, self._generators(rng), strict=True)]
         return self._under_names(given)
 
-    def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> Leaves:
-        given = [part.shared(sites, one) for part, one in zip(self.parts, self._generators(rng), strict=True)]
+    def shared_leaves(self, sites: tuple[Site, ...], own: Mapping[str, Own], rng: torch.Generator) -> Leaves:
+        generators = self._generators(rng)
+        given = [part.shared_leaves(sites, own, one) for part, one in zip(self.parts, generators, strict=True)]
         return self._under_names(given)
 
     def expand(self, sites: tuple[Site, ...], p: Params) -> dict[str, Params]:

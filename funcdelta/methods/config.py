@@ -262,6 +262,10 @@ class BaseDeltaConfig:
         """
         return {}
 
+    def shared_leaves(self, sites: tuple[Site, ...], own: Mapping[str, Own], rng: torch.Generator) -> Leaves:
+        """The same for a method that starts from the backbone's tensors: ``own[site.address]["weight"]``."""
+        return self.shared(sites, rng)
+
     def expand(self, sites: tuple[Site, ...], p: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """``{site path: {leaf: tensor}}``, computed from the shared leaves ``p`` once a call."""
         return {}

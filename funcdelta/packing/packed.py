@@ -157,11 +157,11 @@ class Packed(BaseDeltaConfig):
                 found[SIZE + name] = Leaf(torch.tensor(float(sizes[0])), trains=False)
         return found | ({"present": Leaf(torch.ones(()), trains=False)} if self._lacking(site.address) else {})
 
-    def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> Leaves:
+    def shared_leaves(self, sites: tuple[Site, ...], own: Mapping[str, Own], rng: torch.Generator) -> Leaves:
         varying = {name: float(getattr(self.method, name)) for name in self.varying} | {"source": 0.0}
         constants = {name: Leaf(torch.tensor(value), trains=False) for name, value in varying.items()}
         here = tuple(site for site in sites if self.origins[0].at(site.address))
-        given = self.method.shared(here, rng)
+        given = self.method.shared_leaves(here, own, rng)
         refuse_kept(given, type(self.method).__name__)
         return {**given, **constants}
 

@@ -62,7 +62,7 @@ def build_plan(
     of_all: dict[str, Tensor] = {}
     compared: set[tuple[BaseDeltaConfig, Site]] = set()
     for config, name, own in zip(configs, names, sites, strict=True):
-        group, fixed = share(config, name, own)
+        group, fixed = share(config, name, own, backbone)
         of_all |= {f"{name}.{leaf}": tensor for leaf, tensor in fixed.items()}
         if group is not None:
             _refuse_taken(backbone, "", name)

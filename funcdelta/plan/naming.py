@@ -48,10 +48,16 @@ def select(
     # OpenDelta writes "root" where a method finds its own place.
     own = config.own_sites(backbone) if given in (None, ("root",)) and "root" not in modules else None
     if own is not None:
-        for path in own:
-            if any(within(path, left_out) for left_out in config.exclude_modules or ()):
-                raise MatchError(f"exclude_modules leaves out {path or 'the model'!r}, the one site of its method.")
-        return dict.fromkeys(sorted({canonical[id(modules[path])] for path in own}, key=list(modules).index), ())
+        if not own:
+            raise MatchError(
+                f"{config.delta_type} finds no site of its own in {type(backbone).__name__}: give "
+                f"modified_modules=[...]."
+            )
+        kept = [path for path in own if not any(within(path, out) for out in config.exclude_modules or ())]
+        if not kept:
+            which = "the one site" if len(own) == 1 else "the last site"
+            raise MatchError(f"exclude_modules leaves out {own[-1] or 'the model'!r}, {which} of its method.")
+        return dict.fromkeys(sorted({canonical[id(modules[path])] for path in kept}, key=list(modules).index), ())
     common = config.common_structure
     if given is None:
         given, common = config.default_names(), None
