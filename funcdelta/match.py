@@ -54,7 +54,7 @@ def exactly(name: str) -> str:
 
 
 def explicit(paths: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
-    """Targets that mean exactly these of the ``known`` names: themselves, with both ends fixed where another ends alike.
+    """Targets that mean exactly these of the ``known`` names: themselves, or fixed at both ends if another ends alike.
 
     >>> explicit(["a", "b.a"], ["a", "b", "b.a"])
     ('[r]^a$', 'b.a')

@@ -1,7 +1,7 @@
 """Factors of a table of experts: PEFT's two matrices as one pair an expert, and back.
 
-Of a parameter (E, out, in) PEFT has A (E r, in), one expert after the other, and B (out, r E), one rank after the other:
-``ΔW_e = s B.view(out, r, E)[..., e] A.view(E, r, in)[e]``. Of one (E, in, out), in a module that says
+Of a parameter (E, out, in) PEFT has A (E r, in), one expert after the other, and B (out, r E), one rank after the
+other: ``ΔW_e = s B.view(out, r, E)[..., e] A.view(E, r, in)[e]``. Of one (E, in, out), in a module that says
 ``is_transposed``, it has the same factors of ``ΔW_eᵀ``. Here ``lora_A`` is (E, r, columns) and ``lora_B`` (E, rows, r)
 of the parameter as it stands.
 """
@@ -66,8 +66,8 @@ def to_peft(a: Tensor, b: Tensor, turned: bool) -> Pair:
 def fused(pairs: Mapping[tuple[int, str], Pair], shape: Sequence[int]) -> tuple[Pair | None, int]:
     """The factors of experts that were layers of their own, ``{(expert, name): (A, B)}``, and how many each has.
 
-    Two layers that are one parameter now, the rows of one below those of the other, give A one below the other, too, and
-    B in blocks. ``None`` where an expert lacks one, or where they do not fit.
+    Two layers that are one parameter now, the rows of one below those of the other, give A one below the other, too,
+    and B in blocks. ``None`` where an expert lacks one, or where they do not fit.
 
     >>> pairs = {(e, own): (torch.ones(2, 5), torch.ones(3, 2)) for e in range(4) for own in ("w1", "w3")}
     >>> (a, b), pieces = fused(pairs, (4, 6, 5))

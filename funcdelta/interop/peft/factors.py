@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ...deltas import LoraConfig
 from ...errors import CheckpointError
-from ...match import below
 from ...plan.attachment import Attachment
 from ...structures.parts import place
 from . import experts
@@ -85,7 +84,7 @@ def written_at(backbone: nn.Module, attachment: Attachment, p: Mapping[str, Tens
     """The factors at the site of ``attachment``, whose leaves are ``p``; raises where PEFT has none.
 
     >>> delta = fd.LoraModel(nn.Sequential(nn.Conv2d(3, 8, 3)), lora_r=2, modified_modules=["0"])
-    >>> made = written_at(delta.backbone, delta.plan.all()[0], {n[7:]: leaf for n, leaf in delta.init(0).items()}, False)
+    >>> made = written_at(delta.backbone, delta.plan.all()[0], delta.plan.all()[0].of(delta.init(0)), False)
     >>> made.key, made.b.shape, made.scale
     ('0', torch.Size([8, 2, 1, 1]), 8.0)
     """
@@ -149,7 +148,7 @@ def settled(backbone: nn.Module, written: Sequence[Written]) -> list[Written]:
 
 
 def _whole(a: Tensor, b: Tensor, parts: Sequence[tuple[int, object]], width: int) -> tuple[Tensor, Tensor]:
-    """Factors of the whole output, of those of its parts: each part's B among the rows of all, in columns of its own."""
+    """Factors of the whole output, of those of its parts: each B among the rows of all, in columns of its own."""
     sizes, own = [size for size, _ in parts], tuple(part for _, part in parts)
     rows = torch.block_diag(*b.split(sizes)) if len(a) != b.shape[1] else b
     return a, place(list(rows.split(sizes)), own, width, 0)  # pyright: ignore[reportArgumentType]

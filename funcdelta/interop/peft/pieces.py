@@ -5,8 +5,8 @@
 | Linear, Conv1D | A (r, in), B (out, r) | the same |
 | Conv1d/2d/3d | A (r, in, *kernel), B (out, r, 1, ...) | B (out, r) |
 | Embedding | ``lora_embedding_A`` (r, tokens), ``lora_embedding_B`` (features, r) | the same |
-| MultiheadAttention | A (r, d), B (3 d, r) of ``in_proj_weight``; the output projection beside it | the parameter as a site |
-| a bare parameter | A, B; several of one module under ``base_layer``, the first that was declared innermost | the same |
+| MultiheadAttention | A (r, d), B (3 d, r); its output projection is a layer | of the parameter ``in_proj_weight`` |
+| a parameter | A, B; several of one module under ``base_layer``, the first declared one innermost | the same |
 | a table of experts | :mod:`.experts` | one pair an expert |
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 from torch import Tensor, nn
 
@@ -65,9 +66,9 @@ class Places:
     def at(self, path: str, name: str, by_depth: Mapping[int, Factors]) -> list[Piece]:
         """The pieces at the module ``path``, which the file calls ``name``."""
         module = self.modules[path]
-        if isinstance(module, nn.MultiheadAttention):
-            return [self._of_tensor(path, "in_proj_weight", name, self._only(path, by_depth))]
         targeted = self._targeted(path, name, module, by_depth)
+        if isinstance(module, nn.MultiheadAttention) and not targeted:
+            return [self._of_tensor(path, "in_proj_weight", name, self._only(path, by_depth))]
         if targeted:
             if sorted(by_depth) != list(range(len(targeted))):
                 raise CheckpointError(
@@ -82,9 +83,8 @@ class Places:
         """The pieces of experts that were layers of their own, at the module that holds them as parameters now."""
         module, pieces = self.modules[holder], []
         for own in dict.fromkeys(experts.FUSED[part] for _, part in found):
-            pairs = {
-                at: self._pair(f"{holder}.{at[0]}.{at[1]}", f) for at, f in found.items() if experts.FUSED[at[1]] == own
-            }
+            each = {at: factors for at, factors in found.items() if experts.FUSED[at[1]] == own}
+            pairs = {at: self._pair(f"{holder}.{at[0]}.{at[1]}", factors) for at, factors in each.items()}
             shape = self._shape(module, own)
             made, count = experts.fused(pairs, shape) if len(shape) == 3 else (None, 0)
             alphas = {self.settings.alpha_of(f"{name}.{expert}.{part}") for expert, part in pairs}
@@ -109,7 +109,7 @@ class Places:
             for key in own
             if self.settings.names_parameter(below(name, key)) or self.settings.names_parameter(below(path, key))
         ]
-        if names or kind in KINDS:
+        if names or kind in KINDS or isinstance(module, nn.MultiheadAttention):
             plain = kind == "embedding" and "lora_A" in by_depth[0]
             return names or (["weight"] if plain else [])
         matrices = [key for key in own if self._shape(module, key)[1:]]
@@ -118,7 +118,7 @@ class Places:
     def _only(self, path: str, by_depth: Mapping[int, Factors]) -> Factors:
         if list(by_depth) != [0]:
             raise CheckpointError(
-                f"{path}: the file has factors for {len(by_depth)} parameters of it, and it is a layer."
+                f"{path}: expected the factors of one layer, found some for {len(by_depth)} parameters."
             )
         return by_depth[0]
 
@@ -179,7 +179,7 @@ class Places:
             self._misfit(where, (), a, b)
         return a, b
 
-    def _refuse(self, where: str, others: list[str]) -> None:
+    def _refuse(self, where: str, others: list[str]) -> NoReturn:
         for part, what in (
             ("magnitude", "the magnitudes of DoRA, which cannot be read"),
             (".bias", "a bias in B (lora_bias=True), which LoRA here does not have"),
@@ -188,12 +188,12 @@ class Places:
         ):
             if any(part in key for key in others):
                 raise CheckpointError(
-                    f"{where}: {others[0]} is {what}. The way out: in PEFT, model.merge_and_unload() gives a plain model "
-                    f"that can be a backbone here."
+                    f"{where}: {others[0]} is {what}. The way out: in PEFT, model.merge_and_unload() gives a plain "
+                    f"model that can be a backbone here."
                 )
         raise CheckpointError(f"{where}: {', '.join(others)} is no factor of a LoRA at such a module.")
 
-    def _misfit(self, where: str, shape: tuple[int, ...], a: Tensor, b: Tensor) -> None:
+    def _misfit(self, where: str, shape: tuple[int, ...], a: Tensor, b: Tensor) -> NoReturn:
         wanted = f"factors of a change of shape {shape}" if shape else "two matrices"
         raise CheckpointError(
             f"{where}: expected {wanted}, found A of shape {tuple(a.shape)} and B of shape {tuple(b.shape)}. Is it the "

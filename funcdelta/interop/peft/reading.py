@@ -17,7 +17,7 @@ from ...model import DeltaModel
 from . import experts
 from .folder import CONFIG, find_folder, read_config, read_weights
 from .keys import Key, split_all
-from .pieces import Factors, Piece, Places
+from .pieces import Piece, Places
 from .renamed import KeyMap, here, mapped
 from .settings import Settings, settings_of
 from .values import trained_leaves
@@ -119,7 +119,7 @@ class _Located:
 
     Attributes:
         factors: ``{(module, its name in the file): {depth: {factor: key}}}``.
-        experts: ``{(module, its name in the file): {(expert, layer): {factor: key}}}`` of experts that are parameters now.
+        experts: ``{(module, its name in the file): {(expert, layer): {factor: key}}}`` of former modules.
         values: ``{name of a backbone tensor: key}``.
         lost: keys without a place.
     """
@@ -132,6 +132,7 @@ class _Located:
         self.experts: dict[tuple[str, str], dict[tuple[int, str], dict[str, Key]]] = {}
         self.values: dict[str, Key] = {}
         self.lost: list[Key] = []
+        self.called: dict[str, str] = {}
         twice: list[str] = []
         for key in keys:
             name = mapped(key.path, key_map)
@@ -161,6 +162,10 @@ class _Located:
         )
 
     def _group(self, place: str, key: Key) -> dict[str, Key]:
+        if self.called.setdefault(place, key.path) != key.path:
+            raise CheckpointError(
+                f"{place}: the file has a LoRA for {self.called[place]} and one for {key.path}, which both mean it."
+            )
         if place in self.modules:
             return self.factors.setdefault((place, key.path), {}).setdefault(key.depth, {})
         match = experts.SEPARATE.match(place)
@@ -188,7 +193,8 @@ def _built(
     known = [path for path, _ in backbone.named_modules(remove_duplicate=False) if path]
     known += [name for name, _ in backbone.named_parameters(remove_duplicate=False)]
     groups: dict[tuple[int, float, float], list[str]] = {}
-    for piece in pieces:
+    order = {name: position for position, name in enumerate(known)}
+    for piece in sorted(pieces, key=lambda piece: order[piece.address]):
         groups.setdefault((piece.rank, piece.alpha, piece.dropout), []).append(piece.address)
     configs = [
         LoraConfig(

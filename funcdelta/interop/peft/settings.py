@@ -1,7 +1,7 @@
 """The fields of an ``adapter_config.json`` that its tensors do not tell: scales, dropout, and which parameters.
 
-The scale of a site is ``s = alpha / r``, with ``use_rslora`` ``alpha / √r``: r is the one of the tensors, and alpha that
-of the first pattern of ``alpha_pattern`` that matches the site's name.
+The scale of a site is ``s = alpha / r``, with ``use_rslora`` ``alpha / √r``: r is the one of the tensors, and alpha
+that of the first pattern of ``alpha_pattern`` that matches the site's name.
 """
 
 from __future__ import annotations

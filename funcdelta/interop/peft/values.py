@@ -89,12 +89,10 @@ def trained_leaves(
 def _tables(backbone: Any) -> set[str]:
     """The paths of a Transformers model's token embedding and head, which PEFT may save without training them."""
     found = [getattr(backbone, f"get_{which}_embeddings", None) for which in ("input", "output")]
-    modules = []
+    modules: list[Any] = []
     for get in found:
         try:
-            modules.append(get() if callable(get) else None)
+            modules += [get()] if callable(get) else []
         except (NotImplementedError, AttributeError):  # a model that has none
             continue
-    return {
-        path for path, module in backbone.named_modules() if any(module is one for one in modules if one is not None)
-    }
+    return {path for path, module in backbone.named_modules() if any(module is one for one in modules)}

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...deltas import LoraConfig
 from ...errors import CheckpointError, ParamsError
@@ -32,12 +32,12 @@ def save_peft(
 ) -> Path:
     """The folder ``path`` with ``adapter_config.json`` and ``adapter_model.safetensors``, for one member of LoRA.
 
-    ``PeftModel.from_pretrained(backbone, path)`` computes what the delta does. Sites are written as whole paths, so that
-    no other module ends alike and the order of patterns does not matter. The folder is replaced as a whole.
+    ``PeftModel.from_pretrained(backbone, path)`` computes what the delta does. Sites are written as whole paths, so
+    that no other module is meant and the order of patterns does not matter. The folder is replaced as a whole.
 
     Args:
-        compat: ``"peft"`` writes output projections of ``torch.nn.MultiheadAttention``, whose change PEFT adds twice, so
-            that :func:`load_peft` with the same ``compat`` reads them back.
+        compat: ``"peft"`` writes output projections of ``torch.nn.MultiheadAttention``, whose change PEFT adds twice;
+            :func:`load_peft` with the same ``compat`` reads them back.
 
     Raises `CheckpointError` for what PEFT cannot hold, saying what to write instead.
 
