@@ -77,7 +77,10 @@ def gradients_here(
     loss(lambda *args, **kwargs: delta.apply(leaves | rest, *args, **kwargs)).backward()
     grads = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
     found = fd.interop.to_peft(delta, grads | rest, **options)[1]
-    return {key: tensor for key, tensor in found.items() if tensor.any()}
+    buffers = [
+        name for name, _ in delta.backbone.named_buffers()
+    ]  # which are written with modules that are saved whole
+    return {key: tensor for key, tensor in found.items() if tensor.any() and not key.endswith(tuple(buffers))}
 
 
 def cases_in(folder: Path) -> types.ModuleType:

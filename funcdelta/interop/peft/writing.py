@@ -104,6 +104,12 @@ def _fields(delta: DeltaModel, written: Sequence[Written], saved: Saved) -> dict
     paths = [path for path, _ in delta.backbone.named_modules(remove_duplicate=False) if path]
     modules = list(dict.fromkeys(one.module for one in written if not one.parameter))
     parameters = [one.name for one in written if one.parameter]
+    turned = [one.name for one in written if one.turned]
+    if turned and parameters:
+        raise CheckpointError(
+            f"PEFT takes no LoRA on Conv1D ({turned[0]}) beside parameters ({parameters[0]}) in one adapter: save them "
+            f"apart, fd.DeltaModel(backbone, config). {ELSEWHERE}"
+        )
     rslora = all(config.use_rslora for config in delta.configs if isinstance(config, LoraConfig))
     ranks = {one.pattern(paths): one.rank for one in written if one.owns_rank}
     alphas = {one.pattern(paths): one.alpha(rslora) for one in written if one.owns_rank}
@@ -126,7 +132,7 @@ def _fields(delta: DeltaModel, written: Sequence[Written], saved: Saved) -> dict
         "target_parameters": parameters or None,
         "modules_to_save": list(saved.modules) or None,
         "bias": saved.bias,
-        "fan_in_fan_out": all(one.turned for one in written),
+        "fan_in_fan_out": len(turned) == len(written),
         "init_lora_weights": True,
     }
 
