@@ -444,7 +444,7 @@ def test_what_cannot_be_extended_is_refused() -> None:
     ids = tokens(2)
     prepared = torch.zeros(2, 1, 6, 6)
     with pytest.raises(
-        fd.errors.ParamsError, match=r"attention_mask has the shape \(2, 1, 6, 6\).*one of two axes only"
+        fd.errors.ParamsError, match=r"attention_mask has the shape \(2, 1, 6, 6\).*can only be added to a mask"
     ):
         delta.apply(params, ids, attention_mask=prepared)
     with pytest.raises(
