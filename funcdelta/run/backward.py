@@ -23,16 +23,7 @@ HARMLESS = (CheckpointFunction,)
 
 
 def written_in_python(outputs: Iterable[Any]) -> str:
-    """The name of the first custom ``autograd.Function`` in the graph of ``outputs``; ``""`` if there is none.
-
-    >>> class Twice(torch.autograd.Function):
-    ...     @staticmethod
-    ...     def forward(ctx, x):
-    ...         return 2 * x
-    >>> x = torch.ones(2, requires_grad=True)
-    >>> written_in_python([Twice.apply(x) + 1]), written_in_python([x * 2])
-    ('Twice', '')
-    """
+    """The name of the first custom ``autograd.Function`` in the graph of ``outputs``; ``""`` if there is none."""
     todo = [leaf.grad_fn for leaf in outputs if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
     seen: set[Any] = set()
     while todo:

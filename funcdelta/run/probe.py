@@ -322,7 +322,7 @@ class Probe:
                     raise FoldError(f"The output {name} is {leaf!r} for two members but {expected!r} for one.")
 
     def _compare_caches(self, name: str, cache: Any, expected: Any, member: int) -> None:
-        """Compare a cache, which is returned unsplit where rows are members: each row has to hold what it does alone."""
+        """Compare a cache, which is returned unsplit where rows are members: each row has to be what it is alone."""
         for tensor, own in zip(tensors_in(cache), tensors_in(expected), strict=False):
             tag = self.tracking.of(tensor)
             if tag is None and tensor.shape == own.shape:
