@@ -161,7 +161,7 @@ def is_pair(module: nn.Module) -> bool:
 
     >>> from transformers import T5Config, T5ForConditionalGeneration
     >>> t5 = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
-    >>> is_pair(t5), is_pair(t5.encoder)
+    >>> is_pair(t5), is_pair(t5.shared)
     (True, False)
     """
     return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False)) and hasattr(

@@ -447,7 +447,7 @@ def test_where_it_cannot_act_it_says_so(name: str) -> None:
 def test_what_cannot_be_is_refused() -> None:
     bert = ZOO["bert"].build()
     with raises_saying(
-        fd.errors.MatchError, "bert.encoder.layer.0.attention.self.query", "Linear neither is nor holds"
+        fd.errors.MatchError, "bert.encoder.layer.0.attention.self.query", "Linear neither is nor contains"
     ):
         fd.PrefixModel(bert, modified_modules=["query"])
     with raises_saying(fd.errors.ConfigError, "prefix_token_num=0", "at least 1"):

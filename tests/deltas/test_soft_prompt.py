@@ -328,7 +328,7 @@ def test_found_inside_wrappers() -> None:
     ):
         prompted(Wrapped(one, two))
     assert prompted(Wrapped(one, two), modified_modules=["models.1.model"])[0].sites == ("models.1.model",)
-    with pytest.raises(fd.errors.MatchError, match="exclude_modules leaves out 'transformer'"):
+    with pytest.raises(fd.errors.MatchError, match="exclude_modules excludes 'transformer'"):
         prompted(one, exclude_modules=["transformer"])
     with pytest.raises(fd.errors.MatchError, match=r"cannot act at .*c_attn: Conv1D has no get_input_embeddings"):
         prompted(one, modified_modules=["c_attn"])
@@ -428,7 +428,7 @@ def test_the_config_is_hashable_data() -> None:
     for fields, message in [
         ({"soft_token_num": 0}, "write at least 1"),
         ({"init_range": -1.0}, "write at least 0"),
-        ({"batch_dim": 1}, "rows have to be axis 0"),
+        ({"batch_dim": 1}, "write batch_dim=0"),
         ({"other_expand_ids": ("attention_mask",)}, "write pairs of an input's name and a number"),
     ]:
         with pytest.raises(fd.errors.ConfigError, match=message):
