@@ -35,12 +35,6 @@ def compare_forms(
     """Raise `ConfigError` if both forms of ``config`` run at ``site`` and return different outputs.
 
     ``p`` are the method's fresh leaves there; all but ``constants`` are moved away from their initial values.
-
-    >>> from funcdelta.methods.site import site_of
-    >>> config, layer = fd.LoraConfig(lora_r=1), nn.Linear(2, 3)
-    >>> site = site_of("0", layer)
-    >>> p = {leaf: one.value for leaf, one in config.init(site, torch.Generator()).items()}
-    >>> compare_forms(config, site, layer, p, frozenset({"scale"}))
     """
     with own_defaults():
         x = _input(site)

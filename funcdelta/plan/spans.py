@@ -107,8 +107,8 @@ def _common(a: str, b: str) -> int:
     return count
 
 
-def _listed(paths: Sequence[str], most: int = 6) -> str:
-    return ", ".join(paths[:most]) + (f" and {len(paths) - most} more" if len(paths) > most else "")
+def _listed(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:6]) + (f" and {len(paths) - 6} more" if len(paths) > 6 else "")
 
 
 def site_between(entry: Site, end: Site) -> Site:

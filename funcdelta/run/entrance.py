@@ -208,12 +208,7 @@ def _position_limit(module: nn.Module, embedding: nn.Module, first: int) -> int 
 
 
 def embedded_tokens(embedding: nn.Embedding, count: int) -> Tensor:
-    """The embeddings (count, d) of the tokens 0 … count-1, scaled as the embedding's forward scales them.
-
-    >>> table = torch.nn.Embedding(5, 2)
-    >>> torch.equal(embedded_tokens(table, 3), table.weight[:3])
-    True
-    """
+    """The embeddings (count, d) of the tokens 0 … count-1, scaled as the embedding's forward scales them."""
     from ..structures.modules.structure import copy_structure
 
     with torch.no_grad():

@@ -79,9 +79,6 @@ def takes_use_cache(model: nn.Module) -> bool:
 
     Through ``**kwargs`` only if the config knows it, and either ``generate`` passes it as well, or the source shows
     that ``**kwargs`` reaches, untouched, a module that takes it by name.
-
-    >>> takes_use_cache(torch.nn.Linear(2, 2))
-    False
     """
     function = _forward(model)[0]
     try:

@@ -21,12 +21,8 @@ Shards = dict[tuple[str, bool], nn.Parameter]
 
 
 def units(module: nn.Module) -> tuple[str, ...]:
-    """The paths of the modules that ``fully_shard`` was called with, in the model's order.
-
-    >>> units(nn.Sequential(nn.Linear(2, 2)))
-    ()
-    """
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported here, for it is slow; who shards has imported it
+    """The paths of the modules that ``fully_shard`` was called with, in the model's order."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # without importing it, which is slow: a shard has been imported
     kind = getattr(fsdp, "FSDPModule", None)
     return () if kind is None else tuple(path for path, child in module.named_modules() if isinstance(child, kind))
 

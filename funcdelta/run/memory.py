@@ -472,14 +472,7 @@ def own_class_containers(skeleton: nn.Module, filled: set[str]) -> None:
 
 
 def method_caches(kinds: frozenset[type]) -> list[Any]:
-    """Methods of these classes under ``functools.lru_cache``, whose keys include the module.
-
-    >>> class Cached(nn.Module):
-    ...     @functools.lru_cache
-    ...     def table(self): ...
-    >>> method_caches(frozenset([Cached])) == [Cached.table]
-    True
-    """
+    """Methods of these classes under ``functools.lru_cache``, whose keys include the module."""
     cache = type(functools.lru_cache(is_private))
     own = dict.fromkeys(base for kind in kinds for base in _kinds_of_their_own(kind))
     return [value for kind in own for value in vars(kind).values() if isinstance(value, cache)]

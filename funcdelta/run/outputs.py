@@ -16,8 +16,6 @@ from ..transforms import is_wrapped
 from ..trees.opaque import PLAIN, holds_tensors
 from .containers import Tree, flatten, is_cache
 
-__all__ = ["check_visible", "flatten", "join_chunks", "names", "refuse_lazy", "stack_members"]
-
 
 def names(output: Any) -> list[str]:
     """A name for every leaf of an output, in the order of :func:`flatten`.
@@ -112,12 +110,11 @@ def _address(tensor: Tensor) -> int | None:
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided and not tensor.is_nested else None
 
 
-def stack_members(outputs: Sequence[Any], given: Mapping[str, Any] | None = None) -> Any:
+def stack_members(outputs: Sequence[Any]) -> Any:
     """The outputs of several members, each run alone, stacked to one: every tensor (…) becomes (n, …).
 
     Numbers that differ become a tensor (n,) and numpy arrays one array (n, …); values that all members share stay as
-    they are. Anything else raises :class:`~funcdelta.errors.EngineError` with the name of the output. See
-    :func:`check_visible` for ``given``.
+    they are. Anything else raises :class:`~funcdelta.errors.EngineError` with the name of the output.
 
     >>> stack_members([{"x": torch.zeros(3), "steps": 2, "kind": "a"}, {"x": torch.ones(3), "steps": 5, "kind": "a"}])
     {'x': tensor([[0., 0., 0.],
@@ -133,7 +130,7 @@ def stack_members(outputs: Sequence[Any], given: Mapping[str, Any] | None = None
                 f"each member."
             )
     if not torch.compiler.is_compiling():
-        check_visible(rows[0], labels, given)
+        check_visible(rows[0], labels)
     return tree([_joined(name, column) for name, column in zip(labels, zip(*rows, strict=True), strict=True)])
 
 

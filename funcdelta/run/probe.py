@@ -48,6 +48,7 @@ from .containers import is_cache
 from .fold import Folded
 from .layout import Ends, Hidden, Layout, MixedBackwardError, Run, close, scalar_message
 from .outputs import flatten
+from .outputs import names as names_of
 from .program import Program
 from .skeleton import Skeleton
 from .tracking import DRAWN, MIXED, Readings, Rows, Tracking
@@ -267,7 +268,7 @@ class Probe:
         finally:
             self.folding = False
         _refuse_scalars(output)
-        found, names = flatten(output)[0], _names(output)
+        found, names = flatten(output)[0], names_of(output)
         dims: list[int | None] = []
         for name, leaf in zip(names, found, strict=True):
             tag = self.tracking.of(leaf) if isinstance(leaf, Tensor) else None
@@ -307,10 +308,7 @@ class Probe:
                 if isinstance(leaf, Tensor) and isinstance(expected, Tensor):
                     own = leaf if dim is None else leaf.unflatten(dim, (MEMBERS, -1)).select(dim, i)
                     if not close(own, expected) and self.unused:
-                        raise FoldError(
-                            f"{self.unused} differs by member and is used by the model itself, outside of any module "
-                            f"that could run once per member."
-                        )
+                        raise FoldError(_used_by_the_model(self.unused))
                     if not close(own, expected):
                         raise FoldError(
                             f"Two members in one batch do not get what each gets alone (output {name}): rows are "
@@ -374,10 +372,7 @@ class Probe:
             # A part of the model that is called by itself uses nothing outside of it.
             needed = {path: keys for path, keys in needed.items() if within(path, self.entry) and path}
         elif "" in needed:
-            raise FoldError(
-                f"{needed[''][0]} differs by member and is used by the model itself, outside of any module that could "
-                f"run once per member."
-            )
+            raise FoldError(_used_by_the_model(needed[""][0]))
         outermost = [path for path in needed if not any(path != other and within(path, other) for other in needed)]
         found: dict[str, Run] = {}
         for path in outermost:
@@ -722,6 +717,12 @@ class _Called:
         return forward(*args, **kwargs)
 
 
+def _used_by_the_model(key: str) -> str:
+    return (
+        f"{key} differs by member, and the model itself uses it, outside of any module that could run once per member."
+    )
+
+
 def _tensors_of(*values: Any) -> list[Tensor]:
     found: list[Tensor] = []
     for value in values:
@@ -733,13 +734,9 @@ def _tensors_of(*values: Any) -> list[Tensor]:
 
 
 def _refuse_scalars(output: Any) -> None:
-    for name, leaf in zip(_names(output), flatten(output)[0], strict=True):
+    for name, leaf in zip(names_of(output), flatten(output)[0], strict=True):
         if isinstance(leaf, Tensor) and leaf.ndim == 0:
             raise FoldError(scalar_message(name))
-
-
-def _names(output: Any) -> list[str]:
-    return [place or "of the model" for place in flatten(output)[1].places()]
 
 
 def _where_grown(part: Tensor, whole: Tensor, path: str) -> int | None:

@@ -206,11 +206,7 @@ def _property(name: str, listed: bool) -> property:
 
 
 def put_back(module: nn.Module, name: str, value: Any) -> Any:
-    """What ``module`` should hold when ``value`` is assigned to ``name``: for its own stand-in, the tensor itself.
-
-    >>> put_back(nn.Linear(2, 2), "weight", 3)
-    3
-    """
+    """What ``module`` should hold when ``value`` is assigned to ``name``: for its own stand-in, the tensor itself."""
     if isinstance(value, Rewritten) and value.owner != (id(module), name):
         return value  # another module's parameter, which this one is to compute with
     return getattr(value, STANDS_FOR, value)

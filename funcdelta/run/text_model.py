@@ -48,11 +48,7 @@ def input_embedding(module: nn.Module) -> nn.Embedding | None:
 
 
 def takes_text(module: nn.Module) -> bool:
-    """Whether the module's forward takes token ids or embeddings, and a mask.
-
-    >>> takes_text(torch.nn.Linear(2, 2))
-    False
-    """
+    """Whether the module's forward takes token ids or embeddings, and a mask."""
     names = inputs_of(module)
     return "attention_mask" in names and ("input_ids" in names or "inputs_embeds" in names)
 
@@ -78,13 +74,7 @@ def caller_of(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def counts_from_mask(module: nn.Module) -> bool:
-    """Whether the module's forward computes positions from the mask if it is given no ``position_ids``.
-
-    >>> from transformers import OPTConfig, OPTModel
-    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 8}
-    >>> counts_from_mask(OPTModel(OPTConfig(vocab_size=20, word_embed_proj_dim=8, **sizes)).decoder)
-    True
-    """
+    """Whether the module's forward computes positions from the mask if it is given no ``position_ids``."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     if code is None or "cumsum" not in code.co_names:
         return False
@@ -104,11 +94,6 @@ def is_causal(module: nn.Module) -> bool:
     """Whether each position attends only to itself and earlier ones.
 
     Read off a flag of its attention, or a triangular buffer; if there is neither, a model that takes a cache is causal.
-
-    >>> from transformers import BertConfig, BertModel
-    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    >>> is_causal(BertModel(BertConfig(vocab_size=20, **sizes)))
-    False
     """
     said = [causal for part in module.modules() if isinstance(causal := getattr(part, "is_causal", None), bool)]
     if said:

@@ -55,12 +55,7 @@ class Trunk:
     refused: str = ""
 
     def at(self, path: str, index: int | None) -> Ends | None:
-        """Where the rows are at the ``index``-th call of the module at ``path``; ``None`` if it is not shared.
-
-        >>> trunk = Trunk({"0": (Ends({"0": 0}, {"": 0}), None)}, share=0.5)
-        >>> trunk.at("0", 1) is None
-        True
-        """
+        """Where the rows are at the ``index``-th call of the module at ``path``; ``None`` if it is not shared."""
         visits = self.modules[path]
         if index is None:
             raise FoldError(f'{path} runs again in a backward pass, where a trunk cannot be used. Use engine="fold".')

@@ -16,11 +16,7 @@ from ..transforms import is_wrapped
 
 
 def marks(tensors: Sequence[Tensor]) -> list[Any]:
-    """Marks from which :func:`changed` can tell whether a tensor was written: its version, or a copy if it has none.
-
-    >>> marks([torch.zeros(2)])
-    [0]
-    """
+    """Marks from which :func:`changed` can tell whether a tensor was written: its version, or a copy if it has none."""
     return [_mark(tensor) for tensor in tensors]
 
 
