@@ -448,7 +448,7 @@ def test_what_cannot_be_extended_is_refused() -> None:
     ):
         delta.apply(params, ids, attention_mask=prepared)
     with pytest.raises(
-        fd.errors.ParamsError, match=r"attention_mask has the shape \(2, 5\) beside an input of 6 positions"
+        fd.errors.ParamsError, match=r"attention_mask has the shape \(2, 5\), but the input has 6 positions"
     ):
         delta.apply(params, ids, attention_mask=torch.ones(2, 5))
     with pytest.raises(
