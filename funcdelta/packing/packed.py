@@ -139,6 +139,7 @@ class Packed(BaseDeltaConfig):
     def leaves(self, site: Site, own: Own, rng: torch.Generator) -> Leaves:
         """The leaves of the first origin at ``site``, padded to the largest origin's size, with the constants."""
         here = [origin for origin in self.origins if origin.at(site.address)] or [self.origins[0]]
+        # Only the first one draws from rng, as it would alone; of the others only the sizes are used.
         drawn = [as_leaves(origin.config.leaves(site, own, rng), "init") for origin in here[:1]]
         drawn += [
             as_leaves(origin.config.leaves(site, own, torch.Generator().manual_seed(0)), "init") for origin in here[1:]

@@ -137,6 +137,7 @@ def _learn(
 ) -> Layout:
     """The layout, from the first rows of the first member and the last rows of the last, in reverse order."""
     inputs = inputs.concrete()
+    # Different rows, in another order: what a member gets from another's rows then differs from its own.
     first = list(range(1 if by_row else min(inputs.b, 2)))
     last = [inputs.b - 1 - i for i in first]
     ends = (0, first), (0 if by_row else inputs.n - 1, last)

@@ -109,7 +109,7 @@ def learn(
     skeleton = program.skeletons.get(program.training)
     with undisturbed():
         members = expand_stack(program.plan.shared, members)
-    clean, skeleton.clean = skeleton.clean, False
+    clean, skeleton.clean = skeleton.clean, False  # if the probe is interrupted, the skeleton is not used again
 
     def probed(one: Any, together: Any, alone_first: bool) -> Layout:
         probe = Probe(program.plan, skeleton, members, entry, facts, read)
@@ -207,7 +207,7 @@ class Probe:
             runs,
             dims,
             names,
-            # Modules that run once per member are entered in another way, so their owners do not count here.
+            # Owners inside a module that runs once per member act there; called in the batch, they could not.
             frozenset(path for path in (*self.idle, *self.plan.owners(self.members)) if path not in runs),
             self.tracking.drew or self.readings.count > 0,
             alone_first,

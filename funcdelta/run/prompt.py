@@ -276,7 +276,7 @@ class Prompts:
         if check_padding(
             self.skeleton, self.entrance.module, given, lead, lambda n: slice(start, start + n), {}, what, made
         ):
-            # A bidirectional window may only show in longer inputs; causal models were tested for all lengths.
+            # A longer input may exceed a window, and is checked again; in a causal model the length changes nothing.
             self.checked = math.inf if causal else length
 
 

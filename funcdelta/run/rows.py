@@ -117,10 +117,7 @@ def _decide(counts: list[tuple[int, int]], entries: int | None, main: list[int])
 
 
 def _may_count_positions(place: str, leaf: Any, shape: tuple[int, ...]) -> bool:
-    """Whether axis 0 may not count rows: positions may be (3, b, s), for time, height and width, or (s,) for all rows.
-
-    Positions (b, s) are like any other input.
-    """
+    """Whether these may be positions (3, b, s), for time, height and width, or (s,) for all rows; not (b, s)."""
     name = place.rpartition(".")[2]
     if name.endswith("position_ids") and len(shape) == 3:
         return True

@@ -51,7 +51,7 @@ REDUCE = {
     *("var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm"),
 }
 PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1}
-"""Matrix products, with the position of the first factor: each of its rows, or of a batch, gives one of the result."""
+"""Matrix products, with the position of the first factor among their operands."""
 ATTENTION = {
     f"_scaled_dot_product_{kind}"
     for kind in (

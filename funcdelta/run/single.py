@@ -49,6 +49,7 @@ def call_single(
         except RuntimeError as error:
             if skeleton.memory.writes_buffers or "mutate a captured Tensor" not in str(error):
                 raise
+            # Only now is it known that the model writes its buffers, which transforms forbid: run again with copies.
             skeleton.memory.writes_buffers = True
             call = Call(params, reached=reached, runs=call.runs)
             output = skeleton.run("", params, args, kwargs, call)
