@@ -1,8 +1,8 @@
-"""Whether a member computes in a stack what it computes alone, as what its method says of its leaves promises.
+"""Checks that a member computes the same in a packed stack as alone, which its method promises.
 
-``axes`` of a leaf say that zeros change nothing, ``in_leaves`` and ``as_leaves`` that fields are read by no function. A
-method for which that is not so would give other numbers once its members share a stack. Both are run once, on random
-leaves, in double precision, for every kind of site where members differ.
+``axes`` of a leaf promise that padding with zeros changes nothing, ``in_leaves`` and ``as_leaves`` that no function
+reads these fields. A method that breaks its promise would compute something else once its members share a stack. So
+both ways run once, with random leaves in double precision, for every kind of site where members differ.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .packed import SIZE, Origin, Packed, longer
 
 
 def check_agreement(delta: DeltaModel) -> None:
-    """Raises ``ConfigError`` where a member would compute something else in a stack of the packed ``delta``."""
+    """Raise ``ConfigError`` if a member would compute something else in a stack of the packed ``delta`` than alone."""
     starts = {group.name: group.start for group in delta.plan.shared if not group.expanded}
     seen: set[Any] = set()
     for a in delta.plan.all():
@@ -67,7 +67,7 @@ def _compare(a: Attachment, origin: Origin, module: nn.Module, shared: Mapping[s
         try:
             expected = _outputs(reading, site, module, p)
             found = _outputs(a.acts(), site, module, {**common, **stacked, **fields, **extra})
-        except Exception:  # the method's own error is told with its site when it is first called
+        except Exception:  # the first call raises the method's error again, and names the site
             return
     far = max((_apart(left, right) for left, right in zip(found, expected, strict=True)), default=0.0)
     if far > 1e-8:
@@ -85,7 +85,7 @@ def _compare(a: Attachment, origin: Origin, module: nn.Module, shared: Mapping[s
 
 
 def _outputs(acts: Acts, site: Site, module: nn.Module, p: dict[str, Tensor]) -> list[Tensor]:
-    """What the functions give for random values, or for random tensors of the site."""
+    """The functions' outputs for random values, or for random tensors of the site."""
     rng = torch.Generator().manual_seed(1)
 
     def drawn(*shape: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""Embeddings whose padding has no gradient, also where ``torch.vmap`` maps the table and the tokens.
+"""Embeddings whose padding has no gradient even if ``torch.vmap`` maps both the table and the tokens.
 
-For tables and tokens that are both mapped, torch lays the tables of all members side by side and moves the tokens to
-their member's table, but not ``padding_idx``. So the padding of the first member alone goes without a gradient.
+In that case torch puts the tables of all members side by side and shifts the tokens to their member's table, but not
+``padding_idx``, so that only the first member's padding would have no gradient.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class PaddedLookups(TorchFunctionMode):
-    """Inside the block a row that is looked up by ``padding_idx`` has no gradient, whoever is mapped.
+    """A block in which a row looked up by ``padding_idx`` has no gradient, whichever operands are mapped.
 
     >>> def summed(table, tokens):
     ...     return F.embedding(tokens, table, padding_idx=0).sum()
@@ -45,7 +45,7 @@ def _lookup(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args
 
 
 def padded(modules: Iterable[nn.Module]) -> bool:
-    """Whether some of these look rows up with a ``padding_idx``.
+    """Whether any of these modules has a ``padding_idx``.
 
     >>> padded([nn.Embedding(3, 2)]), padded([nn.Embedding(3, 2, padding_idx=0)])
     (False, True)
@@ -54,5 +54,5 @@ def padded(modules: Iterable[nn.Module]) -> bool:
 
 
 def padded_lookups(needed: bool) -> contextlib.AbstractContextManager[Any]:
-    """A block in which lookups are right if they are ``needed``."""
+    """:class:`PaddedLookups` if they are ``needed``, else a block without effect."""
     return PaddedLookups() if needed else contextlib.nullcontext()

@@ -84,8 +84,8 @@ def test_a_backbone_over_two_processes(folder: Path) -> None:
         own, whole = one["part"]
         assert own < 0.6 * whole
         assert "is a trained leaf of a backbone that is sharded" in one["bind"]
-        assert "attention has to run with tensors of the member's own, and blocks.0.attention.out_proj" in one["below"]
-        assert "Give the plain backbone" in one["already"]
+        assert "attention has to run with the member's own tensors, but blocks.0.attention.out_proj" in one["below"]
+        assert "Pass the plain backbone" in one["already"]
 
 
 def test_members_and_backbone_over_four_processes(folder: Path) -> None:

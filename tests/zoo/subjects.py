@@ -56,7 +56,7 @@ BESIDE = {"embedding": "project", "conv1d": "conv1", "conv2d": "depthwise"}
 CANNOT_ACT = {
     **{("soft_prompt", name): "no module has get_input_embeddings" for name in ("mlp", "conv1d", "conv2d")},
     **{("soft_prompt", name): "no module has get_input_embeddings" for name in ("torch_transformer", "embedding")},
-    ("soft_prompt", "vit"): "not embedded by a table of tokens",
+    ("soft_prompt", "vit"): "does not embed its input by a table of tokens",
 }
 
 
