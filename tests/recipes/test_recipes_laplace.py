@@ -333,9 +333,9 @@ def test_draws_follow_a_singular_covariance() -> None:
 
 def test_what_does_not_fit_is_named() -> None:
     params = {"w": torch.ones(2, 3)}
-    with pytest.raises(fd.errors.ParamsError, match=r"f gives outputs \(b, C\)"):
+    with pytest.raises(fd.errors.ParamsError, match=r"f must return outputs \(b, C\)"):
         laplace.ggn(lambda p, x: (x @ p["w"].mT).sum(), params, torch.ones(4, 3))
-    with pytest.raises(fd.errors.ParamsError, match=r"f gives outputs \(b, C\)"):
+    with pytest.raises(fd.errors.ParamsError, match=r"f must return outputs \(b, C\)"):
         laplace.ggn(lambda p, x: {"logits": x @ p["w"].mT}, params, torch.ones(4, 3))
     with pytest.raises(fd.errors.ParamsError, match=r"6 entries is \(6, 6\); found \(5, 5\)"):
         laplace.full_posterior(params, torch.eye(5))
