@@ -190,8 +190,8 @@ def kronecker_factors(
 
     With each row of Lᵢᵀ Jᵢ as a matrix R (out, in): A = Σ Rᵀ R / Σ ‖R‖² and G = Σ R Rᵀ / N. It is exact if the leaf's H
     is a Kronecker product (one row of data through a linear layer; Gaussian noise on one layer's output), and always
-    has the right trace. A leaf with one axis has in = 1 and is exact. If ``f`` does not depend on a leaf, G has ∞ on its
-    diagonal.
+    has the right trace. A leaf with one axis has in = 1 and is exact. If ``f`` does not depend on a leaf, G has ∞ on
+    its diagonal.
 
     >>> A, G = kronecker_factors(lambda p, x: x @ p["w"].mT, {"w": torch.ones(2, 3)}, torch.randn(5, 3))["w"]
     >>> A.shape, G.shape
