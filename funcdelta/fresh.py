@@ -18,7 +18,8 @@ from .errors import ConfigError
 from .methods.leaf import Leaves, as_leaves, values_of
 from .methods.own import Own
 from .methods.site import Site
-from .plan.plan import Attachment, Plan
+from .plan.attachment import Attachment
+from .plan.plan import Plan
 from .plan.sharing import Shared
 from .trees.constants import still
 from .trees.drawing import own_defaults

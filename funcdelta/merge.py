@@ -14,7 +14,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .errors import MergeError
 from .match import below
-from .plan.plan import Attachment, Planned
+from .plan.attachment import Attachment
+from .plan.plan import Planned
 from .run.bound import rewritten
 from .structures.modules.structure import copy_module, is_quantised
 from .transforms import is_wrapped

@@ -20,9 +20,10 @@ from .kinds import count
 from .match import as_names
 from .merge import merge, merged
 from .methods.config import BaseDeltaConfig
+from .plan.building import build_plan
 from .plan.kinds import COMPUTES, check_device
 from .plan.naming import named_leaves
-from .plan.plan import Plan, build_plan, shapes_of
+from .plan.plan import Plan, shapes_of
 from .plan.sharing import expand_member, expand_stack
 from .run.auto import Explanation, explain, run_any
 from .run.call import Params, Prepare

@@ -12,7 +12,7 @@ from ..match import near
 from ..merge import changes
 from ..model import DeltaModel
 from ..packing.packed import Packed
-from ..plan.plan import Attachment
+from ..plan.attachment import Attachment
 from ..plan.sharing import expand_member
 from ..trees.leaves import compute_dtype
 from ..trees.stack import unstack

@@ -16,7 +16,7 @@ from ..methods.config import BaseDeltaConfig
 from ..model import DeltaModel
 from ..packing.packed import Packed
 from ..packing.slots import exactly
-from ..plan.plan import Attachment
+from ..plan.attachment import Attachment
 from ..plan.sharing import expand_member, expand_stack
 from ..run.checked import checks_of
 from ..transforms import outside_transforms

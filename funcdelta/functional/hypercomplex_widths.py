@@ -41,3 +41,21 @@ def remedies(width: int, division: int, factor: int) -> dict[str, list[int]]:
     factors = [f for f in range(2, width + 1) if width % division == 0 and (width // f) % division == 0]
     closest = sorted(sorted(factors, key=lambda f: abs(f - factor))[:4])
     return {"hypercomplex_division": divisions, "reduction_factor": closest}
+
+
+def misfit(width: int | None, division: int, factor: int) -> str | None:
+    """Why a site of that width cannot be split, with widths and settings that can; ``None`` where it can be.
+
+    >>> print(misfit(100, division=4, factor=16))
+    its width 100 and the bottleneck 100 // 16 = 6 must both be multiples of hypercomplex_division=4, at least 4. ...
+    """
+    if width is None or fits(width, division, factor):
+        return None
+    widths = ", ".join(map(str, nearby(width, division, factor)))
+    found = remedies(width, division, factor).items()
+    ways = [f"{field}={' or '.join(map(str, values))}" for field, values in found if values]
+    here = f"; for the width {width} write {', or '.join(ways)}" if ways else ""
+    return (
+        f"its width {width} and the bottleneck {width} // {factor} = {width // factor} must both be multiples of "
+        f"hypercomplex_division={division}, at least {division}. Widths nearby that work: {widths}{here}"
+    )

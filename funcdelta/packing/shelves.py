@@ -13,7 +13,7 @@ from ..errors import ParamsError
 from ..methods.config import BaseDeltaConfig
 from ..methods.leaf import growing
 from ..model import DeltaModel
-from ..plan.plan import Attachment
+from ..plan.attachment import Attachment
 from ..plan.sharing import Shared
 from .packed import SIZE, Packed, longer, shorter
 from .slots import Chunk, Slot, sites_of

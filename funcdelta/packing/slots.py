@@ -19,7 +19,7 @@ from ..errors import ParamsError
 from ..methods.config import BaseDeltaConfig
 from ..methods.leaf import growing
 from ..model import DeltaModel
-from ..plan.plan import Attachment
+from ..plan.attachment import Attachment
 from ..plan.sharing import Shared
 from ..trees.stack import members
 from .packed import Origin, Packed

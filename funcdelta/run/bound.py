@@ -11,8 +11,8 @@ from ..errors import ConfigError, MergeError
 from ..functional.tokenwise import Tokenwise
 from ..match import below
 from ..methods.acts import Acts
+from ..plan.attachment import Attachment
 from ..plan.axes import in_order
-from ..plan.plan import Attachment
 from .attention import joined
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ParamsError
-from ..plan.plan import Attachment
+from ..plan.attachment import Attachment
 from .entrance import SECOND_INPUT, Entrance
 from .positions import CACHES, before, behind_padding, leading, reordered
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import ConfigError, FoldError, FuncdeltaError
-from ..plan.plan import Attachment
+from ..plan.attachment import Attachment
 from ..plan.spans import keep, take
 from ..transforms import innermost
 from .bound import Bound

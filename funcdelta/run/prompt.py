@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, EngineError
 from ..methods.acts import Acts
-from ..plan.plan import Attachment
+from ..plan.attachment import Attachment
 from .bound import Bound
 from .call import Call, Host
 from .counting import CALLERS, Counting, readable

@@ -21,7 +21,8 @@ from torch.func import functional_call
 
 from ..errors import RecomputeError
 from ..match import below, within
-from ..plan.plan import Attachment, Plan
+from ..plan.attachment import Attachment
+from ..plan.plan import Plan
 from ..structures.modules.structure import copy_structure, forget_batch_statistics, named_tensors, own_table
 from ..transforms import inside_transform, outside_transforms
 from .attending import attention_of

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import funcdelta as fd
 from funcdelta.methods.site import site_of
-from funcdelta.plan.plan import Attachment
+from funcdelta.plan.attachment import Attachment
 from funcdelta.structures.modules.forwards import FORWARDS, LAYERS, is_known
 
 

@@ -17,7 +17,8 @@ from torch.nn.parameter import is_lazy
 
 from ...errors import ConfigError
 from ...fresh import trained_dtype
-from ...plan.plan import Attachment, Plan
+from ...plan.attachment import Attachment
+from ...plan.plan import Plan
 from ...plan.sharing import Shared
 
 Kind = Literal["frozen", "trainable", "delta", "constant", "buffer"]

@@ -14,7 +14,7 @@ from ...files.checkpoint import backbone_facts
 from ...match import within
 from ...model import DeltaModel
 from ...packing.packed import Packed
-from ...plan.plan import Attachment
+from ...plan.attachment import Attachment
 from ...run.checked import checks_of
 from .common_names import EXCLUDED, named_sites
 from .fields import COMPAT, data_of, refuse_fields

@@ -1,0 +1,199 @@
+"""How a config comes to act at a site: its leaves there, what they are checked for, and the way in which it acts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from ..errors import ConfigError, MatchError
+from ..match import below
+from ..methods.acts import OWN, Acts
+from ..methods.config import BaseDeltaConfig, packed_weight
+from ..methods.leaf import Leaf, as_leaves, members_and_all, values_of
+from ..methods.own import Own
+from ..methods.site import Site
+from ..randomness import refuse_draws
+from ..structures.modules.structure import is_quantised
+from ..trees.drawing import own_defaults
+from ..trees.seeding import derive
+from .attachment import Attachment
+from .forms import compare_forms
+from .sharing import Shared
+
+
+def attach(
+    config: BaseDeltaConfig,
+    name: str,
+    site: Site,
+    modules: dict[str, nn.Module],
+    group: Shared | None,
+    fixed: Mapping[str, Tensor],
+    compared: set[tuple[BaseDeltaConfig, Site]],
+) -> Attachment:
+    """The delta of ``config`` at ``site``; ``compared`` are the sites but for their paths whose forms agree."""
+    module, who = modules[site.path], f"{type(config).__name__}.init"
+    rng = torch.Generator().manual_seed(derive(0, f"{site.address}.{config.seed_name(name)}"))
+    with refuse_draws(who), own_defaults():
+        leaves, own_fixed = members_and_all(as_leaves(config.leaves(site, Own(module), rng), who))
+    fixed = {leaf: site.placed(tensor) for leaf, tensor in own_fixed.items()} | dict(fixed)
+    common = group.leaves if group is not None else {}
+    if not (leaves or common):
+        raise ConfigError(f"{who} gave no leaves at {site.path}.")
+    # A module cannot have a child that is called as its parameter is, and the leaves are such children of views.
+    above = below(site.path, f"{name}.{site.tensor}" if site.tensor else name)
+    keys = {leaf: f"{above}.{leaf}" for leaf in leaves}
+    given = group.expanded[site.address] if group is not None and group.expanded else common
+    twice = sorted(given.keys() & keys.keys())
+    if twice:
+        raise ConfigError(f"{type(config).__name__} gives {twice[0]!r} at {site.path} and as a shared leaf.")
+    if site.dtype.is_complex and not any(leaf.value.is_complex() for leaf in leaves.values()):
+        raise MatchError(
+            f"{config.delta_type} cannot act at {site.path}: {site.module_type} computes in {site.dtype}, and the "
+            f"leaves of {config.delta_type} are real. Leave it out: exclude_modules=[{site.path!r}]."
+        )
+    site = dataclasses.replace(site, axes=tuple((leaf, one.axes) for leaf, one in leaves.items() if one.axes))
+    acts = config.acts(site)
+    fixed |= _read(config, acts, site, Own(module))
+    uncalled = [path for path in (site.path, site.exit) if path is not None and read_by_parent(path, modules)]
+    if uncalled and acts.weights is None:
+        raise MatchError(
+            f"{uncalled[0]} is read by the module above and never called, and {config.delta_type} has no weights "
+            f"form: name {uncalled[0].rpartition('.')[0]} instead."
+        )
+    by_weights = bool(uncalled) or acts_by_weights(config, site)
+    constants = {leaf for leaf, one in leaves.items() if not one.trains}
+    still = constants | ({leaf for leaf, key in common.items() if key in group.constants} if group else set())
+    if not by_weights and acts.weights is not None and acts.by_values:
+        as_config = dataclasses.replace(site, path="")
+        if (config, as_config) not in compared:
+            compared.add((config, as_config))
+            p = {**fixed, **_leaves_at(config, site, leaves, group)}
+            compare_forms(config, site, module, p, frozenset(still | fixed.keys()))
+    all_keys = keys | given
+    return Attachment(
+        name=name,
+        config=config,
+        site=site,
+        leaves=all_keys,
+        shapes={keys[leaf]: tuple(one.value.shape) for leaf, one in leaves.items()},
+        dtypes={keys[leaf]: site.dtype_of(one.value) for leaf, one in leaves.items()},
+        constants=tuple(keys[leaf] for leaf in leaves if leaf in constants),
+        key=next(iter((keys or common).values())),
+        leading=next((leaf for leaf in all_keys if leaf not in still), next(iter(all_keys))),
+        fixed=fixed,
+        adds_keys=acts.attend is not None,
+        by_weights=by_weights,
+        by_values=not by_weights and acts.by_values,
+        prompt_rows=_prompt_rows(config, acts, site, leaves, group) if acts.prompt is not None else 0,
+        read_by_parent=bool(uncalled),
+        has_two_forms=not by_weights and acts.by_values and _has_weights_form(acts, site, module),
+    )
+
+
+def check_acts(config: BaseDeltaConfig, acts: Acts) -> None:
+    """Refuse a config that would do nothing, or that says something of hidden values and acts on none."""
+    if not acts.anything:
+        raise ConfigError(
+            f"{type(config).__name__} gives none of before, after, weights, attend and prompt: it would do nothing."
+        )
+    if config.axis_order is not None and not acts.by_values:
+        raise ConfigError(f"axis_order: {type(config).__name__} acts on no hidden value; leave it out.")
+
+
+def check_reads(attachments: Sequence[Attachment], trains: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuse a method that reads a tensor which differs by member: what it is given is the backbone's own."""
+    trained_names = {end for ends in trains.values() for end in ends}
+    rewriting = [a for a in attachments if a.by_weights]
+    for a in attachments:
+        read = [below(a.site.path, name) for name in a.acts().reads]
+        again = next((name for name in read if name in trained_names), None)
+        if again is not None:
+            raise MatchError(
+                f"{a.name} at {a.site.path} reads {again}, which unfrozen_modules trains, so it differs by member: "
+                f"leave one of the two out."
+            )
+        here = [other for other in rewriting if other.site.path == a.site.path and other is not a] if read else []
+        # Where no member need have both, none has: each came with one of them.
+        other = next((b for b in here if b.acts().present is None or a.acts().present is None), None)
+        if other is not None:
+            raise MatchError(
+                f"{a.name} at {a.site.path} reads {read[0]}, which {other.name} rewrites: give them sites of their own."
+            )
+
+
+def acts_by_weights(config: BaseDeltaConfig, site: Site) -> bool:
+    """Whether a method acts at ``site`` by rewriting tensors: it gives nothing else, or its formula does not hold.
+
+    Raises `MatchError` where the formula does not hold and the weights form is not exact either.
+
+    >>> from funcdelta.methods.site import site_of
+    >>> class Doubled(nn.Linear):
+    ...     def forward(self, x):
+    ...         return 2 * super().forward(x)
+    >>> [acts_by_weights(fd.LoraConfig(), site_of("0", layer(2, 2))) for layer in (nn.Linear, Doubled)]
+    [False, True]
+    """
+    acts = config.acts(site)
+    if not acts.by_values:
+        return acts.attend is None and acts.prompt is None
+    if acts.weights is None or acts.exact:
+        return False
+    refusal = acts.unmergeable
+    if refusal is not None:
+        raise MatchError(
+            f"{config.delta_type} cannot act at {site.path}: what the forward of {site.module_type} makes of the "
+            f"layer's input is its own, so that only its weights can be changed, and {refusal}. Leave it out: "
+            f"exclude_modules=[{site.path!r}]."
+        )
+    return True
+
+
+def read_by_parent(path: str, modules: dict[str, nn.Module]) -> bool:
+    """torch's attention reads its output projection's tensors and never calls the module."""
+    return isinstance(modules[path.rpartition(".")[0]], nn.MultiheadAttention)
+
+
+def _read(config: BaseDeltaConfig, acts: Acts, site: Site, own: Own) -> dict[str, Tensor]:
+    """The site's own tensors that the method reads, as leaves; one that the module lacks is not among them."""
+    if "weight" in acts.reads and site.packed:
+        raise MatchError(
+            f"{config.delta_type} cannot act at {site.path}: it reads the weight, and {packed_weight(site)}. Leave it "
+            f"out: exclude_modules=[{site.path!r}]."
+        )
+    return {f"{OWN}{name}": own[name] for name in acts.reads if name in own}
+
+
+def _has_weights_form(acts: Acts, site: Site, module: nn.Module) -> bool:
+    """Whether the method could as well rewrite the tensors of the module at the site, as they are there."""
+    if acts.weights is None or acts.before is not None or site.exit is not None or acts.unmergeable:
+        return False
+    own = [tensor for tensor in module._parameters.values() if tensor is not None]
+    return not is_parametrized(module) and not any(map(is_quantised, own))
+
+
+def _leaves_at(
+    config: BaseDeltaConfig, site: Site, leaves: Mapping[str, Leaf], group: Shared | None
+) -> dict[str, Tensor]:
+    """All leaves that the method's functions get at ``site``, at their start."""
+    own = values_of(leaves)
+    if group is None:
+        return own
+    drawn = {**group.fixed, **values_of(group.start)}
+    return own | (config.expand(group.sites, drawn)[site.address] if group.expanded else drawn)
+
+
+def _prompt_rows(
+    config: BaseDeltaConfig, acts: Acts, site: Site, leaves: Mapping[str, Leaf], group: Shared | None
+) -> int:
+    """How many rows the method's prompt has, as its leaves at their start tell."""
+    assert acts.prompt is not None
+    with own_defaults():
+        rows = acts.prompt(_leaves_at(config, site, leaves, group))
+    if not isinstance(rows, Tensor) or rows.ndim != 2:
+        found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        raise ConfigError(f"{type(config).__name__}.prompt gave {found} at {site.path}; expected rows (P, d).")
+    return rows.shape[0]
