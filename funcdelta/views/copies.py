@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ParamsError
+from ..match import below
 from ..run.reading import KEPT, WATCHED
 from ..structures.modules.noted import FUNCTIONS, OWN, PLAIN
 from .frozen import ABOUT, BUFFERS, MOVED, PATH, Leaves, original_kind
@@ -135,7 +136,7 @@ def tensors_held(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor,
     """``(full name, module, name, tensor, frozen)`` of everything that :func:`held_by` finds in a view."""
     for path, module in root.named_modules():
         for owner, name, tensor, frozen in held_by(module):
-            yield (f"{path}.{name}" if path else name), owner, name, tensor, frozen
+            yield below(path, name), owner, name, tensor, frozen
 
 
 def hold(module: nn.Module, name: str, tensor: Tensor) -> None:
