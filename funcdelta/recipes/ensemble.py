@@ -49,9 +49,8 @@ def disagreement(probabilities: Tensor) -> Tensor:
 def auroc(inside: Tensor, outside: Tensor) -> Tensor:
     """P(outside > inside) + ½ P(outside = inside) over all pairs: how well a score separates two sets of rows.
 
-    The area under the ROC curve, by Mann and Whitney's count of pairs; ½ is chance, 1 is perfect. ``inside``, (..., a),
-    has scores of rows like those trained on, ``outside``, (..., b), those of foreign rows; the result is (...), and NaN
-    if a score is NaN.
+    The area under the ROC curve, by Mann and Whitney's count of pairs; ½ is chance, 1 is perfect. ``inside`` (..., a)
+    has scores of rows like those trained on, ``outside`` (..., b) of foreign rows; the result is (...), NaN for NaN.
 
     >>> auroc(torch.tensor([0.1, 0.2, 0.4]), torch.tensor([0.3, 0.4]))
     tensor(0.7500)

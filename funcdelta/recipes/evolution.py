@@ -28,11 +28,10 @@ def gradient(
 ) -> Params:
     """(1/(2 n σ)) Σᵢ (f(θ + σ εᵢ) - f(θ - σ εᵢ)) εᵢ: an estimate of ∇f from n mirrored pairs.
 
-    ``score(stack)`` returns one number per member, (2n,), so that all members can run in one folded pass.
-    ``trainable``, a predicate (``delta.trainable``) or names as in ``fd.partition``, selects the leaves to perturb. By
-    default, ``score`` runs once more, with gradients on two members, to find the leaves that it depends on
-    (``fd.grad.reached``). Salimans et al. 2017, "Evolution Strategies as a Scalable Alternative to Reinforcement
-    Learning".
+    ``score(stack)`` returns one number per member, (2n,), so all members can run in one folded pass. ``trainable``, a
+    predicate (``delta.trainable``) or names as in ``fd.partition``, selects the leaves to perturb. By default ``score``
+    runs once more, on two members, to find the leaves that it depends on (``fd.grad.reached``). Salimans et al. 2017,
+    "Evolution Strategies as a Scalable Alternative to Reinforcement Learning".
 
     >>> def score(stack):
     ...     return -(stack["w"] ** 2).sum(-1)

@@ -1,8 +1,7 @@
 """Changes made to a view since it was bound, which its copies and pickles carry besides its leaves.
 
-The hooks and functions in a view's modules belong to that view: a plain copy of them would still compute with the
-original's leaves. So a copy is bound anew and then given the original's modes, converted tensors, attributes, config
-settings and hooks.
+The hooks and functions in a view's modules belong to that view: a plain copy would still compute with the original's
+leaves. So a copy is bound anew, then given the original's modes, converted tensors, attributes, settings and hooks.
 """
 
 from __future__ import annotations
