@@ -337,7 +337,7 @@ def test_what_does_not_fit_is_named() -> None:
         laplace.ggn(lambda p, x: (x @ p["w"].mT).sum(), params, torch.ones(4, 3))
     with pytest.raises(fd.errors.ParamsError, match=r"f must return outputs \(b, C\)"):
         laplace.ggn(lambda p, x: {"logits": x @ p["w"].mT}, params, torch.ones(4, 3))
-    with pytest.raises(fd.errors.ParamsError, match=r"6 entries is \(6, 6\); found \(5, 5\)"):
+    with pytest.raises(fd.errors.ParamsError, match=r"6 entries must be \(6, 6\); found \(5, 5\)"):
         laplace.full_posterior(params, torch.eye(5))
     with pytest.raises(fd.errors.ParamsError, match=r"only one of them has \['v'\]"):
         laplace.kfac_posterior(params, {"w": (torch.eye(3), torch.eye(2)), "v": (torch.eye(1), torch.eye(1))}, 4)
