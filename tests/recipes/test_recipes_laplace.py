@@ -341,5 +341,5 @@ def test_what_does_not_fit_is_named() -> None:
         laplace.full_posterior(params, torch.eye(5))
     with pytest.raises(fd.errors.ParamsError, match=r"only one of them has \['v'\]"):
         laplace.kfac_posterior(params, {"w": (torch.eye(3), torch.eye(2)), "v": (torch.eye(1), torch.eye(1))}, 4)
-    with pytest.raises(fd.errors.ParamsError, match=r"'w' is \(2, 3\) as a matrix .* for \(3, 2\)"):
+    with pytest.raises(fd.errors.ParamsError, match=r"'w' is \(2, 3\) as a matrix .* fit \(3, 2\)"):
         laplace.kfac_posterior(params, {"w": (torch.eye(2), torch.eye(3))}, 4)
