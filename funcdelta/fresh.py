@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError
-from .methods.leaf import Leaves, as_leaves, values_of
+from .methods.leaf import Leaves, as_leaves
 from .methods.own import Own
 from .methods.site import Site
 from .plan.attachment import Attachment
@@ -40,7 +40,8 @@ def fresh_member(
         with own_defaults():
             drawn = source.draw(torch.Generator(), seed)
         found = {
-            key: source.checked(leaf, drawn).to(dtype=like, device=device or source.device)
+            # A copy: a method may give one tensor twice, and every leaf is written on its own.
+            key: source.checked(leaf, drawn).to(dtype=like, device=device or source.device, copy=True)
             for leaf, (key, _, like) in source.leaves.items()
         }
         params.update(still(found, source.constants))
@@ -128,7 +129,7 @@ def _sources(plan: Plan, backbone: nn.Module, dtype: torch.dtype | None) -> Iter
         yield _of_method(group, group.sites[0], group.name, make, dtype)
     for attachment in plan.all():
         site = attachment.site
-        make = partial(attachment.config.leaves, site, Own(backbone.get_submodule(site.path)))
+        make = partial(attachment.config.leaves, site, Own(backbone.get_submodule(site.path), site.path))
         yield _of_method(attachment, site, f"{site.address}.{attachment.name}", make, dtype)
     parameters = dict(backbone.named_parameters())
     for name in plan.trained:
@@ -153,7 +154,9 @@ def _of_method(
     }
 
     def draw(rng: torch.Generator, seed: int) -> Mapping[str, Tensor]:
-        return values_of(as_leaves(make(rng.manual_seed(derive(seed, name))), what))
+        given = as_leaves(make(rng.manual_seed(derive(seed, name))), what)
+        # What all members have together is there once, and is not to be held until the last of them has been drawn.
+        return {leaf: one.value for leaf, one in given.items() if one.of == "member"}
 
     what = f"{type(part.config).__name__}.init at {site.address}"
     return _Source(what, draw, leaves, site.device, part.constants)

@@ -440,22 +440,23 @@ def private_random(seed: int = 0) -> PrivateRandom:
 class RefusedDraws(_Watching):
     """The block of :func:`refuse_draws`."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, instead: str) -> None:
         super().__init__()
-        self.what = what
+        self.what, self.instead = what, instead
 
     def draw(self, drawing: _Drawing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise ConfigError(
             f"{self.what} drew from torch's global generator ({drawing.func}), so its numbers cannot be reproduced: "
-            f"pass generator=rng to every random call."
+            f"{self.instead}."
         )
 
 
-def refuse_draws(what: str) -> RefusedDraws:
+def refuse_draws(what: str, instead: str = "pass generator=rng to every random call") -> RefusedDraws:
     """A block in which a draw from torch's global generator raises ``ConfigError``, in this thread.
 
     Args:
         what: the function that draws, for the message.
+        instead: what to write, for the message.
 
     >>> rng = torch.Generator().manual_seed(0)
     >>> with refuse_draws("MyConfig.init"):
@@ -467,4 +468,4 @@ def refuse_draws(what: str) -> RefusedDraws:
     ...
     funcdelta.errors.ConfigError: MyConfig.init drew from torch's global generator (aten.uniform_.default), ...
     """
-    return RefusedDraws(what)
+    return RefusedDraws(what, instead)
