@@ -35,7 +35,7 @@ def merge(delta: Planned, params: Params, untie: bool = False) -> dict[str, Tens
     """
     state = {name: tensor.detach() for name, tensor in delta.backbone.state_dict().items()}
     temporary = {
-        f"{path}.{name}".lstrip(".")
+        below(path, name)
         for path, module in delta.backbone.named_modules(remove_duplicate=False)
         for name in module._non_persistent_buffers_set
     }
@@ -100,7 +100,7 @@ def changes(delta: Planned, params: Params, untie: bool = False) -> dict[str, Te
             }
             for name, tensor in rewritten(attachment, attachment.of(params), tensors, training=False).items():
                 leaf = name.rpartition(".")[2]
-                here = [f"{at}.{leaf}".lstrip(".") for at in paths[id(module)]]
+                here = [below(at, leaf) for at in paths[id(module)]]
                 if any(other not in here for other in names.get(name, ())):
                     apart[name] = path, attachment.name
                 changed |= dict.fromkeys(here, tensor)

@@ -213,8 +213,7 @@ def as_view(
 ) -> nn.Module:
     """Turn the skeleton's module into a ``view`` of the backbone's class that holds ``leaves`` and nothing else.
 
-    ``moved`` is called before tensors are converted or moved. Without it the view owns its leaves and its running
-    statistics; with it they belong to somebody else.
+    ``moved`` is called before tensors are converted or moved; without it the view owns its leaves and statistics.
     """
     module = skeleton.module
     aliases = take_out(module, leaves if moved is None else (), statistics=moved is None)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError, MatchError, ParamsError
 from ...files.checkpoint import backbone_facts
-from ...match import explicit, within
+from ...match import below, explicit, within
 from ...model import DeltaModel
 from ...packing.packed import Packed
 from ...plan.attachment import Attachment
@@ -191,7 +191,7 @@ def _tensors(
             if leaf in spelling.derived:
                 continue
             if leaf not in spelling.own:
-                found[f"{places[site]}.{spelling.attribute}.{spelling.inner}{leaf}".lstrip(".")] = tensor
+                found[below(places[site], f"{spelling.attribute}.{spelling.inner}{leaf}")] = tensor
             elif not spelling.unsaved(modules[site]):
                 key = f"{places[site]}.{leaf}"
                 found[key] = _absolute(tensor, found.get(key, parameters.get(key)))
