@@ -233,6 +233,7 @@ def _whole(
         exact=all(one.by_values and one.exact for one in parts),
         unmergeable=why,
         reads=tuple(dict.fromkeys(name for one in parts for name in one.reads)),
+        conditions=tuple(dict.fromkeys(name for one in parts for name in one.conditions)),
         unfactored="it is a composition of methods; fd.algebra.materialise gives its change of every weight",
     )
 

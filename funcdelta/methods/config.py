@@ -121,6 +121,8 @@ class BaseDeltaConfig:
     """Whether the method heeds ``site.parts``, so that it can act on the queries of a fused q,k,v alone."""
     reads: ClassVar[tuple[str, ...]] = ()
     """Names of the site's own tensors that its functions get, to be read only: ``p["own.weight"]``."""
+    conditions: ClassVar[tuple[str, ...]] = ()
+    """Names of what ``before`` and ``after`` get of the call: ``p["call.mask"]`` (:class:`funcdelta.Acts`)."""
     composed: ClassVar[bool] = False
     """Whether the config is made of other configs."""
     in_leaves: ClassVar[tuple[str, ...]] = ()
@@ -332,13 +334,19 @@ class BaseDeltaConfig:
         def given(function: str) -> Any:
             return functools.partial(getattr(self, function), site) if self.gives(function) else None
 
+        why = self.unmergeable(site)
+        if self.conditions and why is None:
+            why = (
+                f"what it does depends on the call ({', '.join(self.conditions)}), and no weight knows that"
+            )
         return Acts(
             **{name: given(name) for name in ("before", "after", "weights", "attend", "prompt", "factors")},
             widen_bias=functools.partial(self.widen_bias, site),
             tokenwise=self.tokenwise(site),
             reads=self.reads,
+            conditions=self.conditions,
             exact=self.holds_on_values(site),
-            unmergeable=self.unmergeable(site),
+            unmergeable=why,
         )
 
     def alike(self) -> Hashable:

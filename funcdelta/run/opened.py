@@ -21,6 +21,7 @@ from ..plan.spans import keep, take
 from ..transforms import innermost
 from .bound import Bound
 from .call import TENSOR, Call, Host, Params
+from .conditions import told
 from .hidden import hidden_input, hidden_output
 from .layout import Hidden, LayoutMismatchError, Run
 from .reading import READ, refuse_replaced, set_plainly
@@ -212,6 +213,8 @@ def act(
     """One method's function at a site, with the site named in whatever goes wrong."""
     p = bound.leaves(call.params)
     function, lift = bound.functions[training], call.lift
+    if bound.conditions:
+        values, dims = told(call, path, bound, values, dims)
     if torch.compiler.is_compiling():
         return (function(p, *values), None) if lift is None else lift(function, p, values, dims, path)
     if call.reached is not None:

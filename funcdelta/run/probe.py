@@ -25,6 +25,7 @@ Dropout is off while a probe runs, and random numbers come from a generator of i
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -604,6 +605,10 @@ class Probe:
     def called(self, path: str) -> None:
         """Noted by the watched forwards."""
 
+    def paused(self) -> contextlib.AbstractContextManager[Any]:
+        """A block in which nothing is noted: what is computed there is no part of the model."""
+        return self.tracking.pause()
+
     def axis(self, site: str, value: Tensor) -> int | None:
         """The axis of a hidden value that counts rows; also of a constant that has one entry for each."""
         tag = self.tracking.of(value) or self._constant_rows(value)
@@ -697,6 +702,9 @@ class _Called:
 
     def called(self, path: str) -> None:
         self.probe.visited.add(path)
+
+    def paused(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
 
     def axis(self, site: str, value: Tensor) -> int | None:
         return None

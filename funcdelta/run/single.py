@@ -14,6 +14,7 @@ from ..transforms import current_transform
 from .attention import attention_mark
 from .call import Call, Params, read_mark
 from .checkpointing import kept_run, named_refusal, needs_keeping
+from .conditions import GIVEN
 from .fsdp import check_kept, check_ran
 from .layout import Run
 from .old_functions import named_functions
@@ -26,6 +27,8 @@ def call_single(
 ) -> Any:
     """The output for one member; ``reached`` collects the sites that the call passes through."""
     skeleton = program.skeletons.get(program.training, hooked=bool(params))
+    if not params and GIVEN in kwargs and program.plan.conditions:  # of rows that are the bare backbone's
+        kwargs = {name: value for name, value in kwargs.items() if name != GIVEN}
     call = Call(params, reached=reached)
     simple = not (torch.compiler.is_compiling() or skeleton.recomputing or skeleton.units)
     if simple and current_transform() is None and not wanted.yes:
