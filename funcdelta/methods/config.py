@@ -336,9 +336,7 @@ class BaseDeltaConfig:
 
         why = self.unmergeable(site)
         if self.conditions and why is None:
-            why = (
-                f"what it does depends on the call ({', '.join(self.conditions)}), and no weight knows that"
-            )
+            why = f"what it does depends on the call ({', '.join(self.conditions)}), and no weight knows that"
         return Acts(
             **{name: given(name) for name in ("before", "after", "weights", "attend", "prompt", "factors")},
             widen_bias=functools.partial(self.widen_bias, site),

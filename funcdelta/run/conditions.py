@@ -8,7 +8,7 @@ of the member's function: axis 0 counts rows there too, so that a fold splits th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from .call import Call, Host
 from .counting import Counting
 from .forward import accepts
 from .positions import named
+from .text_model import encoder_path
 from .texts import A_TOKEN, OF_TEXTS, Text, read_text, text_model_of
 
 GIVEN = "conditions"
@@ -47,6 +48,11 @@ class Told:
         self.given: Mapping[str, Tensor] = {}
         self.texts: dict[str, Text] = {}
 
+    def reads_text(self, site: str) -> bool:
+        """Whether the text at a site is known, with the mask that the caller gave for it."""
+        text = self.texts.get(self.of.get(site, ""))
+        return site in self.of and text is not None and not text.refused
+
     def of_text(self, call: Call, name: str, site: str) -> Text:
         """The text at a site, of which the condition ``name`` is wanted."""
         why = self.refusals.get(site)
@@ -55,7 +61,7 @@ class Told:
         if why is None and text is None:
             why = f"{at or 'the model'}, which takes the text, was not called"
         if why is None and text is not None and text.refused:
-            why = f"of {at or 'the model'} {text.refused}"
+            why = f"{text.refused} (in {at or 'the model'})"
         if why is None and call.ended and call.visits.get(_visits(at), 0) > 1:
             why = f"{site} runs again for a backward pass, and {at or 'the model'} was called several times"
         if why is not None or text is None:
@@ -88,8 +94,10 @@ class Conditions:
                     self.of[path] = text_model_of(root, path)
                 except MatchError as error:
                     self.refusals[path] = str(error)
-        self.entries = frozenset({"", *self.of.values()})
+        encoder = encoder_path(root)  # which generate calls by itself
+        self.entries = frozenset({"", *self.of.values(), *([] if encoder is None else [encoder])})
         """The modules that may be given ``conditions``."""
+        self.wanted = plan.conditions
         for path in dict.fromkeys(self.of.values()):
             counting = Counting(skeleton, path)
             counting.open()
@@ -114,6 +122,7 @@ class _Taking:
         if GIVEN not in kwargs:
             return None
         told.given = kwargs[GIVEN] or {}
+        check_given(self.conditions.wanted, told.given)
         return args, {name: value for name, value in kwargs.items() if name != GIVEN}
 
 
@@ -132,8 +141,9 @@ class _Reading:
         mask = given.get("attention_mask")
         if asked is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             mask = asked.get("attention_mask")
-        # A model around this one numbers the padding, too: what counts is what its own caller said.
-        by_hand = (given if asked is None else asked).get("position_ids")
+        # A model around this one numbers the padding, too, where its own caller says nothing.
+        numbered = asked is None or asked.get("position_ids") is not None
+        by_hand = given.get("position_ids") if numbered else None
         first = 0 if counting.padding is None else counting.padding + 1
         with contextlib.nullcontext() if call.watch is None else call.watch.paused():
             told.texts[counting.path] = read_text(given, told.given.get("mask", mask), by_hand, first)
@@ -171,8 +181,10 @@ def _one(
     call: Call, found: Told, name: str, path: str, bound: Bound, values: Values, dims: Dims
 ) -> tuple[Tensor, int | None]:
     """One condition, with the axis that counts the rows of all members; ``None``: it is the same for each of them."""
-    given, text = found.given.get(name), None
-    if given is None:
+    given = found.given.get(name)
+    if given is not None and name in OF_TEXTS:
+        given = given.ne(0) if name == "mask" else given.to(torch.int64)
+    if given is None or (name == "mask" and found.reads_text(path)):
         if name not in OF_TEXTS:
             raise ParamsError(
                 f"{bound.attachment.name} at {path} wants the condition {name}, which the call did not give: write "
@@ -185,8 +197,6 @@ def _one(
             raise ParamsError(_unknown(name, path, str(error))) from error
         if any(_same(value, other) for value in values for other in text.others):
             raise MatchError(_unknown(name, path, "what enters it is not the text, but another input of the model"))
-    if not isinstance(given, Tensor):
-        raise ParamsError(f'conditions={{"{name}": ...}} takes a tensor; found {type(given).__name__}.')
     if given.ndim == 0:
         return given, None
     return _by_rows(call, name, given, path, bound, values[0], dims[0])
@@ -208,19 +218,24 @@ def _by_rows(
         alike = given.ndim > 1 and len(shape) == 3 and shape[1] == given.shape[1]
         fits = fits and alike and seen[2] == features
     if not fits:
-        raise MatchError(
-            _unknown(
-                name,
-                path,
-                f"it is {tuple(given.shape)}, and the hidden value there is {tuple(shape)}, which would have to begin "
-                f"with as many {'rows and tokens, and end with features' if name in A_TOKEN else 'rows'}",
-            )
-        )
+        raise MatchError(_misfit(name, path, tuple(given.shape), tuple(shape)))
     if call.lift is not None and rows == shape[0]:
         return given, 0
     if rows == 1 and name in OF_TEXTS:
         given = given.expand(shape[0] // n, *given.shape[1:])
     return given, None
+
+
+def _misfit(name: str, site: str, given: tuple[int, ...], hidden: tuple[int, ...]) -> str:
+    if name in OF_TEXTS:
+        parts = "(rows, tokens, features)" if name in A_TOKEN else "rows in front"
+        why = f"it is {given}, and the hidden value there is {hidden}, which is not {parts} of the same text"
+        return _unknown(name, site, why)
+    return (
+        f'conditions={{"{name}": ...}} has the shape {given}, and the hidden value at {site} is {hidden}: give one entry '
+        f"a row, a single one, (1, ...), for all rows, or a number; where rows are not in front there, leave the site "
+        f'out, exclude_modules=["{site}"].'
+    )
 
 
 def _same(value: Tensor, other: Tensor) -> bool:
@@ -249,18 +264,26 @@ them out.
             return kwargs  # the model's own input
         shown = list(given) if isinstance(given, Mapping) else given
         raise ParamsError(f"{GIVEN}={shown!r}: no method of this delta wants conditions of a call, so leave them out.")
-    if given is not None and not isinstance(given, Mapping):
-        raise ParamsError(f"{GIVEN}= is a dict of tensors by name; found {type(given).__name__}.")
-    for name, value in (given or {}).items():
-        if name not in plan.conditions:
+    if given is not None:
+        check_given(plan.conditions, given)
+    if given is None or not params:
+        return {name: value for name, value in kwargs.items() if name != GIVEN}
+    return kwargs
+
+
+def check_given(wanted: Sequence[str], given: Any) -> None:
+    """Raise ``ParamsError`` unless the conditions ``given`` are tensors by names that methods want.
+
+    >>> check_given(("gate",), {"gate": torch.ones(3)})
+    """
+    if not isinstance(given, Mapping):
+        raise ParamsError(f'{GIVEN}= is a dict of tensors by name, {{"gate": gates}}; found {type(given).__name__}.')
+    for name, value in given.items():
+        if name not in wanted:
             raise ParamsError(
-                f"No method of this delta wants the condition {name!r}, only {', '.join(plan.conditions)}."
-                f"{near(name, plan.conditions)}"
+                f"No method of this delta wants the condition {name!r}, only {', '.join(wanted)}.{near(name, wanted)}"
             )
         if not isinstance(value, Tensor):
             raise ParamsError(
                 f'{GIVEN}={{"{name}": ...}} takes a tensor with one entry a row; found {type(value).__name__}.'
             )
-    if given is None or not params:
-        return {name: value for name, value in kwargs.items() if name != GIVEN}
-    return kwargs

@@ -85,8 +85,11 @@ def read_text(given: dict[str, Any], mask: Any, by_hand: Any, first: int) -> Tex
     cached, refused = _cached(given)
     others = tuple(t for name, t in given.items() if name != "inputs_embeds" and isinstance(t, Tensor) and t.ndim == 3)
     whole, why = _whole_mask(mask, rows, tokens, cached)
-    numbers = by_hand if isinstance(by_hand, Tensor) and by_hand.ndim == 2 and not cached else None
-    numbers = None if numbers is None else (numbers.to(torch.int64) - first).expand(rows, tokens)
+    numbers = None
+    if isinstance(by_hand, Tensor) and by_hand.ndim < 3 and not cached:  # others tell places in images, too
+        fits = by_hand.shape in ((tokens,), (1, tokens), (rows, tokens))
+        why = why or ("" if fits else f"its position_ids are {tuple(by_hand.shape)}, and there are {tokens} tokens")
+        numbers = (by_hand.to(torch.int64) - first).expand(rows, tokens) if fits else None
     return Text(rows, tokens, like.device, cached, whole, refused or why, numbers, others)
 
 

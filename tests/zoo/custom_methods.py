@@ -281,12 +281,12 @@ class LoreftConfig(fd.BaseDeltaConfig):
 
     def init(self, site: fd.Site, rng: torch.Generator) -> fd.Leaves:
         rotate = torch.linalg.qr(torch.randn(site.width, self.rank, generator=rng)).Q.mT
-        source = torch.randn(self.rank, site.width, generator=rng) / site.width**0.5
-        return {"rotate": rotate.contiguous(), "source": source, "bias": torch.zeros(self.rank)}
+        project = torch.randn(self.rank, site.width, generator=rng) / site.width**0.5
+        return {"rotate": rotate.contiguous(), "project": project, "bias": torch.zeros(self.rank)}
 
     def after(self, site: fd.Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
         rotate = torch.linalg.qr(p["rotate"].mT).Q.mT
-        moved = y + (fd.linear(y, p["source"], p["bias"]) - fd.linear(y, rotate)) @ rotate
+        moved = y + (fd.linear(y, p["project"], p["bias"]) - fd.linear(y, rotate)) @ rotate
         return torch.where(self.chosen(p).unsqueeze(-1), moved, y)
 
     def chosen(self, p: dict[str, Tensor]) -> Tensor:
