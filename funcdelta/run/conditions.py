@@ -14,17 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import FoldError, MatchError, ParamsError
+from ..errors import MatchError, ParamsError
 from ..match import near
 from ..plan.plan import Plan
-from ..transforms import innermost, is_wrapped
-from .bound import Bound
 from .call import Call, Host
 from .counting import Counting
 from .forward import accepts
 from .positions import named
+from .square import check_order
 from .text_model import encoder_path
-from .texts import A_TOKEN, OF_TEXTS, Text, read_text, text_model_of
+from .texts import OF_TEXTS, Text, read_text, text_model_of
 
 GIVEN = "conditions"
 """The input by which a caller gives conditions."""
@@ -32,26 +31,36 @@ GIVEN = "conditions"
 CONDITIONS = "conditions of the call"
 """Where a call keeps what it tells (:class:`Told`)."""
 
-Values = tuple[Tensor, ...]
-Dims = tuple[int | None, ...]
-
 
 class Told:
     """What one call tells: what the caller gave, and what each text model was given, by its path.
 
     Attributes:
         refusals: why nothing is known of the text at a site, by the site's path; ``of``: its text model else.
+        ordered: the sites at which rows were seen to come first, and tokens second.
+        one_row: whether this is a run of one row, to see just that.
     """
 
-    def __init__(self, of: Mapping[str, str], refusals: Mapping[str, str]) -> None:
+    def __init__(self, of: Mapping[str, str], refusals: Mapping[str, str], ordered: set[str]) -> None:
         self.of, self.refusals = of, refusals
         self.given: Mapping[str, Tensor] = {}
         self.texts: dict[str, Text] = {}
+        self.made: dict[str, list[tuple[Text, Tensor]]] = {}
+        self.ordered, self.one_row = ordered, False
 
     def reads_text(self, site: str) -> bool:
         """Whether the text at a site is known, with the mask that the caller gave for it."""
         text = self.texts.get(self.of.get(site, ""))
         return site in self.of and text is not None and not text.refused
+
+    def computed(self, name: str, text: Text) -> Tensor:
+        """A condition of a text, computed where it is first wanted, and once a call."""
+        known = self.made.setdefault(name, [])
+        found = next((value for of, value in known if of is text), None)
+        if found is None:
+            found = OF_TEXTS[name](text)
+            known.append((text, found))
+        return found
 
     def of_text(self, call: Call, name: str, site: str) -> Text:
         """The text at a site, of which the condition ``name`` is wanted."""
@@ -65,7 +74,7 @@ class Told:
         if why is None and call.ended and call.visits.get(_visits(at), 0) > 1:
             why = f"{site} runs again for a backward pass, and {at or 'the model'} was called several times"
         if why is not None or text is None:
-            raise MatchError(_unknown(name, site, why or "nothing tells of it"))
+            raise MatchError(unknown(name, site, why or "nothing tells of it"))
         return text
 
 
@@ -81,6 +90,7 @@ class Conditions:
         self.skeleton = skeleton
         self.of: dict[str, str] = {}
         self.refusals: dict[str, str] = {}
+        self.ordered: set[str] = set()
         root = skeleton.module
         if accepts(root, GIVEN):
             raise MatchError(
@@ -108,7 +118,24 @@ class Conditions:
 
     def told(self, call: Call) -> Told:
         """What the call under way tells so far."""
-        return call.note(CONDITIONS, lambda: Told(self.of, self.refusals))
+        return call.note(CONDITIONS, lambda: Told(self.of, self.refusals, self.ordered))
+
+    def unsure(self, text: Text, path: str, call: Call) -> bool:
+        """Whether a call has as many rows as tokens, and sites at which it was not seen which come first."""
+        if text.rows != text.tokens or text.rows == 1 or text.cached or call.lift is not None:
+            return False
+        if torch.compiler.is_compiling() or call.ended or self.skeleton.units or text.refused:
+            return False
+        return any(at == path and site not in self.ordered for site, at in self.of.items())
+
+    def one_row(self, told: Told, path: str, text: Text) -> dict[str, Any]:
+        """What a run of the first row alone knows of the call."""
+        alone = Told(self.of, self.refusals, self.ordered)
+        alone.one_row = True
+        alone.given = {n: t[:1] if t.ndim and t.shape[0] == text.rows else t for n, t in told.given.items()}
+        none = torch.ones(1, text.tokens, dtype=torch.bool, device=text.device)
+        alone.texts[path] = text._replace(rows=1, mask=none, numbers=None, others=())
+        return {CONDITIONS: alone}
 
 
 class _Taking:
@@ -121,7 +148,7 @@ class _Taking:
         told = self.conditions.told(self.conditions.skeleton.under_way(self.path))
         if GIVEN not in kwargs:
             return None
-        told.given = kwargs[GIVEN] or {}
+        told.given = {} if kwargs[GIVEN] is None else kwargs[GIVEN]
         check_given(self.conditions.wanted, told.given)
         return args, {name: value for name, value in kwargs.items() if name != GIVEN}
 
@@ -137,6 +164,8 @@ class _Reading:
         call = self.conditions.skeleton.under_way(counting.path)
         call.visit(_visits(counting.path))
         told = self.conditions.told(call)
+        if told.one_row:
+            return
         given, asked = named(counting.inputs, args, kwargs, counting.path), counting.asked(call)
         mask = given.get("attention_mask")
         if asked is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
@@ -146,106 +175,26 @@ class _Reading:
         by_hand = given.get("position_ids") if numbered else None
         first = 0 if counting.padding is None else counting.padding + 1
         with contextlib.nullcontext() if call.watch is None else call.watch.paused():
-            told.texts[counting.path] = read_text(given, told.given.get("mask", mask), by_hand, first)
+            text = told.texts[counting.path] = read_text(given, told.given.get("mask", mask), by_hand, first)
+            if self.conditions.unsure(text, counting.path, call):
+                notes = self.conditions.one_row(told, counting.path, text)
+                check_order(self.conditions.skeleton, module, counting.path, given, text.rows, call, notes)
 
 
 def _visits(path: str) -> str:
     return f"{path} (text)"
 
 
-def _unknown(name: str, site: str, why: str) -> str:
+def unknown(name: str, site: str, why: str) -> str:
+    """What is said where a condition is not known at a site.
+
+    >>> unknown("mask", "head", "it is not called")[:70]
+    'head wants the condition mask of the call, which is not known there: i'
+    """
     return (
         f"{site} wants the condition {name} of the call, which is not known there: {why}. Leave the site out, "
         f'exclude_modules=["{site}"], or say it: conditions={{"{name}": ...}}.'
     )
-
-
-def told(call: Call, path: str, bound: Bound, values: Values, dims: Dims) -> tuple[Values, Dims]:
-    """The hidden ``values`` at a site with the conditions that its method wants behind them, and their axes of rows.
-
-    Raises ``MatchError`` where a condition is not known there, ``ParamsError`` where the caller should have given it.
-    """
-    found: Told | None = call.notes.get(CONDITIONS)
-    if found is None:
-        raise FoldError(
-            f"{path} wants conditions of the call ({', '.join(bound.conditions)}), and runs outside of it: within a "
-            f"module that runs once per member, or again for a backward pass of a view, which does not keep them. Use "
-            f'engine="vmap" or "loop", and where activations are checkpointed delta.apply instead of a view.'
-        )
-    with contextlib.nullcontext() if call.watch is None else call.watch.paused():
-        more = [_one(call, found, name, path, bound, values, dims) for name in bound.conditions]
-    return (*values, *[value for value, _ in more]), (*dims, *[dim for _, dim in more])
-
-
-def _one(
-    call: Call, found: Told, name: str, path: str, bound: Bound, values: Values, dims: Dims
-) -> tuple[Tensor, int | None]:
-    """One condition, with the axis that counts the rows of all members; ``None``: it is the same for each of them."""
-    given = found.given.get(name)
-    if given is not None and name in OF_TEXTS:
-        given = given.ne(0) if name == "mask" else given.to(torch.int64)
-    if given is None or (name == "mask" and found.reads_text(path)):
-        if name not in OF_TEXTS:
-            raise ParamsError(
-                f"{bound.attachment.name} at {path} wants the condition {name}, which the call did not give: write "
-                f'conditions={{"{name}": a tensor with one entry a row}}.'
-            )
-        text = found.of_text(call, name, path)
-        try:
-            given = OF_TEXTS[name](text)
-        except ParamsError as error:
-            raise ParamsError(_unknown(name, path, str(error))) from error
-        if any(_same(value, other) for value in values for other in text.others):
-            raise MatchError(_unknown(name, path, "what enters it is not the text, but another input of the model"))
-    if given.ndim == 0:
-        return given, None
-    return _by_rows(call, name, given, path, bound, values[0], dims[0])
-
-
-def _by_rows(
-    call: Call, name: str, given: Tensor, path: str, bound: Bound, hidden: Tensor, dim: int | None
-) -> tuple[Tensor, int | None]:
-    """``given`` where its leading axes are those of the hidden value, as the method sees it."""
-    order, site = bound.attachment.config.axis_order, bound.attachment.site
-    seen = tuple(order) if order is not None and len(order) == hidden.ndim else tuple(range(hidden.ndim))
-    shape = [hidden.shape[axis] for axis in seen]
-    n, rows = 1 if call.lift is None else call.lift.n, given.shape[0]
-    fits = (bool(shape) and rows in (1, shape[0])) or (call.lift is not None and rows * n == shape[0])
-    if call.lift is not None and (dim is None or dim != seen[0]):
-        fits = False
-    if name in A_TOKEN:
-        features = site.features_axis(hidden) % hidden.ndim if hidden.ndim else 0
-        alike = given.ndim > 1 and len(shape) == 3 and shape[1] == given.shape[1]
-        fits = fits and alike and seen[2] == features
-    if not fits:
-        raise MatchError(_misfit(name, path, tuple(given.shape), tuple(shape)))
-    if call.lift is not None and rows == shape[0]:
-        return given, 0
-    if rows == 1 and name in OF_TEXTS:
-        given = given.expand(shape[0] // n, *given.shape[1:])
-    return given, None
-
-
-def _misfit(name: str, site: str, given: tuple[int, ...], hidden: tuple[int, ...]) -> str:
-    if name in OF_TEXTS:
-        parts = "(rows, tokens, features)" if name in A_TOKEN else "rows in front"
-        why = f"it is {given}, and the hidden value there is {hidden}, which is not {parts} of the same text"
-        return _unknown(name, site, why)
-    return (
-        f'conditions={{"{name}": ...}} has the shape {given}, and the hidden value at {site} is {hidden}: give one entry '
-        f"a row, a single one, (1, ...), for all rows, or a number; where rows are not in front there, leave the site "
-        f'out, exclude_modules=["{site}"].'
-    )
-
-
-def _same(value: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are one, also where a transform or a checkpoint has wrapped one of them."""
-    if value is other:
-        return True
-    if value.shape != other.shape or torch.compiler.is_compiling():
-        return False
-    a, b = innermost(value), innermost(other)
-    return not (is_wrapped(a) or is_wrapped(b)) and a.numel() > 0 and a.data_ptr() == b.data_ptr() != 0
 
 
 def checked(plan: Plan, model: nn.Module, params: Mapping[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from ..plan.spans import keep, take
 from ..transforms import innermost
 from .bound import Bound
 from .call import TENSOR, Call, Host, Params
-from .conditions import told
 from .hidden import hidden_input, hidden_output
 from .layout import Hidden, LayoutMismatchError, Run
 from .reading import READ, refuse_replaced, set_plainly
+from .told import told
 
 
 class Bypass(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import MatchError, ParamsError
 from ..transforms import is_wrapped
 from .positions import seen_length
-from .text_model import input_embedding, prefixes, takes_text
+from .text_model import input_embedding, inputs_of, prefixes, takes_text
 
 MEMORIES = ("mems", "cache_params", "state", "past_buckets_states")
 """Memories that do not tell how many tokens they hold."""
@@ -32,15 +32,20 @@ def text_model_of(root: nn.Module, path: str) -> str:
     >>> text_model_of(gpt2, "transformer.h.0.mlp")
     'transformer'
     """
-    at = next((above for above in prefixes(path) if takes_text(root.get_submodule(above))), None)
+    at = next((above for above in prefixes(path) if _reads_tokens(root.get_submodule(above))), None)
     if at is None:
-        raise MatchError(f"no module around {path} takes input_ids or inputs_embeds and an attention_mask")
+        raise MatchError(f"no module around {path} takes input_ids and an attention_mask")
     inner = root.get_submodule(at).named_modules()
-    other = next((name for name, module in inner if name and takes_text(module) and input_embedding(module)), None)
+    other = next((name for name, module in inner if name and _reads_tokens(module)), None)
     if other is not None:
         within = f"{at}.{other}" if at else other
         raise MatchError(f"the text goes through {within}, and {path or 'the model'} is not a part of it")
     return at
+
+
+def _reads_tokens(module: nn.Module) -> bool:
+    """Whether the module is given a text: an encoder of images takes embeddings and a mask, too, but no ids."""
+    return takes_text(module) and ("input_ids" in inputs_of(module) or input_embedding(module) is not None)
 
 
 class Text(NamedTuple):
@@ -89,8 +94,16 @@ def read_text(given: dict[str, Any], mask: Any, by_hand: Any, first: int) -> Tex
     if isinstance(by_hand, Tensor) and by_hand.ndim < 3 and not cached:  # others tell places in images, too
         fits = by_hand.shape in ((tokens,), (1, tokens), (rows, tokens))
         why = why or ("" if fits else f"its position_ids are {tuple(by_hand.shape)}, and there are {tokens} tokens")
-        numbers = (by_hand.to(torch.int64) - first).expand(rows, tokens) if fits else None
+        numbers = _from_zero(by_hand.to(torch.int64).expand(rows, tokens), whole, first) if fits else None
     return Text(rows, tokens, like.device, cached, whole, refused or why, numbers, others)
+
+
+def _from_zero(numbers: Tensor, real: Tensor | None, first: int) -> Tensor:
+    """``numbers`` from 0 on, of a model that begins with ``first``, for which not everybody does (``generate``)."""
+    if not first or not numbers.numel():
+        return numbers
+    smallest = (numbers if real is None else torch.where(real, numbers, first)).amin()
+    return numbers - torch.where(smallest >= first, first, 0)
 
 
 def _cached(given: dict[str, Any]) -> tuple[int, str]:
@@ -110,7 +123,8 @@ def _whole_mask(mask: Any, rows: int, tokens: int, cached: int) -> tuple[Tensor 
     if not isinstance(mask, Tensor):
         return None, f"its attention_mask is a {type(mask).__name__}"
     if mask.ndim != 2:
-        return None, f"its attention_mask {tuple(mask.shape)} says which tokens see each other, not which are text"
+        says = "says which tokens see each other, not which are text; in generate leave cache_implementation out"
+        return None, f"its attention_mask {tuple(mask.shape)} {says}"
     if mask.shape[0] not in (1, rows) or mask.shape[1] != cached + tokens:
         so_far = f"{rows} rows of {cached + tokens} tokens{f', {cached} of them cached' if cached else ''}"
         return None, f"its attention_mask is {tuple(mask.shape)}, and there are {so_far}"
