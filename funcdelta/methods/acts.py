@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,18 @@ OWN = "own."
 
 CALL = "call."
 """Before the name of what a call tells beside them."""
+
+
+def depends_on_call(conditions: Sequence[str]) -> str | None:
+    """Why what these conditions decide cannot be written into a weight; ``None`` where there are none.
+
+    >>> depends_on_call(("gate",))
+    'what it does depends on the call (gate), and no weight knows that'
+    """
+    return (
+        f"what it does depends on the call ({', '.join(conditions)}), and no weight knows that" if conditions else None
+    )
+
 
 OF_LEAVES = ("before", "after", "weights", "attend", "prompt", "factors")
 """The functions that get a member's leaves first."""

@@ -23,7 +23,7 @@ from ..errors import ConfigError
 from ..files.configfile import VERSION_FIELDS, data_at, naming_the_file, parts, save_alone, warn_if_newer
 from ..kinds import check_kind
 from ..match import near
-from .acts import Acts, Factors
+from .acts import Acts, Factors, depends_on_call
 from .leaf import Leaves
 
 if TYPE_CHECKING:
@@ -334,9 +334,6 @@ class BaseDeltaConfig:
         def given(function: str) -> Any:
             return functools.partial(getattr(self, function), site) if self.gives(function) else None
 
-        why = self.unmergeable(site)
-        if self.conditions and why is None:
-            why = f"what it does depends on the call ({', '.join(self.conditions)}), and no weight knows that"
         return Acts(
             **{name: given(name) for name in ("before", "after", "weights", "attend", "prompt", "factors")},
             widen_bias=functools.partial(self.widen_bias, site),
@@ -344,7 +341,7 @@ class BaseDeltaConfig:
             reads=self.reads,
             conditions=self.conditions,
             exact=self.holds_on_values(site),
-            unmergeable=why,
+            unmergeable=self.unmergeable(site) or depends_on_call(self.conditions),
         )
 
     def alike(self) -> Hashable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -171,3 +171,39 @@ def test_the_rows_of_a_prompt_are_a_part_of_the_text() -> None:
     with torch.no_grad():
         expected = torch.stack([both.apply(p, **batch).logits for p in fd.unstack(stack)])
         close(both.apply_many(stack, **batch, engine="fold").logits, expected)
+
+
+class RowMixtureConfig(fd.methods.MixtureConfig):
+    """Parts mixed by gates (rows, parts) that the caller gives, as a router outside of the model does."""
+
+    delta_type: ClassVar[str] = "told_mixture"
+    conditions: ClassVar[tuple[str, ...]] = ("gate",)
+
+    def shares_of(self, site: fd.Site, p: dict[str, Tensor], y: Tensor | None) -> Any:
+        assert y is not None
+        return [one.view(-1, *[1] * (y.ndim - 1)) for one in p["call.gate"].unbind(-1)]
+
+
+def test_a_mixture_whose_gates_a_caller_gives() -> None:
+    torch.manual_seed(0)
+    parts, batch = (fd.LoraConfig(lora_r=2), fd.LoraConfig(lora_r=3, name="other")), text(MASKS["left"])
+    delta = fd.DeltaModel(llama(), RowMixtureConfig(parts=parts, modified_modules=("down_proj",), gate="call"))
+    assert delta.plan.conditions == ("gate",)
+    stack, gates = random_stack(delta), torch.randn(4, 2, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = []
+        for params in fd.unstack(stack):
+            rows = []
+            for row, shares in enumerate(gates):
+                average = fd.average(*parts, shares=tuple(shares.tolist()), modified_modules=("down_proj",))
+                one = fd.DeltaModel(delta.backbone, average)
+                fresh = one.init(0)
+                own = {name.replace("average", "mixture"): name for name in fresh}
+                given = {name: params.get(at, fresh[name]) for at, name in own.items()}
+                rows.append(one.apply(given, **{key: value[row : row + 1] for key, value in batch.items()})[0])
+            expected.append(torch.cat(rows))
+        for engine in ("loop", "fold", "vmap"):
+            found = delta.apply_many(stack, **batch, conditions={"gate": gates}, engine=engine)[0]
+            close(found, torch.stack(expected))
+    with raises_saying(fd.errors.MergeError, "depends on the call (gate)"):
+        delta.merge(fd.take(stack, 0))

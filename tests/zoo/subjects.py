@@ -58,6 +58,8 @@ CANNOT_ACT = {
     **{("soft_prompt", name): "no module has get_input_embeddings" for name in ("torch_transformer", "embedding")},
     ("soft_prompt", "vit"): "not embedded by a table of tokens",
 }
+# Where an architecture has (rows, tokens, features), if not at all of its blocks: OPT's layers see tokens in one axis.
+BY_TOKEN = {"embedding": ("tokens",), "opt": ("self_attn",)}
 # Where a method is refused in the call, because there is no text of whose tokens it could know; test_conditions.py.
 WITHOUT_TEXT = {("test_loreft", name): "no module around" for name in ("mlp", "conv1d", "conv2d", "vit")}
 
@@ -66,8 +68,8 @@ def targets(method: str, architecture: Architecture) -> tuple[str, ...] | None:
     """The modules of ``architecture`` that ``method`` is tested on; ``None``: it finds its own."""
     if METHODS[method]().gives("own_sites"):
         return None
-    if method == "test_loreft" and architecture.name == "embedding":
-        return ("tokens",)  # behind it there is one value a row
+    if method == "test_loreft" and architecture.name in BY_TOKEN:
+        return BY_TOKEN[architecture.name]
     if method == "test_rows" and "batch_free_target" in architecture.flags:
         return (architecture.default_target,)
     if METHODS[method]().gives("spans"):
