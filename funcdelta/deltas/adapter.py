@@ -7,13 +7,13 @@ at zero as in OpenDelta, so a fresh adapter is near the identity, not at it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..functional.activations import activation
 from ..functional.tokenwise import linear
 from ..methods.config import BaseDeltaConfig, register
@@ -40,14 +40,13 @@ class AdapterConfig(BaseDeltaConfig):
     default_name: ClassVar[str] = "adapter"
     default_modified_modules: ClassVar[tuple[str, ...]] = ("attn@.proj@", "ff@.w2@")
     in_leaves: ClassVar[tuple[str, ...]] = ("bottleneck_dim",)
+    least: ClassVar[Mapping[str, float]] = {"bottleneck_dim": 1}
 
     bottleneck_dim: int = 24
     non_linearity: str = "gelu_new"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bottleneck_dim < 1:
-            raise ConfigError(f"bottleneck_dim={self.bottleneck_dim}: write at least 1.")
         activation(self.non_linearity)
 
     def tokenwise(self, site: Site) -> bool:

@@ -10,27 +10,21 @@ Source: Karimi Mahabadi et al. 2021, "Compacter: Efficient Low-Rank Hypercomplex
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, MatchError
+from ..errors import MatchError
 from ..functional.activations import activation
-from ..functional.hypercomplex import kronecker_sum, times_kronecker_sum
+from ..functional.hypercomplex import through_layer
 from ..functional.hypercomplex_start import RULE_STARTS, WEIGHT_STARTS, fresh_blocks, fresh_rule
-from ..functional.hypercomplex_widths import fits, nearby, remedies
-from ..match import near
+from ..functional.hypercomplex_widths import misfit
 from ..methods.config import BaseDeltaConfig, register
 from ..methods.leaf import Leaf, Leaves
 from ..methods.site import Site
-
-LAYERS = ("down_sampler", "up_sampler")
-SWITCHES = (
-    *("learn_phm", "shared_phm_rule", "factorized_phm", "shared_W_phm", "factorized_phm_rule"),
-    *("use_bias_up_sampler", "use_bias_down_sampler"),
-)
 
 
 @register("compacter")
@@ -70,6 +64,16 @@ class CompacterConfig(BaseDeltaConfig):
         *("reduction_factor", "phm_rank", "phm_c_init", "phm_init_range"),
         *("hypercomplex_nonlinearity", "kronecker_prod"),
     )
+    least: ClassVar[Mapping[str, float]] = {
+        "reduction_factor": 1,
+        "hypercomplex_division": 1,
+        "phm_rank": 1,
+        "phm_init_range": 0,
+    }
+    one_of: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "phm_c_init": RULE_STARTS,
+        "hypercomplex_nonlinearity": WEIGHT_STARTS,
+    }
 
     reduction_factor: int = 16
     non_linearity: str = "gelu_new"
@@ -89,31 +93,10 @@ class CompacterConfig(BaseDeltaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("reduction_factor", "hypercomplex_division", "phm_rank"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field}={getattr(self, field)}: write at least 1.")
-        for field in SWITCHES:
-            if not isinstance(getattr(self, field), bool):
-                raise ConfigError(f"{field}={getattr(self, field)!r}: write True or False.")
-        for field, known in (("phm_c_init", RULE_STARTS), ("hypercomplex_nonlinearity", WEIGHT_STARTS)):
-            if getattr(self, field) not in known:
-                raise ConfigError(f"{field}={getattr(self, field)!r}.{near(str(getattr(self, field)), known)}")
-        if self.phm_init_range < 0:
-            raise ConfigError(f"phm_init_range={self.phm_init_range}: write a standard deviation, at least 0.")
         activation(self.non_linearity)
 
     def check(self, site: Site) -> str | None:
-        d, n, factor = site.out_features, self.hypercomplex_division, self.reduction_factor
-        if d is None or fits(d, n, factor):
-            return None
-        widths = ", ".join(map(str, nearby(d, n, factor)))
-        found = remedies(d, n, factor).items()
-        ways = [f"{field}={' or '.join(map(str, values))}" for field, values in found if values]
-        here = f"; for the width {d} write {', or '.join(ways)}" if ways else ""
-        return (
-            f"its width {d} and the bottleneck {d} // {factor} = {d // factor} must both be multiples of "
-            f"hypercomplex_division={n}, at least {n}. Widths nearby that work: {widths}{here}"
-        )
+        return misfit(site.out_features, self.hypercomplex_division, self.reduction_factor)
 
     def unmergeable(self, site: Site) -> str | None:
         return "it adds a non-linear function of the output, which no weight of the site computes"
@@ -146,23 +129,8 @@ class CompacterConfig(BaseDeltaConfig):
 
     def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
         axis = site.features_axis(y)
-        h = y.movedim(axis, -1)
-        down = self._layer(h, p, "down_sampler")
-        change = self._layer(activation(self.non_linearity)(down), p, "up_sampler")
-        return y + change.movedim(-1, axis)
-
-    def _layer(self, x: Tensor, p: dict[str, Tensor], layer: str) -> Tensor:
-        """``x (Σᵢ Aᵢ ⊗ Bᵢ) + b`` with the leaves of one layer."""
-        place = "" if self.shared_phm_rule else f"{layer}."
-        if self.factorized_phm_rule:
-            rule = p[f"{place}phm_rule_left"] @ p[f"{place}phm_rule_right"]
-        else:
-            rule = p[f"{place}phm_rule"]
-        if self.factorized_phm:
-            product = times_kronecker_sum(x, rule, p[f"{layer}.W_left"], p[f"{layer}.W_right"])
-        else:
-            product = x @ kronecker_sum(rule, p[f"{layer}.W"])
-        return product + p[f"{layer}.b"] if f"{layer}.b" in p else product
+        down = activation(self.non_linearity)(through_layer(y.movedim(axis, -1), p, "down_sampler"))
+        return y + through_layer(down, p, "up_sampler").movedim(-1, axis)
 
     def _layers(self, site: Site) -> dict[str, tuple[int, int]]:
         """The input and output widths of the two layers at a site."""
@@ -182,11 +150,8 @@ class CompacterConfig(BaseDeltaConfig):
         rows, columns = features // n, outputs // n
         into, out = (".", "bottleneck") if layer == "down_sampler" else ("bottleneck", ".")
         if self.factorized_phm:
-            return {
-                "W_left": Leaf(self._drawn((n, rows, k), rng), f". {into} rank"),
-                "W_right": Leaf(self._drawn((n, k, columns), rng), f". rank {out}"),
-            }
-        return {"W": Leaf(self._drawn((n, rows, columns), rng), f". {into} {out}")}
-
-    def _drawn(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-        return fresh_blocks(self.hypercomplex_nonlinearity, shape, self.phm_init_range, rng)
+            given = {"W_left": ((n, rows, k), f". {into} rank"), "W_right": ((n, k, columns), f". rank {out}")}
+        else:
+            given = {"W": ((n, rows, columns), f". {into} {out}")}
+        start, spread = self.hypercomplex_nonlinearity, self.phm_init_range
+        return {name: Leaf(fresh_blocks(start, shape, spread, rng), axes) for name, (shape, axes) in given.items()}

@@ -8,16 +8,15 @@ two factors elementwise, which is their product for rank 1 only; here any rank i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
 from ..functional.activations import activation
 from ..functional.glorot import GLOROT, glorot
-from ..match import near
 from ..methods.config import BaseDeltaConfig, register
 from ..methods.leaf import Leaf, Leaves
 from ..methods.site import Site
@@ -46,6 +45,8 @@ class LowRankAdapterConfig(BaseDeltaConfig):
     default_name: ClassVar[str] = "low_rank_adapter"
     default_modified_modules: ClassVar[tuple[str, ...]] = ("attn@.proj@", "ff@.w2@")
     in_leaves: ClassVar[tuple[str, ...]] = ("reduction_factor", "low_rank_w_init", "low_rank_rank")
+    least: ClassVar[Mapping[str, float]] = {"reduction_factor": 1, "low_rank_rank": 1}
+    one_of: ClassVar[Mapping[str, tuple[str, ...]]] = {"low_rank_w_init": GLOROT}
 
     reduction_factor: int = 32
     non_linearity: str = "gelu_new"
@@ -54,11 +55,6 @@ class LowRankAdapterConfig(BaseDeltaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("reduction_factor", "low_rank_rank"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field}={getattr(self, field)}: write at least 1.")
-        if self.low_rank_w_init not in GLOROT:
-            raise ConfigError(f"low_rank_w_init={self.low_rank_w_init!r}.{near(self.low_rank_w_init, GLOROT)}")
         activation(self.non_linearity)
 
     def check(self, site: Site) -> str | None:

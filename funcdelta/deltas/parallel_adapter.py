@@ -8,6 +8,7 @@ and biases at zero as in OpenDelta.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,6 +51,7 @@ class ParallelAdapterConfig(BaseDeltaConfig):
     default_name: ClassVar[str] = "parallel_adapter"
     default_modified_modules: ClassVar[tuple[str, ...]] = ("attn@", "attn@", "ff@.w1@", "ff@.w2@")
     in_leaves: ClassVar[tuple[str, ...]] = ("bottleneck_dim", "scaled")
+    least: ClassVar[Mapping[str, float]] = {"bottleneck_dim": 1}
 
     bottleneck_dim: int = 24
     non_linearity: str = "gelu_new"
@@ -57,8 +59,6 @@ class ParallelAdapterConfig(BaseDeltaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bottleneck_dim < 1:
-            raise ConfigError(f"bottleneck_dim={self.bottleneck_dim}: write at least 1.")
         activation(self.non_linearity)
 
     def spans(self, names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:

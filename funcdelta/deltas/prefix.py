@@ -10,9 +10,9 @@ hides in front gets the position numbers that its text has alone, unless ``posit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,6 @@ from ..methods.config import BaseDeltaConfig, register
 from ..methods.leaf import Leaves
 from ..methods.site import Site
 from ..run.attention import attention_below
-
-POSITION_BIAS = ("kept", "first_layer_only")
 
 
 @register("prefix")
@@ -53,6 +51,8 @@ class PrefixConfig(BaseDeltaConfig):
     default_name: ClassVar[str] = "prefix"
     default_modified_modules: ClassVar[tuple[str, ...]] = ("attn@",)
     in_leaves: ClassVar[tuple[str, ...]] = ("prefix_token_num", "embed_dim", "mid_dim")
+    least: ClassVar[Mapping[str, float]] = dict.fromkeys(in_leaves, 1)
+    one_of: ClassVar[Mapping[str, tuple[str, ...]]] = {"position_bias": ("kept", "first_layer_only")}
 
     prefix_token_num: int = 6
     reparameterize: bool = True
@@ -60,22 +60,13 @@ class PrefixConfig(BaseDeltaConfig):
     mid_dim: int = 512
     position_bias: str = "kept"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("prefix_token_num", "embed_dim", "mid_dim"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: write at least 1.")
-        if self.position_bias not in POSITION_BIAS:
-            raise ConfigError(f"position_bias={self.position_bias!r}: write one of {', '.join(POSITION_BIAS)}.")
-
     def spread(self, path: str, module: nn.Module) -> Iterator[str]:
         found = attention_below(path, module)
         if not found:
             raise MatchError(
                 f"{self.delta_type} cannot act at {path}: {type(module).__name__} neither is nor holds an attention "
                 f"module that goes through Transformers' attention interface, the one place where keys can be added. "
-                f"Name attention modules that do (exclude_modules= leaves others out); where a model has none, LoRA, "
-                f"adapters and a soft prompt act on it."
+                f"Name modules that do; where a model has none, LoRA, adapters and a soft prompt act on it."
             )
         yield from found
 
@@ -119,13 +110,10 @@ class PrefixConfig(BaseDeltaConfig):
     def widen_bias(self, site: Site, module: nn.Module, bias: Tensor, added: int) -> Tensor:
         if self.position_bias == "kept":
             return super().widen_bias(site, module, bias, added)
-        attention: Any = module
+        attention, queries, length = cast(Any, module), bias.shape[-2], added + bias.shape[-1]
         if not attention.has_relative_attention_bias:
-            return bias.new_zeros(()).expand(*bias.shape[:-1], added + bias.shape[-1])
-        queries, length = bias.shape[-2:]
-        return attention.compute_bias(
-            queries, added + length, device=bias.device, past_seen_tokens=added + length - queries
-        )
+            return bias.new_zeros(()).expand(*bias.shape[:-1], length)
+        return attention.compute_bias(queries, length, device=bias.device, past_seen_tokens=length - queries)
 
     def unmergeable(self, site: Site) -> str | None:
         return "a prefix adds keys and values that no weight of the module produces"

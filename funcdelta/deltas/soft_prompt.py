@@ -54,6 +54,7 @@ class SoftPromptConfig(BaseDeltaConfig):
 
     default_name: ClassVar[str] = "soft_prompt_layer"
     in_leaves: ClassVar[tuple[str, ...]] = ("soft_token_num", "init_range", "token_init")
+    least: ClassVar[Mapping[str, float]] = {"soft_token_num": 1, "init_range": 0}
 
     soft_token_num: int = 100
     init_range: float = 0.5
@@ -63,10 +64,6 @@ class SoftPromptConfig(BaseDeltaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.soft_token_num < 1:
-            raise ConfigError(f"soft_token_num={self.soft_token_num}: write at least 1.")
-        if self.init_range < 0:
-            raise ConfigError(f"init_range={self.init_range}: write 0 or more.")
         if self.batch_dim != 0:
             raise ConfigError(f"batch_dim={self.batch_dim}: a prompt is added along axis 1, so rows have to be axis 0.")
         given = self.other_expand_ids

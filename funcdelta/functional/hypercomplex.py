@@ -7,6 +7,8 @@ Multiplications with 1/n Parameters".
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -24,9 +26,9 @@ def kronecker_sum(rule: Tensor, blocks: Tensor) -> Tensor:
 
 
 def times_kronecker_sum(x: Tensor, rule: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``x (Σᵢ Aᵢ ⊗ (Sᵢ Tᵢ))``, (..., in) to (..., out), by two thin products where they are less work than ``x H``.
+    """``x (Σᵢ Aᵢ ⊗ (Sᵢ Tᵢ))``, (..., in) to (..., out), by two thin products if that is less work than ``x H``.
 
-    The rule joins the factor on the narrower side, so that the wide side, which costs most, meets its factor alone.
+    The rule is merged into the factor of the narrower side, so that the wider, costlier side has a plain thin factor.
 
     >>> x, rule, left, right = torch.randn(6, 8), torch.randn(2, 2, 2), torch.randn(2, 4, 1), torch.randn(2, 1, 3)
     >>> dense = x @ kronecker_sum(rule, left @ right)
@@ -50,3 +52,23 @@ def times_kronecker_sum(x: Tensor, rule: Tensor, left: Tensor, right: Tensor) ->
         hidden = x @ torch.einsum("iac,irk->arcik", rule, left).reshape(features, thick)
         return (hidden.unflatten(-1, (n, thin)) @ right.reshape(thin, columns)).flatten(-2)
     return x @ kronecker_sum(rule, left @ right)
+
+
+def through_layer(x: Tensor, p: Mapping[str, Tensor], layer: str) -> Tensor:
+    """``x (Σᵢ Aᵢ ⊗ Bᵢ) + b`` by the leaves of one layer: ``<layer>.W`` or its two factors, a bias where there is one.
+
+    The rule is the layer's own, ``<layer>.phm_rule``, or ``phm_rule``, which layers share; either as two factors, too.
+
+    >>> p = {"phm_rule": torch.ones(1, 1, 1), "up.W": torch.eye(2)[None], "up.b": torch.ones(2)}
+    >>> through_layer(torch.tensor([3.0, 5.0]), p, "up")
+    tensor([4., 6.])
+    """
+    own = f"{layer}.phm_rule"
+    place = own if own in p or f"{own}_left" in p else "phm_rule"
+    rule = p[place] if place in p else p[f"{place}_left"] @ p[f"{place}_right"]
+    whole = p.get(f"{layer}.W")
+    if whole is None:
+        product = times_kronecker_sum(x, rule, p[f"{layer}.W_left"], p[f"{layer}.W_right"])
+    else:
+        product = x @ kronecker_sum(rule, whole)
+    return product + p[f"{layer}.b"] if f"{layer}.b" in p else product

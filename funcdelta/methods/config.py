@@ -131,6 +131,11 @@ class BaseDeltaConfig:
     as_leaves: ClassVar[tuple[str, ...]] = ()
     """Fields that the functions take from ``p`` where they stand in it: there they may differ by member, too."""
 
+    least: ClassVar[Mapping[str, float]] = {}
+    """The smallest value that a field may have."""
+    one_of: ClassVar[Mapping[str, tuple[str, ...]]] = {"unfrozen_init": ("copy", "fresh")}
+    """The values that a field may have, where they are few."""
+
     modified_modules: tuple[str, ...] | None = None
     exclude_modules: tuple[str, ...] | None = None
     unfrozen_modules: tuple[str, ...] = ("deltas",)
@@ -161,6 +166,13 @@ class BaseDeltaConfig:
             check_kind(field.name, value, kind)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ConfigError(f"{field.name}={value!r}: write a finite number.")
+        for name, least in self.least.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)}: write at least {least}.")
+        for name, known in {**BaseDeltaConfig.one_of, **self.one_of}.items():
+            if getattr(self, name) not in known:
+                words = " or ".join(f'"{one}"' for one in known)
+                raise ConfigError(f"{name}={getattr(self, name)!r}: write {words}.")
         if self.batch_dim < 0:
             raise ConfigError(f"batch_dim={self.batch_dim}: count the axis of rows from the front, 0 or more.")
         if self.unfrozen_modules is None:
@@ -171,8 +183,6 @@ class BaseDeltaConfig:
                 f"trained. Write unfrozen_modules={['deltas', *self.unfrozen_modules]}; to train a part of the params, "
                 f"split them with fd.partition(params, names)."
             )
-        if self.unfrozen_init not in ("copy", "fresh"):
-            raise ConfigError(f'unfrozen_init={self.unfrozen_init!r}: write "copy" or "fresh".')
         if self.axis_order is not None and sorted(self.axis_order) != list(range(len(self.axis_order))):
             raise ConfigError(
                 f"axis_order={self.axis_order}: write every axis once, from 0: (0, 2, 1) for (batch, features, tokens)."

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..methods.config import BaseDeltaConfig
-from ..methods.leaf import Leaf, as_leaves, members_and_all, values_of
+from ..methods.leaf import Leaf, declared, members_and_all, values_of
 from ..methods.site import Site
 from ..randomness import refuse_draws
 from ..transforms import inside_backward
@@ -66,7 +66,7 @@ def share(config: BaseDeltaConfig, name: str, sites: tuple[Site, ...]) -> tuple[
     """
     rng, who = torch.Generator().manual_seed(derive(0, config.seed_name(name))), f"{type(config).__name__}.shared"
     with refuse_draws(who), own_defaults():
-        given, of_all = members_and_all(as_leaves(config.shared(sites, rng), who))
+        given, of_all = members_and_all(declared(config.shared(sites, rng), who))
     first = sites[0]
     fixed = {leaf: first.placed(tensor) for leaf, tensor in of_all.items()}
     if not given:

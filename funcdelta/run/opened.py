@@ -7,8 +7,9 @@ differ by member. Hooks, the backbone's own among them, see the opened forward a
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,13 +19,18 @@ from torch.utils import _pytree as pytree
 from ..errors import ConfigError, FoldError, FuncdeltaError
 from ..plan.attachment import Attachment
 from ..plan.spans import keep, take
+from ..randomness import refuse_draws
 from ..transforms import innermost
-from .bound import Bound
+from .bound import Bound, in_precision
 from .call import TENSOR, Call, Host, Params
 from .hidden import hidden_input, hidden_output
 from .layout import Hidden, LayoutMismatchError, Run
+from .lookups import padded_lookups
 from .reading import READ, refuse_replaced, set_plainly
 from .told import told
+
+
+DRAW = "in evaluation mode a method computes one thing of one input; draw where site.training is true, or draw leaves"
 
 
 class Bypass(nn.Module):
@@ -112,10 +118,8 @@ def _forward(opened: Opened, /, *args: Any, **kwargs: Any) -> Any:
         except Exception as error:
             _note(error, opened.path, p, (y, x))
             raise
-        if not isinstance(y, Tensor):
-            raise ConfigError(f"The method at {opened.path} returned {type(y).__name__}; expected a tensor.")
-        if y.dtype != own and own.is_floating_point:
-            y = y.to(own)
+        if not isinstance(y, Tensor) or y.dtype != own:
+            y = in_precision(y, own, "The method", opened.path)
     return y if put_back is None else put_back(y)
 
 
@@ -219,14 +223,19 @@ def act(
         return (function(p, *values), None) if lift is None else lift(function, p, values, dims, path)
     if call.reached is not None:
         values = tuple(map(_counted, values))
-    versions = _versions(values)
+    # The first calls are looked at closely: a method does the same in all others.
+    closely = call.reached is not None or call.watch is not None
+    given = {**p, **bound.attachment.fixed} if closely else {}
+    versions, before = _versions(values), _versions(given.values())
+    draws = refuse_draws(f"The method at {path}", DRAW) if closely and not training else contextlib.nullcontext()
     try:
-        if lift is None:
-            result = function(p, *values), None
-        elif call.watch is None:
-            result = lift(function, p, values, dims, path)
-        else:
-            result = call.watch.lifted(lambda: lift(function, p, values, dims, path))
+        with draws:
+            if lift is None:
+                result = function(p, *values), None
+            elif call.watch is None:
+                result = lift(function, p, values, dims, path)
+            else:
+                result = call.watch.lifted(lambda: lift(function, p, values, dims, path))
     except FuncdeltaError:
         raise
     except Exception as error:
@@ -237,7 +246,33 @@ def act(
             f"The method at {path} changed a hidden value in place, which others still read: write y = y + change "
             f"instead of y += change."
         )
+    if closely:
+        _check_closely(path, bound, dict(zip(given, zip(before, _versions(given.values())))), values[0], result, dims)
     return result
+
+
+def _check_closely(
+    path: str,
+    bound: Bound,
+    leaves: dict[str, tuple[int | None, int | None]],
+    value: Tensor,
+    result: tuple[Tensor, int | None],
+    dims: tuple[int | None, ...],
+) -> None:
+    """That a method wrote into no leaf (how often each was written before and after), and gave what fits there."""
+    written = next((leaf for leaf, (before, after) in leaves.items() if before != after), None)
+    if written is not None:
+        raise ConfigError(
+            f"The method at {path} changed p[{written!r}] in place, which others read as well, and the caller keeps: "
+            f"compute with a changed copy, p[{written!r}] * 2 instead of p[{written!r}].mul_(2)."
+        )
+    out, dim = result
+    # Where nothing had rows, members may have brought some; what acts before a site may have changed its length.
+    if bound.keeps_shape and dim == dims[0] and out.shape != value.shape:
+        raise ConfigError(
+            f"The method at {path} gave the shape {tuple(out.shape)} for a hidden output of the shape "
+            f"{tuple(value.shape)}: what leaves a site has one shape, with the method or without it."
+        )
 
 
 def _note(error: Exception, path: str, p: Params, values: tuple[Tensor, ...]) -> None:
@@ -246,7 +281,7 @@ def _note(error: Exception, path: str, p: Params, values: tuple[Tensor, ...]) ->
     error.add_note(f"funcdelta: at the site {path}, leaves {shapes}, hidden values {hidden}.")
 
 
-def _versions(values: tuple[Tensor, ...]) -> list[int | None]:
+def _versions(values: Iterable[Tensor]) -> list[int | None]:
     with torch._C.DisableTorchFunction():
         return [None if value.is_inference() else value._version for value in map(innermost, values)]
 
@@ -286,7 +321,8 @@ def run_members(opened: Opened, call: Call, run: Run, args: tuple[Any, ...], kwa
         return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
 
     p = {key: call.params[key] for key in run.keys}
-    results = iter(call.lift.run(member, p, tensors, run, call.visit(f"{path}()"), path))
+    with padded_lookups(skeleton.pads):
+        results = iter(call.lift.run(member, p, tensors, run, call.visit(f"{path}()"), path))
     out_spec, others = shape_of_output
     # An output that is no tensor stays as it is.
     return pytree.tree_unflatten([next(results) if other is TENSOR else other for other in others], out_spec)

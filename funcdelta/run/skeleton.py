@@ -33,6 +33,7 @@ from .checkpointing import check_runner, note_reentrant, recomputing, require_gr
 from .conditions import Conditions
 from .fsdp import check_unit, units
 from .layout import LayoutMismatchError
+from .lookups import padded
 from .memory import Memory
 from .opened import Opened, act
 from .outputs import apart
@@ -96,6 +97,8 @@ class Skeleton:
             self._install(plan)
         self.memory = Memory(backbone, self.module)
         self._remembers = True
+        rewritten = plan is not None and bool(plan.trained or plan.rewriting)
+        self.pads = rewritten and padded(self.module.modules())
 
     # -- installation ----------------------------------------------------------------------------------------------
 

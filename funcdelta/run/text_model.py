@@ -167,7 +167,7 @@ def is_pair(module: nn.Module) -> bool:
 
 
 def encoder_path(module: nn.Module) -> str | None:
-    """Where the encoder of an encoder-decoder is, which ``generate`` calls by itself; ``None`` if there is none.
+    """The path of an encoder-decoder's encoder, which ``generate`` calls by itself; ``None`` for other models.
 
     >>> encoder_path(torch.nn.Linear(2, 2)) is None
     True

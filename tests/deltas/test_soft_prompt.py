@@ -427,7 +427,7 @@ def test_the_config_is_hashable_data() -> None:
     assert dict(config.other_expand_ids) == {"attention_mask": 1, "bbox": 0}
     for fields, message in [
         ({"soft_token_num": 0}, "write at least 1"),
-        ({"init_range": -1.0}, "write 0 or more"),
+        ({"init_range": -1.0}, "write at least 0"),
         ({"batch_dim": 1}, "rows have to be axis 0"),
         ({"other_expand_ids": ("attention_mask",)}, "write pairs of an input's name and a number"),
     ]:
