@@ -77,21 +77,14 @@ class Composition(BaseDeltaConfig):
                 f"The parts of fd.{what} act at the same sites; found modified_modules={list(first)} and "
                 f"{list(other)}. Name them once, fd.{what}(..., modified_modules=[...]), or give the delta two configs."
             )
-<<<<<<< HEAD
-        if given:
-            object.__setattr__(self, "modified_modules", next(iter(given)))
+        if named:
+            object.__setattr__(self, "modified_modules", next(iter(named)))
         taken = next((part.name for part in parts if f"{part.name}." in (OWN, CALL)), None)
         if taken is not None:
             raise ConfigError(
                 f'A part is called "{taken}", as what methods read of the site ("own") and of the call ("call") is: '
                 f"give it another name=."
             )
-=======
-        if named:
-            object.__setattr__(self, "modified_modules", next(iter(named)))
-        if any(part.name == OWN.removesuffix(".") for part in parts):
-            raise ConfigError('A part is called "own", as what methods read of the site is: give it another name=.')
->>>>>>> main
         alone = tuple(part.replace(modified_modules=None) for part in parts)
         object.__setattr__(self, "parts", alone)
         super().__post_init__()

@@ -70,12 +70,10 @@ class Bound:
     """
 
     __slots__ = (
-<<<<<<< HEAD
-        *("acts", "alone", "attachment", "conditions", "first", "functions", "key", "pairs", "spans", "together"),
-=======
         "acts",
         "alone",
         "attachment",
+        "conditions",
         "first",
         "functions",
         "keeps_shape",
@@ -83,7 +81,6 @@ class Bound:
         "pairs",
         "spans",
         "together",
->>>>>>> main
     )
 
     def __init__(

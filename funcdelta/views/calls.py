@@ -45,12 +45,8 @@ class Calls:
     The view's modules show that thread what the backbone's would: every tensor, unguarded.
 
     Attributes:
-<<<<<<< HEAD
-        shared: the tensors of the backbone's that the view has, by name.
-        conditioned: the paths of the modules that may be given conditions of a call.
-=======
         shared: the backbone's tensors that the view uses, by name.
->>>>>>> main
+        conditioned: the paths of the modules that may be given conditions of a call.
 
     >>> calls = Calls()
     >>> calls.inside(), calls.enter(torch.nn.Identity(), "", lambda module: calls.inside(), (), {})
@@ -210,13 +206,8 @@ class MemberCalls(Calls):
             remembered.end(finished)
 
     def _call(self, module: nn.Module, path: str, function: Function, args: Any, kwargs: Any) -> Any:
-<<<<<<< HEAD
-        """What is left of an earlier call goes when the whole model is called, or a call fails."""
-        call, kwargs = self.call, self.with_conditions(path, kwargs)
-=======
         """Run the call; one of the whole model clears the notes of the call before it, and its own at the end."""
-        call = self.call
->>>>>>> main
+        call, kwargs = self.call, self.with_conditions(path, kwargs)
         if path:
             return self._part(module, function, args, kwargs)
         try:
@@ -243,14 +234,10 @@ class MemberCalls(Calls):
             self.given.end()
 
     def _part(self, module: nn.Module, function: Function, args: Any, kwargs: Any) -> Any:
-<<<<<<< HEAD
-        """One of the modules by itself. People may call layer by layer, so notes last, each thread's its own.
+        """Call one module by itself. People may call layer after layer, so each thread's notes outlive the call.
 
         What a call tells of its texts does not: the next part may be given others.
         """
-=======
-        """Call one module by itself. People may call layer after layer, so each thread's notes outlive the call."""
->>>>>>> main
         whole, own = self.call.notes, vars(self._own).setdefault("notes", {})
         try:
             self.call.notes = own
