@@ -23,7 +23,7 @@ from .forward import accepts
 from .positions import named
 from .square import check_order
 from .text_model import encoder_path
-from .texts import OF_TEXTS, Text, read_text, text_model_of
+from .texts import A_TOKEN, OF_TEXTS, Text, read_text, text_model_of
 
 GIVEN = "conditions"
 """The input by which a caller gives conditions."""
@@ -97,13 +97,16 @@ class Conditions:
                 f"{type(root).__name__}.forward takes an input called {GIVEN} itself, by which calls would tell the "
                 f"methods their conditions: wrap the model in a module whose forward calls it by another name."
             )
+        by_token: set[str] = set()
         for attachment in plan.all():
-            path = attachment.site.exit or attachment.site.path
-            if any(name in OF_TEXTS for name in attachment.acts().conditions):
+            path, wanted = attachment.site.exit or attachment.site.path, attachment.acts().conditions
+            by_token |= {path for name in wanted if name in A_TOKEN}
+            if any(name in OF_TEXTS for name in wanted):
                 try:
                     self.of[path] = text_model_of(root, path)
                 except MatchError as error:
                     self.refusals[path] = str(error)
+        self.by_token = {at: [p for p in by_token if self.of.get(p) == at] for at in self.of.values()}
         encoder = encoder_path(root)  # which generate calls by itself
         self.entries = frozenset({"", *self.of.values(), *([] if encoder is None else [encoder])})
         """The modules that may be given ``conditions``."""
@@ -126,7 +129,7 @@ class Conditions:
             return False
         if torch.compiler.is_compiling() or call.ended or self.skeleton.units or text.refused:
             return False
-        return any(at == path and site not in self.ordered for site, at in self.of.items())
+        return not self.ordered.issuperset(self.by_token[path])
 
     def one_row(self, told: Told, path: str, text: Text) -> dict[str, Any]:
         """What a run of the first row alone knows of the call."""
@@ -179,6 +182,7 @@ class _Reading:
             if self.conditions.unsure(text, counting.path, call):
                 notes = self.conditions.one_row(told, counting.path, text)
                 check_order(self.conditions.skeleton, module, counting.path, given, text.rows, call, notes)
+                self.conditions.ordered.update(self.conditions.by_token[counting.path])
 
 
 def _visits(path: str) -> str:
