@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,11 +58,22 @@ class Acts:
         expand_ids: with a prompt, ``{input name: what is put before it}``; ``None``: what is usual.
         reads: names of the site's own tensors, or of modules below it (``k_proj.weight``), that its functions get, as
             ``p["own.weight"]``, to be read only.
+        conditions: names of what ``before`` and ``after`` get of the call itself, as ``p["call.mask"]``, row by row as
+            the inputs are. Four are read off the text that the model around the site takes: ``mask`` (rows, tokens),
+            bool, which tokens are text; ``positions`` (rows, tokens), int64, each token's number in its own text,
+            -1 where it is padding, going on where others are cached; ``lengths`` (rows,), int64, how many tokens the
+            text has so far, cached ones included; ``cached`` (), int64, how many were cached before this call. Any
+            other name is the caller's: ``delta.apply(params, ..., conditions={"gate": gates})``, with rows in front,
+            one row, or a number for all. A caller may give the four, too, where a model does not tell them.
         strip: whether the prompt's positions are left out of outputs.
 
     >>> acts = Acts(after=lambda p, y, x: y + p["shift"])
     >>> acts.by_values, acts.weights is None, acts.after({"shift": 2}, 1, 0)
     (True, True, 3)
+    >>> acts = Acts(after=lambda p, y, x: y * p["call.mask"].unsqueeze(-1), conditions=("mask",))
+    >>> acts.after({"call.mask": torch.tensor([[True, False]])}, torch.ones(1, 2, 2), None)
+    tensor([[[1., 1.],
+             [0., 0.]]])
     """
 
     before: Callable[[Params, Tensor], Tensor] | None = None
@@ -79,6 +90,7 @@ class Acts:
     unmergeable: str | None = None
     unfactored: str | None = None
     reads: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()
     expand_ids: Mapping[str, float] | None = None
     strip: bool = False
 
@@ -100,6 +112,21 @@ class Acts:
 
 OWN = "own."
 """Before the name of one of the site's own tensors among leaves."""
+
+CALL = "call."
+"""Before the name of what a call tells beside them."""
+
+
+def depends_on_call(conditions: Sequence[str]) -> str | None:
+    """Why what these conditions decide cannot be written into a weight; ``None`` where there are none.
+
+    >>> depends_on_call(("gate",))
+    'what it does depends on the call (gate), and no weight knows that'
+    """
+    return (
+        f"what it does depends on the call ({', '.join(conditions)}), and no weight knows that" if conditions else None
+    )
+
 
 OF_LEAVES = ("before", "after", "weights", "attend", "around", "prompt", "factors")
 """The functions that get a member's leaves first."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional.tokenwise import linear
-from .acts import Acts, Attention, Params
+from .acts import Acts, Attention, Params, depends_on_call
 from .composition import Composition
 from .config import BaseDeltaConfig, register
 from .leaf import Leaf, Leaves
@@ -263,8 +263,9 @@ def _whole(
         tokenwise=all(one.tokenwise for one in parts),
         # One part that acts by weights alone makes all of them act so.
         exact=all(one.by_values and one.exact for one in parts),
-        unmergeable=why,
+        unmergeable=why or depends_on_call(config.conditions),
         reads=tuple(dict.fromkeys(name for one in parts for name in one.reads)),
+        conditions=tuple(dict.fromkeys([*config.conditions, *(name for one in parts for name in one.conditions)])),
         unfactored="it is a composition of methods; fd.algebra.materialise gives its change of every weight",
     )
 

@@ -24,7 +24,7 @@ from ..files.configfile import VERSION_FIELDS, data_at, naming_the_file, parts, 
 from ..kinds import check_kind
 from ..match import near
 from ..structures.modules.interface import attention_below
-from .acts import OF_LEAVES, Acts, Attention, Factors
+from .acts import OF_LEAVES, Acts, Attention, Factors, depends_on_call
 from .leaf import Leaves
 
 if TYPE_CHECKING:
@@ -123,6 +123,8 @@ class BaseDeltaConfig:
     reads: ClassVar[tuple[str, ...]] = ()
     """Names of tensors of the site, or of modules below it, that its functions get, to be read only: ``weight`` as
     ``p["own.weight"]``, ``k_proj.weight`` as ``p["own.k_proj.weight"]``."""
+    conditions: ClassVar[tuple[str, ...]] = ()
+    """Names of what ``before`` and ``after`` get of the call: ``p["call.mask"]`` (:class:`funcdelta.Acts`)."""
     composed: ClassVar[bool] = False
     """Whether the config is made of other configs."""
     in_leaves: ClassVar[tuple[str, ...]] = ()
@@ -373,8 +375,9 @@ class BaseDeltaConfig:
             widen_bias=functools.partial(self.widen_bias, site),
             tokenwise=self.tokenwise(site),
             reads=self.reads,
+            conditions=self.conditions,
             exact=self.holds_on_values(site),
-            unmergeable=self.unmergeable(site),
+            unmergeable=self.unmergeable(site) or depends_on_call(self.conditions),
         )
 
     def alike(self) -> Hashable:

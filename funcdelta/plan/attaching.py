@@ -107,6 +107,11 @@ def check_acts(config: BaseDeltaConfig, acts: Acts) -> None:
         )
     if config.axis_order is not None and not acts.by_values:
         raise ConfigError(f"axis_order: {type(config).__name__} acts on no hidden value; leave it out.")
+    if acts.conditions and not acts.by_values:
+        raise ConfigError(
+            f"{type(config).__name__} wants conditions of the call ({', '.join(acts.conditions)}), which before and "
+            f"after get, and gives neither: act on hidden values, or leave conditions out."
+        )
 
 
 def check_reads(

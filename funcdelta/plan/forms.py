@@ -39,6 +39,7 @@ def compare_forms(
     own = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
     acts = config.acts(dataclasses.replace(site, training=False))
     known = x is not None and not site.own_forward and not site.packed and acts.unmergeable is None
+    known = known and not acts.conditions  # which no call has told yet
     plain = all(is_plain(t) for t in own.values()) and not any(t.is_meta for t in own.values())
     if x is None or not known or not plain or not own or sum(t.numel() for t in own.values()) > LARGEST:
         return

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ConfigError, MergeError
 from ..functional.tokenwise import Tokenwise
 from ..match import below
-from ..methods.acts import Acts, Attention
+from ..methods.acts import CALL, Acts, Attention
 from ..plan.attachment import Attachment
 from ..plan.axes import in_order
 from ..plan.rewriting import check_rewritten
@@ -59,6 +59,7 @@ class Bound:
     """One of a method's functions at its site.
 
     Attributes:
+        conditions: what the method wants to know of the call; its values come after the hidden ones.
         key: the key in params that stands for all of the attachment's.
         first: the leaf whose precision it computes in.
         spans: whether it gets what entered another module.
@@ -73,6 +74,7 @@ class Bound:
         "acts",
         "alone",
         "attachment",
+        "conditions",
         "first",
         "functions",
         "keeps_shape",
@@ -87,6 +89,7 @@ class Bound:
     ) -> None:
         self.attachment, self.key, self.first = attachment, attachment.key, attachment.leading
         self.acts = attachment.acts(False), attachment.acts(True)
+        self.conditions = self.acts[0].conditions
         self.pairs = tuple(attachment.leaves.items())
         self.spans = attachment.site.exit is not None
         self.keeps_shape = function == "after" and self.acts[False].before is None
@@ -105,23 +108,26 @@ class Bound:
 
 def bound_in_both_modes(attachment: Attachment, function: str) -> Bound:
     """The method's function at its site, ready for both modes."""
-    as_it_is = function if attachment.config.axis_order is None else ""
+    as_it_is = function if attachment.config.axis_order is None and not attachment.acts().conditions else ""
     return Bound(attachment, lambda acts: _bound(attachment, acts, function), as_it_is)
 
 
 def _bound(attachment: Attachment, acts: Acts, function: str) -> Callable[..., Tensor]:
     """The method's function, computed in the leaves' dtype and returned in the hidden value's own."""
     config, first = attachment.config, attachment.leading
-    method = in_order(getattr(acts, function), config.axis_order)
+    method, wanted = in_order(getattr(acts, function), config.axis_order), [CALL + name for name in acts.conditions]
 
     def act(p: dict[str, Tensor], *values: Tensor) -> Tensor:
         dtype, own = _leaf_dtype(p, first), values[0].dtype
         raised = [v.to(dtype) if v.dtype != dtype and v.is_floating_point() else v for v in values]
+        if wanted:  # what the call tells comes last
+            told, raised = raised[-len(wanted) :], raised[: -len(wanted)]
+            p = {**p, **dict(zip(wanted, told, strict=True))}
         result = method(p, *raised)
         return in_precision(result, own, f"{type(config).__name__}.{function}", attachment.site.path)
 
     # A config's order of axes counts those of the model's own value.
-    return Tokenwise(act) if acts.tokenwise and config.axis_order is None else act
+    return Tokenwise(act) if acts.tokenwise and config.axis_order is None and not wanted else act
 
 
 def in_precision(result: Any, own: torch.dtype, who: str, path: str) -> Tensor:

@@ -27,6 +27,7 @@ from .hidden import hidden_input, hidden_output
 from .layout import Hidden, LayoutMismatchError, Run
 from .lookups import padded_lookups
 from .reading import READ, refuse_replaced, set_plainly
+from .told import told
 
 Result = TypeVar("Result")
 
@@ -217,6 +218,8 @@ def act(
     """One method's function at a site, with the site named in whatever goes wrong."""
     p = bound.leaves(call.params)
     function, lift = bound.functions[training], call.lift
+    if bound.conditions:
+        values, dims = told(call, path, bound, values, dims)
     if torch.compiler.is_compiling():
         return (function(p, *values), None) if lift is None else lift(function, p, values, dims, path)
     if call.reached is not None:

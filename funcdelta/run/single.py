@@ -14,6 +14,7 @@ from ..transforms import current_transform
 from .attention import attention_mark
 from .call import Call, Params, read_mark
 from .checkpointing import kept_run, named_refusal, needs_keeping
+from .conditions import GIVEN
 from .fsdp import check_kept, check_ran
 from .layout import Run
 from .lookups import padded_lookups
@@ -27,6 +28,8 @@ def call_single(
 ) -> Any:
     """The backbone's output with one member's delta; the paths of sites that the call reaches go into ``reached``."""
     skeleton = program.skeletons.get(program.training, hooked=bool(params))
+    if not params and GIVEN in kwargs and program.plan.conditions:  # of rows that are the bare backbone's
+        kwargs = {name: value for name, value in kwargs.items() if name != GIVEN}
     call = Call(params, reached=reached)
     simple = not (torch.compiler.is_compiling() or skeleton.recomputing or skeleton.units)
     if simple and current_transform() is None and not wanted.yes:

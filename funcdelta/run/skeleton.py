@@ -30,6 +30,7 @@ from .attention import open_attention
 from .bound import added_in_both_modes, around_in_both_modes, bound_in_both_modes, rewritten
 from .call import Call, Params, Prepare, read_mark
 from .checkpointing import check_runner, note_reentrant, recomputing, require_grad_outside_transforms
+from .conditions import Conditions
 from .fsdp import check_unit, units
 from .layout import LayoutMismatchError
 from .lookups import padded
@@ -88,6 +89,7 @@ class Skeleton:
         require_grad_outside_transforms(self.module)
         self.opened: dict[str, Opened] = {}
         self.sharing: set[str] = set()
+        self.conditions: Conditions | None = None
         self.read_outside: Callable[[str, str, Tensor], Tensor] = self._read_outside
         self._slots: dict[str, Slot] = {}
         self.kinds: Kinds = {}
@@ -127,6 +129,8 @@ class Skeleton:
                 prompts.close()
         for path in sorted(runner_candidates(plan)):
             self.open(path)
+        if plan.conditions:
+            self.conditions = Conditions(self, plan)
 
     def open(self, path: str) -> Opened:
         """Open the module at ``path``, so that it can act by values and run once per member."""

@@ -316,3 +316,34 @@ class PissaConfig(fd.Additive):
 
     def takes_tensors(self) -> bool:
         return False
+
+
+@fd.register("test_loreft")
+@dataclass(frozen=True)
+class LoreftConfig(fd.BaseDeltaConfig):
+    """``h + Rᵀ (W h + b - R h)`` on the first and the last tokens of the prompt: LoReFT (Wu et al. 2024).
+
+    The rows of R are orthonormal: they are those of Q in ``rotateᵀ = Q U``. Tokens that are generated from a cache
+    stay as they are. Without a cache the text so far is the prompt.
+    """
+
+    conditions: ClassVar[tuple[str, ...]] = ("mask", "positions", "lengths", "cached")
+    rank: int = 2
+    first: int = 1
+    last: int = 2
+
+    def init(self, site: fd.Site, rng: torch.Generator) -> fd.Leaves:
+        rotate = torch.linalg.qr(torch.randn(site.width, self.rank, generator=rng)).Q.mT
+        project = torch.randn(self.rank, site.width, generator=rng) / site.width**0.5
+        return {"rotate": rotate.contiguous(), "project": project, "bias": torch.zeros(self.rank)}
+
+    def after(self, site: fd.Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
+        rotate = torch.linalg.qr(p["rotate"].mT).Q.mT
+        moved = y + (fd.linear(y, p["project"], p["bias"]) - fd.linear(y, rotate)) @ rotate
+        return torch.where(self.chosen(p).unsqueeze(-1), moved, y)
+
+    def chosen(self, p: dict[str, Tensor]) -> Tensor:
+        """Which tokens are changed, (rows, tokens)."""
+        at, lengths = p["call.positions"], p["call.lengths"].unsqueeze(-1)
+        ends = (at < self.first) | (at >= lengths - self.last)
+        return p["call.mask"] & ends & (p["call.cached"] == 0)
