@@ -123,7 +123,8 @@ def with_fixed(acts: Acts, fixed: Mapping[str, Tensor], leading: str) -> Acts:
     """``acts`` whose functions get, beside a member's leaves, tensors that all members have together.
 
     These have no member axis, so they are bound here, outside of every map over members. They follow the precision
-    and the device of the leaf ``leading``.
+    and the device of the leaf ``leading``. Where ``p`` holds one of them, a tensor of the backbone's that a call was
+    given in the place of its own, that one is meant.
 
     >>> acts = with_fixed(Acts(after=lambda p, y, x: y @ p["basis"] * p["d"]), {"basis": torch.eye(2)}, "d")
     >>> acts.after({"d": torch.tensor(2.0)}, torch.ones(1, 2), None)
@@ -132,7 +133,7 @@ def with_fixed(acts: Acts, fixed: Mapping[str, Tensor], leading: str) -> Acts:
 
     def beside(p: Params) -> Params:
         like = p[leading]
-        same = {name: t.to(like.device, like.dtype) if t.is_floating_point() else t for name, t in fixed.items()}
-        return {**same, **p}
+        same = {name: p.get(name, t).to(like.device) for name, t in fixed.items()}
+        return {**p, **{name: t.to(like.dtype) if t.is_floating_point() else t for name, t in same.items()}}
 
     return on_leaves(acts, beside) if fixed else acts

@@ -169,7 +169,7 @@ class AverageConfig(Summed):
         given = self.shares
         if given is None:
             return
-        if len(given) != len(self.parts) or not all(isinstance(c, (int, float)) and math.isfinite(c) for c in given):
+        if not isinstance(given, tuple) or len(given) != len(self.parts) or not all(map(_is_number, given)):
             raise ConfigError(f"shares={given!r}: write one number for each of the {len(self.parts)} parts.")
 
     def leaves(self, site: Site, own: Own, rng: torch.Generator) -> Leaves:
@@ -238,7 +238,9 @@ class MixtureConfig(Summed):
         if self.gate == "call":
             return acts
         why = "its gates differ from token to token, which no weight of the site computes"
-        return dataclasses.replace(acts, weights=None, unmergeable=why)
+        # A gate takes a token's features together, so these have to come last where tokens come in one axis.
+        together = acts.tokenwise and site.channel_axis == -1
+        return dataclasses.replace(acts, weights=None, unmergeable=why, tokenwise=together)
 
 
 def _whole(
@@ -265,6 +267,10 @@ def _whole(
         reads=tuple(dict.fromkeys(name for one in parts for name in one.reads)),
         unfactored="it is a composition of methods; fd.algebra.materialise gives its change of every weight",
     )
+
+
+def _is_number(share: Any) -> bool:
+    return isinstance(share, (int, float)) and math.isfinite(share)
 
 
 def _no_weights(acts: Acts) -> str | None:
@@ -295,7 +301,7 @@ def average(*parts: BaseDeltaConfig, shares: Sequence[float] | None = None, **fi
     >>> fd.average(fd.LoraConfig(), fd.LoraConfig(), modified_modules=["attn@.q@"]).shares is None
     True
     """
-    return AverageConfig(parts=parts, shares=None if shares is None else tuple(shares), **fields)
+    return AverageConfig(parts=parts, shares=tuple(shares) if isinstance(shares, Sequence) else shares, **fields)
 
 
 def mixture(*parts: BaseDeltaConfig, gate: str = "token", **fields: Any) -> MixtureConfig:

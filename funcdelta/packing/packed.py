@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -144,6 +144,7 @@ class Packed(BaseDeltaConfig):
             as_leaves(origin.config.leaves(site, own, torch.Generator().manual_seed(0)), "init") for origin in here[1:]
         ]
         first = drawn[0]
+        refuse_kept(first, type(self.method).__name__)
         member = {leaf: one for leaf, one in first.items() if one.of == "member"}
         shapes = [{name: tuple(leaf.value.shape) for name, leaf in each.items()} for each in drawn]
         found = dict(first)
@@ -160,7 +161,9 @@ class Packed(BaseDeltaConfig):
         varying = {name: float(getattr(self.method, name)) for name in self.varying} | {"source": 0.0}
         constants = {name: Leaf(torch.tensor(value), trains=False) for name, value in varying.items()}
         here = tuple(site for site in sites if self.origins[0].at(site.address))
-        return {**self.method.shared_leaves(here, own, rng), **constants}
+        given = self.method.shared_leaves(here, own, rng)
+        refuse_kept(given, type(self.method).__name__)
+        return {**given, **constants}
 
     def expand(self, sites: tuple[Site, ...], p: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         passed = {leaf: p[leaf] for leaf in ("source", *self.varying)}
@@ -225,6 +228,22 @@ class Packed(BaseDeltaConfig):
         method = self.method
         return tuple(
             name for name in method.as_leaves if len({getattr(origin.config, name) for origin in self.origins}) > 1
+        )
+
+
+def refuse_kept(leaves: Iterable[str], who: str) -> None:
+    """Raises ``ConfigError`` where a method's leaf is called as one of the constants that packing adds.
+
+    >>> refuse_kept(["lora_A", "size.lora_A"], "MyConfig")
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.ConfigError: MyConfig has a leaf 'size.lora_A', and a packed delta keeps 'present', 'source' and ...
+    """
+    taken = next((leaf for leaf in leaves if leaf in OWN_LEAVES or leaf.startswith(SIZE)), None)
+    if taken is not None:
+        raise ConfigError(
+            f"{who} has a leaf {taken!r}, and a packed delta keeps 'present', 'source' and names that begin with "
+            f"'{SIZE}' for itself: call the leaf, or the part of a composition, something else."
         )
 
 

@@ -178,7 +178,7 @@ def exactly(name: str) -> str:
 def _free_name(base: str, taken: set[str], sites: Iterable[str], backbone: nn.Module) -> str:
     places = [backbone, *(backbone.get_submodule(path) for path in sites)]
     name, number = base, 0
-    while name in taken or any(isinstance(getattr(place, name, None), (nn.Module, Tensor)) for place in places):
+    while name in taken or any(hasattr(place, name) for place in places):
         number += 1
         name = f"{base}_{number}"
     taken.add(name)

@@ -19,6 +19,7 @@ from ..model import DeltaModel
 from ..run.checked import checks_of
 from ..trees.constants import still
 from ..trees.stack import stack, take
+from .agreement import check_agreement
 from .packed import Packed
 from .shelves import stacked, taken_out
 from .slots import Chunk, Slot, exactly, place
@@ -79,6 +80,7 @@ def pack(pairs: Iterable[Pair], padding: str = "auto") -> tuple[DeltaModel, dict
     examples = [chunk.delta.example for chunk in chunks if chunk.delta.example is not None]
     delta = DeltaModel(first.backbone, *configs, example=examples[0] if examples else None, prepare=first.prepare)
     delta = delta if first.mode_flag is None else delta.mode(train=first.mode_flag)
+    check_agreement(delta)
     return delta, still(stacked(delta, chunks, slots, kinds), delta.constants)
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import ConfigError, MatchError
-from ..match import below
+from ..match import below, near
 from ..methods.acts import OWN, Acts
 from ..methods.config import BaseDeltaConfig, packed_weight
-from ..methods.leaf import Leaf, as_leaves, members_and_all, values_of
+from ..methods.leaf import Leaf, declared, members_and_all, values_of
 from ..methods.own import Own
 from ..methods.site import Site, site_of
 from ..randomness import refuse_draws
@@ -22,6 +22,7 @@ from ..trees.drawing import own_defaults
 from ..trees.seeding import derive
 from .attachment import Attachment
 from .forms import compare_forms
+from .rewriting import try_weights
 from .sharing import Shared
 
 
@@ -38,7 +39,7 @@ def attach(
     module, who = modules[site.path], f"{type(config).__name__}.init"
     rng = torch.Generator().manual_seed(derive(0, f"{site.address}.{config.seed_name(name)}"))
     with refuse_draws(who), own_defaults():
-        leaves, own_fixed = members_and_all(as_leaves(config.leaves(site, Own(module), rng), who))
+        leaves, own_fixed = members_and_all(declared(config.leaves(site, Own(module, site.path), rng), who))
     fixed = {leaf: site.placed(tensor) for leaf, tensor in own_fixed.items()} | dict(fixed)
     common = group.leaves if group is not None else {}
     if not (leaves or common):
@@ -57,7 +58,8 @@ def attach(
         )
     site = dataclasses.replace(site, axes=tuple((leaf, one.axes) for leaf, one in leaves.items() if one.axes))
     acts = config.acts(site)
-    fixed |= _read(config, acts, site, Own(module))
+    read = _read(config, acts, site, module)
+    fixed |= {f"{OWN}{own}": tensor.detach() for own, tensor in read.items()}
     uncalled = [path for path in (site.path, site.exit) if path is not None and read_by_parent(path, modules)]
     if uncalled and acts.weights is None:
         raise MatchError(
@@ -67,11 +69,12 @@ def attach(
     by_weights = bool(uncalled) or acts_by_weights(config, site)
     constants = {leaf for leaf, one in leaves.items() if not one.trains}
     still = constants | ({leaf for leaf, key in common.items() if key in group.constants} if group else set())
-    if not by_weights and acts.weights is not None and acts.by_values:
-        as_config = dataclasses.replace(site, path="")
-        if (config, as_config) not in compared:
-            compared.add((config, as_config))
-            p = {**fixed, **_leaves_at(config, site, leaves, group)}
+    as_config = dataclasses.replace(site, path="")
+    if acts.weights is not None and (config, as_config) not in compared:
+        compared.add((config, as_config))
+        p = {**fixed, **_leaves_at(config, site, leaves, group)}
+        try_weights(acts, module, p, f"{type(config).__name__}.weights", site.path)
+        if not by_weights and acts.by_values:
             compare_forms(config, site, module, p, frozenset(still | fixed.keys()))
     all_keys = keys | given
     return Attachment(
@@ -85,6 +88,7 @@ def attach(
         key=next(iter((keys or common).values())),
         leading=next((leaf for leaf in all_keys if leaf not in still), next(iter(all_keys))),
         fixed=fixed,
+        reads=tuple((f"{OWN}{own}", _first_name(modules[""], tensor)) for own, tensor in read.items()),
         in_attention=acts.in_attention,
         by_weights=by_weights,
         by_values=not by_weights and acts.by_values,
@@ -105,8 +109,12 @@ def check_acts(config: BaseDeltaConfig, acts: Acts) -> None:
         raise ConfigError(f"axis_order: {type(config).__name__} acts on no hidden value; leave it out.")
 
 
-def check_reads(attachments: Sequence[Attachment], trains: Mapping[str, tuple[str, ...]]) -> None:
-    """Refuse a method that reads a tensor which differs by member: what it is given is the backbone's own."""
+def check_reads(
+    attachments: Sequence[Attachment], trains: Mapping[str, tuple[str, ...]], modules: Mapping[str, nn.Module]
+) -> None:
+    """Refuse a method that reads what no site has, or what differs by member: it is given the backbone's own."""
+    for config in dict.fromkeys(a.config for a in attachments):
+        _check_names_read(config, [modules[a.site.path] for a in attachments if a.config is config])
     trained_names = {end for ends in trains.values() for end in ends}
     rewriting = [a for a in attachments if a.by_weights]
     for a in attachments:
@@ -126,6 +134,23 @@ def check_reads(attachments: Sequence[Attachment], trains: Mapping[str, tuple[st
             raise MatchError(
                 f"{a.name} at {a.site.path} reads {what}, which {other.name} rewrites: give them sites of their own."
             )
+
+
+def _check_names_read(config: BaseDeltaConfig, modules: Sequence[nn.Module]) -> None:
+    if isinstance(config.reads, str):
+        raise ConfigError(
+            f"{type(config).__name__}.reads is a text: write a tuple of names, reads = ({config.reads!r},)."
+        )
+    there = dict.fromkeys(name for module in modules for name in module._parameters)
+    known = {*there, "weight", "bias"}
+    if any("." in name for name in config.reads):
+        known |= {name for module in modules for name, _ in module.named_parameters(remove_duplicate=False)}
+    unknown = next((name for name in config.reads if name not in known), None)
+    if unknown is not None:
+        raise MatchError(
+            f"{config.delta_type or type(config).__name__} reads {unknown!r}, and none of its sites has a parameter of "
+            f"that name.{near(unknown, list(there))}"
+        )
 
 
 def acts_by_weights(config: BaseDeltaConfig, site: Site) -> bool:
@@ -159,19 +184,34 @@ def read_by_parent(path: str, modules: dict[str, nn.Module]) -> bool:
     return isinstance(modules[path.rpartition(".")[0]], nn.MultiheadAttention)
 
 
-def _read(config: BaseDeltaConfig, acts: Acts, site: Site, own: Own) -> dict[str, Tensor]:
-    """The site's own tensors that the method reads, as leaves; one that the module lacks is not among them."""
-    modules = dict(own.module.named_modules()) if acts.reads else {}
+def _read(config: BaseDeltaConfig, acts: Acts, site: Site, module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the site that the method reads, by their own names; one that the module lacks is not there."""
+    found: dict[str, nn.Parameter] = {}
     for name in acts.reads:
-        owner, _, last = name.rpartition(".")
-        if last == "weight" and owner in modules:
-            read = site_of(below(site.path, owner), modules[owner]) if owner else site
-            if read.packed:
-                raise MatchError(
-                    f"{config.delta_type} cannot act at {site.path}: it reads {name}, and {packed_weight(read)}. Leave "
-                    f"it out: exclude_modules=[{site.path!r}]."
-                )
-    return {f"{OWN}{name}": own[name] for name in acts.reads if name in own}
+        inner, _, own = name.rpartition(".")
+        owner = dict(module.named_modules()).get(inner) if inner else module
+        if owner is None:
+            continue
+        there, why = (site_of(below(site.path, inner), owner) if inner else site), None
+        if own == "weight" and there.packed:
+            why = f"it reads {name if inner else 'the weight'}, and {packed_weight(there)}"
+        if is_parametrized(owner, own):
+            why = f"it reads {name}, which is parametrised, so that each call computes it anew"
+        if own in owner._buffers:
+            why = f"it reads {name}, a buffer, which calls may write or replace"
+        if why is not None:
+            raise MatchError(
+                f"{config.delta_type} cannot act at {site.path}: {why}. Leave it out: exclude_modules=[{site.path!r}]."
+            )
+        tensor = owner._parameters.get(own)
+        if tensor is not None:
+            found[name] = tensor
+    return found
+
+
+def _first_name(backbone: nn.Module, parameter: nn.Parameter) -> str:
+    """The name under which params may hold another tensor for this one."""
+    return next(name for name, own in backbone.named_parameters() if own is parameter)
 
 
 def _has_weights_form(acts: Acts, site: Site, module: nn.Module) -> bool:

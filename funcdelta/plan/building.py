@@ -65,25 +65,18 @@ def build_plan(
         group, fixed = share(config, name, own, backbone)
         of_all |= {f"{name}.{leaf}": tensor for leaf, tensor in fixed.items()}
         if group is not None:
-            if name in modules or any(key in modules for key in group.shapes):
-                raise MatchError(
-                    f"The backbone already has a module {name!r}, where {config.delta_type} would keep its shared "
-                    f"leaves: give the config another name, name={name + '_delta'!r}."
-                )
+            _refuse_taken(backbone, "", name)
             shared.append(group)
         for site in own:
             path = site.path
             check_acts(config, config.acts(site))
-            if isinstance(getattr(modules[path], name, None), (nn.Module, Tensor)):
-                raise MatchError(
-                    f"{path} already has a child {name!r}: give the config another name, name={name + '_delta'!r}."
-                )
+            _refuse_taken(modules[path], path, name)
             attachment = attach(config, name, site, modules, group, fixed, compared)
             alone = sorted(leaf for leaf in attachment.fixed if leaf not in fixed and not leaf.startswith(OWN))
             of_all |= {f"{site.address}.{name}.{leaf}": attachment.fixed[leaf] for leaf in alone}
             attachments.setdefault(site.exit or path, []).append(attachment)
     trains, fresh = trained(backbone, modules, configs, known)
-    check_reads([a for acting in attachments.values() for a in acting], trains)
+    check_reads([a for acting in attachments.values() for a in acting], trains, modules)
     return Plan(
         {path: tuple(group) for path, group in attachments.items()},
         trains,
@@ -170,6 +163,16 @@ def _above(path: str, modules: dict[str, nn.Module]) -> Iterator[nn.Module]:
     while path:
         path = path.rpartition(".")[0]
         yield modules[path]
+
+
+def _refuse_taken(module: nn.Module, path: str, name: str) -> None:
+    """Refuse a delta's name where it would hide what the module that is to hold its leaves in views already has."""
+    if hasattr(module, name):
+        held = isinstance(getattr(module, name), (nn.Module, Tensor))
+        raise MatchError(
+            f"{path or 'The backbone'} already has {'a child' if held else 'an attribute'} {name!r}: give the config "
+            f"another name, name={name + '_delta'!r}."
+        )
 
 
 def _meant(site: Site, parts: Parts) -> Site:

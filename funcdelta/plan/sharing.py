@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..methods.config import BaseDeltaConfig
-from ..methods.leaf import Leaf, as_leaves, members_and_all, values_of
+from ..methods.leaf import Leaf, declared, members_and_all, values_of
 from ..methods.own import Own
 from ..methods.site import Site
 from ..randomness import refuse_draws
@@ -68,7 +68,7 @@ def own_at(sites: Sequence[Site], backbone: nn.Module) -> dict[str, Own]:
     >>> list(own_at([site_of("0", backbone[0])], backbone)["0"])
     ['weight', 'bias']
     """
-    return {site.address: Own(backbone.get_submodule(site.path)) for site in sites}
+    return {site.address: Own(backbone.get_submodule(site.path), site.path) for site in sites}
 
 
 def share(
@@ -81,7 +81,7 @@ def share(
     own = own_at(sites, backbone)
     rng, who = torch.Generator().manual_seed(derive(0, config.seed_name(name))), f"{type(config).__name__}.shared"
     with refuse_draws(who), own_defaults():
-        given, of_all = members_and_all(as_leaves(config.shared_leaves(sites, own, rng), who))
+        given, of_all = members_and_all(declared(config.shared_leaves(sites, own, rng), who))
     first = sites[0]
     fixed = {leaf: first.placed(tensor) for leaf, tensor in of_all.items()}
     if not given:

@@ -156,6 +156,11 @@ class Host(Protocol):
     @property
     def units(self) -> tuple[str, ...]: ...
 
+    @property
+    def pads(self) -> bool:
+        """Whether tables with a ``padding_idx`` may differ by member."""
+        ...
+
     def under_way(self, path: str) -> Call:
         """The call that the module at ``path`` runs in."""
         ...

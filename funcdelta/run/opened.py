@@ -7,8 +7,9 @@ differ by member. Hooks, the backbone's own among them, see the opened forward a
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -18,14 +19,19 @@ from torch.utils import _pytree as pytree
 from ..errors import ConfigError, FoldError, FuncdeltaError
 from ..plan.attachment import Attachment
 from ..plan.spans import keep, take
+from ..randomness import refuse_draws
 from ..transforms import innermost
-from .bound import Bound
+from .bound import Bound, in_precision
 from .call import TENSOR, Call, Host, Params
 from .hidden import hidden_input, hidden_output
 from .layout import Hidden, LayoutMismatchError, Run
+from .lookups import padded_lookups
 from .reading import READ, refuse_replaced, set_plainly
 
 Result = TypeVar("Result")
+
+
+DRAW = "in evaluation mode a method computes one thing of one input; draw where site.training is true, or draw leaves"
 
 
 class Bypass(nn.Module):
@@ -113,10 +119,8 @@ def _forward(opened: Opened, /, *args: Any, **kwargs: Any) -> Any:
         except Exception as error:
             _note(error, opened.path, p, (y, x))
             raise
-        if not isinstance(y, Tensor):
-            raise ConfigError(f"The method at {opened.path} returned {type(y).__name__}; expected a tensor.")
-        if y.dtype != own and own.is_floating_point:
-            y = y.to(own)
+        if not isinstance(y, Tensor) or y.dtype != own:
+            y = in_precision(y, own, "The method", opened.path)
     return y if put_back is None else put_back(y)
 
 
@@ -226,20 +230,43 @@ def act(
             return lift(function, p, values, dims, path)
         return call.watch.lifted(lambda: lift(function, p, values, dims, path))
 
-    return checked(path, p, values, compute)
+    out, dim = checked(call, path, bound, training, p, values, compute)
+    # Where nothing had rows, members may have brought some; what acts before a site may have changed its length.
+    if _closely(call) and bound.keeps_shape and dim == dims[0] and out.shape != values[0].shape:
+        raise ConfigError(
+            f"The method at {path} gave the shape {tuple(out.shape)} for a hidden output of the shape "
+            f"{tuple(values[0].shape)}: what leaves a site has one shape, with the method or without it."
+        )
+    return out, dim
 
 
-def checked(path: str, p: Params, values: tuple[Tensor, ...], compute: Callable[[], Result]) -> Result:
-    """What a method's function gives of ``values`` at a site, which is named in whatever goes wrong.
+def _closely(call: Call) -> bool:
+    """The first calls are looked at closely: a method does the same in all others."""
+    return call.reached is not None or call.watch is not None
 
-    >>> checked("0", {}, (torch.ones(1),), lambda: 2)
-    2
+
+def checked(
+    call: Call,
+    path: str,
+    bound: Bound,
+    training: bool,
+    p: Params,
+    values: tuple[Tensor, ...],
+    compute: Callable[[], Result],
+) -> Result:
+    """What a method's function makes of ``values``; whatever goes wrong names the site.
+
+    Raises ``ConfigError`` where it writes into what it is given.
     """
     if torch.compiler.is_compiling():
         return compute()
-    versions = _versions(values)
+    closely = _closely(call)
+    given = {**p, **bound.attachment.fixed} if closely else {}
+    versions, before = _versions(values), _versions(given.values())
+    draws = refuse_draws(f"The method at {path}", DRAW) if closely and not training else contextlib.nullcontext()
     try:
-        result = compute()
+        with draws:
+            result = compute()
     except FuncdeltaError:
         raise
     except Exception as error:
@@ -250,6 +277,13 @@ def checked(path: str, p: Params, values: tuple[Tensor, ...], compute: Callable[
             f"The method at {path} changed a hidden value in place, which others still read: write y = y + change "
             f"instead of y += change."
         )
+    changed = (leaf for leaf, old, new in zip(given, before, _versions(given.values()), strict=True) if old != new)
+    written = next(changed, None)
+    if written is not None:
+        raise ConfigError(
+            f"The method at {path} changed p[{written!r}] in place, which others read as well, and the caller keeps: "
+            f"compute with a changed copy, p[{written!r}] * 2 instead of p[{written!r}].mul_(2)."
+        )
     return result
 
 
@@ -259,7 +293,7 @@ def _note(error: Exception, path: str, p: Params, values: tuple[Tensor, ...]) ->
     error.add_note(f"funcdelta: at the site {path}, leaves {shapes}, hidden values {hidden}.")
 
 
-def _versions(values: tuple[Tensor, ...]) -> list[int | None]:
+def _versions(values: Iterable[Tensor]) -> list[int | None]:
     with torch._C.DisableTorchFunction():
         return [None if value.is_inference() else value._version for value in map(innermost, values)]
 
@@ -299,7 +333,8 @@ def run_members(opened: Opened, call: Call, run: Run, args: tuple[Any, ...], kwa
         return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
 
     p = {key: call.params[key] for key in run.keys}
-    results = iter(call.lift.run(member, p, tensors, run, call.visit(f"{path}()"), path))
+    with padded_lookups(skeleton.pads):
+        results = iter(call.lift.run(member, p, tensors, run, call.visit(f"{path}()"), path))
     out_spec, others = shape_of_output
     # An output that is no tensor stays as it is.
     return pytree.tree_unflatten([next(results) if other is TENSOR else other for other in others], out_spec)

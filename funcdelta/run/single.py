@@ -16,6 +16,7 @@ from .call import Call, Params, read_mark
 from .checkpointing import kept_run, named_refusal, needs_keeping
 from .fsdp import check_kept, check_ran
 from .layout import Run
+from .lookups import padded_lookups
 from .old_functions import named_functions
 from .outputs import LAZY, refuse_lazy
 from .program import Program
@@ -29,7 +30,8 @@ def call_single(
     call = Call(params, reached=reached)
     simple = not (torch.compiler.is_compiling() or skeleton.recomputing or skeleton.units)
     if simple and current_transform() is None and not wanted.yes:
-        call.plain = reached is None
+        # What takes the place of a tensor that a method reads is looked for with care.
+        call.plain = reached is None and (not program.plan.read or program.plan.read.isdisjoint(params))
         output = skeleton.run("", params, args, kwargs, call)
         if type(output) in LAZY:
             refuse_lazy(output)
@@ -41,7 +43,7 @@ def call_single(
         return kept_run(skeleton, call, overrides, args, kwargs)
     if skeleton.units:
         call.runs = {path: Run(keys) for path, keys in program.plan.outermost(params).items()}
-    with attention_for_this_call(), named_functions(), named_refusal(skeleton):
+    with attention_for_this_call(), named_functions(), named_refusal(skeleton), padded_lookups(skeleton.pads):
         try:
             output = skeleton.run("", params, args, kwargs, call)
         except RuntimeError as error:

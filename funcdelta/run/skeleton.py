@@ -32,6 +32,7 @@ from .call import Call, Params, Prepare, read_mark
 from .checkpointing import check_runner, note_reentrant, recomputing, require_grad_outside_transforms
 from .fsdp import check_unit, units
 from .layout import LayoutMismatchError
+from .lookups import padded
 from .memory import Memory
 from .opened import Opened, act
 from .outputs import apart
@@ -94,6 +95,8 @@ class Skeleton:
             self._install(plan)
         self.memory = Memory(backbone, self.module)
         self._remembers = True
+        rewritten = plan is not None and bool(plan.trained or plan.rewriting)
+        self.pads = rewritten and padded(self.module.modules())
 
     # -- installation ----------------------------------------------------------------------------------------------
 

@@ -61,14 +61,22 @@ def wrapped(
     own, lift, p = OwnAttention(attention, given), call.lift, bound.leaves(call.params)
     function = bound.functions[module.training]
     if lift is None:
-        output = checked(path, p, given, lambda: function(p, *given, own))
+        output = checked(call, path, bound, module.training, p, given, lambda: function(p, *given, own))
     elif call.watch is None:
-        output = checked(path, p, given, lambda: _together(function, p, own, lift, path))
+        output = checked(call, path, bound, module.training, p, given, lambda: _together(function, p, own, lift, path))
     else:
         watch = call.watch
         if watch.axis(path, query) != 0 or watch.axis(path, own.result()) != 0:
             raise FoldError(f"{path} attends with rows that are not on the first axis")
-        output, _ = checked(path, p, given, lambda: watch.lifted(lambda: (_together(function, p, own, lift, path), 0)))
+        output, _ = checked(
+            call,
+            path,
+            bound,
+            module.training,
+            p,
+            given,
+            lambda: watch.lifted(lambda: (_together(function, p, own, lift, path), 0)),
+        )
     return output.transpose(1, 2).contiguous(), own.scores
 
 

@@ -457,7 +457,7 @@ def test_what_cannot_be_is_refused() -> None:
     delta, params = plain_prefix(bert)
     with raises_saying(fd.errors.MergeError, "cannot be merged", "keys and values that no weight"):
         delta.merge(params)
-    with raises_saying(fd.errors.MatchError, "of no family", "attn@"):
+    with raises_saying(fd.errors.MatchError, "no family", "attn@"):
         fd.PrefixModel(MLP())
 
 

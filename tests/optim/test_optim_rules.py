@@ -96,7 +96,7 @@ RATES = torch.tensor([0.1, 0.2])
     [
         (lambda: optim.sgd(lr=-1.0), ConfigError, r"lr lies in \[0, inf\); found -1\.0"),
         (lambda: optim.adam(0.1, betas=(0.9, 1.0)), ConfigError, r"beta2 lies in \[0, 1\); found 1\.0"),
-        (lambda: optim.adamw(0.1, betas=LIST[:1]), ConfigError, r"betas is a pair .*; found \[0\.1\]"),
+        (lambda: optim.adamw(0.1, betas=LIST[:1]), ConfigError, r"betas must be a pair .*; found \[0\.1\]"),
         (lambda: optim.adamw(LIST), ConfigError, r"Write lr=torch\.tensor\(\[0\.1, 0\.2\]\)"),
         (lambda: optim.adamw(TEXT), ConfigError, "lr is a number, .* found 'fast'"),
         (lambda: optim.adamw(torch.ones(2, 1)), ConfigError, r"found shape \(2, 1\)"),
@@ -124,7 +124,7 @@ RATES = torch.tensor([0.1, 0.2])
         (
             lambda: optim.adamw(0.1).update(ONE, optim.adamw(0.1).init(tree.map(lambda x: x[:3], ONE), 3), ONE),
             StackError,
-            r"Leaf 'l\.w' has shape \(4, 2\), its moment in the state \(3, 2\).*together with the params",
+            r"Leaf 'l\.w' has shape \(4, 2\), but its moment in the state has \(3, 2\).*as to the params",
         ),
         (
             lambda: optim.sgd(0.1).update({"l.v": ONE["l.b"]}, optim.sgd(0.1).init(ONE), ONE),

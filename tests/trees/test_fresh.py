@@ -82,7 +82,7 @@ class Growing(fd.LoraConfig):
 def test_other_shapes_than_at_the_start_are_refused(n: int | None) -> None:
     Growing.drawn = 0
     delta = fd.DeltaModel(MLP().eval(), Growing(lora_r=2, modified_modules=("a",)))
-    with pytest.raises(ConfigError, match=r"Growing\.init at a gave other leaves.*Expected \(\d, 2\) for lora_B"):
+    with pytest.raises(ConfigError, match=r"Growing\.init at a returned other leaves.*expected \(\d, 2\) for lora_B"):
         [delta.init(0, n=n) for _ in range(4)]
 
 

@@ -98,7 +98,7 @@ def test_an_empty_slot_raises_wherever_it_is_named(delta: fd.DeltaModel, x: Tens
             resident.remove(slot)
     with raises_saying(fd.errors.ParamsError, "-2 to 0", "slots are 0 or more"):
         resident.check([0, -2])
-    with raises_saying(fd.errors.ParamsError, "the number that put(params) gave", "'anna'"):
+    with raises_saying(fd.errors.ParamsError, "a number that put(params) returned", "'anna'"):
         resident.member("anna")  # type: ignore[arg-type]
 
 
@@ -107,12 +107,16 @@ def test_what_does_not_fit(delta: fd.DeltaModel) -> None:
     resident = fd.Resident(delta, 1)
     with raises_saying(fd.errors.StackError, "no member yet", "put(params)"):
         resident.members()
-    with raises_saying(fd.errors.ParamsError, "a.lora.lora_A of (8, 4); found (3, 8, 4)", "one member at a time"):
+    with raises_saying(
+        fd.errors.ParamsError,
+        "a.lora.lora_A: expected (8, 4) in a member of this stack; found (3, 8, 4)",
+        "one member at a time",
+    ):
         resident.put(delta.init(0, n=3))
     missing = {name: leaf for name, leaf in params.items() if name != "head.bias"}
     with raises_saying(fd.errors.ParamsError, "head.bias of (3,); found nothing"):
         resident.put(missing)
-    with raises_saying(fd.errors.ParamsError, "head.weights of no shape"):
+    with raises_saying(fd.errors.ParamsError, "head.weights: expected no such leaf"):
         resident.put(params | {"head.weights": torch.zeros(1)})
     for leaf, found in (
         ([0.0] * 3, "a list"),
