@@ -14,7 +14,7 @@ from ..match import below, near
 from ..methods.acts import OWN, Acts
 from ..methods.config import BaseDeltaConfig, packed_weight
 from ..methods.leaf import Leaf, declared, members_and_all, values_of
-from ..methods.own import Own
+from ..methods.own import Own, owner_of
 from ..methods.site import Site, site_of
 from ..randomness import refuse_draws
 from ..structures.modules.structure import is_quantised
@@ -141,11 +141,8 @@ def _check_names_read(config: BaseDeltaConfig, modules: Sequence[nn.Module]) -> 
         raise ConfigError(
             f"{type(config).__name__}.reads is a text: write a tuple of names, reads = ({config.reads!r},)."
         )
-    there = dict.fromkeys(name for module in modules for name in module._parameters)
-    known = {*there, "weight", "bias"}
-    if any("." in name for name in config.reads):
-        known |= {name for module in modules for name, _ in module.named_parameters(remove_duplicate=False)}
-    unknown = next((name for name in config.reads if name not in known), None)
+    there = dict.fromkeys(name for module in modules for name, _ in module.named_parameters())
+    unknown = next((name for name in config.reads if name not in (*there, "weight", "bias")), None)
     if unknown is not None:
         raise MatchError(
             f"{config.delta_type or type(config).__name__} reads {unknown!r}, and none of its sites has a parameter of "
@@ -185,19 +182,19 @@ def read_by_parent(path: str, modules: dict[str, nn.Module]) -> bool:
 
 
 def _read(config: BaseDeltaConfig, acts: Acts, site: Site, module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the site that the method reads, by their own names; one that the module lacks is not there."""
+    """The parameters at the site that the method reads, by their names there; one that it lacks is not among them."""
     found: dict[str, nn.Parameter] = {}
     for name in acts.reads:
-        inner, _, own = name.rpartition(".")
-        owner = dict(module.named_modules()).get(inner) if inner else module
+        owner, own = owner_of(module, name)
         if owner is None:
             continue
-        there, why = (site_of(below(site.path, inner), owner) if inner else site), None
-        if own == "weight" and there.packed:
-            why = f"it reads {name if inner else 'the weight'}, and {packed_weight(there)}"
-        if is_parametrized(owner, own):
+        where = name.rpartition(".")[0]
+        read, why = site_of(below(site.path, where), owner) if where else site, None
+        if own == "weight" and read.packed:
+            why = f"it reads {name}, and {packed_weight(read)}"
+        elif is_parametrized(owner, own):
             why = f"it reads {name}, which is parametrised, so that each call computes it anew"
-        if own in owner._buffers:
+        elif own in owner._buffers:
             why = f"it reads {name}, a buffer, which calls may write or replace"
         if why is not None:
             raise MatchError(

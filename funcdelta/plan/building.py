@@ -169,9 +169,10 @@ def _refuse_taken(module: nn.Module, path: str, name: str) -> None:
     """Refuse a delta's name where it would hide what the module that is to hold its leaves in views already has."""
     if hasattr(module, name):
         held = isinstance(getattr(module, name), (nn.Module, Tensor))
+        what = "an attribute" if not held else "a child" if path else "a module"
         raise MatchError(
-            f"{path or 'The backbone'} already has {'a child' if held else 'an attribute'} {name!r}: give the config "
-            f"another name, name={name + '_delta'!r}."
+            f"{path or 'The backbone'} already has {what} {name!r}: give the config another name, "
+            f"name={name + '_delta'!r}."
         )
 
 

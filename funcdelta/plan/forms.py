@@ -21,9 +21,7 @@ from ..structures.modules.structure import copy_structure
 from ..transforms import outside_transforms
 from ..trees.drawing import own_defaults
 from .axes import in_order
-
-LARGEST = 2**20
-"""Layers of more numbers are not compared: another of their kind is, or what the site says is trusted."""
+from .rewriting import LARGEST
 
 SPREAD = 0.3
 

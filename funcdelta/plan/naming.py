@@ -68,8 +68,8 @@ def select(
     # A parametrised weight is computed by modules of its own, which are meant only when they are named.
     inner = any("parametrizations" in target for target in given)
     names = [path for path in modules if path and (inner or ".parametrizations." not in path)]
-    excluded = _excluded(backbone, modules, names, config, known)
     tensors = [name for name, _ in backbone.named_parameters(remove_duplicate=False)]
+    excluded = _excluded(backbone, modules, names, tensors if config.takes_tensors() else (), config, known)
     named: dict[str, Parts] = {}
     for target in given:
         hits = known.find(target, common, names)
@@ -109,7 +109,12 @@ def select(
 
 
 def _excluded(
-    backbone: nn.Module, modules: dict[str, nn.Module], names: list[str], config: BaseDeltaConfig, known: Names
+    backbone: nn.Module,
+    modules: dict[str, nn.Module],
+    names: list[str],
+    tensors: Sequence[str],
+    config: BaseDeltaConfig,
+    known: Names,
 ) -> dict[str, Parts]:
     """The paths that ``exclude_modules`` leaves out with all below them; with parts, those of their output alone."""
     given = config.exclude_modules
@@ -120,7 +125,7 @@ def _excluded(
         given = ()  # OpenDelta writes it into the config of every model
     excluded: dict[str, Parts] = {}
     for target in given:
-        if any(within(name, target) for name in names):
+        if any(within(name, target) for name in names) or target in tensors:
             excluded[target] = ()
             continue
         found = known.find(target, config.common_structure, names) if "@" in target or config.common_structure else {}

@@ -30,7 +30,8 @@ def rewritten(
     path, dtype = attachment.site.path, _leaf_dtype(p, attachment.leading)
     weights = attachment.acts(training).weights
     assert weights is not None
-    finest = functools.reduce(torch.promote_types, [t.dtype for t in own.values() if t.is_floating_point()], dtype)
+    floating = [t.dtype for t in own.values() if t.is_floating_point() and t.dtype.itemsize > 1]  # not float8
+    finest = functools.reduce(torch.promote_types, floating, dtype)
     if finest != dtype:
         dtype = finest
         p = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in p.items()}
@@ -132,11 +133,11 @@ def in_precision(result: Any, own: torch.dtype, who: str, path: str) -> Tensor:
     torch.float16
     """
     if not isinstance(result, Tensor):
-        raise ConfigError(f"{who} returned {type(result).__name__} at {path}; expected a tensor.")
+        raise ConfigError(f"{who} at {path} returned {type(result).__name__}; expected a tensor.")
     if result.dtype == own or not own.is_floating_point:
         return result
     if not result.is_floating_point():
-        raise ConfigError(f"{who} returned {result.dtype} at {path}, where the hidden value is {own}; expected that.")
+        raise ConfigError(f"{who} at {path} returned {result.dtype}, where the hidden value is {own}; expected that.")
     return result.to(own)
 
 

@@ -30,7 +30,6 @@ from .reading import READ, refuse_replaced, set_plainly
 
 Result = TypeVar("Result")
 
-
 DRAW = "in evaluation mode a method computes one thing of one input; draw where site.training is true, or draw leaves"
 
 
@@ -226,23 +225,23 @@ def act(
     def compute() -> tuple[Tensor, int | None]:
         if lift is None:
             return function(p, *values), None
-        if call.watch is None:
-            return lift(function, p, values, dims, path)
-        return call.watch.lifted(lambda: lift(function, p, values, dims, path))
+        lifted = functools.partial(lift, function, p, values, dims, path)
+        return lifted() if call.watch is None else call.watch.lifted(lifted)
 
-    out, dim = checked(call, path, bound, training, p, values, compute)
-    # Where nothing had rows, members may have brought some; what acts before a site may have changed its length.
-    if _closely(call) and bound.keeps_shape and dim == dims[0] and out.shape != values[0].shape:
+    result = checked(call, path, bound, training, p, values, compute)
+    same = not bound.keeps_shape or result[1] != dims[0] or values[0].is_nested
+    if not same and _closely(call) and result[0].shape != values[0].shape:
+        # Where nothing had rows, members may have brought some; what acts before a site may have changed its length.
         raise ConfigError(
-            f"The method at {path} gave the shape {tuple(out.shape)} for a hidden output of the shape "
+            f"The method at {path} gave the shape {tuple(result[0].shape)} for a hidden output of the shape "
             f"{tuple(values[0].shape)}: what leaves a site has one shape, with the method or without it."
         )
-    return out, dim
+    return result
 
 
 def _closely(call: Call) -> bool:
-    """The first calls are looked at closely: a method does the same in all others."""
-    return call.reached is not None or call.watch is not None
+    """Whether a method's functions are looked at closely, as in the first calls: it does the same in all others."""
+    return (call.reached is not None or call.watch is not None) and not torch.compiler.is_compiling()
 
 
 def checked(
@@ -254,10 +253,7 @@ def checked(
     values: tuple[Tensor, ...],
     compute: Callable[[], Result],
 ) -> Result:
-    """What a method's function makes of ``values``; whatever goes wrong names the site.
-
-    Raises ``ConfigError`` where it writes into what it is given.
-    """
+    """What ``compute`` gives, a method's function of ``values`` at a site, which is named in whatever goes wrong."""
     if torch.compiler.is_compiling():
         return compute()
     closely = _closely(call)
@@ -277,14 +273,22 @@ def checked(
             f"The method at {path} changed a hidden value in place, which others still read: write y = y + change "
             f"instead of y += change."
         )
-    changed = (leaf for leaf, old, new in zip(given, before, _versions(given.values()), strict=True) if old != new)
-    written = next(changed, None)
-    if written is not None:
-        raise ConfigError(
-            f"The method at {path} changed p[{written!r}] in place, which others read as well, and the caller keeps: "
-            f"compute with a changed copy, p[{written!r}] * 2 instead of p[{written!r}].mul_(2)."
+    if closely:
+        after = _versions(given.values())
+        _check_unwritten(
+            path, [leaf for leaf, *times in zip(given, before, after, strict=True) if times[0] != times[1]]
         )
     return result
+
+
+def _check_unwritten(path: str, written: list[str]) -> None:
+    """Refuse a method that wrote into what it was given by name."""
+    if written:
+        leaf = f"p[{written[0]!r}]"
+        raise ConfigError(
+            f"The method at {path} changed {leaf} in place, which others read as well, and the caller keeps: compute "
+            f"with a changed copy, {leaf} * 2 instead of {leaf}.mul_(2)."
+        )
 
 
 def _note(error: Exception, path: str, p: Params, values: tuple[Tensor, ...]) -> None:

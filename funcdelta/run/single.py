@@ -31,7 +31,7 @@ def call_single(
     simple = not (torch.compiler.is_compiling() or skeleton.recomputing or skeleton.units)
     if simple and current_transform() is None and not wanted.yes:
         # What takes the place of a tensor that a method reads is looked for with care.
-        call.plain = reached is None and (not program.plan.read or program.plan.read.isdisjoint(params))
+        call.plain = reached is None and (not skeleton.reads or skeleton.reads.isdisjoint(params))
         output = skeleton.run("", params, args, kwargs, call)
         if type(output) in LAZY:
             refuse_lazy(output)

@@ -75,6 +75,7 @@ class Skeleton:
         self.units = units(self.module)
         self.dtypes = {name: t.dtype for name, t in named_tensors(self.module)}
         self.plan, self._is_view = plan, view
+        self.reads = plan.read if plan is not None else frozenset[str]()
         self.call: Call | None = None
         self.kept: weakref.ref[Call] | None = None
         self.recomputing = recomputing(self.module)

@@ -7,6 +7,7 @@ Shapes as in :class:`funcdelta.methods.acts.Acts`; the model's attention functio
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,29 +61,24 @@ def wrapped(
     given = query, key.expand(rows, *key.shape[1:]), value.expand(rows, *value.shape[1:])
     own, lift, p = OwnAttention(attention, given), call.lift, bound.leaves(call.params)
     function = bound.functions[module.training]
-    if lift is None:
-        output = checked(call, path, bound, module.training, p, given, lambda: function(p, *given, own))
-    elif call.watch is None:
-        output = checked(call, path, bound, module.training, p, given, lambda: _together(function, p, own, lift, path))
-    else:
-        watch = call.watch
-        if watch.axis(path, query) != 0 or watch.axis(path, own.result()) != 0:
-            raise FoldError(f"{path} attends with rows that are not on the first axis")
-        output, _ = checked(
-            call,
-            path,
-            bound,
-            module.training,
-            p,
-            given,
-            lambda: watch.lifted(lambda: (_together(function, p, own, lift, path), 0)),
-        )
+    watch = call.watch
+    if watch is not None and lift is not None and {watch.axis(path, t) for t in (query, own.result())} != {0}:
+        raise FoldError(f"{path} attends with rows that are not on the first axis")
+
+    def compute() -> Tensor:
+        if lift is None:
+            return function(p, *given, own)
+        together = functools.partial(_together, function, p, own, lift, path)
+        return together() if watch is None else watch.lifted(lambda: (together(), 0))[0]
+
+    output = checked(call, path, bound, module.training, p, given, compute)
     return output.transpose(1, 2).contiguous(), own.scores
 
 
 def _together(function: Callable[..., Tensor], p: Params, own: OwnAttention, lift: Lift, path: str) -> Tensor:
     """The function of every member, on its rows of the batch."""
-    split = tuple(split_rows(value, 0, lift.n, lift.rows, path) for value in own.given)
+    q, k, v = (split_rows(value, 0, lift.n, lift.rows, path) for value in own.given)
+    split: Triple = q, k, v
     mapped = _replayed if torch.compiler.is_compiling() else _stepping_out
     output = mapped(function, p, split, own).flatten(0, 1)
     if lift.present is None:

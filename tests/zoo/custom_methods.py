@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import funcdelta as fd
-from funcdelta.methods.layers import from_weight, to_weight
+from funcdelta.methods.layers import from_weight, spare_padding, to_weight
 
 
 @fd.register("test_gate")
@@ -197,7 +197,8 @@ class DoraConfig(fd.Additive):
         axis = site.features_axis(y)
         scale = self._scale(site, p, from_weight(site, p["own.weight"])).view(-1, *[1] * (-1 - axis))
         bare = y - p["own.bias"].view(-1, *[1] * (-1 - axis)) if "own.bias" in p else y
-        return y + (scale - 1) * bare + scale * (super().after(site, p, y, x) - y)
+        change = (scale - 1) * bare + scale * (super().after(site, p, y, x) - y)
+        return y + (spare_padding(site, change, x) if site.kind == "embedding" else change)
 
     def weights(self, site: fd.Site, p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
         weight = from_weight(site, w["weight"])
