@@ -428,7 +428,7 @@ def test_pointers_and_damage(tmp_path: Path) -> None:
     with pytest.raises(fd.errors.CheckpointError, match="not JSON"):
         fd.load_peft(folder, Small())
     (folder / "adapter_config.json").unlink()
-    with pytest.raises(fd.errors.CheckpointError, match="no folder of PEFT: expected adapter_config.json"):
+    with pytest.raises(fd.errors.CheckpointError, match=r"no folder of PEFT: expected adapter_config\.json"):
         fd.load_peft(folder, Small())
 
 
