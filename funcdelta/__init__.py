@@ -1,9 +1,9 @@
 """funcdelta: delta tuning as pure pytrees of tensors on a frozen backbone.
 
-Here are what makes deltas and what every program with them needs. The rest has a namespace each: ``fd.algebra``
-(arithmetic of what deltas do), ``fd.distributed`` (several processes), ``fd.errors``, ``fd.grad`` (derivatives),
-``fd.inspect`` (trees and figures), ``fd.interop`` (other libraries' files), ``fd.methods`` (what a method of your own
-is written on), ``fd.metrics``, ``fd.optim``, ``fd.recipes``, and ``fd.tree`` (leafwise arithmetic).
+The top level has the functions that make deltas and those that nearly every program needs. The rest is in namespaces:
+``fd.algebra`` (arithmetic on the weight changes of deltas), ``fd.distributed`` (several processes), ``fd.errors``,
+``fd.grad`` (derivatives), ``fd.inspect`` (trees and figures), ``fd.interop`` (other libraries' files), ``fd.methods``
+(for writing your own method), ``fd.metrics``, ``fd.optim``, ``fd.recipes``, and ``fd.tree`` (leafwise arithmetic).
 """
 
 import importlib as _importlib
@@ -119,8 +119,8 @@ __all__ = [
 ]
 
 if _typing.TYPE_CHECKING:
-    # Imported when they are first asked for, by __getattr__. Recipes are written on this very package, so that a type
-    # checker, too, finds them by `from funcdelta import recipes`.
+    # At run time __getattr__ imports these on first use. Recipes are missing because they import this package:
+    # type checkers, too, find them by `from funcdelta import recipes`.
     from . import algebra as algebra
     from . import distributed as distributed
     from . import grad as grad
@@ -135,7 +135,7 @@ if _typing.TYPE_CHECKING:
     from .interop import save_peft as save_peft
     from .packing import pack as pack
     from .packing import unpack as unpack
-else:  # a type checker would take every name for a public one
+else:  # hidden from type checkers, for which __getattr__ would make every name public
     from .habits import missing_name as _missing_name
 
     _NAMESPACES = (
@@ -146,7 +146,7 @@ else:  # a type checker would take every name for a public one
         "interop": ("load_opendelta", "load_peft", "save_opendelta", "save_peft"),
         "packing": ("pack", "unpack"),
         "apps.picker": ("pick",),
-        # These may be written without their namespace, too, and are not listed.
+        # These can be written without their namespace, too, but are not listed in __all__.
         "errors": (
             *("CheckpointError", "ConfigError", "EngineError", "EngineWarning", "FactorMeanWarning", "FoldError"),
             *("FuncdeltaError", "MatchError", "MergeError", "ParamsError", "PickError", "RecomputeError", "StackError"),

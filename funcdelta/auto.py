@@ -1,4 +1,4 @@
-"""Ways to make a delta: one constructor a method, and deltas from configs as data or from saved folders."""
+"""Ways to make a delta: one constructor per method, and deltas from configs as data or from saved folders."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .run.call import Prepare
 class MethodModel(DeltaModel):
     """A delta of one method: ``LoraModel(backbone_model=b, lora_r=8)`` is ``DeltaModel(b, LoraConfig(lora_r=8))``.
 
-    ``interactive_modify`` (``True``, or a port) asks for ``modified_modules`` on a web page: :func:`funcdelta.pick`.
+    ``interactive_modify`` (``True``, or a port) opens a web page to pick ``modified_modules``: :func:`funcdelta.pick`.
     """
 
     config_class: ClassVar[type[BaseDeltaConfig]]
@@ -49,7 +49,7 @@ class MethodModel(DeltaModel):
             raise ConfigError(f"backend={backend!r}: any nn.Module is a backbone here; leave out backend.")
         config = self.config_class.from_dict(fields)
         if interactive_modify is not False:
-            from .apps.picker.interactive import picked  # a web server's imports, where one is asked for
+            from .apps.picker.interactive import picked  # imports a web server
 
             config = picked(backbone_model, config, interactive_modify)
         super().__init__(backbone_model, config, example=example, prepare=prepare)
@@ -58,7 +58,7 @@ class MethodModel(DeltaModel):
     def from_config(
         cls, config: BaseDeltaConfig | Mapping[str, Any], backbone_model: nn.Module, **fields: Any
     ) -> DeltaModel:
-        """The delta that ``config`` describes, which has to be of this method; ``fields`` override.
+        """The delta that ``config`` describes; raises if it is of another method. ``fields`` override the config's.
 
         >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8))
         >>> fd.LoraModel.from_config(fd.LoraConfig(modified_modules=["0"]), backbone, lora_r=2).configs[0].lora_r
@@ -76,7 +76,7 @@ class MethodModel(DeltaModel):
     def from_finetuned(
         cls, path: str | os.PathLike[str], backbone_model: nn.Module, **options: Any
     ) -> tuple[DeltaModel, dict[str, Tensor]]:
-        """The same as :meth:`AutoDeltaModel.from_finetuned`, for a delta that has to be of this method.
+        """As :meth:`AutoDeltaModel.from_finetuned`; raises if the saved delta is of another method.
 
         >>> import tempfile
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
@@ -198,9 +198,9 @@ class AutoDeltaModel:
     ) -> DeltaModel:
         """The delta that ``config`` (a config, or its dict) describes; ``fields`` override the config's.
 
-        A config that was saved with a delta knows the fingerprint of that delta's backbone: another backbone raises
-        ``CheckpointError``, unless ``check_hash=False``. (OpenDelta's hashes are of more than the backbone, and are
-        not compared.)
+        A config that was saved with a delta contains the fingerprint of that delta's backbone: another backbone raises
+        ``CheckpointError``, unless ``check_hash=False``. (OpenDelta's hashes cover more than the backbone and are not
+        compared.)
 
         >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8))
         >>> config = {"delta_type": "lora", "modified_modules": ["0"]}
@@ -237,11 +237,11 @@ class AutoDeltaModel:
         """``(delta, params)`` from what ``save_finetuned`` wrote: a folder, or a hub id; every key is accounted for.
 
         Args:
-            delta_config: taken instead of the saved config; single ``fields`` override it.
-            state_dict: tensors by name, taken instead of the saved ones.
-            check_hash: whether the backbone has to be the one that the delta was saved with, bit for bit.
+            delta_config: used instead of the saved config; single ``fields`` override it.
+            state_dict: tensors by name, used instead of the saved ones.
+            check_hash: whether the backbone must be the one that the delta was saved with, bit for bit.
             cache_dir, force_download, local_files_only, revision, token: for ``huggingface_hub``.
-            device: where the leaves are put, if not where the backbone's tensors at their sites are.
+            device: where to put the leaves; by default, on the device of their sites.
 
         >>> import tempfile
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])

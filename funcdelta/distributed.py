@@ -1,12 +1,12 @@
-"""Members over several processes: which are this process's own, and their results gathered in the members' order.
+"""Splits members over several processes, and gathers their results in the members' order.
 
-Started by ``torchrun``, on torch's own process groups and ``DeviceMesh``; written on the public functions of a delta.
-Members never exchange anything while they train, so each process initialises, trains and saves its own ones, and only
-results are gathered. A process alone has all members: a script is the same for one and for many.
+Built on torch's process groups and ``DeviceMesh`` (start with ``torchrun``). Members exchange nothing while they
+train, so each process initialises, trains and saves its own, and only results are gathered. A single process has all
+members, so one script serves both cases.
 
-A mesh of several dimensions counts row by row, the last dimension fastest. With the backbone sharded over one of them
-(``prepare=lambda skeleton: fully_shard(skeleton, mesh=mesh["shards"])``) ``shard(n, mesh)`` still gives every process
-members of its own; those of one group then have to run in step: as many calls each, forward and backward.
+A mesh of several dimensions counts row by row, the last dimension fastest. If the backbone is sharded over one of them
+(``prepare=lambda skeleton: fully_shard(skeleton, mesh=mesh["shards"])``), ``shard(n, mesh)`` still gives each process
+its own members; the processes of one group then have to make the same number of calls, forward and backward.
 
 >>> import funcdelta as fd
 >>> delta = fd.LoraModel(nn.Sequential(nn.Linear(4, 3)), lora_r=2, modified_modules=["0"])
@@ -45,10 +45,10 @@ Tree = TypeVar("Tree")
 
 
 def shard(n: int, mesh: DeviceMesh | None = None) -> slice:
-    """The members of n that are this process's own, as a slice: ``fd.seeds(0, n)[mine]``, ``fd.take(stack, mine)``.
+    """This process's share of n members, as a slice: ``fd.seeds(0, n)[mine]``, ``fd.take(stack, mine)``.
 
-    Runs of neighbours, in the order of the processes of ``mesh`` (``None``: of all); the first n mod world processes
-    have one member more. Raises ``ParamsError`` where there are fewer members than processes.
+    Shares are contiguous, in the order of the processes of ``mesh`` (``None``: all processes); the first n mod world
+    processes have one member more. Raises ``ParamsError`` if there are fewer members than processes.
 
     >>> shard(64)
     slice(0, 64, None)
@@ -57,8 +57,8 @@ def shard(n: int, mesh: DeviceMesh | None = None) -> slice:
     n = count(n, "n", "members all processes have")
     if n < world:
         raise ParamsError(
-            f"{n} members on {world} processes leave some without any: start at most {n} processes, or shard over one "
-            f"dimension of a mesh, shard({n}, mesh['members'])."
+            f"{n} members on {world} processes leave some processes without a member: start at most {n} processes, or "
+            f"shard over one dimension of a mesh, shard({n}, mesh['members'])."
         )
     each, more = divmod(n, world)
     first = rank * each + min(rank, more)
@@ -66,11 +66,11 @@ def shard(n: int, mesh: DeviceMesh | None = None) -> slice:
 
 
 def gather(tree: Tree, mesh: DeviceMesh | None = None) -> Tree:
-    """The stacks of all processes one after the other: (n of this process, …) → (n, …), the same on each of them.
+    """Concatenate the stacks of all processes: (n of this process, …) → (n, …), the same on each of them.
 
-    ``tree`` is any pytree whose tensors have the member axis first (params, losses, an optimiser's state); other
-    leaves pass unchanged. Bit for bit, of any dtype, detached; unlike numbers of members are fine. All processes of
-    ``mesh`` (``None``: of all) have to call it. Raises ``ParamsError`` on all of them if their leaves are unlike.
+    ``tree`` is any pytree whose tensors have the member axis first (params, losses, an optimiser's state); other leaves
+    pass unchanged. Values of any dtype arrive bit for bit, detached; processes may have different numbers of members.
+    All processes of ``mesh`` (``None``: all) have to call it. Raises ``ParamsError`` on all of them if leaves differ.
 
     >>> gather({"loss": torch.tensor([0.5, 0.25])})
     {'loss': tensor([0.5000, 0.2500])}
@@ -82,9 +82,9 @@ def gather(tree: Tree, mesh: DeviceMesh | None = None) -> Tree:
 
 
 def mean(tree: Tree, mesh: DeviceMesh | None = None) -> Tree:
-    """The mean of every leaf over the processes of ``mesh``: gradients of one member whose rows they share.
+    """The mean of every leaf over the processes of ``mesh``, such as gradients of members whose rows they share.
 
-    For processes with the same members and other rows, as many each: average what ``fd.value_and_grad`` gives.
+    For processes with the same members and equally many different rows: average the output of ``fd.value_and_grad``.
 
     >>> mean({"w": torch.ones(2)})
     {'w': tensor([1., 1.])}
@@ -110,10 +110,10 @@ def save_shard(
     *,
     hash_backbone: bool = True,
 ) -> Path:
-    """Write the members ``mine`` (a slice of all, as :func:`shard` gives it) to ``path/members-<first>-<last>``.
+    """Write the members ``mine`` (a slice of all, from :func:`shard`) to ``path/members-<first>-<last>``.
 
-    ``state`` is any pytree of tensors with the member axis first, the optimiser's for example. A kill leaves what was
-    there before. Returns the folder. Raises ``CheckpointError`` where the folder of another part overlaps.
+    ``state`` is any pytree of tensors with the member axis first, for example the optimiser's. A killed process leaves
+    the previous save intact. Returns the folder. Raises ``CheckpointError`` if another folder's members overlap.
 
     >>> import tempfile
     >>> delta = fd.LoraModel(nn.Sequential(nn.Linear(4, 3)), lora_r=2, modified_modules=["0"])
@@ -133,10 +133,10 @@ def load_shards(
 ) -> Any:
     """The members ``wanted`` as one stack, joined from the folders in ``path``: all n (a number), or a slice of them.
 
-    With ``like``, a state of the structure that was saved, gives ``(stack, state)``. The parts may be other ones than
-    were saved, as on another number of processes.
+    With ``like``, a state of the structure that was saved, returns ``(stack, state)``. The slice need not match what
+    one process saved, so the number of processes may change.
 
-    Raises ``CheckpointError`` naming the members that are missing, and folders that do not fit.
+    Raises ``CheckpointError`` that names missing members, or a folder that does not fit.
 
     >>> import tempfile
     >>> path = tempfile.mkdtemp()
@@ -155,7 +155,7 @@ def load_shards(
     def read(folder: Path) -> dict[str, Tensor]:
         found, stack = load(folder, delta.backbone, check_hash=check_hash, example=delta.example)
         if found.names != delta.names or found.shapes != delta.shapes:
-            raise CheckpointError(f"'{folder}' is of another delta: expected {delta!r}, found {found!r}.")
+            raise CheckpointError(f"'{folder}' holds another delta: expected {delta!r}, found {found!r}.")
         return stack
 
     return read_shards(read, path, wanted, like)
@@ -167,7 +167,7 @@ def _place(mesh: DeviceMesh | None) -> tuple[int, int]:
         return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     coordinate = mesh.get_coordinate()
     if coordinate is None:
-        raise ParamsError(f"This process (rank {dist.get_rank()}) is not in {mesh}: call it on processes of the mesh.")
+        raise ParamsError(f"This process (rank {dist.get_rank()}) is not in {mesh}: call it in processes of the mesh.")
     rank = 0
     for position, size in zip(coordinate, mesh.shape, strict=True):
         rank = rank * size + position
@@ -175,7 +175,7 @@ def _place(mesh: DeviceMesh | None) -> tuple[int, int]:
 
 
 def _groups(mesh: DeviceMesh | None) -> list[tuple[Any, torch.device]]:
-    """The groups to communicate in, one after the other, with the device that each communicates from."""
+    """The process groups to communicate in, one after the other, each with its device."""
     if mesh is not None:
         device = _device(mesh.device_type)
         # The last dimension first: its processes hold neighbours.
@@ -190,7 +190,7 @@ def _device(kind: str) -> torch.device:
 
 
 def _gather(tree: Any, group: Any, device: torch.device) -> Any:
-    """One collective for the whole tree: every member's leaves as one row of bytes."""
+    """Gather the whole tree in one collective, with each member's leaves as one row of bytes."""
     world = dist.get_world_size(group)
     pairs = [(name, leaf.detach()) for name, leaf in named(tree) if isinstance(leaf, Tensor)]
     k = members(tree)
@@ -202,8 +202,8 @@ def _gather(tree: Any, group: Any, device: torch.device) -> Any:
     unlike = (numbers != numbers[0]).nonzero().flatten().tolist()
     if unlike:
         raise ParamsError(
-            f"gather: the leaves of process {unlike[0]} are unlike those of process 0 in names, shapes after the "
-            f"member axis, dtypes or order; here the first is {kinds[0]}. All processes have to gather the same things."
+            f"gather: the leaves of process {unlike[0]} differ from those of process 0 in names, shapes after the "
+            f"member axis, dtypes or order; here the first is {kinds[0]}. Give gather the same tree on all processes."
         )
     rows = [leaf.contiguous().to(device).reshape(k, -1) for _, leaf in pairs]
     rows = [row.view(torch.uint8) if row.shape[1] else row.new_empty(k, 0, dtype=torch.uint8) for row in rows]
@@ -217,7 +217,7 @@ def _gather(tree: Any, group: Any, device: torch.device) -> Any:
 
     def unpack(leaf: Tensor) -> Tensor:
         row, _ = next(found)
-        # A copy, for a view of bytes as numbers has to begin at a multiple of their size.
+        # A copy, because bytes can be viewed as numbers only if they begin at a multiple of the numbers' size.
         plain = row.clone(memory_format=torch.contiguous_format).view(-1).view(leaf.dtype)
         return plain.view(kept.shape[0], *leaf.shape[1:]).to(leaf.device)
 
@@ -225,5 +225,5 @@ def _gather(tree: Any, group: Any, device: torch.device) -> Any:
 
 
 def _number(facts: Any) -> int:
-    """A number that is almost surely another one for other facts; the same in every process."""
+    """A hash of ``facts`` that is the same in every process (Python's own is not)."""
     return int.from_bytes(hashlib.sha256(repr(facts).encode()).digest()[:7], "big")

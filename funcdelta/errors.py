@@ -1,4 +1,4 @@
-"""Errors of funcdelta: each says where, what was expected, what was found, and what to write instead."""
+"""Errors of funcdelta: each says where it happened, what was expected and found, and what to write instead."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class MatchError(FuncdeltaError, ValueError):
 
 
 class ConfigError(FuncdeltaError, ValueError):
-    """A config has an unknown field, an impossible value, or does not fit the other configs.
+    """A config has an unknown field or an impossible value, or does not fit the other configs.
 
     >>> fd.AutoDeltaConfig.from_dict({"delta_type": "lora", "lora_rank": 4})
     Traceback (most recent call last):
@@ -105,7 +105,7 @@ class FoldError(EngineError):
 
 
 class RecomputeError(EngineError):
-    """Gradient checkpointing cannot recompute a call that is made in this way.
+    """Gradient checkpointing cannot recompute this kind of call.
 
     >>> class Checkpointed(torch.nn.Linear):
     ...     def forward(self, x):
@@ -120,7 +120,7 @@ class RecomputeError(EngineError):
 
 
 class MergeError(FuncdeltaError, ValueError):
-    """The delta is no function of the backbone's weights, or is one end of a tied pair.
+    """The delta cannot be expressed as a change of weights, or changes only one end of a tied pair.
 
     >>> delta = fd.AdapterModel(torch.nn.Sequential(torch.nn.Linear(2, 2)), modified_modules=["0"])
     >>> delta.merge(delta.init(0))
@@ -142,7 +142,7 @@ class CheckpointError(FuncdeltaError, ValueError):
 
 
 class PickError(FuncdeltaError, RuntimeError):
-    """Nothing was picked: cancelled, timed out, no free port, or no web library to show the page with.
+    """Nothing was picked: the user cancelled, time ran out, no port is free, or no web library is installed.
 
     >>> try:
     ...     fd.pick(torch.nn.Sequential(torch.nn.Linear(2, 2)), open_browser=False, timeout=0.01)
@@ -169,7 +169,7 @@ class StaleBackboneError(FuncdeltaError, RuntimeError):
 
 
 class FactorMeanWarning(UserWarning):
-    """Leaves were averaged that have no meaning on average: what members do is not what the mean of their leaves does.
+    """The mean of factors was taken, which is not the mean of the members' effects (of their ΔW).
 
     >>> issubclass(FactorMeanWarning, UserWarning)
     True
@@ -177,7 +177,7 @@ class FactorMeanWarning(UserWarning):
 
 
 class EngineWarning(UserWarning):
-    """A slower engine runs a call than the one that was tried first; the message says why.
+    """A call runs on a slower engine than the one that was tried first; the message says why.
 
     >>> import warnings
     >>> class Mean(torch.nn.Linear):
@@ -193,7 +193,7 @@ class EngineWarning(UserWarning):
 
 
 class UnreachedWarning(UserWarning):
-    """A first call did not pass through some sites, so a delta adds nothing there in that call.
+    """The first call did not reach some sites, so the delta has no effect there.
 
     >>> import warnings
     >>> class Texts(torch.nn.Module):
@@ -212,19 +212,19 @@ class UnreachedWarning(UserWarning):
 
 
 def shown(value: object, most: int = 100) -> str:
-    """``repr(value)`` for a message, cut in the middle where it is longer than ``most``.
+    """``repr(value)`` for a message; if longer than ``most``, its middle is left out.
 
     >>> shown("lora_A"), shown("z" * 1000, 20)
     ("'lora_A'", "'zzzzzzzzz...zzzzzzzzz'")
     """
     if isinstance(value, int) and value.bit_length() > 256:
-        return f"a number of {value.bit_length()} bits"  # Python writes no very long ones
+        return f"a number of {value.bit_length()} bits"  # repr() refuses very long integers
     text = repr(value)
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-(most // 2) :]}"
 
 
 ENGINE = re.compile(r',? or use engine="[^"]*"|(?:^| )(?:Or use|Use) engine=.*?(?:\.(?= |$)|$)')
-"""A clause, or a sentence, that advises to choose an engine."""
+"""A clause or sentence that advises choosing an engine."""
 
 
 def without_engines(message: str) -> str:

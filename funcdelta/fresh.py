@@ -1,7 +1,7 @@
-"""Fresh params: every leaf drawn from (seed, site, delta name) alone, so member i never depends on n.
+"""Fresh params: every leaf is drawn from (seed, site, name of the delta) alone, so member i does not depend on n.
 
-Random numbers come from a CPU generator a leaf group, whatever the device, and torch's default dtype and device are set
-aside while methods draw: a member is the same everywhere.
+Numbers always come from CPU generators, and methods draw with torch's original default dtype and device, so a member
+is the same on every device.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError
-from .methods.leaf import Leaves, as_leaves, values_of
+from .methods.leaf import Leaves, as_leaves
 from .methods.own import Own
 from .methods.site import Site
 from .plan.attachment import Attachment
 from .plan.plan import Plan
-from .plan.sharing import Shared
+from .plan.sharing import Shared, own_at
 from .trees.constants import still
 from .trees.drawing import own_defaults
+from .trees.noting import Noting
 from .trees.seeding import derive
 
 
@@ -34,13 +35,14 @@ def fresh_member(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
 ) -> dict[str, Tensor]:
-    """One member's params in the order of ``order``."""
+    """Draw one member's params, listed in the order of the names in ``order``."""
     params: dict[str, Tensor] = {}
     for source in _sources(plan, backbone, dtype):
         with own_defaults():
             drawn = source.draw(torch.Generator(), seed)
         found = {
-            key: source.checked(leaf, drawn).to(dtype=like, device=device or source.device)
+            # A copy: a method may give one tensor twice, and every leaf is written on its own.
+            key: source.checked(leaf, drawn).to(dtype=like, device=device or source.device, copy=True)
             for leaf, (key, _, like) in source.leaves.items()
         }
         params.update(still(found, source.constants))
@@ -55,21 +57,32 @@ def fresh_stack(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
 ) -> dict[str, Tensor]:
-    """The params of several members, (n, ...): row i is what :func:`fresh_member` gives for ``seeds[i]``.
+    """Draw the params of several members, (n, ...): row i is :func:`fresh_member` with ``seeds[i]``.
 
-    They are drawn site by site, each into its row of the stack: nothing is held twice.
+    Leaves are drawn site by site straight into the stack, so memory holds them once. Where the first member's start
+    uses no random number (singular vectors of the site's weight), it is the start of all members.
     """
     params: dict[str, Tensor] = {}
-    rng = torch.Generator()  # seeded anew for every draw; making one takes as long as drawing a thousand numbers
+    rng = Noting()  # reseeded for every draw, because making one costs as much as a thousand numbers
     for source in _sources(plan, backbone, dtype):
         found = {
             key: torch.empty((len(seeds), *shape), dtype=like, device=device or source.device)
             for key, shape, like in source.leaves.values()
         }
+        rng.begin()
+        with own_defaults():
+            first = source.draw(rng, seeds[0])
+        if not rng.used:
+            with torch.no_grad():
+                for leaf, (key, _, _) in source.leaves.items():
+                    found[key].copy_(source.checked(leaf, first))
+            params.update(still(found, source.constants))
+            continue
         step = source.at_once()
         for begin in range(0, len(seeds), step):
+            known = [] if begin else [first]
             with own_defaults():
-                drawn = [source.draw(rng, seed) for seed in seeds[begin : begin + step]]
+                drawn = known + [source.draw(rng, seed) for seed in seeds[begin + len(known) : begin + step]]
             for leaf, (key, _, _) in source.leaves.items():
                 _fill(found[key][begin : begin + step], [source.checked(leaf, one) for one in drawn])
         params.update(still(found, source.constants))
@@ -77,7 +90,7 @@ def fresh_stack(
 
 
 def _fill(room: Tensor, rows: list[Tensor]) -> None:
-    """Write ``rows`` side by side into ``room``, which may be of another dtype or on another device."""
+    """Stack ``rows`` into ``room``, which may have another dtype or device."""
     with torch.no_grad():
         if room.dtype == rows[0].dtype and room.device == rows[0].device:
             torch.stack(rows, out=room)
@@ -87,14 +100,14 @@ def _fill(room: Tensor, rows: list[Tensor]) -> None:
 
 @dataclass(frozen=True)
 class _Source:
-    """What is drawn together: a method's leaves at one site, or one leaf of the backbone.
+    """Leaves that are drawn together: a method's at one site, or one trained leaf of the backbone.
 
     Attributes:
-        what: who draws, for the message.
-        draw: the leaves of the member with this seed, from the generator, which is seeded in there.
-        leaves: their keys in params, shapes and dtypes, by the names that ``draw`` gives them.
-        device: where they belong.
-        constants: keys of those that never train.
+        what: the function that draws, for messages.
+        draw: returns the leaves for a seed; it seeds the generator itself.
+        leaves: ``{name from draw: (key in params, shape, dtype)}``.
+        device: the device that the leaves belong on.
+        constants: keys of the leaves that never train.
     """
 
     what: str
@@ -104,31 +117,31 @@ class _Source:
     constants: tuple[str, ...] = ()
 
     def checked(self, leaf: str, drawn: Mapping[str, Tensor]) -> Tensor:
-        """The leaf, which has the shape that it had when the delta was built."""
+        """The drawn leaf; raises if its shape is not the one found when the delta was built."""
         shape = self.leaves[leaf][1]
         if leaf not in drawn or drawn[leaf].shape != shape:
             raise ConfigError(
-                f"{self.what} gave other leaves than when the delta was built: shapes may depend on the site only. "
-                f"Expected {shape} for {leaf}."
+                f"{self.what} returned other leaves than when the delta was built: expected {shape} for {leaf}. Shapes "
+                f"may depend on the site only."
             )
         return drawn[leaf]
 
     def at_once(self) -> int:
-        """How many members to draw before their leaves are put side by side, so that they stay in the cache."""
+        """How many members to draw before stacking their leaves, so that these stay in the processor's cache."""
         return max(1, CACHED // max([1, *(math.prod(shape) for _, shape, _ in self.leaves.values())]))
 
 
 CACHED = 1 << 16
-"""Entries of one leaf that lie in a processor's cache beside those of other leaves."""
+"""Entries of one leaf that fit into a processor's cache beside other leaves."""
 
 
 def _sources(plan: Plan, backbone: nn.Module, dtype: torch.dtype | None) -> Iterator[_Source]:
     for group in plan.shared:
-        make = partial(group.config.shared, group.sites)
+        make = partial(group.config.shared_leaves, group.sites, own_at(group.sites, backbone))
         yield _of_method(group, group.sites[0], group.name, make, dtype)
     for attachment in plan.all():
         site = attachment.site
-        make = partial(attachment.config.leaves, site, Own(backbone.get_submodule(site.path)))
+        make = partial(attachment.config.leaves, site, Own(backbone.get_submodule(site.path), site.path))
         yield _of_method(attachment, site, f"{site.address}.{attachment.name}", make, dtype)
     parameters = dict(backbone.named_parameters())
     for name in plan.trained:
@@ -149,11 +162,13 @@ def _of_method(
     leaves = {
         leaf: (key, part.shapes[key], dtype if dtype and part.dtypes[key].is_floating_point else part.dtypes[key])
         for leaf, key in part.leaves.items()
-        if key in part.shapes  # the others are shared with other sites, or expanded from such
+        if key in part.shapes  # the others are shared between sites, or computed from shared leaves
     }
 
     def draw(rng: torch.Generator, seed: int) -> Mapping[str, Tensor]:
-        return values_of(as_leaves(make(rng.manual_seed(derive(seed, name))), what))
+        given = as_leaves(make(rng.manual_seed(derive(seed, name))), what)
+        # What all members have together is there once, and is not to be held until the last of them has been drawn.
+        return {leaf: one.value for leaf, one in given.items() if one.of == "member"}
 
     what = f"{type(part.config).__name__}.init at {site.address}"
     return _Source(what, draw, leaves, site.device, part.constants)
@@ -164,7 +179,7 @@ def _copied(name: str, tensor: Tensor, rng: torch.Generator, seed: int) -> dict[
 
 
 def trained_dtype(tensor: Tensor) -> torch.dtype:
-    """Trained backbone leaves follow the rule of all leaves: float32 where the backbone is half precision.
+    """The dtype of a trained backbone leaf, by the rule for all leaves: float64 stays, others become float32.
 
     >>> trained_dtype(torch.zeros(1, dtype=torch.bfloat16)), trained_dtype(torch.zeros(1, dtype=torch.float64))
     (torch.float32, torch.float64)
@@ -173,9 +188,9 @@ def trained_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _redrawn(backbone: nn.Module, name: str, tensor: Tensor, rng: torch.Generator, seed: int) -> dict[str, Tensor]:
-    """A backbone leaf drawn anew, as its model would draw it: matrices at random, biases 0, norms 1.
+    """Draw a backbone leaf as its model initialises it: matrices at random, biases 0, norms 1.
 
-    Transformers models draw N(0, initializer_range); others as torch's own layers, U(±1/sqrt(fan in)).
+    Transformers models draw from N(0, initializer_range²), others from U(±1/sqrt(fan in)), as torch's layers do.
     """
     if tensor.ndim < 2:
         norm = "norm" in type(backbone.get_submodule(name.rpartition(".")[0])).__name__.lower()
@@ -191,7 +206,7 @@ def _redrawn(backbone: nn.Module, name: str, tensor: Tensor, rng: torch.Generato
 def random_members(
     plan: Plan, backbone: nn.Module, order: tuple[str, ...], n: int, present: frozenset[str]
 ) -> dict[str, Tensor]:
-    """A stack of n members with every leaf moved away from its start, for the probe: a fresh LoRA would hide a mix."""
+    """A stack of n members with noise on every leaf, for the probe: fresh LoRAs (B = 0) would hide mixed rows."""
     constants = set(plan.constants)
     kept = {key for name, keys in plan.keys().items() if name in present for key in keys}
     kept |= present & plan.trained.keys()

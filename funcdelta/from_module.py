@@ -1,6 +1,6 @@
-"""A method made from a user's own ``nn.Module``: ``m(y)``, ``y + m(x)``, ``m(x)`` for ``y``, or ``m(x)`` before a site.
+"""Makes a method of any ``nn.Module`` m: a site's output becomes ``m(y)``, ``y + m(x)`` or ``m(x)``, or its input m(x).
 
-The module is a template: built once a site on the meta device, without memory, it is run by
+The module is a template. It is built once per site on the meta device, without memory, and run by
 ``torch.func.functional_call`` with one member's tensors. Its parameters are the leaves, its buffers the constants.
 """
 
@@ -28,9 +28,9 @@ MakeModule = Callable[..., nn.Module]
 Key = tuple[BaseDeltaConfig, Site]
 
 _local = threading.local()
-"""This thread's templates: a call swaps tensors in its template, so two threads cannot share one."""
+"""This thread's templates; threads cannot share one, because a call swaps tensors in it."""
 _traced: dict[Key, nn.Module] = {}
-"""The templates that compiled code uses: tracing cannot build one."""
+"""Templates for compiled code, built in advance because tracing cannot build them."""
 
 
 class ModuleConfig(BaseDeltaConfig):
@@ -71,39 +71,39 @@ class ModuleConfig(BaseDeltaConfig):
         name = type(self).__name__
         module = type(self).make(site, **{field: getattr(self, field) for field in own_fields(type(self))})
         if not isinstance(module, nn.Module):
-            raise ConfigError(f"{name} gave a {type(module).__name__} for {site.path}; expected an nn.Module.")
+            raise ConfigError(f"{name} returned a {type(module).__name__} for {site.path}; expected an nn.Module.")
         for path, child in module.named_modules():
             if isinstance(child, nn.modules.batchnorm._NormBase) and child.track_running_stats:
                 raise ConfigError(
                     f"{name} made a {type(child).__name__} ({path or 'the module itself'}) that keeps running "
-                    f"statistics, but a call has no memory: write track_running_stats=False, or use LayerNorm."
+                    f"statistics, but calls of a delta keep nothing: write track_running_stats=False, or use LayerNorm."
                 )
         return module.train(site.training)
 
 
 class Before(ModuleConfig):
-    """``m(x)`` goes into the site instead of ``x``."""
+    """The site gets ``m(x)`` instead of ``x``."""
 
     def before(self, site: Site, p: dict[str, Tensor], x: Tensor) -> Tensor:
         return self.run(site, p, x)
 
 
 class Sequential(ModuleConfig):
-    """``m(y)`` leaves the site instead of ``y``."""
+    """The site's output becomes ``m(y)``."""
 
     def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
         return self.run(site, p, y)
 
 
 class Parallel(ModuleConfig):
-    """``y + m(x)`` leaves the site."""
+    """The site's output becomes ``y + m(x)``."""
 
     def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
         return y + self.run(site, p, x)
 
 
 class Replace(ModuleConfig):
-    """``m(x)`` leaves the site instead of ``y``."""
+    """The site's output becomes ``m(x)``."""
 
     def after(self, site: Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
         return self.run(site, p, x)
@@ -118,14 +118,14 @@ INSERTS: dict[str, type[ModuleConfig]] = {
 
 
 def register_module(delta_type: str, insert: str = "sequential") -> Callable[[MakeModule], type[ModuleConfig]]:
-    """Make a method of a function ``make(site, **fields) -> nn.Module``; it becomes the method's config class.
+    """Decorate a function ``make(site, **fields) -> nn.Module``, which becomes the config class of a method.
 
-    The fields are the function's further parameters, with their defaults. ``insert`` says where the module m stands:
-    ``"sequential"`` gives ``m(y)``, ``"parallel"`` ``y + m(x)``, ``"replace"`` ``m(x)`` (the site still runs, its
-    output is not used), and ``"before"`` hands ``m(x)`` to the site. The module maps one hidden tensor to another;
-    it runs with one member's tensors, so every engine, row and view works, and nothing is inserted anywhere.
+    The fields are the function's other parameters, with their defaults. ``insert`` says how the module m acts: with
+    ``"sequential"`` the output is ``m(y)``, with ``"parallel"`` ``y + m(x)``, with ``"replace"`` ``m(x)`` (the site
+    still runs, but its output is not used); with ``"before"`` the site gets ``m(x)``. The module maps one hidden tensor
+    to another. It runs with one member's tensors, so engines, rows and views all work; the backbone is not changed.
 
-    Raises ``ConfigError`` for another ``insert``, a parameter without a default, and a module with running statistics.
+    Raises ``ConfigError`` for another ``insert``, a parameter without a default, or a module with running statistics.
 
     >>> from funcdelta.methods.config import METHODS
     >>> @fd.register_module("squeeze", insert="parallel")
@@ -146,7 +146,7 @@ def register_module(delta_type: str, insert: str = "sequential") -> Callable[[Ma
         cls = dataclasses.make_dataclass(
             make.__name__, fields_of(make), bases=(base,), namespace=namespace, frozen=True, kw_only=True
         )
-        # Where the decorated function is found by name, so that a delta can be pickled.
+        # Pickle finds the class under the decorated function's name.
         cls.__module__, cls.__qualname__ = make.__module__, make.__qualname__
         return register(delta_type)(cls)
 
@@ -162,17 +162,17 @@ def fields_of(make: MakeModule) -> list[tuple[str, Any, Any]]:
     parameters = list(inspect.signature(make).parameters.values())
     if not parameters:
         raise ConfigError(
-            f"{make.__name__} takes nothing: write {make.__name__}(site, ...), which says what it acts on."
+            f"{make.__name__} takes no argument: write {make.__name__}(site, ...); the site says what it acts on."
         )
     given = parameters[1:]
     taken = {field.name for field in dataclasses.fields(BaseDeltaConfig)}
     for one in given:
         if one.default is one.empty:
-            raise ConfigError(f"{make.__name__}: the parameter {one.name!r} becomes a field: give it a default.")
+            raise ConfigError(f"{make.__name__}: the parameter {one.name!r} becomes a field, so give it a default.")
         if one.name in taken:
-            raise ConfigError(f"{make.__name__}: every config has a field {one.name!r} already: use another name.")
+            raise ConfigError(f"{make.__name__}: every config already has a field {one.name!r}: use another name.")
         if isinstance(one.default, (list, dict, set)):
-            raise ConfigError(f"{make.__name__}: {one.name}={one.default!r} can be changed; write a tuple.")
+            raise ConfigError(f"{make.__name__}: the default {one.name}={one.default!r} is mutable: write a tuple.")
     return [(one.name, "Any" if one.annotation is one.empty else one.annotation, one.default) for one in given]
 
 
@@ -187,7 +187,7 @@ def own_fields(cls: type[BaseDeltaConfig]) -> list[str]:
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, tied ones once.
+    """Parameters and buffers by name; tied ones are listed once.
 
     >>> list(tensors_of(nn.BatchNorm1d(2, affine=False)))
     ['running_mean', 'running_var', 'num_batches_tracked']

@@ -1,7 +1,7 @@
-"""Derivatives in params: gradients, products with Jacobians and Hessians, what reached a site, whole training runs.
+"""Derivatives with respect to params: gradients, Jacobian and Hessian products, taps, and unrolled training.
 
-``value_and_grad`` gives every member of a stack a gradient of its own. The others take one function of one member's
-params; map them over a stack with ``torch.vmap``.
+``value_and_grad`` computes the gradient of every member of a stack. The others take a function of one member's params;
+map them over a stack with ``torch.vmap``.
 
 >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 2)), lora_r=1, modified_modules=["0"])
 >>> losses, grads = fd.grad.value_and_grad(lambda p: delta.apply(p, torch.ones(3, 4)).square().mean())(delta.init(0))

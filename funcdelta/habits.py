@@ -1,4 +1,4 @@
-"""Habits from modules and from OpenDelta that mean something else here: each raises with the line to write instead."""
+"""Errors for calls that people know from ``nn.Module`` or OpenDelta: each says what to write here instead."""
 
 from __future__ import annotations
 
@@ -34,50 +34,50 @@ INSTEAD = {
     "find_key": "fd.find_key(key, targets)",
     "find_module": "fd.find_module(backbone, key)",
 }
-"""What a module or OpenDelta's delta has, and the line to write instead."""
+"""Attributes of a module or of OpenDelta's delta, with what to write instead."""
 
-REGISTERED = "{call} above a function make(site) that gives an nn.Module"
+REGISTERED = "{call} above a function make(site) that returns an nn.Module"
 VERBS = {
-    "update_module": "modified_modules=[...] for where, and a config class, @fd.register(...), for what",
+    "update_module": "modified_modules=[...] to say where, and a config class, @fd.register(...), to say what",
     "add_all_delta_to_backbone": "delta.apply(params, inputs...), which needs nothing in the backbone",
     "replace_module": REGISTERED.format(call='@fd.register_module("name", insert="replace")'),
-    "modify_module": "a config class with weights(self, site, p, w), the site's tensors rewritten, @fd.register(...)",
+    "modify_module": "a config class, @fd.register(...), whose weights(self, site, p, w) rewrites the site's tensors",
     "insert_module": REGISTERED.format(call='@fd.register_module("name", insert="before" or another)'),
     "insert_sequential_module": REGISTERED.format(call='@fd.register_module("name", insert="sequential")'),
     "insert_parallel_module": REGISTERED.format(call='@fd.register_module("name", insert="parallel")'),
 }
-"""OpenDelta's verbs that change the backbone, and what says the same here."""
+"""OpenDelta's methods that change the backbone, with their counterparts here."""
 
 FUNCTIONS = {
-    "set_axis_order": "axis_order=(...) in the config, for its own sites alone",
+    "set_axis_order": "axis_order=(...) in the config, which holds for that config's sites",
     "DeltaBase": "fd.DeltaModel(backbone, config), or fd.BaseDeltaConfig for a method of your own",
     "Visualization": "fd.inspect.structure_graph(model), or delta.log(params)",
     "inspect_optimizer_statistics": "fd.inspect.inspect_optimizer(optimizer)",
     "CommonStructureMap": "fd.inspect.common_names(model)",
 }
-"""OpenDelta's functions that are not here, and what to write instead."""
+"""OpenDelta's functions that do not exist here, with what to write instead."""
 
 DEAD_OPTIONS = {
-    "state_dict": (None, "params are what is saved: write them as the first argument"),
+    "state_dict": (None, "pass the params to save as the first argument"),
     "finetuned_delta_path": (None, "write delta.save_finetuned(params, path)"),
     "repo_path_or_name": (None, 'write delta.push_to_hub(params, "user/name")'),
     "use_temp_dir": (None, "push_to_hub always uploads from a temporary folder; leave it out"),
-    "save_config": (True, "the config is always written, for params without it could not be loaded; leave it out"),
-    "save_function": (None, "the format is safetensors, which nothing is executed from; leave it out"),
-    "push_to_dc": (False, 'DeltaCenter is not served here: write push_to_hub="user/name"'),
-    "center_args": ({}, "it describes an upload to DeltaCenter: put a README.md into the folder, it stays there"),
-    "center_args_pool": ({}, "it describes uploads to DeltaCenter: put a README.md into the folder, it stays there"),
+    "save_config": (True, "the config is always written, because params cannot be loaded without it; leave it out"),
+    "save_function": (None, "the format is always safetensors; leave it out"),
+    "push_to_dc": (False, 'DeltaCenter is not supported: write push_to_hub="user/name"'),
+    "center_args": ({}, "it describes an upload to DeltaCenter: put a README.md into the folder instead"),
+    "center_args_pool": ({}, "it describes uploads to DeltaCenter: put a README.md into the folder instead"),
     "list_tags": ([], "tags are for DeltaCenter: put them into the README.md of the hub repository"),
     "dict_tags": ({}, "tags are for DeltaCenter: put them into the README.md of the hub repository"),
     "delay_push": (False, "save now and write delta.push_to_hub(params, repo_id) later"),
     "test_result": (None, "results are for DeltaCenter: put them into the README.md of the hub repository"),
     "usage": ("", "a usage note is for DeltaCenter: put it into the README.md of the hub repository"),
 }
-"""Arguments of OpenDelta's saving: the value that changes nothing, and what to write instead of others."""
+"""Arguments of OpenDelta's saving functions: ``{name: (value without effect, what to write instead of others)}``."""
 
 
 def without_dead_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """``options`` without those of OpenDelta that have their default; raises for the others, with what to write.
+    """``options`` without OpenDelta's, which must have their defaults; other values raise and say what to write.
 
     >>> without_dead_options("save_finetuned", {"push_to_dc": False, "private": True})
     {'private': True}
@@ -90,14 +90,14 @@ def without_dead_options(method: str, options: Mapping[str, Any]) -> dict[str, A
 
 
 def missing_name(name: str, homes: Sequence[str]) -> NoReturn:
-    """What ``fd.<name>`` does where there is no such name: an ``AttributeError`` that may know what was meant.
+    """Raise the ``AttributeError`` of an unknown ``fd.<name>``, with what was probably meant.
 
     ``homes`` are the namespaces that have the name.
 
     >>> fd.set_axis_order
     Traceback (most recent call last):
     ...
-    AttributeError: funcdelta has no set_axis_order: write axis_order=(...) in the config, for its own sites alone.
+    AttributeError: funcdelta has no set_axis_order: write axis_order=(...) in the config, which holds for that ...
     >>> fd.clip_by_norm
     Traceback (most recent call last):
     ...
@@ -110,7 +110,7 @@ def missing_name(name: str, homes: Sequence[str]) -> NoReturn:
 
 
 class Habits:
-    """The methods of a module that a delta, which has no state, cannot have."""
+    """Methods of a module that a delta cannot have, because it has no state; each raises."""
 
     def train(self, mode: bool = True) -> NoReturn:
         """Raises: a delta has no state to switch."""
@@ -136,8 +136,8 @@ class Habits:
 
 
 def need_dict(value: Any, method: str, line: str) -> Mapping[str, Any]:
-    """``value`` if it is a dict of tensors; else an error with the line to write."""
+    """``value`` if it is a dict; otherwise raises and says what to write."""
     if not isinstance(value, Mapping):
         found = "nothing" if value is None else type(value).__name__
-        raise ParamsError(f"{method} changes no module; it takes a dict of tensors, found {found}. Write {line}.")
+        raise ParamsError(f"{method} takes a dict of tensors and changes no module; found {found}. Write {line}.")
     return value

@@ -1,4 +1,4 @@
-"""Kinds of values: what a field of an annotated type may hold, and the words for it in an error."""
+"""Checks of plain values: fields of configs against their annotated types, and counts against bounds."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "float": ((numbers.Real,), "a number"),
     "bool": ((bool,), "True or False"),
     "int | None": ((int, NoneType), "a whole number or None (null in JSON)"),
-    "str | None": ((str, NoneType), "a text or None (null in JSON)"),
+    "str | None": ((str, NoneType), "a string or None (null in JSON)"),
     "bool | None": ((bool, NoneType), "True, False or None (null in JSON)"),
 }
-"""What a field of an annotated type may hold; other types check themselves."""
+"""``{annotation: (allowed types, words for messages)}``; fields of other types are checked where they are used."""
 
 
 def check_kind(name: str, value: Any, kind: str) -> None:
-    """Raises `ConfigError` unless ``value``, of the field ``name``, is of the annotated type ``kind`` (`KINDS`).
+    """Raises `ConfigError` unless ``value`` of the field ``name`` has the annotated type ``kind`` (`KINDS`).
 
     >>> check_kind("backbone_class", 5, "str | None")
     Traceback (most recent call last):
     ...
-    funcdelta.errors.ConfigError: backbone_class=5: write a text or None (null in JSON).
+    funcdelta.errors.ConfigError: backbone_class=5: write a string or None (null in JSON).
     """
     if kind in KINDS:
         allowed, words = KINDS[kind]
@@ -37,13 +37,13 @@ def check_kind(name: str, value: Any, kind: str) -> None:
 
 
 MOST = 2**31 - 1
-"""No tensor is as long as this, and nothing is repeated as often."""
+"""The default upper bound of counts: no axis is longer, and nothing is repeated more often."""
 
 
 def count(value: Any, name: str, of: str, least: int = 0, most: int = MOST) -> int:
-    """``value`` as an int, where it can count what there is ``of``.
+    """``value`` as an int that counts ``of`` (a plural, for the message).
 
-    Raises `ParamsError` where it is not a whole number from ``least`` to ``most``; ``True`` and ``2.0`` are not.
+    Raises `ParamsError` unless it is a whole number from ``least`` to ``most``; ``True`` and ``2.0`` are refused.
 
     >>> count(3, "n", "members")
     3

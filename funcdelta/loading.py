@@ -1,4 +1,4 @@
-"""Loads a saved delta: the DeltaModel that its configs describe, and its params."""
+"""Loads a saved delta: its params, and the DeltaModel that its configs describe."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def load(
 ) -> tuple[DeltaModel, dict[str, Tensor]]:
     """``(delta, params)`` as saved at ``path``, a folder or a hub id: one member or a stack, bit for bit.
 
-    ``overrides`` change fields of the saved config, and ``delta_config`` takes its place; constants that depend on
-    a changed field (LoRA's scale on ``lora_alpha``) get their new value. With ``state_dict`` its tensors are taken
-    instead of the saved ones, and ``path`` needs no more than a config. Leaves are put on ``device``, or
-    where the backbone's tensors at their site are. ``example`` and ``prepare`` go to `DeltaModel`.
+    ``overrides`` change fields of the saved config, and ``delta_config`` replaces it; constants that depend on a
+    changed field (LoRA's scale on ``lora_alpha``) get their new values. The tensors of ``state_dict``, if given, are
+    used instead of the saved ones; ``path`` then needs only a config. Leaves are put on ``device``, or on the device
+    of their sites. ``example`` and ``prepare`` go to `DeltaModel`.
 
-    Raises `CheckpointError` when anything is missing, left over, damaged or of another shape, or, unless
-    ``check_hash=False``, when the backbone's fingerprint is not the saved one or cannot be compared with it; it names
-    what differs. Warns where a newer funcdelta than the installed one wrote the files.
+    Raises `CheckpointError` if anything is missing, left over, damaged or of another shape. Unless
+    ``check_hash=False``, it is also raised if the backbone's fingerprint differs from the saved one or cannot be
+    compared with it. Warns if a newer funcdelta than the installed one wrote the files.
 
     >>> import tempfile
     >>> delta = fd.LoraModel(nn.Sequential(nn.Linear(4, 4)), lora_r=2, modified_modules=["0"])
@@ -73,7 +73,7 @@ def changed(
     config: BaseDeltaConfig | Sequence[BaseDeltaConfig] | None,
     overrides: Mapping[str, Any],
 ) -> tuple[BaseDeltaConfig, ...]:
-    """The configs to load with: the saved ones or ``config`` instead, with the fields of ``overrides``.
+    """The configs to load with: ``config`` if given, else the saved ones, with the fields of ``overrides``.
 
     >>> changed(Path("run"), (BaseDeltaConfig(),), None, {"batch_dim": 1})[0].batch_dim
     1
@@ -83,14 +83,14 @@ def changed(
         return configs
     if len(configs) != 1:
         raise CheckpointError(
-            f"'{folder}' has {len(configs)} configs, so it is not clear in which of them to change "
+            f"'{folder}' has {len(configs)} configs, so it is unclear which of them should get the new "
             f"{', '.join(overrides)}: pass delta_config=[...] with all of them."
         )
     return (configs[0].replace(**overrides),)
 
 
 def _renew_constants(before: DeltaModel, after: DeltaModel, params: dict[str, Tensor]) -> None:
-    """Gives constants whose initial value the changed config changes that value, in every member."""
+    """Update, in every member, the constants whose initial values differ under the changed configs."""
     old, new = before.init(0), after.init(0)
     for name in after.constants:
         if name not in old or not torch.equal(old[name], new[name]):

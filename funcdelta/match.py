@@ -1,7 +1,7 @@
-"""Which module does a name mean? Whole-token suffixes, ``[r]`` regular expressions, and near names for errors.
+"""Matches names to modules: whole-token suffixes, ``[r]`` regular expressions, and near names for errors.
 
-The rules are OpenDelta's (its ``find_key`` and ``endswith_in``), with one difference: a name that means nothing
-is an error that lists the nearest names, never an empty selection.
+The rules are OpenDelta's (its ``find_key`` and ``endswith_in``), with one difference: a name that matches nothing is
+an error that lists the nearest names, never an empty selection.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ REGEX_PREFIX = "[r]"
 
 
 def matches(key: str, target: str) -> bool:
-    """Whether ``target`` is a whole-token suffix of ``key``, or, as ``[r]pattern``, a regular expression at its end.
+    """Whether ``target`` matches the end of ``key``: as a whole-token suffix, or as ``[r]pattern``.
 
-    A suffix ends with the key and starts at a token: ``attention.query`` means ``layer.0.attention.query`` but
-    not ``layer.0.cross_attention.query``. A pattern is searched once from the left; its match must start at a
-    token and end with the key.
+    A suffix starts at a token: ``attention.query`` matches ``layer.0.attention.query`` but not
+    ``layer.0.cross_attention.query``. A pattern is searched once, from the left; its match must start at a token and
+    reach to the end of the key.
 
     >>> matches("layer.0.attention.query", "attention.query"), matches("layer.10.attention", "0.attention")
     (True, False)
@@ -63,7 +63,7 @@ def explicit(paths: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
 
 
 def find_key(key: str, targets: str | Iterable[str]) -> bool:
-    """Whether any of ``targets`` means the dotted name ``key`` (whole-token suffix or ``[r]regex``).
+    """Whether any of ``targets`` matches the dotted name ``key`` (whole-token suffix or ``[r]regex``).
 
     >>> find_key("encoder.layer.1.output.dense", ["query", "output.dense"])
     True
@@ -74,7 +74,7 @@ def find_key(key: str, targets: str | Iterable[str]) -> bool:
 
 
 def within(key: str, prefix: str) -> bool:
-    """Whether ``key`` is ``prefix`` or lies below it, compared token by token.
+    """Whether ``key`` is ``prefix`` or below it, compared token by token.
 
     >>> within("layer.1.output", "layer.1"), within("layer.10.output", "layer.1"), within("layer", "")
     (True, False, True)
@@ -83,7 +83,7 @@ def within(key: str, prefix: str) -> bool:
 
 
 def below(path: str, name: str) -> str:
-    """The dotted name of what is called ``name`` in the module at ``path``; the model itself is at ``""``.
+    """The dotted name of ``name`` in the module at ``path``; the model itself is at ``""``.
 
     >>> below("layer.1", "weight"), below("", "weight")
     ('layer.1.weight', 'weight')
@@ -114,15 +114,15 @@ def as_names(names: str | Iterable[str]) -> tuple[str, ...]:
     """
     if isinstance(names, str):
         return (names,)
-    # Tensors are iterated by their rows, some not even that.
+    # Tensors are iterable, too, or raise on iteration.
     found = tuple(names) if isinstance(names, Iterable) and not isinstance(names, Tensor) else (None,)
     if not all(isinstance(name, str) for name in found):
-        raise MatchError(f"Names are a string or a list of strings; found {shown(names)}.")
+        raise MatchError(f"Expected a name or a list of names; found {shown(names)}.")
     return found  # pyright: ignore[reportReturnType]
 
 
 def near(name: str, names: Sequence[str], most: int = 5) -> str:
-    """A sentence with the names most like ``name``, to end an error message with.
+    """A sentence with the names most similar to ``name``, for the end of an error message.
 
     Whole dotted names and their last tokens are compared, because people misspell the last token.
 

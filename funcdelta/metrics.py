@@ -1,4 +1,4 @@
-"""How good are probabilities? Accuracy, negative log-likelihood and expected calibration error, member by member."""
+"""Accuracy, negative log-likelihood and expected calibration error of probabilities, for each member."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def accuracy(probabilities: Tensor, labels: Tensor) -> Tensor:
     r"""The share of rows whose most probable class is the label: :math:`\frac{1}{b} \sum_i [\arg\max_c p_{ic} = y_i]`.
 
     Shapes: ``probabilities`` (..., b, C), ``labels`` (b,); returns (...,) in the dtype of the probabilities.
-    Raises `FuncdeltaError` where the shapes do not fit.
+    Raises `FuncdeltaError` if the shapes do not fit.
 
     >>> accuracy(torch.tensor([[0.9, 0.1], [0.4, 0.6]]), torch.tensor([0, 0]))
     tensor(0.5000)
@@ -30,7 +30,7 @@ def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> Tensor:
     r"""The mean surprise at the labels, in nats: :math:`-\frac{1}{b} \sum_i \ln p_{i y_i}`.
 
     Shapes: ``probabilities`` (..., b, C), ``labels`` (b,); returns (...,). A label of probability 0 gives infinity.
-    Raises `FuncdeltaError` where the shapes do not fit.
+    Raises `FuncdeltaError` if the shapes do not fit.
 
     >>> negative_log_likelihood(torch.tensor([[0.5, 0.5], [0.5, 0.5]]), torch.tensor([0, 1]))
     tensor(0.6931)
@@ -45,10 +45,10 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -
 
     A row's confidence is its largest probability :math:`c_i`. Bin :math:`B_k` holds the rows with
     :math:`k/K < c_i \le (k+1)/K`, for K bins of equal width; acc is the accuracy and conf the mean confidence of
-    the rows in it. Empty bins count nothing. 0 is perfectly calibrated, 1 is certain and always wrong.
+    the rows in it. Empty bins do not count. 0 means perfectly calibrated, 1 means certain and always wrong.
 
     Shapes: ``probabilities`` (..., b, C), ``labels`` (b,); returns (...,).
-    Raises `FuncdeltaError` where the shapes do not fit, or for less than one bin.
+    Raises `FuncdeltaError` if the shapes do not fit or ``bins`` is less than 1.
 
     >>> calibration_error(torch.tensor([[0.75, 0.25], [0.25, 0.75]]), torch.tensor([0, 0]))
     tensor(0.2500)
@@ -67,7 +67,7 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -
 
 
 def summary(probabilities: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Accuracy, negative log-likelihood and calibration error by name; each (...,) for probabilities (..., b, C).
+    """``{"accuracy", "nll", "ece": (...,)}`` of probabilities (..., b, C); see the functions above.
 
     >>> found = summary(torch.tensor([[0.75, 0.25], [0.25, 0.75]]), torch.tensor([0, 1]))
     >>> {name: round(value.item(), 3) for name, value in found.items()}
@@ -88,26 +88,26 @@ def _check(probabilities: Tensor, labels: Tensor) -> None:
     if labels.ndim != 1 or labels.shape[0] == 0 or probabilities.shape[-2:-1] != labels.shape:
         raise FuncdeltaError(
             f"Metrics compare probabilities (..., b, C) with labels (b,), b > 0; found {tuple(probabilities.shape)} "
-            f"and {tuple(labels.shape)}. Rows are the last axis but one."
+            f"and {tuple(labels.shape)}. Rows are the second-to-last axis of the probabilities."
         )
     if labels.device != probabilities.device:
         raise FuncdeltaError(
-            f"Labels are on {labels.device}, probabilities on {probabilities.device}. Write "
+            f"Labels are on {labels.device}, but probabilities on {probabilities.device}. Write "
             f"labels.to({str(probabilities.device)!r})."
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise FuncdeltaError(f"Labels count classes, from 0; found {labels.dtype}. Write labels.long().")
+        raise FuncdeltaError(f"Labels are class indices, integers from 0; found {labels.dtype}. Write labels.long().")
     classes = probabilities.shape[-1]
     strange = (labels < 0) | (labels >= classes)
     if _known_true(strange.any()):
         raise FuncdeltaError(
-            f"Labels of {classes} classes lie in 0 to {classes - 1}; found {int(labels[strange][0])}. Leave such rows "
-            f"out: known = labels >= 0, then probabilities[..., known, :] and labels[known]."
+            f"With {classes} classes, labels go from 0 to {classes - 1}; found {int(labels[strange][0])}. Leave such "
+            f"rows out: known = labels >= 0, then probabilities[..., known, :] and labels[known]."
         )
 
 
 def _known_true(value: Tensor) -> bool:
-    """Whether a boolean is true, as far as it can be read."""
+    """Whether a boolean tensor is true; False if its value cannot be read."""
     try:
         return not torch.compiler.is_compiling() and bool(value)
     except RuntimeError:  # a transform or the meta device hides it

@@ -1,4 +1,4 @@
-"""DeltaModel: a delta on a backbone, static and stateless; every call is a pure function of params."""
+"""DeltaModel: a static, stateless delta on a backbone; every call is a pure function of params."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from .plan.sharing import expand_member, expand_stack
 from .run.auto import Explanation, explain, run_any
 from .run.call import Params, Prepare
 from .run.checked import Checks
+from .run.conditions import GIVEN, checked
 from .run.engines import BY_NAME
 from .run.forward import without_cache
 from .run.inputs import InDims, Inputs, Readings
@@ -49,16 +50,16 @@ if TYPE_CHECKING:
 
 ENGINES = ("auto", *BY_NAME)
 FACTS = operator.attrgetter("shape", "dtype", "layout", "is_meta")
-"""What the checks of params look at, of a leaf."""
+"""The facts about a leaf that the checks of params depend on."""
 
 
 class DeltaModel(Habits):
-    """What to change and where in ``backbone_model``, as pure functions of params; the backbone is never modified.
+    """Changes to ``backbone_model`` as pure functions of params; the backbone itself is never modified.
 
     Args:
         backbone_model: any ``nn.Module``.
-        configs: one config a delta; the first given acts first.
-        example: inputs (a dict of keywords, or a tuple) where shapes cannot be read off weights.
+        configs: one config per delta; the first one acts first.
+        example: inputs (a dict of keywords, or a tuple), needed if shapes cannot be read from the weights.
         prepare: called once on every private copy of the backbone's structure.
 
     >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -84,7 +85,7 @@ class DeltaModel(Habits):
         refuse_views(backbone_model)
         if not configs or not all(isinstance(config, BaseDeltaConfig) for config in configs):
             found = ", ".join(type(config).__name__ for config in configs) or "nothing"
-            raise ConfigError(f"Give one or more configs, DeltaModel(backbone, fd.LoraConfig(...)); found {found}.")
+            raise ConfigError(f"Pass one or more configs, DeltaModel(backbone, fd.LoraConfig(...)); found {found}.")
         axes = {config.batch_dim for config in configs}
         if len(axes) > 1:
             raise ConfigError(f"The configs disagree about batch_dim: {sorted(axes)}.")
@@ -102,7 +103,7 @@ class DeltaModel(Habits):
         self._read_backbone()
 
     def _read_backbone(self) -> None:
-        """The backbone's tensors as detached aliases, each once, as ``attach`` lists them; the shapes of all leaves."""
+        """Cache the backbone's tensors as detached aliases, each once, and the shapes of all leaves."""
         self._generation = self.program.skeletons.generation
         self._readings = Readings(self.backbone, self.program.batch_dim)
         self._shapes, self._groups = shapes_of(self.program), self.plan.keys()
@@ -116,7 +117,7 @@ class DeltaModel(Habits):
         self._checks = Checks(self._shapes, self._groups, self._backbone_shapes, self.plan.kinds)
 
     def _follow_refresh(self) -> None:
-        """Another mode of this delta may have been refreshed, or a change followed."""
+        """Read the backbone again if this delta was refreshed in another mode, or a change of it was noticed."""
         if self._generation != self.program.skeletons.generation:
             self._read_backbone()
 
@@ -124,17 +125,17 @@ class DeltaModel(Habits):
 
     @property
     def plan(self) -> Plan:
-        """Which delta acts where; shared by this delta in every mode."""
+        """The plan: which config acts where. All modes of this delta share it."""
         return self.program.plan
 
     @property
     def batch_dim(self) -> int:
-        """Which axis of the inputs counts the rows."""
+        """The axis of the inputs that counts rows."""
         return self.program.batch_dim
 
     @property
     def mode_flag(self) -> bool | None:
-        """The mode that was chosen; ``None``: the backbone's own flags when this was built."""
+        """The mode that was chosen; ``None`` means the backbone's own flags at the time the delta was built."""
         return self.program.training
 
     @property
@@ -149,7 +150,7 @@ class DeltaModel(Habits):
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """The matched module paths, in the backbone's order: print them as a dry run. A span stands where it begins.
+        """The matched module paths, in the backbone's order; a span is listed where it begins. Print them as a dry run.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> delta.sites
@@ -159,7 +160,7 @@ class DeltaModel(Habits):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of all leaves, in their one order."""
+        """The names of all leaves, in the order of params."""
         return tuple(self._shapes)
 
     @property
@@ -191,7 +192,7 @@ class DeltaModel(Habits):
         )
 
     def __reduce__(self) -> Any:
-        """A delta travels as what it was made from: the backbone, the configs and the mode."""
+        """Pickle what the delta was made from: the backbone, the configs and the mode."""
         return _rebuilt, (self.backbone, self.configs, self.example, self.prepare, self.mode_flag)
 
     # -- modes -----------------------------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ class DeltaModel(Habits):
         return other
 
     def refresh(self) -> DeltaModel:
-        """Read the backbone again after ``backbone.to(...)`` or a replaced parameter; gives the same delta.
+        """Read the backbone again after ``backbone.to(...)`` or a replaced parameter; returns the same delta.
 
         >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8))
         >>> delta = fd.LoraModel(backbone, modified_modules=["0"])
@@ -217,7 +218,7 @@ class DeltaModel(Habits):
         >>> delta.refresh().apply(params, torch.zeros(3, 4, dtype=torch.float64)).dtype
         torch.float64
         """
-        shapes = {a.site.path: a.site.attention for a in self.plan.all() if a.adds_keys}
+        shapes = {a.site.path: a.site.attention for a in self.plan.all() if a.in_attention}
         plan = build_plan(self.backbone, self.configs, lambda paths: self.plan.measured, lambda paths: shapes)
         self.program.refresh(plan)
         self._read_backbone()
@@ -234,9 +235,9 @@ class DeltaModel(Habits):
     ) -> dict[str, Tensor]:
         """Fresh params of one member, or with ``n`` (or several seeds) a stack.
 
-        A leaf depends on the member's seed and on the site's name alone: member i is the same whatever n is. It is on
-        its site's device, and float32 where the site is half precision or quantised, else of the site's own dtype;
-        ``dtype`` and ``device`` choose others.
+        A leaf depends only on the member's seed and the site's name, so member i is the same for every n. It is on its
+        site's device and has its site's dtype, or float32 if the site is half precision or quantised; ``dtype`` and
+        ``device`` override this.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), lora_r=2, modified_modules=["0"])
         >>> {name: tuple(leaf.shape) for name, leaf in delta.init(0, n=3).items()}
@@ -254,9 +255,9 @@ class DeltaModel(Habits):
         if isinstance(seed, Iterable) and not (isinstance(seed, str) or (isinstance(seed, Tensor) and seed.ndim == 0)):
             each = [_seed(one) for one in seed]
             if n is not None and n != len(each):
-                raise ParamsError(f"n={shown(n)}, but {len(each)} seeds were given: leave out n.")
+                raise ParamsError(f"n={shown(n)}, but there are {len(each)} seeds: leave out n.")
         elif n is None:
-            with torch.inference_mode(False):  # what is made in inference mode can never train
+            with torch.inference_mode(False):  # inference tensors can never train
                 return fresh_member(self.plan, self.backbone, self.names, _seed(seed), dtype, device)
         else:
             each = seeds(_seed(seed), count(n, "n", "members", least=1))
@@ -266,7 +267,7 @@ class DeltaModel(Habits):
             return fresh_stack(self.plan, self.backbone, self.names, each, dtype, device)
 
     def random_members(self, n: int, present: frozenset[str]) -> dict[str, Tensor]:
-        """n members away from their start, for the probe of the batch's layout.
+        """n members with noise on their initial values, for the probe of the batch's layout.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> list(delta.random_members(2, frozenset(["lora"])))[1]
@@ -277,7 +278,7 @@ class DeltaModel(Habits):
     def attach(self, params: Params | None = None) -> dict[str, Tensor]:
         """``{every backbone name: tensor} | params``: one dict with everything, which ``apply`` accepts.
 
-        Each tied tensor is listed once; given there, a changed tensor acts on all its ends.
+        A tied tensor is listed once; if you change it there, the change acts on all its ends.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> params = delta.init(0)
@@ -290,7 +291,7 @@ class DeltaModel(Habits):
         return self._tensors | dict(params)
 
     def detach(self, full: Params | None = None) -> dict[str, Tensor]:
-        """``full`` without this delta's leaves; trained backbone leaves are the backbone's own again.
+        """``full`` without this delta's leaves; trained backbone leaves get the backbone's values again.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> list(delta.detach(delta.attach(delta.init(0))))
@@ -304,10 +305,10 @@ class DeltaModel(Habits):
     def freeze_module(
         self, module: Any = None, exclude: Iterable[str] | str | None = None, set_state_dict: bool = True
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """``(trainable, frozen)``: ``full`` split by name; ``exclude`` names what trains, ``"deltas"`` this delta.
+        """``(trainable, frozen)``: the dict of ``attach`` split by name; ``exclude`` says what trains.
 
-        Nothing is flagged: differentiate with respect to the first dict. Names are read as in ``unfrozen_modules``,
-        which ``exclude=None`` takes from the configs.
+        ``"deltas"`` stands for this delta's leaves; other names are matched as in ``unfrozen_modules``, whose values in
+        the configs apply if ``exclude=None``. No tensor is flagged: differentiate with respect to the first dict.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> trainable, frozen = delta.freeze_module(delta.attach(delta.init(0)))
@@ -321,7 +322,7 @@ class DeltaModel(Habits):
         else:
             chosen = set(named_leaves(self.backbone, names, self.configs[0].common_structure))
             if absent := [name for name in chosen if name not in full]:
-                raise ParamsError(f"freeze_module: {absent[0]} is not in the dict: give it delta.attach(params).")
+                raise ParamsError(f"freeze_module: {absent[0]} is not in the dict: pass delta.attach(params).")
         if names is None or "deltas" in names:
             chosen |= {
                 name for name in full if name in self._shapes and name not in self._tensors and self.trainable(name)
@@ -331,9 +332,9 @@ class DeltaModel(Habits):
     # -- calls -----------------------------------------------------------------------------------------------------
 
     def apply(self, params: Params, /, *args: Any, inputs: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
-        """The backbone's output with one member's params; ``apply({}, ...)`` is the backbone bit for bit.
+        """The backbone's output with one member's params; ``apply({}, ...)`` equals the backbone bit for bit.
 
-        Raises ``ParamsError`` for unknown, missing or misshapen leaves, ``StackError`` for a stack.
+        Raises ``ParamsError`` for unknown, missing or misshapen leaves, and ``StackError`` for a stack.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> delta.apply(delta.init(0), torch.zeros(3, 4)).shape
@@ -343,6 +344,8 @@ class DeltaModel(Habits):
         mapped = not torch.compiler.is_compiling() and current_transform() is not None
         if mapped or inputs is not None:
             args, kwargs = self._given(args, kwargs, inputs, transformed=mapped)
+        if GIVEN in kwargs:
+            kwargs = checked(self.plan, self.backbone, params, kwargs)
         program = self.program
         shared = program.skeletons.plan.shared
         expanded = expand_member(shared, params) if shared else params
@@ -354,7 +357,7 @@ class DeltaModel(Habits):
         return output
 
     def __call__(self, params: Params, /, *args: Any, **kwargs: Any) -> Any:
-        """The same as :meth:`apply`."""
+        """Same as :meth:`apply`."""
         return self.apply(params, *args, **kwargs)
 
     def apply_many(
@@ -368,15 +371,15 @@ class DeltaModel(Habits):
         inputs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Every member's output; leaves are (n, b, …).
+        """The outputs of all members; leaves are (n, b, …).
 
         Args:
-            in_dims: ``None``, one batch (b, …) for all members; 0, every tensor is (n, b, …); or a dict by input name.
-            engine: ``fold`` (one batch), ``trunk`` (a fold that runs once what comes before the first delta),
-                ``vmap``, ``loop``, or ``auto``: trunk where it saves something, fold where the model allows it.
-            chunk_size: members at a time.
+            in_dims: ``None``: one batch (b, …) for all members; 0: every tensor is (n, b, …); or a dict by input name.
+            engine: ``fold`` (all members in one batch), ``trunk`` (a fold that computes the part before the first delta
+                once), ``vmap``, ``loop``, or ``auto``: trunk if it saves time, else fold if the model allows it.
+            chunk_size: members per batch.
 
-        Raises ``EngineError`` where the chosen engine cannot run the model, naming the place and another engine.
+        Raises ``EngineError`` if the chosen engine cannot run the model, naming the place and another engine.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> stack = delta.init(0, n=5)
@@ -391,7 +394,7 @@ class DeltaModel(Habits):
         chunks = [slice(0, whole.n)] if chunk_size is None else list(slices(whole.n, chunk_size))
         if len(chunks) == 1:
             return self._many(stack, whole, engine)
-        # What one chunk's call writes into its inputs is not for the next.
+        # A copy for each chunk, because a call may write into its inputs (caches).
         own = (whole.private().chunk(chunk.start, chunk.stop) for chunk in chunks)
         parts = [self._many(take(stack, chunk), inputs, engine) for chunk, inputs in zip(chunks, own, strict=True)]
         return join_chunks(parts, [chunk.stop - chunk.start for chunk in chunks])
@@ -403,6 +406,8 @@ class DeltaModel(Habits):
         stack = self._ready(stack, casts)
         if inputs is not None:
             args, kwargs = self._given(args, kwargs, inputs, transformed=False)
+        if GIVEN in kwargs:
+            kwargs = checked(self.plan, self.backbone, stack, kwargs)
         return stack, self._readings.read(n, args, kwargs, in_dims)
 
     def _many(self, stack: Params, inputs: Inputs, engine: str) -> Any:
@@ -426,7 +431,7 @@ class DeltaModel(Habits):
         inputs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Explanation:
-        """Which engine ``apply_many`` takes for these inputs, why not the others, and at what cost.
+        """Which engine ``apply_many`` uses for these inputs, why not the others, and the cost of each.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> delta.explain(delta.init(0, n=5), torch.randn(3, 4)).engine
@@ -444,7 +449,7 @@ class DeltaModel(Habits):
         inputs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Row i of the batch with member ``index[i]``, -1 for the bare backbone; leaves (b, …).
+        """The output whose row i is computed with member ``index[i]``, or the bare backbone for -1; leaves (b, …).
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> delta.apply_rows(delta.init(0, n=5), [4, -1, 0], torch.zeros(3, 4)).shape
@@ -454,6 +459,8 @@ class DeltaModel(Habits):
         if isinstance(stack, Resident):
             stack.check(index)
         args, kwargs = self._given(args, kwargs, inputs, transformed=True)
+        if GIVEN in kwargs:
+            kwargs = checked(self.plan, self.backbone, stack, kwargs)
         ready = self._ready(stack, casts)
         reached = None if torch.compiler.is_compiling() or self.program.is_verified(ready) else set[str]()
         expanded = expand_stack(self.plan.shared, ready)
@@ -467,7 +474,7 @@ class DeltaModel(Habits):
     def bind(self, params: Params) -> nn.Module:
         """A module of the backbone's class that runs with copies of ``params``: for ``generate``, Trainer, pipelines.
 
-        Only the delta's leaves require grad; ``state_dict()`` holds them alone. ``fd.unbind(view)`` gives params back.
+        Only the delta's leaves require grad, and ``state_dict()`` has only those. ``fd.unbind(view)`` returns params.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> view = delta.bind(delta.init(0))
@@ -480,10 +487,10 @@ class DeltaModel(Habits):
     def bind_rows(self, stack: Params, index: Index) -> nn.Module:
         """A module of the backbone's class whose row i runs with member ``index[i]``, -1 with the bare backbone.
 
-        For ``generate``, which may make k rows of each (beams, sequences): a batch of k times as many rows gives
-        ``index[i // k]`` to row i. The view reads ``stack`` itself, not a copy: what is written into it, or into a
-        :class:`Resident`, is seen by the next call, and gradients go to its leaves if they require grad.
-        ``view.route(index)`` gives the rows other members; ``fd.unbind(view)`` copies the stack.
+        For ``generate``, which may make k rows of each (beams, sequences): in a batch of k times as many rows, row i
+        runs with ``index[i // k]``. The view reads ``stack`` itself, not a copy: the next call sees what is written
+        into it, or into a :class:`Resident`, and gradients reach its leaves if they require grad. ``view.route(index)``
+        assigns other members to the rows; ``fd.unbind(view)`` copies the stack.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> stack, x = fd.tree.randn_like(delta.init(0, n=5), seed=0), torch.ones(3, 4)
@@ -496,7 +503,7 @@ class DeltaModel(Habits):
         return bind_rows(self, stack if isinstance(stack, Resident) else self._ready(stack, casts), index)
 
     def merge(self, params: Params, untie: bool = False) -> dict[str, Tensor]:
-        """A new state dict with the delta written into the weights; loading it *and* applying would count twice.
+        """A new state dict with the delta written into the weights; do not load it into a backbone and still ``apply``.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> list(delta.merge(delta.init(0)))
@@ -505,7 +512,7 @@ class DeltaModel(Habits):
         return merge(self, expand_member(self.plan.shared, self._member(params)), untie)
 
     def merged(self, params: Params, untie: bool = False) -> nn.Module:
-        """A new module of the backbone's class with the merged weights and storage of its own.
+        """A new module of the backbone's class with the merged weights in its own storage.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> params, x = fd.tree.map(torch.ones_like, delta.init(0)), torch.ones(3, 4)
@@ -515,11 +522,11 @@ class DeltaModel(Habits):
         return merged(self, expand_member(self.plan.shared, self._member(params)), untie)
 
     def bake(self, params: Params) -> tuple[DeltaModel, dict[str, Tensor]]:
-        """``(delta, params)`` that give the same without the shared leaves: each site owns what they expand to.
+        """``(delta, params)`` with the same outputs but no shared leaves: each site has the leaves they expand to.
 
-        Takes one member or a stack. A reparameterised prefix becomes plain prefixes, a small fraction of its numbers.
+        Takes one member or a stack. A reparameterised prefix becomes plain prefixes, which are far smaller.
 
-        Raises ``ConfigError`` where no method of this delta expands shared leaves.
+        Raises ``ConfigError`` if no method of this delta expands shared leaves.
 
         >>> from transformers import GPT2Config, GPT2Model
         >>> delta = fd.PrefixModel(GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=2)))
@@ -543,8 +550,8 @@ class DeltaModel(Habits):
     ) -> Any:
         """Write ``config.json`` and ``delta.safetensors`` to the folder ``path``, atomically; one member or a stack.
 
-        ``push_to_hub`` (``True``, or a repository's name) uploads them after that, with ``private``, ``token`` and
-        ``commit_message``. ``hash_backbone=False`` leaves out the backbone's fingerprint.
+        With ``push_to_hub`` (``True``, or a repository's name) they are then uploaded; ``private``, ``token`` and
+        ``commit_message`` apply to that. ``hash_backbone=False`` leaves out the backbone's fingerprint.
 
         >>> import tempfile
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
@@ -557,8 +564,8 @@ class DeltaModel(Habits):
         options = without_dead_options("save_finetuned", options)
         if not isinstance(path, str | os.PathLike) or not isinstance(params, Mapping):
             raise ParamsError(
-                f"save_finetuned takes params and a folder, delta.save_finetuned(params, path), for params are no "
-                f"state of a delta; found {type(params).__name__} and {type(path).__name__}."
+                f"A delta holds no params, so save_finetuned needs both: write delta.save_finetuned(params, path); "
+                f"found {type(params).__name__} and {type(path).__name__}."
             )
         return save(self._facts(), params, path, **options)
 
@@ -572,8 +579,8 @@ class DeltaModel(Habits):
     ) -> DeltaStatistics:
         """Print the folded tree of the backbone with ``params`` in it, ratios and memory; returns the figures.
 
-        ``params`` is one member, a stack, ``{}`` (detached), or ``None`` for the shapes of fresh ones; each flag
-        leaves out a part of what is printed.
+        ``params`` is one member, a stack, ``{}`` (the bare backbone), or ``None`` for the shapes of fresh params.
+        Setting a flag to ``False`` leaves out that part of the printout.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), lora_r=2, modified_modules=["0"])
         >>> stats = delta.log(delta.init(0), delta_ratio=False, cuda_memory=False)
@@ -599,11 +606,11 @@ class DeltaModel(Habits):
         >>> delta.push_to_hub(delta.init(0), "not/a/name")
         Traceback (most recent call last):
         ...
-        funcdelta.errors.CheckpointError: 'not/a/name' is no name of a hub repository: write "user/name".
+        funcdelta.errors.CheckpointError: 'not/a/name' is not the name of a hub repository: write "user/name".
         """
         options = without_dead_options("push_to_hub", options)
         if repo_id is None or not isinstance(params, Mapping):
-            raise ParamsError('params are no state of a delta here: write delta.push_to_hub(params, "user/name").')
+            raise ParamsError('A delta holds no params, so pass them: write delta.push_to_hub(params, "user/name").')
         return push(self._facts(), params, repo_id, **options)
 
     # -- inside ----------------------------------------------------------------------------------------------------
@@ -620,26 +627,26 @@ class DeltaModel(Habits):
         return self._ready(params, found[1])
 
     def _passed(self, key: Hashable | None) -> tuple[int, Mapping[str, torch.dtype]] | None:
-        """What the checks found of params of that structure, if they were made."""
+        """What earlier checks found for params of that structure; ``None`` if there were none."""
         try:
             return self._checks.passed.get(key)
-        except TypeError:  # keys that are no strings, symbolic sizes
+        except TypeError:  # unhashable: keys that are not strings, symbolic sizes
             return None
 
     def _stack(self, stack: Params) -> tuple[int, Mapping[str, torch.dtype]]:
-        """How many members a stack has, and which constants are to be converted."""
+        """The number of members of a stack, and the constants to convert with their dtypes."""
         if self._generation != self.program.skeletons.generation:
             self._follow_refresh()
         key = _structure("stack", stack)
         return self._passed(key) or self._checks.stack(stack, key)
 
     def _ready(self, params: Params, casts: Mapping[str, torch.dtype] | None = None) -> dict[str, Tensor]:
-        """Constants take no gradient; the backbone's own tensors, as ``attach`` lists them, need no swap."""
+        """Params for a call: constants detached, and without the backbone's own tensors, which need no swap."""
         own = self._tensors
         ready = dict(params)
         if torch.compiler.is_compiling() or not own.keys().isdisjoint(ready):
             ready = {name: leaf for name, leaf in ready.items() if leaf is not own.get(name)}
-        # One that no derivative asks about is what it is: an alias of each would cost more than the rest of this.
+        # Detach only where a derivative could ask: an alias of every constant would cost more than all the rest here.
         every = torch.compiler.is_compiling() or current_transform() is not None or forward_ad._current_level >= 0
         for name in self.constants:
             leaf = ready.get(name)
@@ -652,19 +659,19 @@ class DeltaModel(Habits):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if inputs is not None:
             if isinstance(inputs, Mapping) and not all(isinstance(name, str) for name in inputs):
-                raise ParamsError(f"inputs= is a dict of inputs by name; found the keys {[*inputs][:3]}.")
+                raise ParamsError(f"inputs= takes a dict with names as keys; found the keys {[*inputs][:3]}.")
             kwargs = {**inputs, **kwargs} if isinstance(inputs, Mapping) else {**kwargs, "inputs": inputs}
         # A cache in the output can be neither mapped nor split by member.
         return args, without_cache(self.backbone, kwargs) if transformed else kwargs
 
 
 def _structure(what: str, params: Any) -> Hashable | None:
-    """What the checks of ``params`` depend on, looked up in C; ``None`` where it cannot be told."""
+    """A key of all facts that the checks of ``params`` depend on, read in C for speed; ``None`` if there is none."""
     if torch.compiler.is_compiling() or not isinstance(params, Mapping):
         return None
     try:
         return what, tuple(params), tuple(map(FACTS, params.values()))
-    except (AttributeError, TypeError, RuntimeError):  # leaves that are no tensors, nested tensors
+    except (AttributeError, TypeError, RuntimeError):  # leaves that are not tensors, or nested tensors
         return None
 
 
@@ -677,7 +684,7 @@ def _seed(value: Any) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise ParamsError(f"A seed is an integer; found {value!r}: write a whole number.") from None
+        raise ParamsError(f"A seed must be a whole number; found {value!r}.") from None
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -1,11 +1,11 @@
-"""Random numbers of one's own: code runs with a private generator, and torch's global one is neither read nor moved.
+"""Private random numbers: code runs with generators of its own, and torch's global ones are neither read nor advanced.
 
-``fork_rng`` and ``set_rng_state`` lend the global generator and put it back. Another thread that draws meanwhile draws
-the lent numbers, and some of its own a second time. Here nothing is lent: below autograd and ``torch.func``, where
-every random operator of torch passes by, the call is given another generator.
+``fork_rng`` and ``set_rng_state`` change the global generator and restore it; another thread that draws meanwhile gets
+the changed numbers, and later some of its own a second time. Here the global generator is left alone. Instead, a
+dispatch mode below autograd and ``torch.func``, which sees every random operator, passes another generator to it.
 
-What passes by unseen: numpy's and Python's generators, ``torch.manual_seed`` itself, and kernels that draw by
-themselves without saying so (operators that others wrote in C++ or Triton; the functions given to ``torch.cond``).
+Not covered: numpy's and Python's generators, ``torch.manual_seed`` itself, and kernels that draw without declaring it
+(operators written by others in C++ or Triton; the functions given to ``torch.cond``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ aten = torch.ops.aten
 
 
 class Generators:
-    """One generator for each device, all from one seed, made at the first draw there.
+    """One generator per device, all with the same seed, made when first needed.
 
     >>> rng = Generators(7)
     >>> torch.equal(torch.rand(3, generator=rng.on("cpu")), torch.rand(3, generator=torch.Generator().manual_seed(7)))
@@ -44,10 +44,10 @@ class Generators:
             self.seed = operator.index(seed)
             self._made = {torch.device("cpu"): Generator().manual_seed(self.seed)}
         except (TypeError, ValueError, RuntimeError):
-            raise ParamsError(f"A seed is an integer of 64 bits; found {seed!r} ({type(seed).__name__}).") from None
+            raise ParamsError(f"A seed must be a 64-bit integer; found {seed!r} ({type(seed).__name__}).") from None
 
     def on(self, device: torch.device | str) -> Generator:
-        """The generator for ``device``, as the draws before have left it.
+        """The generator for ``device``, in its present state.
 
         >>> Generators(0).on("cpu").device
         device(type='cpu')
@@ -62,7 +62,7 @@ class Generators:
         return self._made[device]
 
     def copy(self) -> Generators:
-        """Generators in the same state, which then go their own way: what is run again draws the same numbers.
+        """An independent copy in the same state, so that code run again draws the same numbers.
 
         >>> rng = Generators(0)
         >>> again = rng.copy()
@@ -75,20 +75,19 @@ class Generators:
 
 
 class ThreadMode(TorchDispatchMode):
-    """A dispatch mode of this thread alone.
+    """A dispatch mode that affects this thread alone.
 
-    torch's own ``__enter__`` also sets flags of the process, and ``__exit__`` puts back what it found. Where a second
-    thread enters before the first leaves, it puts back what the first had set: the process then counts as inside a
-    mode for good, which changes what ``torch.compile`` does. The stack of modes itself belongs to the thread.
+    torch's own ``__enter__`` also sets flags of the process, and ``__exit__`` restores what it found. If a second
+    thread enters before the first one leaves, it later restores the flags that the first had set; the process then
+    counts as inside a mode forever, which changes what ``torch.compile`` does. The stack of modes itself is per thread.
     """
 
-    # Otherwise calls of such operators (flex_attention, cond) would raise in the block.
+    # Otherwise higher-order operators (flex_attention, cond) would raise in the block.
     supports_higher_order_operators = True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Torch would keep the compiler off by a wrapper around each operation, at as much time as many operations
-        # take, and would import torch._dynamo at the first one.
+        # Skipping would wrap every operation, which costs as much as many operations do, and import torch._dynamo.
         return False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -104,7 +103,7 @@ class ThreadMode(TorchDispatchMode):
         _pop_mode()
 
     def inside(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The kernel of ``func``, run so that this mode sees the operators that it calls."""
+        """Run the kernel of ``func`` so that this mode sees the operators that it calls."""
         _push_mode(self)
         try:
             return _opened(func, args, kwargs)
@@ -120,10 +119,10 @@ class _Drawing:
     """How one overload draws.
 
     Attributes:
-        run: the call with numbers of other generators; gets this object, args, kwargs and the generators.
+        run: makes the call with given generators; takes this object, args, kwargs and the generators.
         func: the overload to call.
-        places: where its arguments stand.
-        within: whether what it draws is drawn by operators that it calls, so that a mode sees them.
+        places: ``{argument: (position, default)}``.
+        within: whether only operators that it calls draw, which a mode sees.
     """
 
     run: Callable[[_Drawing, tuple[Any, ...], dict[str, Any], Generators], Any]
@@ -132,7 +131,7 @@ class _Drawing:
     within: bool = False
 
     def given(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The argument ``name`` of this call: what was passed, or its default; ``None`` where there is no such one."""
+        """The argument ``name`` as passed, or its default; ``None`` if there is no such argument."""
         if name in kwargs:
             return kwargs[name]
         place, default = self.places.get(name, (len(args), None))
@@ -151,7 +150,7 @@ class _Drawing:
 
 
 def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
-    """Where a call draws: the device it names, else that of its first tensor, else the CPU."""
+    """The device that a call draws on: the one it names, else that of its first tensor, else the CPU."""
     device = kwargs.get("device")
     if device is not None:
         return torch.device(device)
@@ -162,9 +161,9 @@ def _device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
 
 
 def _is_global(generator: Any) -> bool:
-    """Whether it is torch's own, handed over explicitly (it comes as another Python object)."""
+    """Whether it is torch's own, passed explicitly (wrapped in another Python object each time)."""
     device = generator.device
-    # The CPU has one, other devices one each.
+    # The CPU has one, other kinds of devices one per device.
     own: Any = [torch.default_generator]
     if device.type != "cpu":
         own = getattr(torch.get_device_module(device), "default_generators", ())
@@ -172,7 +171,7 @@ def _is_global(generator: Any) -> bool:
 
 
 def _with_generator(drawing: _Drawing, args: tuple[Any, ...], kwargs: dict[str, Any], generators: Generators) -> Any:
-    """The same operator, or its overload that takes a generator."""
+    """Call the operator, or its overload that takes a generator, with ours."""
     given = drawing.given("generator", args, kwargs)
     if given is not None and not _is_global(given):
         return drawing.func(*args, **kwargs)
@@ -184,7 +183,7 @@ def _with_generator(drawing: _Drawing, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _dropout(drawing: _Drawing, args: tuple[Any, ...], kwargs: dict[str, Any], generators: Generators) -> Any:
-    """``native_dropout``, which takes no generator, as its kernel for the CPU computes it."""
+    """``native_dropout``, which takes no generator, computed as its CPU kernel does."""
     x, p, train = (drawing.given(name, args, kwargs) for name in ("input", "p", "train"))
     if train is False:
         out, mask = x.clone(), torch.ones_like(x, dtype=torch.bool)
@@ -199,10 +198,10 @@ def _dropout(drawing: _Drawing, args: tuple[Any, ...], kwargs: dict[str, Any], g
 
 
 def _attention(drawing: _Drawing, args: tuple[Any, ...], kwargs: dict[str, Any], generators: Generators) -> Any:
-    """Fused attention with dropout, whose kernels draw the mask themselves, by matrix products and a mask of ours.
+    """Fused attention with dropout, computed by matrix products because its kernels draw the mask themselves.
 
-    Their backward passes draw the mask again from a state that is not there: where a graph is built it raises, and
-    what a transform may build unseen comes out as NaN, not as a gradient of other masks.
+    Their backward passes would draw the mask again from a state that does not exist. So this raises if a graph is
+    built; a graph that a transform builds unseen gets NaN rather than gradients of another mask.
     """
     q, k, v = (drawing.given(name, args, kwargs) for name in ("query", "key", "value"))
     bias, p = drawing.given("attn_bias", args, kwargs), drawing.given("dropout_p", args, kwargs)
@@ -211,7 +210,7 @@ def _attention(drawing: _Drawing, args: tuple[Any, ...], kwargs: dict[str, Any],
     scores = *q.shape[:-1], k.shape[-2]
     keep = torch.empty(scores, dtype=torch.bool, device=q.device).bernoulli_(1 - p, generator=generators.on(q.device))
     causal, scale = drawing.given("is_causal", args, kwargs), drawing.given("scale", args, kwargs)
-    # With grouped heads there are fewer of keys than of queries, on the third axis from the end.
+    # Grouped heads: fewer for keys than for queries, on the third axis from the end.
     grouped = q.shape[-3] != k.shape[-3]
     out, _ = aten._scaled_dot_product_attention_math(q, k, v, bias, p, causal, keep, scale=scale, enable_gqa=grouped)
     rest = [
@@ -224,25 +223,25 @@ def _attention(drawing: _Drawing, args: tuple[Any, ...], kwargs: dict[str, Any],
 
 
 def _hidden(drawing: _Drawing, args: tuple[Any, ...], kwargs: dict[str, Any], generators: Generators) -> Any:
-    """A kernel that draws by itself and can be given no generator."""
+    """Raise: the kernel draws by itself and takes no generator."""
     raise ConfigError(
         f"{drawing.func} draws from torch's global generator inside its kernel and takes no other, so it cannot run "
-        f"here: turn its dropout off (model.eval(), or dropout=0), or choose a form made of plain operators (for "
-        f"attention: attn_implementation='eager')."
+        f"here. Turn its dropout off (model.eval(), or dropout=0), or use a version made of plain operators (for "
+        f"attention, attn_implementation='eager')."
     )
 
 
 def _within(drawing: _Drawing, args: tuple[Any, ...], kwargs: dict[str, Any], generators: Generators) -> Any:
-    """A composition or a kernel in Python: what it calls draws."""
+    """Call a composition of operators, or a kernel written in Python, whose parts draw."""
     with PrivateRandom(generators):
         return _opened(drawing.func, args, kwargs)
 
 
 def _opened(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The kernel of ``func`` itself, so that the modes that are on see the operators that it calls."""
+    """Call the kernel of ``func`` itself, so that the active modes see the operators that it calls."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors):
-        return func(*args, **kwargs)  # its class decides what runs, and runs it where modes see it
+        return func(*args, **kwargs)  # a tensor subclass decides what runs, and modes see that
     if tensors:
         keys = torch._C._dispatch_keys(tensors[0])
         for tensor in tensors[1:]:
@@ -258,7 +257,7 @@ ATTENTION = {
     f"aten::_scaled_dot_product_{kind}"
     for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "fused_attention_overrideable")
 }
-"""Kernels that draw a mask of ``dropout_p`` themselves."""
+"""Kernels that draw a dropout mask themselves."""
 
 DRAWN_BEFORE = {
     "aten::_cudnn_attention_backward",
@@ -270,16 +269,16 @@ DRAWN_BEFORE = {
     "aten::_scaled_dot_product_efficient_attention_backward",
     "rngprims::philox_rand",
 }
-"""Operators that torch marks as random and that read no generator: they are given the seed, or only ask about it."""
+"""Operators that torch marks as random although they read no generator: they get the seed, or only query it."""
 
 _known: dict[int, tuple[Any, _Drawing | None]] = {}
 
 
 def _drawing(func: Any) -> _Drawing | None:
-    """How ``func`` draws; ``None`` where it does not."""
+    """How ``func`` draws; ``None`` if it does not."""
     known = _known.get(id(func))
     if known is None:
-        # By identity, for operators compute their hash in Python. One that is kept here has no other's number.
+        # Keyed by id, because operators hash in Python, slowly; keeping the operator here keeps its id unique.
         known = _known[id(func)] = func, _find(func) if isinstance(func, torch._ops.OpOverload) else None
     return known[1]
 
@@ -305,7 +304,7 @@ def _find(func: Any) -> _Drawing | None:
         return _Drawing(_with_generator, func, places)
     if marked and (other := _taking_a_generator(func)) is not None:
         return _Drawing(_with_generator, other, _places(other))
-    # In inference mode compositions come whole; elsewhere in parts.
+    # In inference mode a dispatch mode sees compositions whole, otherwise only their parts.
     composed = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
     if _has_python_kernels(func) or (marked and composed):
         return _Drawing(_within, func, places, within=True)
@@ -324,7 +323,7 @@ def _places(func: Any) -> dict[str, tuple[int, Any]]:
 
 
 def _taking_a_generator(func: Any) -> Any:
-    """The overload of the same operator with the same arguments and a generator."""
+    """The overload of the same operator with the same arguments plus a generator; ``None`` if there is none."""
 
     def signature(schema: Any) -> list[tuple[str, str]]:
         return [(a.name, str(a.type)) for a in schema.arguments if a.name != "generator"]
@@ -337,7 +336,7 @@ def _taking_a_generator(func: Any) -> Any:
 
 
 def _has_python_kernels(func: Any) -> bool:
-    """Whether others wrote it in Python (``torch.library``): its body may draw."""
+    """Whether it is a custom operator written in Python (``torch.library``), whose body may draw."""
     if func.namespace in ("aten", "prims", "rngprims"):
         return False
     own = func.name().replace("::", "/")
@@ -351,8 +350,8 @@ def _has_python_kernels(func: Any) -> bool:
 def drawn(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None, generators: Generators) -> Any:
     """``func(*args, **kwargs)`` with numbers from ``generators`` if it draws from torch's; else ``NotImplemented``.
 
-    For a dispatch mode with more to do. Where ``func`` is composed of others or written in Python (in inference mode
-    ``dropout`` or ``lstm``; operators of ``torch.library``), it runs here, and the parts go by unseen by that mode.
+    For dispatch modes with other duties besides. If ``func`` is a composition or written in Python (in inference mode
+    ``dropout`` or ``lstm``; operators of ``torch.library``), it runs here, and that mode does not see its parts.
 
     >>> rng = Generators(7)
     >>> drawn(torch.ops.aten.rand.default, ([2],), {}, rng).tolist() == [
@@ -371,22 +370,12 @@ def drawn(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None, gener
     return drawing.run(drawing, args, kwargs, generators)
 
 
-class PrivateRandom(ThreadMode):
-    """What :func:`private_random` gives."""
+class _Watching(ThreadMode):
+    """A mode that hands every call that would read torch's global generator to :meth:`draw`."""
 
-    def __init__(self, generators: Generators) -> None:
-        super().__init__()
-        self.generators = generators
-        # The backward passes that the blocks began in; -1 outside of any.
-        self._graphs: list[int] = []
-
-    def __enter__(self) -> Self:
-        self._graphs.append(torch._C._current_graph_task_id())
-        return super().__enter__()
-
-    def __exit__(self, *_: object) -> None:
-        super().__exit__()
-        self._graphs.pop()
+    def draw(self, drawing: _Drawing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of such a call."""
+        raise NotImplementedError
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -397,12 +386,31 @@ class PrivateRandom(ThreadMode):
             return func(*args, **kwargs)
         if drawing.within:
             return self.inside(func, args, kwargs)
-        if not drawing.draws(args, kwargs):
-            return func(*args, **kwargs)
+        return self.draw(drawing, args, kwargs) if drawing.draws(args, kwargs) else func(*args, **kwargs)
+
+
+class PrivateRandom(_Watching):
+    """The block of :func:`private_random`."""
+
+    def __init__(self, generators: Generators) -> None:
+        super().__init__()
+        self.generators = generators
+        # The backward pass that each block began in; -1 outside of any.
+        self._graphs: list[int] = []
+
+    def __enter__(self) -> Self:
+        self._graphs.append(torch._C._current_graph_task_id())
+        return super().__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self._graphs.pop()
+
+    def draw(self, drawing: _Drawing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if torch._C._current_graph_task_id() != self._graphs[-1]:
             raise ConfigError(
-                f"{func} drew in a backward pass, where gradient checkpointing runs modules again. A private generator "
-                f"would give other numbers there than in the forward pass: turn checkpointing or dropout off."
+                f"{drawing.func} drew in a backward pass, where gradient checkpointing runs modules again. A private "
+                f"generator would give other numbers there than in the forward pass: turn checkpointing or dropout off."
             )
         return drawing.run(drawing, args, kwargs, self.generators)
 
@@ -410,11 +418,11 @@ class PrivateRandom(ThreadMode):
 def private_random(seed: int = 0) -> PrivateRandom:
     """A block whose random numbers come from private generators: those that ``torch.manual_seed(seed)`` would give.
 
-    It holds for this thread. What is drawn depends on the seed alone; a ``generator=`` that is passed is used. torch's
-    global generators are neither read nor moved, also where other threads draw from them meanwhile. Fused attention
-    with dropout is computed by matrix products; where it needs gradients it raises ``ConfigError``, as does any other
-    kernel that draws unseen. So does a draw in a backward pass begun inside the block: gradient checkpointing runs a
-    module again there, and would draw other masks than the forward pass.
+    It affects this thread alone. The numbers depend on the seed alone; a ``generator=`` passed to a call is respected.
+    torch's global generators are neither read nor advanced, even if other threads draw from them meanwhile. Fused
+    attention with dropout is computed by matrix products; if it needs gradients it raises ``ConfigError``, as does any
+    other kernel that draws unseen. So does a draw in a backward pass begun inside the block, where gradient
+    checkpointing runs a module again and would draw other masks than the forward pass.
 
     >>> before = torch.get_rng_state()
     >>> with private_random(7):
@@ -429,35 +437,26 @@ def private_random(seed: int = 0) -> PrivateRandom:
     return PrivateRandom(Generators(seed))
 
 
-class RefusedDraws(ThreadMode):
-    """What :func:`refuse_draws` gives."""
+class RefusedDraws(_Watching):
+    """The block of :func:`refuse_draws`."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, instead: str) -> None:
         super().__init__()
-        self.what = what
+        self.what, self.instead = what, instead
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        known = _known.get(id(func))
-        drawing, kwargs = known[1] if known is not None else _drawing(func), kwargs or {}
-        if drawing is None:
-            return func(*args, **kwargs)
-        if drawing.within:
-            return self.inside(func, args, kwargs)
-        if drawing.draws(args, kwargs):
-            raise ConfigError(
-                f"{self.what} drew from torch's global generator ({func}), so its numbers could not be drawn again: "
-                f"pass generator=rng to every random call."
-            )
-        return func(*args, **kwargs)
+    def draw(self, drawing: _Drawing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        raise ConfigError(
+            f"{self.what} drew from torch's global generator ({drawing.func}), so its numbers cannot be reproduced: "
+            f"{self.instead}."
+        )
 
 
-def refuse_draws(what: str) -> RefusedDraws:
+def refuse_draws(what: str, instead: str = "pass generator=rng to every random call") -> RefusedDraws:
     """A block in which a draw from torch's global generator raises ``ConfigError``, in this thread.
 
     Args:
-        what: who draws, for the message.
+        what: the function that draws, for the message.
+        instead: what to write, for the message.
 
     >>> rng = torch.Generator().manual_seed(0)
     >>> with refuse_draws("MyConfig.init"):
@@ -469,4 +468,4 @@ def refuse_draws(what: str) -> RefusedDraws:
     ...
     funcdelta.errors.ConfigError: MyConfig.init drew from torch's global generator (aten.uniform_.default), ...
     """
-    return RefusedDraws(what)
+    return RefusedDraws(what, instead)

@@ -1,7 +1,7 @@
-"""What ``torch.func`` is doing right now, and what ``torch.compile`` is to do with a function.
+"""Queries about ``torch.func``'s running transforms, and decorators that instruct ``torch.compile``.
 
-This is the one place that asks torch's interpreter stack. The decorators for ``torch.compile`` do what those of
-``torch.compiler`` do; those import torch._dynamo, and with it sympy and much else, for everybody who imports funcdelta.
+Only this module reads torch's interpreter stack. The decorators do what those of ``torch.compiler`` do; importing
+those would import torch._dynamo, and with it sympy and much else, for everybody who imports funcdelta.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-# torch has no public way to ask; its own Python layer uses these functions.
+# torch has no public API for this; its own Python layer uses these functions.
 _functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  (the type checker does not know the attribute)
 _frames: Any = getattr(torch._C, "_dynamo").eval_frame  # noqa: B009
 
@@ -22,7 +22,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def eager(function: Function) -> Function:
-    """``function``, it and all that it calls run as plain Python also where the code around it is compiled.
+    """Decorate ``function`` so that it, and everything that it calls, runs as plain Python even in compiled code.
 
     >>> @eager
     ... def larger(x, y):
@@ -34,7 +34,7 @@ def eager(function: Function) -> Function:
 
 
 def eager_alone(function: Function) -> Function:
-    """``function``, run as plain Python also where the code around it is compiled; what it calls may be compiled.
+    """Decorate ``function`` so that it runs as plain Python even in compiled code; what it calls may be compiled.
 
     >>> @eager_alone
     ... def call(function, *args):
@@ -47,13 +47,13 @@ def eager_alone(function: Function) -> Function:
 
 def _skipped(function: Function, what_it_calls: Any) -> Function:
     strategy = _frames._FrameExecStrategy(_frames._FrameAction.SKIP, what_it_calls)
-    _frames.set_code_exec_strategy(function.__code__, strategy)  # where it is called from plain Python
-    function.__dict__["_torchdynamo_disable"] = True  # where a call of it is traced
+    _frames.set_code_exec_strategy(function.__code__, strategy)  # for calls from plain Python
+    function.__dict__["_torchdynamo_disable"] = True  # for calls that are traced
     return function
 
 
 def constant_while_tracing(function: Function) -> Function:
-    """``function`` runs for real while ``torch.compile`` traces, and its result is a constant of the graph.
+    """Decorate ``function`` so that tracing by ``torch.compile`` runs it, and its result is a constant of the graph.
 
     >>> @constant_while_tracing
     ... def answer():
@@ -64,7 +64,7 @@ def constant_while_tracing(function: Function) -> Function:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        # torch says that it compiles for as long as it traces, also to what it runs for real.
+        # During tracing torch reports that it is compiling, even to functions that it runs for real.
         compiler: Any = torch.compiler
         tracing, compiler._is_compiling_flag = compiler._is_compiling_flag, False
         try:
@@ -77,11 +77,11 @@ def constant_while_tracing(function: Function) -> Function:
 
 
 current_transform: Callable[[], Any] = _functorch.peek_interpreter_stack
-"""The innermost transform under way, ``None`` outside of all; torch's own function, which costs next to nothing."""
+"""Returns the innermost running transform, or ``None``; torch's own function, which costs next to nothing."""
 
 
 def inside_transform() -> bool:
-    """Whether a ``torch.func`` transform is under way (compiled code is not asked: tracing hides it).
+    """Whether a ``torch.func`` transform is running; False in compiled code, where tracing hides it.
 
     >>> inside_transform(), torch.vmap(lambda x: x + inside_transform())(torch.zeros(2))
     (False, tensor([1., 1.]))
@@ -90,7 +90,7 @@ def inside_transform() -> bool:
 
 
 def inside_backward() -> bool:
-    """Whether autograd is in the middle of a backward pass, where checkpointed modules run again.
+    """Whether autograd is running a backward pass, in which checkpointed modules run again.
 
     >>> inside_backward()
     False
@@ -99,7 +99,7 @@ def inside_backward() -> bool:
 
 
 def wants_mathematical_attention() -> bool:
-    """Whether fused attention cannot serve: two Grad levels, a Jvp level, or a Vmap level.
+    """Whether fused attention would fail or be slow: inside two Grad levels, a Jvp level, or a Vmap level.
 
     Fused kernels have no double backward, no forward derivative, and no batching rule (vmap would loop over members).
 
@@ -115,7 +115,7 @@ def wants_mathematical_attention() -> bool:
 
 
 def is_wrapped(tensor: Tensor) -> bool:
-    """Whether ``tensor`` belongs to a transform, so that its values cannot be read.
+    """Whether ``tensor`` belongs to a running transform, so that its values cannot be read.
 
     >>> is_wrapped(torch.zeros(2))
     False
@@ -124,7 +124,7 @@ def is_wrapped(tensor: Tensor) -> bool:
 
 
 def concrete(tensor: Tensor) -> Tensor:
-    """The plain tensor inside the wrappers of ``torch.func``; of a mapped one, its first entry.
+    """The plain tensor inside the wrappers of ``torch.func``; of a mapped tensor, its first entry.
 
     >>> concrete(torch.ones(2))
     tensor([1., 1.])
@@ -137,7 +137,7 @@ def concrete(tensor: Tensor) -> Tensor:
 
 
 def innermost(tensor: Tensor) -> Tensor:
-    """The tensor that all wrappers of ``torch.func`` around ``tensor`` hold, with the axes that are mapped.
+    """The plain tensor inside the wrappers of ``torch.func``, including the mapped axes.
 
     >>> torch.vmap(lambda row: row + innermost(row).ndim)(torch.zeros(2, 3))
     tensor([[2., 2., 2.],
@@ -148,8 +148,29 @@ def innermost(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def outside_of_map(compute: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    """``compute(*values)`` one level outside of the innermost ``torch.vmap``, with the entries of all on a first axis.
+
+    What it gives, with such an axis, too, is back inside of the map, where each entry has its own.
+
+    >>> torch.vmap(lambda x: x + outside_of_map(lambda all_x: all_x.flip(0), 2 * x))(torch.tensor([1.0, 10.0]))
+    tensor([21., 12.])
+    """
+    from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
+
+    interpreter = retrieve_current_functorch_interpreter()
+    if not isinstance(interpreter, VmapInterpreter):
+        raise RuntimeError("The innermost transform is not torch.vmap.")
+    level, n = interpreter.level(), interpreter.batch_size()
+    held = [_functorch._unwrap_batched(value, level) for value in values]
+    with interpreter.lower():
+        every = [v.expand(n, *v.shape) if axis is None else v.movedim(axis, 0) for v, axis in held]
+        found = compute(*every)
+    return _functorch._add_batch_dim(found, 0, level)
+
+
 def outside_transforms() -> AbstractContextManager[Any]:
-    """A block that runs as if no transform were under way.
+    """A block that runs as if no transform were running.
 
     >>> with outside_transforms():
     ...     inside_transform()

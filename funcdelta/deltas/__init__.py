@@ -1,4 +1,4 @@
-"""The delta methods: one a file, registered on import; nothing outside a method's file names it."""
+"""The delta methods: one per file, registered on import; no other code names a method."""
 
 from .adapter import AdapterConfig
 from .bitfit import BitFitConfig

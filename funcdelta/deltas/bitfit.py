@@ -1,7 +1,7 @@
 """BitFit: ``y + b``, a trained offset on the bias of every linear, convolution and norm.
 
-Shapes: ``bias`` (out,). The leaf is an offset that starts at zero, so a bias that does not exist yet starts at zero
-too, and a neutral member is all zeros. Source: Ben Zaken et al. 2021, "BitFit".
+Shapes: ``bias`` (out,). The leaf is an offset that starts at zero, also for layers without a bias, so a neutral member
+is all zeros. Source: Ben Zaken et al. 2021, "BitFit".
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ KINDS_WITH_BIAS = ("linear", "transposed_linear", "conv1d", "conv2d", "conv3d", 
 @register("bitfit")
 @dataclass(frozen=True)
 class BitFitConfig(BaseDeltaConfig):
-    """Bias-only tuning, ``y + b``; a container means every linear, convolution and norm below it.
+    """Bias-only tuning, ``y + b``; a container stands for every linear, convolution and norm below it.
 
-    A layer that has a bias and a forward of its own gets the offset on that bias.
+    In a layer with a bias and a custom forward, the offset is added to that bias.
 
     >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 6, bias=False), torch.nn.LayerNorm(6))
     >>> delta = fd.DeltaModel(backbone, fd.BitFitConfig(modified_modules=["0", "1"]))
@@ -40,7 +40,7 @@ class BitFitConfig(BaseDeltaConfig):
     identity_at_start: ClassVar[bool] = True
 
     def spread(self, path: str, module: nn.Module) -> Iterator[str]:
-        # A parametrised layer has modules below it and is a layer all the same, as is one that pads its input.
+        # A parametrised layer, or one that pads its input, is a layer although it has modules below it.
         if _is_layer(module) or all(name == "parametrizations" for name, _ in module.named_children()):
             yield path
             return
@@ -69,7 +69,7 @@ class BitFitConfig(BaseDeltaConfig):
         return y + p["bias"].view(-1, *[1] * (-1 - site.features_axis(y)))
 
     def weights(self, site: Site, p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``bias + b``, or ``b`` where the module has no bias yet."""
+        """``bias + b``, or ``b`` if the module has no bias."""
         return w | {"bias": w["bias"] + p["bias"] if "bias" in w else p["bias"]}
 
     def unmergeable(self, site: Site) -> str | None:
@@ -79,12 +79,12 @@ class BitFitConfig(BaseDeltaConfig):
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether the module is a linear, convolution or norm of torch's, or derived from one."""
+    """Whether the module is one of torch's linears, convolutions or norms, or derived from one."""
     return family(module) in KINDS_WITH_BIAS
 
 
 def _inputs(site: Site) -> list[Tensor]:
-    """What a layer of that kind may be called with."""
+    """Inputs to try on a layer of that kind, in the shapes that it may take."""
     rng = torch.Generator().manual_seed(0)
     width = site.in_features or 1
     shapes: list[tuple[int, ...]] = [(2, width), (2, 3, width), (2, width, 6, 5), (2, width, 5), (2, width, 6, 5, 5)]

@@ -43,11 +43,11 @@ class CompacterConfig(BaseDeltaConfig):
             ``normal`` N(0, phm_init_range).
         shared_phm_rule: one rule for both layers at all sites.
         factorized_phm: weights as factors of rank ``phm_rank`` instead of full blocks.
-        shared_W_phm: one set of weights for all sites, which then need one width; biases stay each site's own.
+        shared_W_phm: one set of weights for all sites, which must have one width; each site keeps its own biases.
         factorized_phm_rule: rules as factors of rank 1.
         phm_rank: the rank k of factorised weights.
         phm_init_range: the standard deviation of ``normal`` weights.
-        kronecker_prod: which of two ways OpenDelta takes to one product; nothing here hangs on it.
+        kronecker_prod: how OpenDelta computes the same product; it has no effect here.
         use_bias_up_sampler, use_bias_down_sampler: whether the layers have biases, which start at zero.
 
     >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 64))
@@ -108,8 +108,8 @@ class CompacterConfig(BaseDeltaConfig):
             if len(widths) > 1:
                 told = ", ".join(f"{path} has {width}" for width, path in widths.items())
                 raise MatchError(
-                    f"shared_W_phm=True needs sites of one width: {told} outputs. Give a config to the sites of each "
-                    f"width, with a name= of its own, or leave shared_W_phm out."
+                    f"shared_W_phm=True needs sites of one width, but {told} outputs. Write one config per width, each "
+                    f"with a different name=, or leave shared_W_phm out."
                 )
             for layer, shape in self._layers(sites[0]).items():
                 found |= {f"{layer}.{name}": leaf for name, leaf in self._weight(layer, *shape, rng).items()}
@@ -121,7 +121,7 @@ class CompacterConfig(BaseDeltaConfig):
             own = {} if self.shared_phm_rule else self._rule(rng)
             own |= {} if self.shared_W_phm else self._weight(layer, features, outputs, rng)
             if getattr(self, f"use_bias_{layer}"):
-                # The bottleneck is n blocks side by side.
+                # The bottleneck is n blocks side by side, and each of them grows.
                 grows = layer == "down_sampler" and not self.shared_W_phm
                 own["b"] = Leaf(torch.zeros(outputs), f"{self.hypercomplex_division}*bottleneck" if grows else "")
             found |= {f"{layer}.{name}": leaf for name, leaf in own.items()}

@@ -1,8 +1,8 @@
 """LoRA: ``W + s B A`` with ``s = alpha / r``, through the activations or through the weights.
 
 Shapes: ``lora_A`` (r, in), ``lora_B`` (out, r), ``scale`` (). A convolution's ``lora_A`` is (r, in / groups, *kernel).
-Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"; the split of a fused projection is that
-of its reference code (``enable_lora``), ``use_rslora`` is Kalajdzievski 2023.
+Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"; fused projections are split as in its
+reference code (``enable_lora``); ``use_rslora`` is from Kalajdzievski 2023.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class LoraConfig(Additive):
         lora_alpha: ``s = lora_alpha / lora_r`` (with ``use_rslora``: over the square root of r).
         lora_dropout: dropout on the input of the low-rank branch, in training.
         use_rslora: rank-stabilised scale.
-        enable_lora: for a fused projection (``c_attn``), which of its parts are adapted, each with factors of its own:
-            ``(True, False, True)`` means q and v of q,k,v, as ``["attn@.q@", "attn@.v@"]`` does. Where a family's parts
-            are not known they are equal and side by side.
+        enable_lora: for a fused projection (``c_attn``), which of its parts are adapted, each with its own factors:
+            ``(True, False, True)`` means q and v of q, k, v, like ``["attn@.q@", "attn@.v@"]``. If the parts are not
+            known for a family, they are taken to be equal and side by side.
 
     >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 6))
     >>> delta = fd.DeltaModel(backbone, fd.LoraConfig(lora_r=2, modified_modules=["0"]))
@@ -63,7 +63,7 @@ class LoraConfig(Additive):
         super().__post_init__()
         check_switches("enable_lora", self.enable_lora)
         if self.lora_r < 1:
-            raise ConfigError(f"lora_r={self.lora_r}: write at least 1; apply({{}}, ...) runs without a delta.")
+            raise ConfigError(f"lora_r={self.lora_r}: write at least 1; to run without a delta, apply({{}}, ...).")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout={self.lora_dropout}: write a probability in [0, 1).")
 
@@ -92,5 +92,5 @@ class LoraConfig(Additive):
         return self.replace(lora_r=rank, lora_alpha=rank, use_rslora=False)
 
     def parts(self, site: Site) -> tuple[Part, ...]:
-        """The parts of the output that have factors of their own; none: one pair for all of it."""
+        """The parts of the output that have their own factors; empty if one pair serves for all of it."""
         return site.parts if self.enable_lora is None else switched_on(site, self.enable_lora)

@@ -3,7 +3,7 @@
 Shapes, with width d, bottleneck m = d // reduction_factor and rank k: ``down_sampler.W_left`` (d, k),
 ``down_sampler.W_right`` (k, m), ``down_sampler.b`` (m); ``up_sampler.W_left`` (m, k), ``up_sampler.W_right`` (k, d),
 ``up_sampler.b`` (d). Source: Karimi Mahabadi et al. 2021, "Compacter" (its low-rank baseline). OpenDelta multiplies the
-two factors elementwise, which is their product for rank 1 only; here any rank is a product of matrices.
+two factors elementwise, which equals the matrix product only for rank 1; here it is a matrix product for any rank.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class LowRankAdapterConfig(BaseDeltaConfig):
             return None
         return (
             f"{site.path} has {d} outputs, fewer than reduction_factor={self.reduction_factor}, so the bottleneck "
-            f"would be empty: write a reduction_factor of at most {d}"
+            f"would be empty; write a reduction_factor of at most {d}"
         )
 
     def unmergeable(self, site: Site) -> str | None:
@@ -94,7 +94,7 @@ class LowRankAdapterConfig(BaseDeltaConfig):
 
 
 def _layer(x: Tensor, p: dict[str, Tensor], name: str) -> Tensor:
-    """``x (W_left W_right) + b``, through the factors wherever that is less work."""
+    """``x (W_left W_right) + b``, multiplied in the order that takes less work."""
     left, right = p[f"{name}.W_left"], p[f"{name}.W_right"]
     (features, rank), outputs = left.shape[-2:], right.shape[-1]
     if rank * (features + outputs) > features * outputs:

@@ -28,15 +28,15 @@ from ..methods.site import Site
 class ParallelAdapterConfig(BaseDeltaConfig):
     """Bottleneck adapter in parallel, ``y + s (U act(D x + d) + u)``, from one module's input to another's output.
 
-    ``modified_modules`` lists pairs, flat: ``("attn", "attn", "fc1", "fc2")`` is one adapter beside every ``attn`` and
-    one from the input of every ``fc1`` to the output of the ``fc2`` in its block. A single name means a pair with
-    itself.
+    ``modified_modules`` is a flat list of pairs: ``("attn", "attn", "fc1", "fc2")`` puts one adapter beside every
+    ``attn`` and one from the input of every ``fc1`` to the output of the ``fc2`` in its block. A single name is paired
+    with itself.
 
     Attributes:
         bottleneck_dim: the width m of the bottleneck.
         non_linearity: ``relu``, ``tanh``, ``swish``, ``gelu_new``, ``gelu_orig``, ``leakyrelu`` or a name that
             Transformers knows.
-        scaled: the scale s, a constant leaf, so that it may differ by member.
+        scaled: the scale s; a constant leaf, so that it may differ by member.
 
     >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
     >>> delta = fd.ParallelAdapterModel(backbone, bottleneck_dim=2, modified_modules=["0", "2"])
@@ -66,16 +66,16 @@ class ParallelAdapterConfig(BaseDeltaConfig):
             names *= 2
         if len(names) % 2:
             raise ConfigError(
-                f"modified_modules={list(names)} has {len(names)} names; a parallel adapter takes pairs, where it "
-                f"begins and where it ends: write each single module twice, as {[names[0], names[0]]}."
+                f"modified_modules={list(names)} has {len(names)} names, but a parallel adapter takes pairs: where it "
+                f"begins and where it ends. Write a single module twice: {[names[0], names[0]]}."
             )
         return tuple(zip(names[::2], names[1::2], strict=True))
 
     def check(self, site: Site) -> str | None:
         if site.kind == "embedding" or (site.kind == "span" and site.option("entry") == "embedding"):
-            return "what enters it are token numbers, not features"
+            return "its input is token ids, not features"
         if site.kind.startswith("conv") and any(step != 1 for step in site.option("stride")):
-            return f"its stride is {site.option('stride')}, so what enters has other positions than what leaves"
+            return f"its stride is {site.option('stride')}, so its output has other positions than its input"
         return None
 
     def unmergeable(self, site: Site) -> str | None:
@@ -102,6 +102,7 @@ class ParallelAdapterConfig(BaseDeltaConfig):
         if change.ndim != y.ndim or any(a not in (1, b) for a, b in zip(change.shape, y.shape, strict=True)):
             raise MatchError(
                 f"The parallel adapter from {site.path} to {site.exit or site.path} turns {tuple(x.shape)} into "
-                f"{tuple(change.shape)}, but {tuple(y.shape)} leaves: name modules between which positions stay."
+                f"{tuple(change.shape)}, which does not fit the output {tuple(y.shape)}. Name modules between which "
+                f"the positions stay the same."
             )
         return y + p["scaled"] * change

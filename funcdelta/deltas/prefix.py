@@ -4,25 +4,24 @@ Shapes: ``past_key``, ``past_value`` (P, heads · size), with the heads of the k
 Reparameterised, one network writes the prefixes of all L sites of width d, in the order of the sites: leaves
 ``wte.weight`` (P, e), ``control_trans.0.weight`` (m, e), ``control_trans.0.bias`` (m), ``control_trans.2.weight``
 (2 L d, m), ``control_trans.2.bias`` (2 L d). Source: Li and Liang 2021, "Prefix-Tuning"; names and starts are
-OpenDelta's. A prefix gets no rotation and no position of its own, and its keys are never masked. A row that its mask
-hides in front gets the position numbers that its text has alone, unless ``position_ids`` says others.
+OpenDelta's. A prefix gets neither rotation nor positions, and its keys are never masked. The text of a row that is
+padded in front gets the position numbers that it has alone, unless ``position_ids`` is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, MatchError
+from ..errors import ConfigError
 from ..functional.prefix_network import fresh_network, written
 from ..methods.config import BaseDeltaConfig, register
 from ..methods.leaf import Leaves
 from ..methods.site import Site
-from ..run.attention import attention_below
 
 
 @register("prefix")
@@ -30,15 +29,15 @@ from ..run.attention import attention_below
 class PrefixConfig(BaseDeltaConfig):
     """Prefix tuning of attention modules that go through Transformers' attention interface.
 
-    A matched module stands for every such attention module that it is or holds.
+    A matched module stands for every such attention module that it is or contains.
 
     Attributes:
         prefix_token_num: the length P of the prefix.
-        reparameterize: whether one network writes all prefixes; ``delta.bake(params)`` turns it into plain ones.
-        embed_dim, mid_dim: widths e and m of that network.
-        position_bias: of models that compute one (T5): ``"kept"``, with zeros for the prefix, or
-            ``"first_layer_only"``, as OpenDelta has it: the first layer's is computed as if the prefix were tokens,
-            and those of the others are lost. For checkpoints trained so.
+        reparameterize: whether one network computes all prefixes; ``delta.bake(params)`` turns them into plain ones.
+        embed_dim, mid_dim: the widths e and m of that network.
+        position_bias: for models that compute one (T5). ``"kept"``: zeros for the prefix. ``"first_layer_only"``, for
+            checkpoints trained with OpenDelta: the first layer's is computed as if the prefix were tokens, and those
+            of the others are lost.
 
     >>> from transformers import BertConfig, BertModel
     >>> sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
@@ -60,16 +59,6 @@ class PrefixConfig(BaseDeltaConfig):
     mid_dim: int = 512
     position_bias: str = "kept"
 
-    def spread(self, path: str, module: nn.Module) -> Iterator[str]:
-        found = attention_below(path, module)
-        if not found:
-            raise MatchError(
-                f"{self.delta_type} cannot act at {path}: {type(module).__name__} neither is nor holds an attention "
-                f"module that goes through Transformers' attention interface, the one place where keys can be added. "
-                f"Name modules that do; where a model has none, LoRA, adapters and a soft prompt act on it."
-            )
-        yield from found
-
     def init(self, site: Site, rng: torch.Generator) -> Leaves:
         if self.reparameterize:
             return {}
@@ -87,9 +76,9 @@ class PrefixConfig(BaseDeltaConfig):
         for path, found in widths.items():
             if found != (width, width):
                 raise ConfigError(
-                    f"One network writes the prefixes of all sites, which have to be equally wide: {sites[0].path} "
-                    f"has keys of {width} numbers, {path} keys and values of {found}. Write reparameterize=False, or "
-                    f"make a delta of each width."
+                    f"One network computes the prefixes of all sites, which must be equally wide, but {sites[0].path} "
+                    f"has keys of width {width}, and {path} keys and values of widths {found}. Write "
+                    f"reparameterize=False, or one config per width."
                 )
         outputs = 2 * len(sites) * width
         return fresh_network(self.prefix_token_num, self.embed_dim, self.mid_dim, outputs, rng)
@@ -101,7 +90,7 @@ class PrefixConfig(BaseDeltaConfig):
 
     def baked(self) -> Self:
         if not self.reparameterize:
-            raise ConfigError("These prefixes are plain already (reparameterize=False): there is nothing to bake.")
+            raise ConfigError("These prefixes are plain already (reparameterize=False), so there is nothing to bake.")
         return self.replace(reparameterize=False)
 
     def attend(self, site: Site, p: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

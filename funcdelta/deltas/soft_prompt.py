@@ -1,10 +1,10 @@
 """Soft prompt: trained rows before the embedded input, ``x' = [E; embed(ids)]``.
 
-Shapes: ``soft_embeds`` (P, d), where d is the width of the token embeddings. The rows are what enters the model in a
-token's place, after the embedding's own scale. Masks, token types, position numbers and labels are extended on
-copies; outputs with one value a position are P longer unless ``strip``. The prompt is right before the text: a row
-that its mask hides in front becomes ``[0; E; text]``, and the text stays at its place from the end. Encoders keep E
-first, for BERT's pooler reads position 0, as in OpenDelta. Source: Lester et al. 2021, "The Power of Scale for
+Shapes: ``soft_embeds`` (P, d), where d is the width of the token embeddings. The rows enter the model like embedded
+tokens, after any scaling by the embedding. Masks, token types, position numbers and labels are extended on copies;
+outputs with one value per position are P longer unless ``strip``. The prompt comes right before the text: a row padded
+in front becomes ``[0; E; text]``, and counted from the end, the text stays in its place. Encoders keep E first, as in
+OpenDelta, because BERT's pooler reads position 0. Source: Lester et al. 2021, "The Power of Scale for
 Parameter-Efficient Prompt Tuning".
 """
 
@@ -36,11 +36,12 @@ class SoftPromptConfig(BaseDeltaConfig):
 
     Attributes:
         soft_token_num: the number P of rows.
-        init_range: without ``token_init`` a row starts as U(±init_range).
-        token_init: start as copies of the backbone's tokens 0 … P-1, the same for every member.
-        other_expand_ids: pairs of an input's name and the value that it has at the prompt's positions.
-        strip: leave the prompt's positions out of hidden states and logits (an encoder's states keep them for its
-            decoder). Classification heads that look for the last token in ``input_ids`` get them left out always.
+        init_range: without ``token_init``, rows start as U(±init_range).
+        token_init: whether rows start as copies of the embeddings of tokens 0 … P-1, the same for every member.
+        other_expand_ids: pairs of an input's name and its value at the prompt's positions.
+        strip: whether to remove the prompt's positions from hidden states and logits (an encoder's states keep them
+            for its decoder). They are always removed for classification heads that look for the last token in
+            ``input_ids``.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> backbone = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2)).eval()
@@ -65,7 +66,7 @@ class SoftPromptConfig(BaseDeltaConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.batch_dim != 0:
-            raise ConfigError(f"batch_dim={self.batch_dim}: a prompt is added along axis 1, so rows have to be axis 0.")
+            raise ConfigError(f"batch_dim={self.batch_dim}: a prompt is added along axis 1, so write batch_dim=0.")
         given = self.other_expand_ids
         pairs = given.items() if isinstance(given, Mapping) else given
         try:

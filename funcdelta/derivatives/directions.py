@@ -1,6 +1,6 @@
-"""Derivatives with respect to params beyond one gradient: of every row, along directions, and through a solve.
+"""Derivatives with respect to params beyond a single gradient: per row, along directions, and through a solve.
 
-Trees meet by name: the order of their keys means nothing. Leaves without derivatives (integers, booleans) get zeros.
+Trees are matched by name, not by the order of keys. Leaves without derivatives (integers, booleans) get zeros.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Tree = TypeVar("Tree")
 
 
 def per_sample_grads(loss: Callable[..., Tensor], chunk_size: int | None = None) -> Callable[..., Any]:
-    """A function of ``(params, *data)`` that gives ∇ Lᵢ for every row i of ``data``: leaves (b, ...).
+    """A function of ``(params, *data)`` that returns ∇Lᵢ for every row i of ``data``: leaves (b, ...).
 
-    ``loss(params, *rows)`` is one number, (); it gets one row at a time, as a batch of one, (1, ...), for models want a
-    batch axis. Their mean over rows is the gradient of the mean loss. ``chunk_size`` rows run at a time. Params are one
-    member's; for a stack map over it: ``torch.vmap(per_sample_grads(loss), in_dims=(0, None))(stack, data)``.
+    ``loss(params, *rows)`` returns one number, (). It gets one row at a time, as a batch of one, (1, ...), because
+    models need a batch axis. The mean of the gradients is the gradient of the mean loss. ``chunk_size`` rows run at a
+    time. Params are one member's; for a stack: ``torch.vmap(per_sample_grads(loss), in_dims=(0, None))(stack, data)``.
 
-    Raises ``ParamsError`` for data of unlike lengths, and for a loss that is no single number.
+    Raises ``ParamsError`` if the data differ in length or the loss is not a single number.
 
     >>> def loss(params, x):
     ...     return (x @ params["w"]).square().mean()
@@ -46,8 +46,8 @@ def per_sample_grads(loss: Callable[..., Tensor], chunk_size: int | None = None)
         lengths = [leaf.shape[:1] for leaf in pytree.tree_leaves(data) if isinstance(leaf, Tensor)]
         if not lengths or len(set(lengths)) > 1 or not lengths[0]:
             raise ParamsError(
-                f"per_sample_grads maps over the rows of its data, the first axis of every tensor: expected one "
-                f"length, found {[tuple(length) for length in lengths]}."
+                f"per_sample_grads maps over the first axis of every tensor in its data: expected the same length for "
+                f"all, found {[tuple(length) for length in lengths]}."
             )
         rows, parted = lengths[0][0], Parted(params)
         if not rows:
@@ -69,10 +69,10 @@ def per_sample_grads(loss: Callable[..., Tensor], chunk_size: int | None = None)
 def hvp(loss: Callable[..., Tensor], params: Tree, vector: Tree, *data: Any) -> Tree:
     """H v, with H the Hessian of ``loss(params, *data)`` in params: the derivative of the gradient along ``vector``.
 
-    Reverse over reverse, ∇⟨∇L, v⟩, so that it needs no forward derivative of any operator; a pass costs about two
-    gradients. Fused attention is replaced by its mathematical form where the loss calls a delta.
+    Reverse over reverse, ∇⟨∇L, v⟩, so no operator needs a forward derivative; it costs about two gradients. If the
+    loss calls a delta, fused attention is replaced by its mathematical form.
 
-    Raises ``ParamsError`` for a loss that is no single number, and where ``vector`` is not built as ``params`` are.
+    Raises ``ParamsError`` if the loss is not a single number or ``vector`` differs in structure from ``params``.
 
     >>> hvp(lambda params: (params["w"] ** 3).sum(), {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.0, 0.0])})
     {'w': tensor([6., 0.])}
@@ -89,10 +89,10 @@ def hvp(loss: Callable[..., Tensor], params: Tree, vector: Tree, *data: Any) -> 
 
 
 def jvp(f: Callable[..., Any], params: Tree, tangent: Tree, *data: Any) -> Any:
-    """J t, with J = ∂f/∂params: how ``f(params, *data)``, any pytree of tensors, changes along ``tangent``.
+    """J t, with J = ∂f/∂params: the derivative of ``f(params, *data)``, any pytree of tensors, along ``tangent``.
 
-    Forward mode: one pass, no graph. Constants of a delta do not move what ``apply`` gives. For several tangents map
-    over them: ``torch.vmap(lambda t: fd.grad.jvp(f, params, t))(tangents)``.
+    Forward mode: one pass, no graph. A delta's constants contribute nothing. For several tangents map over them:
+    ``torch.vmap(lambda t: fd.grad.jvp(f, params, t))(tangents)``.
 
     >>> jvp(lambda params: params["w"] ** 2, {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([1.0, 10.0])})
     tensor([ 2., 40.])
@@ -104,26 +104,26 @@ def jvp(f: Callable[..., Any], params: Tree, tangent: Tree, *data: Any) -> Any:
 
 
 def vjp(f: Callable[..., Any], params: Tree, cotangent: Any, *data: Any) -> Tree:
-    """Jᵀ c, with J = ∂f/∂params: the gradient of ⟨f(params, *data), c⟩; ``cotangent`` is built as what ``f`` gives.
+    """Jᵀ c, with J = ∂f/∂params: the gradient of ⟨f(params, *data), c⟩; ``cotangent`` has the structure of f's output.
 
     >>> vjp(lambda params: params["w"] ** 2, {"w": torch.tensor([1.0, 2.0])}, torch.tensor([1.0, 10.0]))
     {'w': tensor([ 2., 40.])}
     """
     parted = Parted(params)
-    # Whoever maps over cotangents meets a forward pass that is outside of the map.
+    # Callers may map over cotangents: the forward pass is outside that map, yet its backward pass must be mappable.
     with one_member("vjp(f, ...)"), higher_order():
         value, pull = torch.func.vjp(lambda reals: f(parted.whole(reals), *data), parted.reals)[:2]
-        given = align(value, cotangent, first_is="what f gives", other_is="the cotangent of vjp")
+        given = align(value, cotangent, first_is="the output of f", other_is="the cotangent of vjp")
         pulled = pull(pytree.tree_unflatten(given, pytree.tree_structure(value)))[0]
     return parted.filled(pulled, torch.zeros_like)
 
 
 def jacobian(f: Callable[..., Any], params: Any, *data: Any, chunk_size: int | None = None) -> Any:
-    """J = ∂f/∂params: for every leaf (…) of ``params`` the derivatives (out…, …) of what ``f(params, *data)`` gives.
+    """J = ∂f/∂params: for every leaf (…) of ``params`` the derivatives (out…, …) of ``f(params, *data)``.
 
-    Reverse mode, one backward pass for all outputs, or for ``chunk_size`` of them at a time. Where ``f`` gives a
-    pytree, each of its leaves holds such a tree. Fused attention is replaced by its mathematical form, for its backward
-    pass cannot be mapped over outputs.
+    Reverse mode, with one backward pass for all outputs or for ``chunk_size`` of them at a time. If ``f`` returns a
+    pytree, each of its leaves holds such a tree. Fused attention is replaced by its mathematical form, because its
+    backward pass cannot be mapped over outputs.
 
     >>> jacobian(lambda params: params["w"] ** 2, {"w": torch.tensor([1.0, 2.0])})
     {'w': tensor([[2., 0.],
@@ -135,8 +135,8 @@ def jacobian(f: Callable[..., Any], params: Any, *data: Any, chunk_size: int | N
     for place in parted.places:
         if parted.leaves[place].is_complex():
             raise ParamsError(
-                f"jacobian is of real numbers, and leaf {parted.names[place]!r} is {parted.leaves[place].dtype}. Write "
-                f"fd.grad.vjp for each output, or give it torch.view_as_real(leaf)."
+                f"jacobian takes real leaves, but leaf {parted.names[place]!r} is {parted.leaves[place].dtype}. Use "
+                f"fd.grad.vjp for each output, or pass torch.view_as_real(leaf)."
             )
 
     def run(reals: list[Tensor]) -> Any:
@@ -156,12 +156,12 @@ def jacobian(f: Callable[..., Any], params: Any, *data: Any, chunk_size: int | N
 
 
 def conjugate_gradient(matvec: Callable[[Tree], Tree], b: Tree, steps: int, damping: float | Tensor = 0.0) -> Tree:
-    """x with (A + damping · I) x ≈ b, after ``steps`` steps of conjugate gradients from 0; A positive semi-definite.
+    """Solve (A + damping · I) x ≈ b by ``steps`` steps of conjugate gradients from 0; A is positive semi-definite.
 
     Exact after as many steps as A + damping · I has distinct eigenvalues (Hestenes and Stiefel 1952). The number of
-    steps is fixed, so that it maps under ``torch.vmap``; a residual that has reached the rounding of b stays there. A
-    direction without curvature (A is not positive definite, and ``damping`` too small) makes the result infinite or
-    nan. Implicit gradients (iMAML) and influence functions take ``matvec`` from :func:`hvp`.
+    steps is fixed, so that the solve runs under ``torch.vmap``; once the residual is down to the rounding of b, further
+    steps change nothing. A direction without curvature (A is singular and ``damping`` too small) makes the result
+    infinite or nan. For implicit gradients (iMAML) and influence functions, ``matvec`` is made with :func:`hvp`.
 
     >>> conjugate_gradient(lambda x: {"w": x["w"] * torch.tensor([1.0, 4.0])}, {"w": torch.tensor([1.0, 2.0])}, steps=2)
     {'w': tensor([1.0000, 0.5000])}
@@ -169,11 +169,11 @@ def conjugate_gradient(matvec: Callable[[Tree], Tree], b: Tree, steps: int, damp
     steps = count(steps, "steps", "steps conjugate_gradient makes", least=1, most=2**24)
     x, residual, direction = tree.scale(b, 0.0), b, b
     rest = tree.vdot(residual, residual)
-    # What is left below the precision of b is rounding: dividing by its curvature would blow it up.
+    # A residual below the precision of b is rounding: dividing it by its curvature would blow it up.
     floor = rest * torch.finfo(rest.dtype).eps ** 2
     for _ in range(steps):
         product = matvec(direction)
-        align(direction, product, first_is="b", other_is="what matvec of conjugate_gradient gives")
+        align(direction, product, first_is="b", other_is="the output of conjugate_gradient's matvec")
         image = tree.add(product, tree.scale(direction, damping))
         length = _ratio(rest, tree.vdot(direction, image), rest <= floor)
         x = tree.add(x, tree.scale(direction, length))
@@ -184,7 +184,7 @@ def conjugate_gradient(matvec: Callable[[Tree], Tree], b: Tree, steps: int, damp
 
 
 def _ratio(a: Tensor, b: Tensor, done: Tensor) -> Tensor:
-    """a / b, and 0 where the solve is ``done``."""
+    """a / b; 0 if the solve is ``done``."""
     return torch.where(done, torch.zeros_like(a), a / torch.where(done, torch.ones_like(b), b))
 
 

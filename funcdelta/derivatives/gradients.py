@@ -1,6 +1,6 @@
-"""Losses and gradients of every member in one pass: ``L = Σᵢ Lᵢ(pᵢ)``, so ``∂L/∂pᵢ`` is member i's own gradient.
+"""Losses and gradients of all members in one pass: for ``L = Σᵢ Lᵢ(pᵢ)``, ``∂L/∂pᵢ`` is member i's own gradient.
 
-Members are summed, never averaged: an average would divide every member's gradient by n.
+Losses of members are summed, never averaged: an average would divide every member's gradient by n.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ DataDims = int | None | Sequence[int | None]
 def value_and_grad(
     loss: Callable[..., Any], in_dims: DataDims = None, chunk_size: int | None = None, has_aux: bool = False
 ) -> Callable[..., Any]:
-    """A function of ``(stack, *data)`` that gives the losses (n,) and the gradients of every member's leaves.
+    """A function of ``(stack, *data)`` that returns the losses (n,) and the gradients of every member's leaves.
 
-    ``loss(stack, *data)`` either takes the whole stack and gives one loss a member, (n,), as with
-    ``delta.apply_many``; or takes one member and gives its loss, (), as with ``delta.apply``: it is then mapped over
-    the members. Given one member's params, ``loss`` gives () and so do the gradients have no member axis.
+    ``loss(stack, *data)`` may take the whole stack and return one loss per member, (n,), as with
+    ``delta.apply_many``. Or it may take one member and return its loss, (), as with ``delta.apply``; it is then mapped
+    over the members. If the function is given one member's params, losses and gradients have no member axis.
 
     Args:
-        in_dims: which data carry a member axis: 0, ``None`` (shared), or one of these for each of ``data``.
-        chunk_size: members at a time, forward and backward, so that memory is that of one chunk.
-        has_aux: ``loss`` gives ``(loss, aux)``; the result is then ``((losses, aux), grads)``.
+        in_dims: which data have a member axis: 0, ``None`` (shared), or one of these for each of ``data``.
+        chunk_size: members per forward and backward pass, so that memory is that of one chunk.
+        has_aux: ``loss`` returns ``(loss, aux)``; the result is then ``((losses, aux), grads)``.
 
-    On a backbone that checkpoints its activations, the losses of single members are computed in turn.
+    On a backbone that checkpoints its activations, a loss of one member runs for the members one after the other.
 
-    Constants get zero gradients, so gradients have the structure of the stack.
+    Constants get zero gradients, so the gradients have the structure of the stack.
 
     >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 3))
     >>> delta = fd.LoraModel(backbone, lora_r=2, modified_modules=["0"])
@@ -68,9 +68,8 @@ def _dims(in_dims: DataDims, data: Sequence[Any]) -> list[int | None]:
     dims = list(in_dims) if isinstance(in_dims, Sequence) else [in_dims] * len(data)
     if len(dims) != len(data) or any(not (dim is None or (isinstance(dim, int) and dim == 0)) for dim in dims):
         raise ParamsError(
-            f"in_dims={in_dims!r} for {len(data)} data arguments: write 0 (an axis of members) or None (shared), "
-            f"or one of "
-            f"these for each."
+            f"in_dims={in_dims!r} for {len(data)} data arguments: write 0 (a member axis in front) or None (shared), "
+            f"or one of these for each argument."
         )
     return dims
 
@@ -83,7 +82,7 @@ def _one_pass(loss: Callable[..., Any], stack: Any, data: Sequence[Any], dims: l
     try:
         return _differentiate(loss, stack, data, has_aux)
     except StackError:
-        # The loss calls delta.apply, so it is one member's loss; but of no members there is none.
+        # The loss calls delta.apply, so it takes one member: map it, unless there are no members.
         if not members(stack):
             raise
     if torch.compiler.is_compiling() or inside_transform():
@@ -96,14 +95,13 @@ def _one_pass(loss: Callable[..., Any], stack: Any, data: Sequence[Any], dims: l
         refused: Exception = error
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         refused = error
-    # What torch cannot map, and what autograd has to recompute, runs member by member; so does a mistake of the loss
-    # itself, which then raises again.
+    # Run member by member what torch cannot map or autograd has to recompute. A bug in the loss raises again there.
     found = _in_turn(loss, stack, data, dims, has_aux)
     if not isinstance(refused, RecomputeError):
         warnings.warn(
-            f"The loss of one member runs for each of {members(stack)} members in turn, which is slower: it cannot be "
-            f"mapped. {str(refused)[:200]} Write the loss for the whole stack, with delta.apply_many(stack, ...), one "
-            f"loss a member, where a fold can run it.",
+            f"The loss cannot be mapped over members, so it runs for the {members(stack)} members one after the other, "
+            f"which is slower. {str(refused)[:200]} If a fold can run it, write the loss for the whole stack: "
+            f"delta.apply_many(stack, ...), one loss per member.",
             EngineWarning,
             stacklevel=3,
         )
@@ -111,7 +109,7 @@ def _one_pass(loss: Callable[..., Any], stack: Any, data: Sequence[Any], dims: l
 
 
 def _in_turn(loss: Callable[..., Any], stack: Any, data: Sequence[Any], dims: list[int | None], has_aux: bool) -> Any:
-    """One member's loss and gradients after the other's, stacked."""
+    """The loss and gradients of one member after the other, stacked."""
     found = []
     for i in range(members(stack)):
         rows = [
@@ -123,7 +121,7 @@ def _in_turn(loss: Callable[..., Any], stack: Any, data: Sequence[Any], dims: li
 
 
 def _mapped(loss: Callable[..., Any], stack: Any, data: Sequence[Any], dims: list[int | None], has_aux: bool) -> Any:
-    """The loss of one member, mapped over members."""
+    """The loss and gradients of one member, mapped over members."""
     mapped = tuple(None if not _has_tensors(value) else dim for value, dim in zip(data, dims, strict=True))
     alone = torch.func.grad_and_value(loss, has_aux=has_aux)
     try:
@@ -135,8 +133,8 @@ def _mapped(loss: Callable[..., Any], stack: Any, data: Sequence[Any], dims: lis
         if reason is None:
             raise
         raise EngineError(
-            f"{reason}. Write the loss for the whole stack, with delta.apply_many(stack, ..., in_dims=0, "
-            f'engine="fold"), one loss a member.'
+            f"{reason}. Write the loss for the whole stack, one loss per member: "
+            f'delta.apply_many(stack, ..., in_dims=0, engine="fold").'
         ) from error
     return value, grads
 
@@ -146,7 +144,7 @@ def _has_tensors(value: Any) -> bool:
 
 
 def _differentiate(loss: Callable[..., Any], stack: Any, data: Sequence[Any], has_aux: bool) -> Any:
-    """Values and gradients of the sum over members, by plain autograd where nobody differentiates around it."""
+    """Values, and gradients of their sum over members; by plain autograd unless the caller differentiates them too."""
     leaves, spec = pytree.tree_flatten(stack)
     around = torch.compiler.is_compiling() or inside_transform()
     if around or any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves):
@@ -161,8 +159,8 @@ def _differentiate(loss: Callable[..., Any], stack: Any, data: Sequence[Any], ha
             if around:
                 raise
             raise RecomputeError(
-                f"The params given to fd.value_and_grad require grad, so that it has to be differentiable itself, and "
-                f"{error} Give it params that do not: fd.tree.map(torch.Tensor.detach, params)."
+                f"The params given to fd.value_and_grad require grad, so its result has to be differentiable, but "
+                f"{error} Pass params that do not require grad: fd.tree.map(torch.Tensor.detach, params)."
             ) from error
         return value, grads
     with torch.enable_grad():
@@ -175,11 +173,11 @@ def _differentiate(loss: Callable[..., Any], stack: Any, data: Sequence[Any], ha
         _refuse_average(loss, stack, data, value, has_aux)
         differentiable = [root for root in roots if isinstance(root, Tensor) and root.requires_grad]
         if not differentiable:
-            raise ParamsError("The params have no leaf of floating point, so there is nothing to differentiate.")
+            raise ParamsError("The params have no floating-point leaf, so there is nothing to differentiate.")
         losses = _losses(value, has_aux)
         if not losses.requires_grad:
             raise ParamsError(
-                "The loss does not depend on the params: it has no gradient. Was it computed under no_grad?"
+                "The loss does not depend on the params, so it has no gradient. Was it computed under no_grad?"
             )
         found = iter(gradients_of(losses.sum(), differentiable))
     grads = [next(found) if isinstance(root, Tensor) and root.requires_grad else _zeros(root) for root in roots]
@@ -188,7 +186,7 @@ def _differentiate(loss: Callable[..., Any], stack: Any, data: Sequence[Any], ha
 
 
 def _own(leaf: Tensor) -> Tensor:
-    """The leaf as one that may require grad; what was made in inference mode never may."""
+    """The leaf as a tensor that may require grad; an inference tensor may not, so it is copied."""
     if not leaf.is_inference():
         return leaf.detach()
     with torch.inference_mode(False), torch.no_grad():
@@ -196,7 +194,7 @@ def _own(leaf: Tensor) -> Tensor:
 
 
 def _refuse_average(loss: Callable[..., Any], stack: Any, data: Sequence[Any], value: Any, has_aux: bool) -> None:
-    """Raise where ``loss`` gave one number for a stack: a loss that takes stacks alone refuses one of its members."""
+    """Raise if ``loss`` averaged over a stack: it returned one number, and refuses a single member of that stack."""
     losses = value[0] if has_aux and isinstance(value, tuple) else value
     tensors = [leaf for leaf in pytree.tree_leaves(stack) if isinstance(leaf, Tensor)]
     counts = {leaf.shape[0] if leaf.ndim else None for leaf in tensors}
@@ -208,11 +206,11 @@ def _refuse_average(loss: Callable[..., Any], stack: Any, data: Sequence[Any], v
     except StackError:
         n = counts.pop()
         raise ParamsError(
-            f"loss gave one number for a stack of {n} members, so gradients would mix them: return one loss a member, "
-            f"({n},), for example torch.vmap(F.cross_entropy)(logits, labels)."
+            f"loss returned one number for a stack of {n} members, so their gradients would mix. Return one loss per "
+            f"member, ({n},), for example torch.vmap(F.cross_entropy)(logits, labels)."
         ) from None
     except Exception:
-        pass
+        pass  # only a probe, and any other error says nothing about stacks
 
 
 def _zeros(leaf: Any) -> Any:
@@ -222,10 +220,10 @@ def _zeros(leaf: Any) -> Any:
 def _losses(value: Any, has_aux: bool) -> Tensor:
     losses = value[0] if has_aux else value
     if not isinstance(losses, Tensor) or losses.ndim > 1:
-        found = f"a tensor of the shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-        hint = " With aux values write has_aux=True." if isinstance(losses, tuple) else ""
+        found = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        hint = " If it returns (loss, aux), write has_aux=True." if isinstance(losses, tuple) else ""
         raise ParamsError(
-            f"loss gave {found}; expected one loss, (), or one a member, (n,): sum or average over rows, not over "
-            f"members.{hint}"
+            f"loss returned {found}; expected one loss, (), or one per member, (n,): sum or average over rows, not "
+            f"over members.{hint}"
         )
     return losses

@@ -1,4 +1,4 @@
-"""Functions of one member's params: what they say when they are given a stack."""
+"""The error of functions that take one member's params when they are given a stack."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import StackError
 
 @contextlib.contextmanager
 def one_member(call: str, instead: str = "map it over a stack with torch.vmap") -> Iterator[None]:
-    """A block in which ``apply`` is given one member; for a stack the error says what ``fd.<call>`` wants instead.
+    """A block that expects one member's params; if ``apply`` meets a stack there, the error says what to write.
 
     >>> with one_member("hvp(loss, ...)"):
     ...     raise fd.errors.StackError("This is a stack.")

@@ -1,7 +1,7 @@
-"""Which leaves a function differentiates in: a delta's constants stand in params, and no gradient reaches them.
+"""Finds the leaves that a function's gradient reaches; a delta's constants are in params too, but get no gradient.
 
-Nobody has to be told which leaves train: ``apply`` detaches its constants, so autograd's graph knows. The *graph* is
-asked, not the gradient: at B = 0 the gradient of LoRA's A is zero, too, and A trains.
+Nobody has to list what trains: ``apply`` detaches constants, so autograd's graph shows it. The graph is read rather
+than the gradient because LoRA's A has a zero gradient while B = 0, and trains all the same.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ __all__ = ["reached"]
 READING = frozenset(
     getattr(Tensor, name) for name in ("__array__", "__complex__", "__float__", "__int__", "item", "numpy", "tolist")
 )
-"""How numbers are read from a tensor, which torch does without a gradient alone, or warns."""
+"""Functions that read a tensor's numbers; torch refuses or warns if the tensor has a gradient."""
 
 
 @eager
 def reached(f: Callable[..., Any], params: Mapping[str, Tensor], *data: Any) -> frozenset[str]:
-    """The names of the leaves that ``f(params, *data)`` differentiates in.
+    """The names of the leaves that ``f(params, *data)`` can be differentiated in.
 
-    A leaf that ``f`` detaches or does not use is none of them: a delta's constants, and leaves of sites that the call
-    passes by. Derivatives count also where what ``f`` gives has lost them again, as the share of right answers has, and
-    where ``f`` turns gradients off. An only leaf is taken as reached.
+    It leaves out what ``f`` detaches or does not use: a delta's constants, and leaves of sites that the call does not
+    reach. A leaf counts even if the output has lost its derivative (an accuracy has none) or ``f`` turns gradients
+    off. If there is only one leaf, it counts as reached.
 
-    ``f`` runs once, and holds the memory of a forward pass. Works under ``torch.func`` transforms and ``no_grad``.
+    ``f`` runs once, with the memory of a forward pass. Works under ``torch.func`` transforms and ``no_grad``.
 
-    Raises ``ParamsError`` where no gradient is seen at all (``f`` computes in numpy, or in other threads).
+    Raises ``ParamsError`` if no gradient is seen at all (``f`` computes in numpy, or in other threads).
 
     >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
     >>> sorted(fd.grad.reached(delta.apply, delta.init(0), torch.ones(3, 4)))
@@ -54,7 +54,7 @@ def reached(f: Callable[..., Any], params: Mapping[str, Tensor], *data: Any) -> 
     found: set[str] = set()
 
     def run(leaves: dict[str, Tensor]) -> Tensor:
-        # An alias has a node in the graph by which it is known, also under transforms.
+        # Each alias has a node in the graph that identifies it, also under transforms.
         aliases = {name: leaf.view_as(leaf) for name, leaf in leaves.items()}
         with _Watch(aliases) as watch:
             output = f({**params, **aliases}, *data)
@@ -69,8 +69,8 @@ def reached(f: Callable[..., Any], params: Mapping[str, Tensor], *data: Any) -> 
                 run({name: leaf.detach().requires_grad_() for name, leaf in leaves.items()})
     if not found:
         raise ParamsError(
-            "No gradient reaches any leaf, so nothing shows which of them train. Say it: "
-            "trainable=delta.trainable, or some, rest = fd.partition(params, delta.trainable)."
+            "No gradient reaches any leaf, so it is unknown which of them train. Say so: trainable=delta.trainable, or "
+            "some, rest = fd.partition(params, delta.trainable)."
         )
     return frozenset(found)
 
@@ -81,12 +81,12 @@ _begun: list[Any] = []
 
 @contextlib.contextmanager
 def _uncompiled() -> Iterator[None]:
-    """A block in which compiled functions run as they were written: compiled code has one node for all of its inputs.
+    """A block in which compiled functions run eagerly, because compiled code has one graph node for all its inputs.
 
-    torch keeps this for the whole process, so that of several threads the first begins it and the last ends it.
+    torch keeps the stance for the whole process: of several threads, the first sets it and the last resets it.
     """
     with _lock:
-        # Only the first one's knows what was there before all.
+        # Only the first thread's stance remembers the process's original one.
         _begun.append(None if _begun else torch.compiler.set_stance("force_eager"))
     try:
         yield
@@ -100,10 +100,10 @@ def _uncompiled() -> Iterator[None]:
 
 
 class _Watch(TorchFunctionMode):
-    """Notes the leaves behind every tensor that depends on several (``mixed``): one alone may yet be detached.
+    """Collects in ``mixed`` the leaves behind every tensor that depends on several of them.
 
-    A constant is often cut out of a stack, or copied to another device, before ``apply`` detaches it; what depends on
-    two leaves is an activation.
+    A tensor that depends on one leaf may be a constant, sliced from a stack or copied to another device before
+    ``apply`` detaches it. A tensor that depends on two is an activation.
     """
 
     def __init__(self, aliases: Mapping[str, Tensor]) -> None:
@@ -118,9 +118,9 @@ class _Watch(TorchFunctionMode):
             with torch.enable_grad():
                 result = func(*args, **(kwargs or {}))
         except RuntimeError:
-            # Copies and out= are of tensors without a gradient alone, as these are where f turns gradients off.
+            # Writing into a tensor (copy_, out=) may require one without a gradient, as f has if it turns them off.
             result = func(*_detached(args), **(kwargs or {}))
-        # What comes out of an inner map is first seen where it goes in elsewhere.
+        # The arguments, too: results of an inner vmap are first seen when they are used.
         for leaf in pytree.tree_leaves((args, kwargs, result)):
             names = self.behind(leaf)
             if len(names) > 1:
@@ -128,7 +128,7 @@ class _Watch(TorchFunctionMode):
         return result
 
     def behind(self, tensor: Any) -> frozenset[str]:
-        """The names of the leaves that a tensor depends on; none for anything else."""
+        """The names of the leaves that a tensor depends on; empty for other objects."""
         if not isinstance(tensor, Tensor) or tensor.grad_fn is None:
             return frozenset()
         waiting: list[Any] = [tensor.grad_fn]

@@ -1,4 +1,4 @@
-"""Derivatives in the leaves that have some: integers, booleans and what is no tensor stand in params, too."""
+"""Separates the leaves that have derivatives from integers, booleans and other objects in params."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Parted"]
 
 
 class Parted:
-    """``params`` as the leaves that can be differentiated in, in one order (``reals``), and the rest, which stays.
+    """``params`` split into the differentiable leaves, in a fixed order (``reals``), and the rest, which stays as is.
 
     >>> parted = Parted({"w": torch.ones(2), "steps": torch.tensor(3)})
     >>> parted.whole([torch.zeros(2)])
@@ -34,33 +34,32 @@ class Parted:
             for place, (name, leaf) in enumerate(zip(self.names, self.leaves, strict=True))
             if isinstance(leaf, Tensor) and (dense(name, leaf).is_floating_point() or leaf.is_complex())
         ]
-
         if not self.places:
-            raise ParamsError("params have no leaf to differentiate in: none is a floating-point or complex tensor.")
+            raise ParamsError("params have nothing to differentiate: no leaf is a floating-point or complex tensor.")
 
     @property
     def reals(self) -> list[Tensor]:
-        """The leaves that can be differentiated in."""
+        """The differentiable leaves: floating-point and complex tensors."""
         return [self.leaves[place] for place in self.places]
 
     def whole(self, reals: Sequence[Tensor]) -> Any:
-        """``params`` with other numbers in those leaves."""
+        """``params`` with ``reals`` in place of the differentiable leaves."""
         leaves = list(self.leaves)
         for place, real in zip(self.places, reals, strict=True):
             leaves[place] = real
         return pytree.tree_unflatten(leaves, self.spec)
 
     def filled(self, reals: Sequence[Tensor], rest: Callable[[Tensor], Tensor]) -> Any:
-        """A tree like ``params``: ``reals``, and ``rest(leaf)`` of every other tensor."""
+        """A tree like ``params`` of ``reals``, and ``rest(leaf)`` for every other tensor."""
         leaves = [rest(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         for place, real in zip(self.places, reals, strict=True):
             leaves[place] = real
         return pytree.tree_unflatten(leaves, self.spec)
 
     def along(self, direction: Any, what: str) -> list[Tensor]:
-        """The leaves of ``direction`` that belong to ``reals``, found by name whatever the order of its keys.
+        """The leaves of ``direction`` that correspond to ``reals``, matched by name.
 
-        Raises ``ParamsError`` where it is not built as ``params`` are.
+        Raises ``ParamsError`` if its structure differs from that of ``params``.
         """
         leaves = align(self.params, direction, first_is="params", other_is=what)
         for place in self.places:
@@ -68,7 +67,7 @@ class Parted:
             if not isinstance(other, Tensor) or (other.shape, other.dtype) != (mine.shape, mine.dtype):
                 found = f"{tuple(other.shape)}, {other.dtype}" if isinstance(other, Tensor) else repr(other)
                 raise ParamsError(
-                    f"Leaf {self.names[place]!r} of {what} is {found}; expected that of params, {tuple(mine.shape)}, "
-                    f"{mine.dtype}."
+                    f"Leaf {self.names[place]!r} of {what} is {found}; expected {tuple(mine.shape)}, {mine.dtype}, as "
+                    f"in params."
                 )
         return [leaves[place] for place in self.places]

@@ -1,7 +1,7 @@
-"""Taps: what goes into a trained matrix, and the gradients with respect to what comes out of it, row by row.
+"""Taps: the inputs x of a trained matrix and the gradients g of its outputs, row by row.
 
-Where y = x Wᵀ, the gradient of row i's loss is ∇_W Lᵢ = Σₜ gᵢₜ xᵢₜᵀ with g = ∂Lᵢ/∂y: two thin factors in place of a
-matrix a row. Norms of gradients (ghost norms) and Kronecker factors of curvature (KFAC) need no more than these.
+If y = x Wᵀ, the gradient of row i's loss is ∇_W Lᵢ = Σₜ gᵢₜ xᵢₜᵀ with g = ∂Lᵢ/∂y: two thin factors instead of one
+matrix per row. Norms of gradients (ghost norms) and Kronecker factors of curvature (KFAC) need only these.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ class Tap(NamedTuple):
 
 
 def taps(loss: Callable[..., Tensor], params: Mapping[str, Tensor], *data: Any, check: bool = True) -> dict[str, Tap]:
-    """{leaf: (x, g)} with ∇_W Lᵢ = Σₜ gᵢₜ xᵢₜᵀ, for every matrix W of ``params`` that acts as y = x Wᵀ alone.
+    """{leaf: (x, g)} with ∇_W Lᵢ = Σₜ gᵢₜ xᵢₜᵀ, for every matrix W of ``params`` that is used only as y = x Wᵀ.
 
-    ``loss(params, *data)`` gives one number a row, (b,): one forward and one backward pass serve all rows. ``params``
-    are one member's. A position t is a token, or one more use of the same leaf; a matrix behind a pooled value has one.
-    Leaves that are not matrices (biases, scales), are constant, act otherwise (embeddings, convolutions, x @ W) or on
-    inputs without the rows in front have no tap: for those, and as the slow form of all, there is
-    :func:`funcdelta.grad.per_sample_grads`.
+    ``loss(params, *data)`` returns one number per row, (b,): one forward and one backward pass serve all rows.
+    ``params`` are one member's. A position t is a token, or a further use of the same leaf; a matrix that acts on a
+    pooled value has one. There is no tap for leaves that are not matrices (biases, scales), are constant, act
+    otherwise (embeddings, convolutions, x @ W), or act on inputs whose first axis is not the rows:
+    :func:`funcdelta.grad.per_sample_grads` computes those gradients, more slowly.
 
-    With ``check`` a second backward pass makes sure that losses of even rows do not depend on odd rows, as they do in
-    any usual mixture of rows.
+    With ``check``, a second backward pass verifies that losses of even rows do not depend on odd rows, as they would
+    wherever rows mix.
 
-    Raises ``ParamsError`` where the loss is not one number a row, or rows depend on each other.
+    Raises ``ParamsError`` if the loss is not one number per row or rows depend on each other.
 
     >>> def loss(params, x):
     ...     return F.linear(x, params["w"]).square().sum((1, 2)) / 2
@@ -83,27 +83,27 @@ def _has_rows(x: Tensor, rows: int) -> bool:
 
 
 def _gradients(value: Tensor, outputs: list[Tensor], keep: bool) -> list[Tensor]:
-    """∂value/∂y for every y, 0 where it has no part in the value."""
+    """∂value/∂y for every y of ``outputs``; 0 for those that the value does not depend on."""
     found = torch.autograd.grad(value, outputs, retain_graph=keep, allow_unused=True) if outputs else ()
     return [torch.zeros_like(y) if g is None else g for g, y in zip(found, outputs, strict=True)]
 
 
 def _refuse_mixed(uses: Mapping[str, list[tuple[Tensor, Tensor]]], grads: list[Tensor]) -> None:
-    """Raise where the losses of even rows have gradients in odd ones."""
+    """Raise if the losses of even rows have gradients in odd rows."""
     names = [name for name, found in uses.items() for _ in found]
     for name, g in zip(names, grads, strict=True):
         if bool(g[1::2].any()):
             raise ParamsError(
-                f"fd.grad.taps: losses of even rows depend on what {name} makes of odd ones, so gradients cannot be "
-                f"told apart by row. Is one number a row lost in an average, the batch not the first axis, or a batch "
-                f"norm in training?"
+                f"fd.grad.taps: the loss of one row depends on the output of {name} in other rows, so gradients cannot "
+                f"be split by row. Is the loss averaged over rows, is the batch not the first axis, or is a batch norm "
+                f"in training mode?"
             )
 
 
 def ghost_norms(tapped: Mapping[str, Tap]) -> Tensor:
     """‖∇Lᵢ‖ over the tapped leaves, (b,): √ΣΣ (xₜ·xₛ)(gₜ·gₛ), without the gradients themselves.
 
-    Costs t² (in + out) a row and leaf, or t · in · out where that is less. Li et al. 2022, "Large Language Models Can
+    Costs t² (in + out) per row and leaf, or t · in · out if that is less. Li et al. 2022, "Large Language Models Can
     Be Strong Differentially Private Learners".
 
     >>> fd.grad.ghost_norms({"w": fd.grad.Tap(torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[2.0]]]))})
@@ -145,7 +145,7 @@ def kronecker_factors(tapped: Mapping[str, Tap]) -> dict[str, tuple[Tensor, Tens
 
 
 class _Record(TorchFunctionMode):
-    """Notes every ``F.linear`` by one of the ``leaves``, and the leaves that anything else makes a tensor of."""
+    """Records every ``F.linear`` by one of the ``leaves``, and which leaves anything else computes with."""
 
     def __init__(self, leaves: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class _Record(TorchFunctionMode):
         result = func(*args, **kwargs)
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if id(leaf) in self.names]
         if not given or not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
-            return result  # of no leaf, or its shape, its dtype
+            return result  # no leaf among the arguments, or only its shape or dtype was read
         if func is F.linear:
             x, weight = _bound_linear(*args, **kwargs)
             if id(weight) in self.names and len(given) == 1:
@@ -171,17 +171,17 @@ class _Record(TorchFunctionMode):
 
 
 def _bound_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The arguments of ``F.linear`` by their names."""
+    """The arguments of ``F.linear``, bound to their names."""
     return input, weight
 
 
 def _rows(losses: Any, data: tuple[Any, ...]) -> int:
-    """The number of rows, which losses and data agree on."""
+    """The number of rows, on which losses and data must agree."""
     lengths = {leaf.shape[0] for leaf in pytree.tree_leaves(data) if isinstance(leaf, Tensor) and leaf.ndim}
     if not isinstance(losses, Tensor) or losses.ndim != 1 or (lengths and losses.shape[0] not in lengths):
         found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
         raise ParamsError(
-            f"fd.grad.taps needs one loss a row, ({next(iter(lengths), 'b')},); found {found}. Write for example "
+            f"fd.grad.taps needs one loss per row, ({next(iter(lengths), 'b')},); found {found}. Write, for example, "
             f'F.cross_entropy(logits, labels, reduction="none").'
         )
     return losses.shape[0]

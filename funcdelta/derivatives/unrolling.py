@@ -1,4 +1,7 @@
-"""A loop of updates that can be differentiated through, whose backward pass keeps only the states between steps."""
+"""A differentiable loop of updates that stores only the states between steps and recomputes each step in backward.
+
+``torch.utils.checkpoint`` fails for a step that differentiates inside, with both ``torch.func`` and ``torch.autograd``.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +28,15 @@ def unroll(step: Callable[..., State], state: State, steps: int, *data: Any, che
     """The state after ``state = step(state, i, *data)`` for i = 0, ..., steps - 1; differentiable in state and data.
 
     ``state`` and ``data`` are pytrees; ``step`` is pure and may differentiate inside (``fd.value_and_grad``,
-    ``torch.func.grad``, or ``torch.autograd.grad`` with ``create_graph=True``). With ``checkpoint=True`` the graph of
-    a step is dropped when the step ends and made again in the backward pass, so that memory grows by one state a
-    step, not by the activations of a step; each step then runs twice. Random numbers, autocast and
-    ``fd.grad.higher_order()`` are the same both times. Without gradients to keep (``torch.no_grad()``) it is the plain
-    loop.
+    ``torch.func.grad``, or ``torch.autograd.grad`` with ``create_graph=True``). With ``checkpoint=True`` a step's graph
+    is dropped when the step ends and rebuilt in the backward pass: memory grows per step by one state instead of the
+    step's activations, and each step runs twice. Random numbers, autocast and ``fd.grad.higher_order()`` are the same
+    both times. Under ``torch.no_grad()`` it is the plain loop.
 
-    Tensors that require grad reach ``step`` by ``state`` and ``data``; leaves that it reads from outside get their
-    gradients too, other tensors from outside raise ``RecomputeError``. So do ``torch.func`` transforms around the loop:
-    write ``checkpoint=False`` there. In compiled code the loop is left to plain Python. ``ParamsError`` where the
-    structure of the state changes or ``step`` writes into its arguments.
-
-    Source: Chen et al. 2016 (arXiv:1604.06174), one segment a step.
+    Tensors that require grad should reach ``step`` through ``state`` and ``data``. Leaves that it reads from outside
+    get gradients as well; other tensors from outside raise ``RecomputeError``, and so does a ``torch.func`` transform
+    around the loop, where you write ``checkpoint=False``. The loop is not compiled. Raises ``ParamsError`` if the
+    state's structure changes or ``step`` writes into its arguments. Source: Chen et al. 2016 (arXiv:1604.06174).
 
     >>> rate = torch.tensor(0.1, requires_grad=True)
     >>> def step(w, i, rate):
@@ -50,9 +50,9 @@ def unroll(step: Callable[..., State], state: State, steps: int, *data: Any, che
     keeps = checkpoint and torch.is_grad_enabled()
     if keeps and inside_transform():
         raise RecomputeError(
-            "fd.grad.unroll stands inside a torch.func transform (grad, vmap, jvp), where a step cannot be recomputed "
-            "in the backward pass. Write fd.grad.unroll(..., checkpoint=False), or differentiate with loss.backward() "
-            "or torch.autograd.grad."
+            "fd.grad.unroll was called inside a torch.func transform (grad, vmap, jvp), where a step cannot be "
+            "recomputed in the backward pass. Write fd.grad.unroll(..., checkpoint=False), or differentiate with "
+            "loss.backward() or torch.autograd.grad."
         )
     if keeps:
         return _checkpointed(step, state, steps, data)
@@ -63,20 +63,20 @@ def unroll(step: Callable[..., State], state: State, steps: int, *data: Any, che
 
 @eager
 def _checkpointed(step: Callable[..., State], state: State, steps: int, data: tuple[Any, ...]) -> State:
-    """The loop with every step's graph made again in the backward pass."""
+    """The loop with every step's graph rebuilt in the backward pass."""
     for i in range(steps):
         state = _same_structure(state, _recomputed(step, state, i, data), i)
     return state
 
 
 def _same_structure(before: State, after: Any, i: int) -> State:
-    """``after``, unless its structure is not that of ``before``."""
-    align(before, after, first_is="the state", other_is=f"what step gave at i={i}")
+    """``after``; raises if its structure differs from that of ``before``."""
+    align(before, after, first_is="the state", other_is=f"the output of step at i={i}")
     return after
 
 
 class _Run:
-    """One step as a function of the tensors that require grad; everything else is kept as it is."""
+    """One step as a function of the tensors that require grad; all other leaves are fixed."""
 
     def __init__(self, step: Callable[..., Any], state: Any, i: int, data: tuple[Any, ...]) -> None:
         self.step, self.i = step, i
@@ -84,16 +84,16 @@ class _Run:
         self.tracked = [j for j, x in enumerate(self.leaves) if isinstance(x, Tensor) and x.requires_grad]
         self.inputs = [self.leaves[j] for j in self.tracked]
         for j in self.tracked:
-            self.leaves[j] = None  # kept by autograd, which notices writes
+            self.leaves[j] = None  # autograd saves these, and detects writes to them
         self.names = [name for name, _ in named((state, data))]
         self.captured: list[Tensor] = []
         self.outputs: list[int] = []
         self.surroundings = _Surroundings(self.inputs)
 
     def __call__(self, inputs: Sequence[Tensor]) -> Any:
-        """The state that the step gives at ``inputs``."""
+        """The state that the step returns for ``inputs``."""
         given = dict(zip(self.tracked, inputs, strict=True))
-        # Aliases, so that requires_grad_() in the step marks nothing of the caller's.
+        # Aliases, so that requires_grad_() in the step does not mark the caller's tensors.
         leaves = [given.get(j, x.detach() if isinstance(x, Tensor) else x) for j, x in enumerate(self.leaves)]
         versions = [x._version if isinstance(x, Tensor) else 0 for x in leaves]
         state, data = pytree.tree_unflatten(leaves, self.spec)
@@ -101,14 +101,14 @@ class _Run:
         for name, x, version in zip(self.names, leaves, versions, strict=True):
             if isinstance(x, Tensor) and x._version != version:
                 raise ParamsError(
-                    f"step of fd.grad.unroll writes into its argument {name!r} at i={self.i}, which is needed "
-                    "unchanged in the backward pass. Return new tensors: p - lr * g, fd.tree.add(params, updates)."
+                    f"At i={self.i} the step of fd.grad.unroll writes into its argument {name!r}, which the backward "
+                    "pass needs unchanged. Return new tensors: p - lr * g, fd.tree.add(params, updates)."
                 )
         return result
 
 
 class _Recomputed(torch.autograd.Function):
-    """The outputs of a step that ran already; backward runs it again."""
+    """The outputs of a step that has already run; backward runs it again."""
 
     @staticmethod
     def forward(ctx: Any, run: _Run, outputs: list[Tensor], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -125,11 +125,11 @@ class _Recomputed(torch.autograd.Function):
         if higher and captured:
             raise RecomputeError(
                 f"The gradient of fd.grad.unroll is itself differentiated, and step reads a tensor of shape "
-                f"{tuple(captured[0].shape)} that requires grad and is neither in state nor in data. Give it as data, "
+                f"{tuple(captured[0].shape)} that requires grad but is neither in state nor in data. Pass it as data, "
                 "fd.grad.unroll(step, state, steps, it), or write checkpoint=False."
             )
         with torch.enable_grad(), run.surroundings.again():
-            # Inputs may depend on one another outside this step; a view of each is the step's own.
+            # Inputs may depend on one another outside this step; views cut those dependencies off.
             inputs = [x.view_as(x) if higher else x.detach().requires_grad_() for x in saved]
             leaves = pytree.tree_leaves(run(inputs))
         pairs = [(leaves[j], g) for j, g in zip(run.outputs, gradients, strict=True) if g is not None]
@@ -144,7 +144,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _recomputed(step: Callable[..., Any], state: Any, i: int, data: tuple[Any, ...]) -> Any:
-    """``step(state, i, *data)``, whose graph is made again in the backward pass."""
+    """``step(state, i, *data)``, whose graph is rebuilt in the backward pass."""
     run = _Run(step, state, i, data)
     since = _now()
     own = [x.detach().requires_grad_() for x in run.inputs]
@@ -168,13 +168,13 @@ def _recomputed(step: Callable[..., Any], state: Any, i: int, data: tuple[Any, .
 
 
 def _now() -> int:
-    """The number of the next node of the graph: nodes with smaller ones are older."""
+    """The sequence number of a new graph node: nodes with smaller numbers are older."""
     node: Any = torch.zeros((), requires_grad=True).clone().grad_fn
     return node._sequence_nr()
 
 
 def _from_outside(outputs: list[Tensor], own: list[Tensor], since: int) -> tuple[list[Tensor], list[Any]]:
-    """Leaves that the outputs depend on and that are not the step's ``own``, and nodes made before the step."""
+    """The leaves behind ``outputs`` that are not the step's ``own``, and the nodes made before the step."""
     known = {id(x) for x in own}
     leaves = {id(x): x for x in outputs if x.grad_fn is None and id(x) not in known}
     older: list[Any] = []
@@ -198,10 +198,10 @@ def _from_outside(outputs: list[Tensor], own: list[Tensor], since: int) -> tuple
 
 
 def _refuse_from_outside(run: _Run, older: list[Any], since: int) -> None:
-    """Raise if one of the ``older`` nodes is not the step's own.
+    """Raise if one of the ``older`` nodes comes from outside the step.
 
-    Nodes are numbered by thread, and backward passes on a GPU have threads of their own, so an old number alone proves
-    nothing. A second run has nodes of its own, but meets again those that come from outside.
+    Nodes are numbered per thread, and backward passes on a GPU run in other threads, so an old number alone proves
+    nothing. A second run makes new nodes, but meets those from outside again.
     """
     own = [x.detach().requires_grad_() for x in run.inputs]
     with run.surroundings.again():
@@ -210,8 +210,8 @@ def _refuse_from_outside(run: _Run, older: list[Any], since: int) -> None:
     both = set(older) & set(again)
     if both:
         raise RecomputeError(
-            f"step of fd.grad.unroll reads at i={run.i} a tensor that requires grad and is neither in state nor in "
-            f"data (the output of {next(iter(both)).name()}); its gradient would be lost. Give it as data, "
+            f"At i={run.i} the step of fd.grad.unroll reads a tensor that requires grad but is neither in state nor in "
+            f"data (the output of {next(iter(both)).name()}), so its gradient would be lost. Pass it as data, "
             "fd.grad.unroll(step, state, steps, it), or write checkpoint=False."
         )
 
@@ -231,14 +231,14 @@ class _Surroundings:
         return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self.devices)]
 
     def finish(self) -> None:
-        """After the step: forget the generators' state where it drew nothing."""
+        """After the step, forget the generators' states if the step drew nothing."""
         self.used = any(not torch.equal(a, b) for a, b in zip(self.random, self._random(), strict=True))
         if not self.used:
             self.random = []
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """A block with the surroundings of the step."""
+        """A block in which the step's surroundings hold again."""
         with contextlib.ExitStack() as stack:
             if self.higher_order:
                 stack.enter_context(higher_order())

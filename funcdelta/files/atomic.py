@@ -1,9 +1,8 @@
-"""Writes files and folders so that a killed save leaves the old content whole.
+"""Writes files and folders so that a killed save leaves the old content intact.
 
-The new content is written beside its final place, flushed to the disk and then swapped in. On Linux the swap
-of two folders is one system call (``renameat2`` with ``RENAME_EXCHANGE``); elsewhere it is two renames with
-an ``.old`` sibling, which `recover` puts back when a kill fell between them. Only the standard library is
-used.
+The new content is written beside its final place, flushed to the disk and then swapped in. On Linux the swap of two
+folders is one system call (``renameat2`` with ``RENAME_EXCHANGE``). Elsewhere it is two renames with an ``.old``
+sibling, which `recover` puts back if the process was killed between them.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ _NO_LOCKS = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOLCK, errno.E
 
 
 def replace_folder(path: str | os.PathLike[str], write: Callable[[Path], None], *, carry: bool = False) -> Path:
-    """The folder ``path`` with the content that ``write`` makes in an empty temporary folder beside it.
+    """Replace the folder ``path`` by what ``write`` makes in an empty temporary folder beside it.
 
-    Until ``write`` has returned and its files are on the disk, ``path`` stays as it was; afterwards it is the
-    new folder as a whole. An exception of ``write`` leaves the old folder, a kill at any point the old or the
-    new. What killed saves left behind is removed by the next one. With ``carry=True`` files and folders of
-    the old folder that ``write`` did not make are kept (as hard links, so that open files stay connected).
+    Until ``write`` has returned and its files are on the disk, ``path`` stays as it was; then it is the new folder as
+    a whole. If ``write`` raises, the old folder remains; if the process is killed, either the old or the new one does.
+    The next save removes what killed saves left behind. With ``carry=True``, files and folders of the old folder that
+    ``write`` did not make are kept (as hard links, so that open files stay connected).
 
-    Returns the resolved path: a link to a folder stays a link. Raises `OSError` when ``path`` is a file, a
-    mount point, or a folder that the process stands in, because none of them can be swapped.
+    Returns the resolved path: a link to a folder stays a link. Raises `OSError` if ``path`` is a file, a mount point,
+    or the current folder or one that contains it, because none of them can be swapped.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp()) / "run"
@@ -64,9 +63,9 @@ def replace_folder(path: str | os.PathLike[str], write: Callable[[Path], None], 
 
 
 def write_file(path: str | os.PathLike[str], data: bytes | str) -> Path:
-    """The file ``path`` with content ``data`` (text as UTF-8), written beside it and renamed.
+    """Write ``data`` (text as UTF-8) beside ``path`` and rename it, so that a kill leaves the old file intact.
 
-    A kill at any point leaves the old file whole. Returns the resolved path.
+    Returns the resolved path.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "report.json"
@@ -86,9 +85,9 @@ def write_file(path: str | os.PathLike[str], data: bytes | str) -> Path:
 
 
 def recover(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder that a killed swap had moved aside was put back at ``path``.
+    """Put a folder that a killed swap had moved aside back at ``path``; returns whether there was one.
 
-    Needed only where folders cannot be exchanged in one step; loaders call it before they look at ``path``.
+    Needed only if folders cannot be exchanged in one step; loaders call it before they look at ``path``.
 
     >>> import tempfile
     >>> recover(Path(tempfile.mkdtemp()) / "never saved")
@@ -97,7 +96,7 @@ def recover(path: str | os.PathLike[str]) -> bool:
     final = _resolve(path)
     if final.exists() or not _old_sibling(final).exists():
         return False
-    # A live swap may stand between its two renames: it holds the lock, and has finished when we get it.
+    # Another process may be between the two renames of its swap. It holds the lock until it has finished.
     with _locked(final.parent):
         return _put_back(final)
 
@@ -117,11 +116,11 @@ def _resolve(path: str | os.PathLike[str]) -> Path:
 
 def _check_replaceable(final: Path) -> None:
     if final.exists() and not final.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "expected a folder to write into, found a file", str(final))
+        raise NotADirectoryError(errno.ENOTDIR, "expected a folder to write into, but found a file", str(final))
     current = Path(os.path.realpath(os.curdir))
     if final == current or final in current.parents or os.path.ismount(final):
         reason = "a mount point" if os.path.ismount(final) else "the current folder or contains it"
-        message = f"cannot be replaced as a whole because it is {reason}; give a folder inside it"
+        message = f"cannot be replaced as a whole because it is {reason}; choose a folder inside it"
         raise OSError(errno.EBUSY, message, str(final))
 
 
@@ -144,19 +143,19 @@ def _temporary(final: Path, *, folder: bool) -> Iterator[Path]:
     try:
         yield temporary
     finally:
-        # A sibling that cannot be removed now is removed by the next save; it must not hide the first error.
+        # If it cannot be removed, the next save will remove it; failing here would hide the first error.
         _remove(temporary)
         if descriptor is not None:
             os.close(descriptor)
 
 
 def _clear_stale(final: Path, prefix: str) -> None:
-    """Removes what killed saves of ``final`` left; a sibling locked by a live save is left alone."""
+    """Remove what killed saves of ``final`` left, but not the sibling of a running save, which is locked."""
     for entry in list(final.parent.iterdir()):
         if entry.name.startswith(prefix):
             try:
                 descriptor = _try_lock(entry)
-            except FileNotFoundError:  # its live save has just finished
+            except FileNotFoundError:  # its save has just finished
                 continue
             if descriptor is not None:
                 _remove(entry)
@@ -187,12 +186,12 @@ def _link_or_copy(source: str | Path, goal: str | Path) -> None:
     try:
         os.link(source, goal, follow_symlinks=False)
     except OSError:
-        # Not every file system has hard links; the copy raises whatever else is wrong.
+        # Not every file system has hard links; if something else is wrong, the copy raises it.
         shutil.copy2(source, goal, follow_symlinks=False)
 
 
 def _swap_folders(temporary: Path, final: Path) -> None:
-    """Puts ``temporary`` at ``final``; what stood there is removed or left under the temporary name."""
+    """Move ``temporary`` to ``final``; the old folder is removed or gets the temporary name."""
     if not final.exists():
         os.rename(temporary, final)
     elif not _exchange(temporary, final):
@@ -207,7 +206,7 @@ def _swap_folders(temporary: Path, final: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Whether the two names were exchanged in one step; False where the system cannot do it."""
+    """Exchange the two names in one step; returns False if the system cannot do that."""
     function = _renameat2()
     if function is None:
         return False
@@ -235,7 +234,7 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _sync(entry: Path) -> None:
-    if os.name != "posix":  # folders cannot be opened for a flush elsewhere
+    if os.name != "posix":  # elsewhere folders cannot be opened to flush them
         return
     descriptor = os.open(entry, os.O_RDONLY)
     try:
@@ -245,7 +244,7 @@ def _sync(entry: Path) -> None:
 
 
 def _try_lock(entry: Path) -> int | None:
-    """An open descriptor that holds the lock of ``entry``, or None when a live process holds it."""
+    """An open descriptor that holds the lock of ``entry``; None if another save holds it."""
     descriptor = os.open(entry if os.name == "posix" else os.devnull, os.O_RDONLY)
     try:
         _lock(descriptor, wait=False)
@@ -260,7 +259,7 @@ def _try_lock(entry: Path) -> int | None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Other processes and threads that write into ``folder`` through this file wait outside."""
+    """A block during which other processes and threads that write into ``folder`` with these functions wait."""
     descriptor = os.open(folder if os.name == "posix" else os.devnull, os.O_RDONLY)
     try:
         _lock(descriptor, wait=True)
@@ -275,6 +274,6 @@ def _lock(descriptor: int, *, wait: bool) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        # Some network file systems have no locks: then one writer a path is the user's own care.
+        # Some network file systems have no locks; there the user must make sure that each path has one writer.
         if error.errno not in _NO_LOCKS:
             raise

@@ -1,10 +1,10 @@
-"""Saves params beside the configs of their delta, and loads them strictly.
+"""Saves params together with the configs of their delta, and loads them strictly.
 
-A saved delta is a folder of two files. ``config.json`` has OpenDelta's field names (several configs stand as
-``{"delta_type": "union", "deltas": [...]}``), ``members`` (null for one member) and the backbone's
-fingerprint. ``delta.safetensors`` has one tensor a leaf under its name in params, of one member or of a whole
-stack; its metadata has the configs again, a checksum and a short description of the backbone, so that files
-of two saves, a damaged file and another backbone are told apart.
+A saved delta is a folder of two files. ``config.json`` has OpenDelta's field names (several configs are
+``{"delta_type": "union", "deltas": [...]}``), ``members`` (null for one member) and the backbone's fingerprint.
+``delta.safetensors`` has one tensor per leaf under its name in params, of one member or of a whole stack. Its metadata
+repeats the configs and has a checksum and a short description of the backbone, to detect files of different saves, a
+damaged file and another backbone.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ __all__ = ["Facts", "Saved", "backbone_facts", "check_backbone", "fitted", "home
 
 _SHOWN = 5
 FIXED = "fixed:"
-"""Before the name of a tensor that all members have together, in the file of tensors."""
+"""Prefix, in the file of tensors, of the name of a tensor that all members share."""
 KIND_OF_HASH = "fd1:"
 _HASH_OF_OPENDELTA = re.compile(r"[0-9a-f]{32}")
 
 
 class Facts(NamedTuple):
-    """What is saved of a delta beside params.
+    """What is saved of a delta besides params.
 
     Attributes:
-        configs: as :func:`funcdelta.files.configfile.storable` gives them.
-        backbone: what the delta is for.
-        shapes: of every leaf of one member, in their order.
-        fixed: what all members have together, by key; it is saved once.
+        configs: from :func:`funcdelta.files.configfile.storable`.
+        backbone: the delta's backbone.
+        shapes: the shape of every leaf of one member, in the order of params.
+        fixed: tensors that all members share, by key; they are saved once.
     """
 
     configs: Sequence[Mapping[str, Any]]
@@ -56,9 +56,9 @@ class Facts(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What was found in a saved delta: the folder, the data of its ``config.json``, and its tensors by name.
+    """A saved delta as read: its folder, the data of ``config.json``, and its tensors by name.
 
-    ``fixed`` is what all members have together.
+    ``fixed`` has the tensors that all members share.
     """
 
     folder: Path
@@ -80,17 +80,17 @@ def save(
     temp_dir: bool = False,
     resumable: bool = False,
 ) -> Path:
-    """The folder ``path`` with the configs and ``params`` (one member or a stack), replaced as a whole.
+    """Write the configs and ``params`` (one member or a stack) to the folder ``path``, replacing it as a whole.
 
-    Each leaf is stored with its own dtype and shape, detached and contiguous. Other files in the folder stay.
-    A kill leaves what was there before. With ``push_to_hub`` the two files are uploaded after that, to the
-    repository of that name (``True``: the name of the folder). ``hash_backbone=False`` writes no fingerprint,
-    for a backbone without readable bytes. ``temp_dir`` is OpenDelta's: an upload never needs a clone at ``path``, so
-    that both values do the same. With ``resumable`` the folder may be one that others write into as well, and
-    Transformers' Trainer can resume from it (see :mod:`funcdelta.files.resumable`).
+    Each leaf is stored with its own dtype and shape, detached and contiguous. Other files in the folder stay. If the
+    process is killed, the old folder stays intact. With ``push_to_hub`` the two files are then uploaded to the
+    repository of that name (``True``: the name of the folder). ``hash_backbone=False`` writes no fingerprint, for a
+    backbone without readable bytes. ``temp_dir``, an option of OpenDelta's, has no effect. With ``resumable`` other
+    programs may write into the folder as well, and Transformers' Trainer can resume from it (see
+    :mod:`funcdelta.files.resumable`).
 
     Returns the folder. Raises `ParamsError` unless names and shapes are those of ``facts.shapes``, all with the same
-    member axis or all without. Buffers of the backbone may be among one member's (statistics that a view has learned).
+    member axis or all without. One member's params may include buffers of the backbone (learned statistics).
 
     >>> import tempfile
     >>> facts = Facts([{"delta_type": "bitfit"}], nn.Sequential(nn.Linear(4, 2)), {"0.bitfit.bias": (2,)})
@@ -133,15 +133,15 @@ def save(
 def push(
     facts: Facts, params: Mapping[str, Tensor], repository: str, *, hash_backbone: bool = True, **creating: Any
 ) -> str:
-    """Saves to a temporary folder and uploads it to the hub repository ``"user/name"``; returns its full name.
+    """Save to a temporary folder and upload it to the hub repository ``"user/name"``; returns its full name.
 
-    ``creating`` may have ``private``, ``token`` and ``commit_message``. Raises `CheckpointError` like
-    :func:`funcdelta.files.hub.upload`, before anything is written where the name is none.
+    ``creating`` may have ``private``, ``token`` and ``commit_message``. Raises `CheckpointError` as
+    :func:`funcdelta.files.hub.upload` does; if the name is invalid, before anything is written.
 
     >>> push(Facts([], nn.Linear(4, 2), {}), {}, "a/b/c")
     Traceback (most recent call last):
     ...
-    funcdelta.errors.CheckpointError: 'a/b/c' is no name of a hub repository: write "user/name".
+    funcdelta.errors.CheckpointError: 'a/b/c' is not the name of a hub repository: write "user/name".
     """
     check_repository(repository)
     with tempfile.TemporaryDirectory() as kept:
@@ -157,11 +157,11 @@ def load(
     state_dict: Mapping[str, Tensor] | None = None,
     **fetching: Any,
 ) -> Saved:
-    """What was saved at ``path``, a folder or a hub id; with ``state_dict`` its tensors, and a config is enough.
+    """Read what was saved at ``path``, a folder or a hub id; if ``state_dict`` is given, only the config is read.
 
-    ``fetching`` goes to :func:`funcdelta.files.hub.locate`. Raises `CheckpointError` when anything is missing or
-    damaged or, unless ``check_hash=False``, when the fingerprint of ``backbone`` is not the saved one or cannot be
-    compared with it; it names what differs.
+    ``fetching`` goes to :func:`funcdelta.files.hub.locate`. Raises `CheckpointError` if anything is missing or damaged.
+    Unless ``check_hash=False``, it is also raised, with the differences, if the fingerprint of ``backbone`` is not the
+    saved one or cannot be compared with it.
 
     >>> import tempfile
     >>> delta = fd.BitFitModel(nn.Sequential(nn.Linear(4, 2)), modified_modules=["0"])
@@ -171,7 +171,7 @@ def load(
     (3, torch.Size([3, 2]))
     """
     if not isinstance(path, str | os.PathLike):
-        raise CheckpointError(f"A saved delta is a folder or a hub id; found {type(path).__name__}.")
+        raise CheckpointError(f"path must be a folder or a hub id; found {type(path).__name__}.")
     if state_dict is None:
         folder = locate(path, **fetching)
         data = read_config(folder / CONFIG)
@@ -196,8 +196,8 @@ def fitted(
 ) -> dict[str, Tensor]:
     """The tensors as params of a delta whose leaves have these ``shapes``: one member or a stack, bit for bit.
 
-    Leaves are put on ``device``, or where the tensors of ``backbone`` at their site are. Raises `CheckpointError` when
-    anything is missing, left over or of another shape.
+    Leaves are put on ``device``, or on the device of their sites in ``backbone``. Raises `CheckpointError` if anything
+    is missing, left over or of another shape.
 
     >>> saved = Saved(Path("run"), {"delta_type": "bitfit", "members": 3}, {"bitfit.bias": torch.zeros(3, 2)})
     >>> fitted(saved, nn.Linear(4, 2), {"bitfit.bias": (2,)})["bitfit.bias"].shape
@@ -211,27 +211,25 @@ def fitted(
     data, shapes = saved.data, with_buffers(shapes, backbone, saved.tensors)
     members, problems = _account(shapes, {name: tuple(tensor.shape) for name, tensor in saved.tensors.items()})
     if not problems and members != data.get("members", members):
-        problems = [f"members: {CONFIG} says {data['members']}, the leaves have {members}"]
+        problems = [f"members: {CONFIG} says {data['members']}, but the leaves have {members}"]
     if problems:
         what = f"'{saved.folder}' does not fit the delta that its config describes:\n"
-        raise CheckpointError(what + "\n".join(problems) + newer(data))
+        raise CheckpointError(what + "\n".join(problems) + (newer(data) and f".{newer(data)}"))
     return {name: saved.tensors[name].to(device or home(backbone, name)) for name in shapes}
 
 
 def check_fixed(saved: Saved, fixed: Mapping[str, Tensor]) -> None:
-    """Raise `CheckpointError` unless what all members have together is, bit for bit, what it was when they were saved.
+    """Raise `CheckpointError` unless the tensors that all members share are bit for bit the saved ones.
 
-    It is drawn when a delta is built, from the config or from the backbone's weights, and the members were trained
-    with it.
-
-    >>> check_fixed(Saved(Path("run"), {}, {}, {"vera.a": torch.ones(2)}), {"vera.a": torch.ones(2)})
+    They are drawn when a delta is built, from the config or from the backbone's weights, and members only fit those
+    that they were trained with.
     """
     for name, tensor in saved.fixed.items():
         drawn = fixed.get(name)
         if drawn is None or drawn.shape != tensor.shape or not torch.equal(drawn.cpu(), tensor.to(drawn.dtype).cpu()):
             raise CheckpointError(
-                f"'{saved.folder}' was trained with another {name} than this delta draws: its members would compute "
-                f"something else. Load it with the config and on the backbone that it was saved with."
+                f"'{saved.folder}' was trained with another {name} than this delta draws, so its members would compute "
+                f"something else. Load it with the config and the backbone that it was saved with."
             )
 
 
@@ -241,7 +239,7 @@ def check_fixed(saved: Saved, fixed: Mapping[str, Tensor]) -> None:
 def with_buffers(
     shapes: Mapping[str, tuple[int, ...]], backbone: nn.Module, given: Iterable[str]
 ) -> dict[str, tuple[int, ...]]:
-    """``shapes`` with those of the backbone's buffers that are ``given`` beside the delta's leaves.
+    """``shapes``, and the shapes of those buffers of the backbone that are among ``given``.
 
     >>> with_buffers({"0.bitfit.bias": (2,)}, nn.BatchNorm1d(4), ["0.bitfit.bias", "running_mean", "other"])
     {'0.bitfit.bias': (2,), 'running_mean': (4,)}
@@ -254,9 +252,9 @@ def _check_params(shapes: Mapping[str, tuple[int, ...]], params: Mapping[str, Te
     members, problems = _account(shapes, {name: tuple(leaf.shape) for name, leaf in params.items()})
     if problems:
         raise ParamsError(
-            "save: the params are not those of the delta:\n"
+            "save: the params do not fit the delta:\n"
             + "\n".join(problems)
-            + "\nSave the delta's own leaves only: {name: params[name] for name in delta.names}."
+            + "\nSave only the delta's leaves: {name: params[name] for name in delta.names}."
         )
     return members
 
@@ -264,7 +262,7 @@ def _check_params(shapes: Mapping[str, tuple[int, ...]], params: Mapping[str, Te
 def _account(
     expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[int | None, list[str]]:
-    """How many members the shapes have (None: one, without an axis), and all that does not fit, in words."""
+    """The number of members (None: one, without an axis), and everything that does not fit, in words."""
     missing = [name for name in expected if name not in shapes]
     unexpected = sorted(set(shapes) - set(expected))
     wrong, counts = [], {}
@@ -285,7 +283,7 @@ def _account(
             problems.append(f"{len(names)} {kind}: {', '.join(_short(name) for name in names[:_SHOWN])}{more}")
     if len(counts) > 1:
         each = (f"{name} has {'no member axis' if n is None else f'{n} members'}" for n, name in counts.items())
-        problems.append(f"unlike numbers of members: {', '.join(each)}")
+        problems.append(f"different numbers of members: {', '.join(each)}")
     return next(iter(counts), None), problems
 
 
@@ -294,7 +292,7 @@ def _short(name: str) -> str:
 
 
 def home(backbone: nn.Module, leaf: str) -> torch.device:
-    """The device of the backbone's tensors at the leaf's site, or of the nearest module around it.
+    """The device of the backbone's tensors at the leaf's site, or of the closest module that contains it.
 
     >>> home(nn.Linear(2, 2), "lora.lora_A")
     device(type='cpu')
@@ -318,7 +316,7 @@ def home(backbone: nn.Module, leaf: str) -> torch.device:
 
 
 def backbone_facts(backbone: nn.Module) -> dict[str, Any]:
-    """What a saved config says of the backbone: its class, where it came from, and the version that ran it.
+    """What a saved config says about the backbone: its class, its origin, and the version of Transformers.
 
     >>> backbone_facts(nn.Linear(2, 2))["backbone_class"]
     'Linear'
@@ -332,7 +330,7 @@ def backbone_facts(backbone: nn.Module) -> dict[str, Any]:
 
 def _checkpoint_name(backbone: nn.Module) -> str:
     name = str(getattr(getattr(backbone, "config", None), "_name_or_path", "") or "")
-    # A folder's place says nothing on another machine; a hub id does.
+    # A local path means nothing on another machine; a hub id does.
     return Path(name).name if os.path.isabs(name) or os.path.exists(name) else name
 
 
@@ -352,17 +350,15 @@ def check_backbone(
 ) -> None:
     """Raises `CheckpointError` if ``what``, with the fields ``data``, was saved with another backbone.
 
-    ``metadata`` is that of the tensors, ``replaced`` names those of ``backbone`` that params replace. OpenDelta's
-    hashes are of other things and are passed over; a hash of any other kind cannot be checked, and raises.
-
-    >>> check_backbone("The config", {"backbone_hash": None}, {}, nn.Linear(4, 4), [])
+    ``metadata`` is that of the file of tensors; ``replaced`` names the backbone's tensors that params replace.
+    OpenDelta's hashes cover other things and are ignored; any other kind of hash cannot be checked, and raises.
     """
     saved = data.get("backbone_hash")
     if saved is None or _HASH_OF_OPENDELTA.fullmatch(saved):  # saved with hash_backbone=False, or by OpenDelta
         return
     if not saved.startswith(KIND_OF_HASH):
         raise CheckpointError(
-            f"{what} has backbone_hash={saved!r}, which cannot be compared: expected a hash that begins with "
+            f"{what} has backbone_hash={saved!r}, which cannot be checked: expected a hash that begins with "
             f"{KIND_OF_HASH!r}. Save or fetch it again, or pass check_hash=False if you know that this is its backbone."
             f"{newer(data)}"
         )
@@ -372,7 +368,7 @@ def check_backbone(
     lines = [f"expected {saved}", f"found    {found}"]
     names = data.get("backbone_class"), type(backbone).__name__
     if names[0] != names[1]:
-        lines.append(f"its class was {names[0]}, this one is a {names[1]}")
+        lines.append(f"its class was {names[0]}, but this one is a {names[1]}")
     stored = json.loads(metadata.get("backbone", "null"))
     if stored is not None:
         lines += differences(stored, description).splitlines()
@@ -380,5 +376,5 @@ def check_backbone(
     raise CheckpointError(
         f"{what} was saved for another backbone{origin}:\n"
         + "\n".join(lines)
-        + "\nLoad that backbone, or pass check_hash=False if you know that the difference does not matter."
+        + "\nUse that backbone, or pass check_hash=False if you know that the difference does not matter."
     )

@@ -1,4 +1,4 @@
-"""The ``config.json`` of a saved delta: written, read, compared with its tensors, changed on loading."""
+"""Writes and reads the ``config.json`` of a saved delta, and compares it with the file of tensors."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ __all__ = [
 PROVENANCE = ("backbone_class", "backbone_checkpoint_name", "backbone_hash")
 """Fields of a config that say where it was made, not what it does."""
 
-# Versions describe the file, not the delta; readers of every age have to pass over them.
+# Versions describe the file, not the delta; every reader, old or new, has to ignore them.
 VERSION_FIELDS = ("transformers_version", "funcdelta_version", "opendelta_version")
 
 _ABOUT_THE_FILE = {"members": "int | None", **dict.fromkeys((*VERSION_FIELDS, *PROVENANCE), "str | None")}
 _ABOUT_THE_FILE |= dict.fromkeys(SAYS_WHAT_IT_IS, "str | None")
-# Digits without the zeros that end them; what follows (rc1, .dev2, +local) is passed over.
+# The digits without trailing zeros; a suffix (rc1, .dev2, +local) is ignored.
 _VERSION = re.compile(r"(\d+(?:\.\d+)*?)(?:\.0+)*(?:[-_.+]?[a-z].*)?")
 
 
@@ -55,19 +55,19 @@ def funcdelta_version() -> str:
 
 
 def storable(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``fields`` of a config of the class ``name`` as JSON gives them back, without `PROVENANCE`.
+    """The ``fields`` of a config of the class ``name`` as JSON returns them, without `PROVENANCE`.
 
     >>> storable("LoraConfig", fd.LoraConfig(modified_modules=["query"]).to_dict())["modified_modules"]
     ['query']
     """
     if not fields["delta_type"]:
-        raise ConfigError(f'{name} could never be loaded again: register it, @fd.register("a_name") above the class.')
+        raise ConfigError(f'{name} could never be loaded again: write @fd.register("a_name") above the class.')
     stored = {key: value for key, value in fields.items() if key not in PROVENANCE}
     for key, value in stored.items():
         try:
             stored[key] = json.loads(json.dumps(value))
         except TypeError as error:
-            raise ConfigError(f"{name}.{key}={value!r} cannot be saved: JSON has no such value ({error}).") from error
+            raise ConfigError(f"{name}.{key}={value!r} cannot be saved as JSON ({error}).") from error
     return stored
 
 
@@ -78,7 +78,7 @@ def save_alone(
     push_to_hub: bool | str,
     creating: Mapping[str, Any],
 ) -> Path:
-    """The folder ``path`` with one config as its ``config.json``, written whole; uploaded with ``push_to_hub``.
+    """Write one config as ``config.json`` to the folder ``path``, and upload it if ``push_to_hub`` says so.
 
     ``name`` and ``fields`` as for :func:`storable`, the rest as for :meth:`BaseDeltaConfig.save_finetuned`.
 
@@ -88,7 +88,7 @@ def save_alone(
     """
     if unknown := sorted(creating.keys() - {"private", "token", "commit_message"}):
         raise ConfigError(
-            f"save_finetuned takes no {unknown[0]}: a config is written whole, as {CONFIG} in the folder."
+            f"save_finetuned takes no {unknown[0]}: a config is always written whole, as {CONFIG} in the folder."
         )
     text = config_text([{**storable(name, fields), **{key: fields[key] for key in PROVENANCE}}], {})
     folder = Path(path)
@@ -101,7 +101,7 @@ def save_alone(
 
 
 def write_config(file: Path, configs: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
-    """The JSON file of one config, or of several as a union, with the facts ``about`` the save; keys sorted.
+    """Write :func:`config_text` of the configs to ``file``.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "config.json"
@@ -113,7 +113,7 @@ def write_config(file: Path, configs: Sequence[Mapping[str, Any]], about: Mappin
 
 
 def config_text(configs: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str:
-    """The text of that file.
+    """JSON of one config, or of several as a union, with the facts ``about`` the save; keys are sorted.
 
     >>> config_text([{"delta_type": "lora"}], {"members": 3})
     '{\\n  "delta_type": "lora",\\n  "members": 3\\n}\\n'
@@ -125,8 +125,8 @@ def config_text(configs: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) 
 def read_config(file: Path) -> dict[str, Any]:
     """The data of ``config.json``, an object with a ``delta_type``.
 
-    Raises `CheckpointError` for anything else, for facts about the file that are of a wrong type and for a
-    ``funcdelta_version`` that is none. The fields of a config are checked where it is made of them.
+    Raises `CheckpointError` for anything else, for facts about the file that have a wrong type and for an invalid
+    ``funcdelta_version``. A config's own fields are checked when the config is made.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "config.json"
@@ -138,7 +138,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def parse_config(where: str, text: str) -> dict[str, Any]:
-    """The same of the ``text`` that was found ``where``.
+    """As :func:`read_config`, for the ``text`` that was found ``where``.
 
     >>> parse_config("config.json", '{"delta_type": "lora"}')
     {'delta_type': 'lora'}
@@ -146,13 +146,13 @@ def parse_config(where: str, text: str) -> dict[str, Any]:
     try:
         data = json.loads(text)
     except ValueError as error:
-        raise CheckpointError(f"'{where}' is no JSON: {error}.") from error
+        raise CheckpointError(f"'{where}' is not JSON: {error}.") from error
     if not isinstance(data, dict) or "delta_type" not in data:
-        raise CheckpointError(f"'{where}' describes no delta: expected an object with a \"delta_type\".")
+        raise CheckpointError(f"'{where}' does not describe a delta: expected an object with a \"delta_type\".")
     if data["delta_type"] == "union":
         parts = data.get("deltas")
         if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
-            raise CheckpointError(f"'{where}': deltas={parts!r}: write a list of configs, an object each.")
+            raise CheckpointError(f"'{where}': deltas={parts!r}: write a list of configs, each an object.")
     try:
         for key, kind in _ABOUT_THE_FILE.items():
             check_kind(key, data.get(key), kind)
@@ -163,32 +163,32 @@ def parse_config(where: str, text: str) -> dict[str, Any]:
 
 
 def newer(data: Mapping[str, Any]) -> str:
-    """A sentence to end a message with, if a newer funcdelta than the installed one wrote ``data``; ``""`` if not.
+    """A sentence for the end of a message if a newer funcdelta than the installed one wrote ``data``, else ``""``.
 
-    Raises `ConfigError` for a ``funcdelta_version`` that is no version.
+    Raises `ConfigError` for an invalid ``funcdelta_version``.
 
     >>> newer({"funcdelta_version": "999.0"})
-    ' It was written by funcdelta 999.0, and ... is installed: pip install --upgrade funcdelta.'
+    ' It was written by funcdelta 999.0, but ... is installed: pip install --upgrade funcdelta.'
     >>> newer({"funcdelta_version": "0.0.1"}), newer({"delta_type": "lora"})
     ('', '')
     """
     wrote, installed = data.get("funcdelta_version"), funcdelta_version()
     if wrote is None or _release(wrote) <= _release(installed):
         return ""
-    return f" It was written by funcdelta {wrote}, and {installed} is installed: pip install --upgrade funcdelta."
+    return f" It was written by funcdelta {wrote}, but {installed} is installed: pip install --upgrade funcdelta."
 
 
 def warn_if_newer(where: str, data: Mapping[str, Any]) -> None:
-    """Warns, after ``data`` was read ``where`` it stands, if a newer funcdelta than the installed one wrote it.
+    """Warn if a newer funcdelta than the installed one wrote the ``data`` that were read from ``where``.
 
     >>> with warnings.catch_warnings(record=True) as caught:
     ...     warnings.simplefilter("always")
     ...     warn_if_newer("run", {"funcdelta_version": "999.0"})
     >>> print(caught[0].message)
-    'run' was read as this funcdelta understands it. It was written by funcdelta 999.0, and ... is installed: ...
+    'run' may have been misread. It was written by funcdelta 999.0, but ... is installed: ...
     """
     if sentence := newer(data):
-        warnings.warn(f"'{where}' was read as this funcdelta understands it.{sentence}", stacklevel=4)
+        warnings.warn(f"'{where}' may have been misread.{sentence}", stacklevel=4)
 
 
 def data_at(path: str | os.PathLike[str], **fetching: Any) -> tuple[str, dict[str, Any]]:
@@ -205,7 +205,7 @@ def data_at(path: str | os.PathLike[str], **fetching: Any) -> tuple[str, dict[st
 
 
 def parts(data: Mapping[str, Any], *, provenance: bool) -> list[dict[str, Any]]:
-    """Each config's own fields in the data of a ``config.json``; ``provenance``: with the fields `PROVENANCE`.
+    """The fields of each config in the data of a ``config.json``, with those of `PROVENANCE` if ``provenance``.
 
     >>> parts({"delta_type": "lora", "lora_r": 4, "members": 3}, provenance=False)
     [{'delta_type': 'lora', 'lora_r': 4}]
@@ -217,7 +217,7 @@ def parts(data: Mapping[str, Any], *, provenance: bool) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def naming_the_file(where: str, data: Mapping[str, Any]) -> Iterator[None]:
-    """What is wrong with the fields in ``data`` becomes a `CheckpointError` that says ``where`` they were read.
+    """A block in which an error about the fields in ``data`` becomes a `CheckpointError` that says ``where`` they are.
 
     >>> with naming_the_file("config.json", {}):
     ...     fd.LoraConfig(lora_r="2")
@@ -228,16 +228,13 @@ def naming_the_file(where: str, data: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        hint = "A method of your own has to be registered (@fd.register) before its files are loaded."
+        hint = "A method of your own must be registered (@fd.register) before its files are loaded."
         raise CheckpointError(f"'{where}': {error} {hint}{newer(data)}") from error
 
 
 def check_same_save(folder: Path, data: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Raises `CheckpointError` naming the fields in which ``config.json`` and ``delta.safetensors`` disagree.
-
-    >>> check_same_save(Path("run"), {"delta_type": "lora"}, {"configs": '[{"delta_type": "lora"}]'})
-    """
-    if "configs" not in metadata:  # not written by save: there is nothing to compare with
+    """Raises `CheckpointError` naming the fields in which ``config.json`` and ``delta.safetensors`` disagree."""
+    if "configs" not in metadata:  # not written by save, so there is nothing to compare
         return
     here, there = _described(data), json.loads(metadata["configs"])
     lines = [f"{len(here)} configs against {len(there)}"] if len(here) != len(there) else []
@@ -249,20 +246,20 @@ def check_same_save(folder: Path, data: Mapping[str, Any], metadata: Mapping[str
         lines.append(f"members: {data.get('members')} against {members}")
     if lines:
         raise CheckpointError(
-            f"'{folder}': {CONFIG} and {TENSORS} are not of the same save:\n" + "\n".join(lines) + "\nTo change a "
+            f"'{folder}': {CONFIG} and {TENSORS} are not from the same save:\n" + "\n".join(lines) + "\nTo change a "
             "field of a saved config, leave the file as it is and pass the field when loading: "
             f"from_finetuned(path, backbone_model=backbone, field=value).{newer(data)}"
         )
 
 
 def _described(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each config's own fields in the data of a ``config.json``."""
+    """The fields of each config in the data of a ``config.json``, without facts about the file."""
     parts = data.get("deltas", []) if data["delta_type"] == "union" else [data]
     return [{key: value for key, value in part.items() if key not in _ABOUT_THE_FILE} for part in parts]
 
 
 def _release(version: str) -> list[int]:
-    """The numbers of a version, to compare: ``[0, 1]`` of ``"0.1.0rc1"``."""
+    """The numbers of a version, for comparison: ``[0, 1]`` for ``"0.1.0rc1"``."""
     found = _VERSION.fullmatch(version)
     if found is None:
         known = funcdelta_version()

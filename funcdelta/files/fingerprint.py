@@ -1,8 +1,8 @@
-"""A backbone's identity: ``"fd1:" + sha256`` over the names, shapes, dtypes and bytes of its tensors.
+"""A backbone's fingerprint: ``"fd1:" + sha256`` over the names, shapes, dtypes and bytes of its tensors.
 
-The hash is one of hashes: each tensor has its own sha256, and the fingerprint is the sha256 of the sorted
-lines ``name NUL dtype NUL shape NUL digest LF``. One pass over the bytes so gives both the fingerprint and a
-description that tells, should two fingerprints differ, which tensors are not the same.
+It is a hash of hashes: each tensor has its own sha256, and the fingerprint is the sha256 of the sorted lines
+``name NUL dtype NUL shape NUL digest LF``. So one pass over the bytes yields both the fingerprint and a description
+that shows, if two fingerprints differ, which tensors differ.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import CheckpointError
+from ..match import below
 
 __all__ = ["Description", "describe", "differences", "digest", "fingerprint", "survey", "unreadable"]
 
@@ -36,13 +37,12 @@ class _Entry(NamedTuple):
 def fingerprint(backbone: nn.Module, exclude: Iterable[str] = ()) -> str:
     """``"fd1:" + sha256`` over names, shapes, dtypes and bytes of every parameter and persistent buffer.
 
-    The order of declaration, the device, the memory layout and ``requires_grad`` have no part in it. A tensor
-    that stands under several names (a tied pair) counts once, under the first of them in alphabetical order,
-    and is left out when ``exclude`` has any of them. ``exclude`` names the tensors that params replace
-    (``delta.names`` may be given whole: names that the backbone does not have change nothing).
+    The order of declaration, the device, the memory layout and ``requires_grad`` do not matter. A tensor with several
+    names (a tied pair) counts once, under the alphabetically first, and is left out if ``exclude`` has any of them.
+    ``exclude`` names the tensors that params replace; names that the backbone does not have are ignored, so
+    ``delta.names`` may be passed.
 
-    Raises `CheckpointError` for a tensor without readable bytes: on the meta device, sharded, sparse,
-    quantised.
+    Raises `CheckpointError` for a tensor without readable bytes: on the meta device, sharded, sparse or quantised.
 
     >>> layer = nn.Linear(2, 2)
     >>> before = fingerprint(layer)
@@ -56,7 +56,7 @@ def fingerprint(backbone: nn.Module, exclude: Iterable[str] = ()) -> str:
 
 
 def describe(backbone: nn.Module, exclude: Iterable[str] = ()) -> Description:
-    """What `fingerprint` hashes, tensor by tensor and in short: ``{name: [shape, dtype, 8 hex digits]}``.
+    """A short description of each tensor that `fingerprint` hashes: ``{name: [shape, dtype, 8 hex digits]}``.
 
     >>> describe(nn.Linear(2, 3), exclude=["bias"])["weight"][:2]
     [[3, 2], 'float32']
@@ -78,7 +78,7 @@ def survey(backbone: nn.Module, exclude: Iterable[str] = ()) -> tuple[str, Descr
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """The sha256 over names, shapes, dtypes and bytes of ``tensors``, whatever their order.
+    """The sha256 over names, shapes, dtypes and bytes of ``tensors``, in any order.
 
     >>> a, b = torch.zeros(2), torch.ones(2)
     >>> digest({"a": a, "b": b}) == digest({"b": b, "a": a})
@@ -88,7 +88,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def differences(saved: Mapping[str, list[Any]], found: Mapping[str, list[Any]], shown: int = 3) -> str:
-    """In words and with names, how two descriptions differ: one line a kind, ``""`` if they agree.
+    """How two descriptions differ, in words and with names: one line per kind, ``""`` if they agree.
 
     >>> saved = {"w": [[2], "float32", "aa"]}
     >>> print(differences(saved, {"w": [[3], "float32", "bb"], "b": [[], "int8", "cc"]}))
@@ -121,7 +121,7 @@ def differences(saved: Mapping[str, list[Any]], found: Mapping[str, list[Any]], 
 
 
 def unreadable(tensor: Tensor) -> str | None:
-    """Why the bytes of ``tensor`` cannot be read, or None if they can.
+    """Why the bytes of ``tensor`` cannot be read; None if they can.
 
     >>> unreadable(torch.empty(2, device="meta"))
     'is on the meta device and has no values'
@@ -133,7 +133,7 @@ def unreadable(tensor: Tensor) -> str | None:
     if hasattr(tensor, "full_tensor"):
         return "is sharded over processes; gather it first (tensor.full_tensor())"
     if tensor.is_quantized:
-        return "is of torch's quantised type, whose scale is not among its bytes"
+        return "has one of torch's quantised dtypes, whose scale is not among its bytes"
     if tensor.is_nested or tensor.layout is not torch.strided:
         return f"has the layout {tensor.layout}, not torch.strided"
     if tensor.is_meta:
@@ -142,14 +142,14 @@ def unreadable(tensor: Tensor) -> str | None:
 
 
 def _own_tensors(backbone: nn.Module, exclude: frozenset[str]) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, each once under its first name; none with a name in ``exclude``."""
+    """Parameters and persistent buffers, each once under its first name, without those that ``exclude`` names."""
     names: dict[int, list[str]] = {}
     tensors: dict[int, Tensor] = {}
     for path, module in backbone.named_modules(remove_duplicate=False):
         persistent = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
         for name, tensor in (module._parameters | persistent).items():
             if tensor is not None:
-                names.setdefault(id(tensor), []).append(f"{path}.{name}" if path else name)
+                names.setdefault(id(tensor), []).append(below(path, name))
                 tensors[id(tensor)] = tensor
     return {min(names[key]): tensors[key] for key in names if exclude.isdisjoint(names[key])}
 
@@ -160,10 +160,10 @@ def _entries(tensors: Mapping[str, Tensor], kind: str) -> dict[str, _Entry]:
         if reason is not None:
             raise CheckpointError(
                 f"{kind} {name!r} {reason}, so no fingerprint can be taken. "
-                "To do without: save with hash_backbone=False, load with check_hash=False."
+                "To do without it, save with hash_backbone=False and load with check_hash=False."
             )
     names = sorted(tensors)
-    # hashlib lets other threads run while it hashes; few of them, because each may hold one tensor's copy.
+    # hashlib releases the GIL while hashing. Only a few threads, because each may hold a copy of a tensor.
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         return dict(zip(names, pool.map(_entry, (tensors[name] for name in names)), strict=True))
 

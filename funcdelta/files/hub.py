@@ -1,6 +1,6 @@
-"""Where a saved delta lies: a folder, or a repository of the Hugging Face hub that is fetched into one.
+"""Finds a saved delta: in a folder, or in a repository of the Hugging Face hub, which is downloaded into one.
 
-A config alone may also be a JSON file, here or at a url. The package ``huggingface_hub`` is imported when it is needed.
+A config alone may also be a local JSON file or one at a url. ``huggingface_hub`` is imported only when needed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["config_text_at", "fetch_folder", "locate", "upload"]
 CONFIG = "config.json"
 TENSORS = "delta.safetensors"
 
-# The first belongs to another library: it is fetched to tell which loader reads the repository.
+# The first belongs to PEFT; it is fetched so that the error can name the right loader.
 _FETCHED = ["adapter_config.json", CONFIG, TENSORS]
 _URL = re.compile(r"https?://", re.IGNORECASE)
 _LARGEST_CONFIG = 1 << 20
@@ -30,17 +30,16 @@ _SECONDS = 30
 
 
 def locate(path: str | os.PathLike[str], *, needed: Sequence[str] = (CONFIG, TENSORS), **fetching: Any) -> Path:
-    """The folder of the delta at ``path``: an existing one, or a hub id ``"user/name"`` that is fetched.
+    """The folder of the delta at ``path``: an existing one, or the download of a hub id ``"user/name"``.
 
-    ``fetching`` goes to `huggingface_hub.snapshot_download`: ``revision``, ``cache_dir``,
-    ``local_files_only`` and so on. A folder that a killed save had moved aside is put back first. Raises
-    `CheckpointError` when there is nothing at ``path``, or a folder without the files ``needed``; it names the
-    loader for one that another library wrote.
+    ``fetching`` goes to `huggingface_hub.snapshot_download`: ``revision``, ``cache_dir``, ``local_files_only`` and so
+    on. A folder that a killed save had moved aside is put back first. Raises `CheckpointError` if there is nothing at
+    ``path`` or the folder lacks a ``needed`` file; for another library's folder it names the right loader.
 
     >>> locate("no/such/folder")
     Traceback (most recent call last):
     ...
-    funcdelta.errors.CheckpointError: 'no/such/folder': there is no such folder.
+    funcdelta.errors.CheckpointError: There is no folder 'no/such/folder'.
     """
     folder = fetch_folder(path, _FETCHED, **fetching)
     _check_files(folder, str(path), needed)
@@ -48,7 +47,7 @@ def locate(path: str | os.PathLike[str], *, needed: Sequence[str] = (CONFIG, TEN
 
 
 def fetch_folder(path: str | os.PathLike[str], files: list[str], **fetching: Any) -> Path:
-    """The folder at ``path``, or one with ``files`` and ``config.json`` of the hub id that ``path`` is.
+    """The folder at ``path``; if ``path`` is a hub id, a download with its ``files`` and ``config.json``.
 
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
@@ -57,8 +56,8 @@ def fetch_folder(path: str | os.PathLike[str], files: list[str], **fetching: Any
     """
     if _URL.match(str(path)):
         raise CheckpointError(
-            f"{str(path)!r}: a url gives a config alone, fd.AutoDeltaConfig.from_finetuned(url); for the params "
-            f"write a folder or a hub id."
+            f"{str(path)!r}: only a config can be read from a url, fd.AutoDeltaConfig.from_finetuned(url); params "
+            f"need a folder or a hub id."
         )
     folder = Path(path)
     recover(folder)
@@ -66,7 +65,7 @@ def fetch_folder(path: str | os.PathLike[str], files: list[str], **fetching: Any
         raise CheckpointError(f"'{path}' is a file: give the folder that holds {CONFIG} and {files[-1]}.")
     if not folder.is_dir():
         if not _is_hub_id(str(path)):
-            raise CheckpointError(f"'{path}': there is no such folder.")
+            raise CheckpointError(f"There is no folder '{path}'.")
         folder = _fetch(str(path), files, fetching)
     return folder
 
@@ -74,8 +73,8 @@ def fetch_folder(path: str | os.PathLike[str], files: list[str], **fetching: Any
 def config_text_at(path: str | os.PathLike[str], **fetching: Any) -> tuple[str, str]:
     """``(where, text)`` of the config at ``path``: a folder, a JSON file, a url to one, or a hub id.
 
-    A url is read anew each time, so that ``cache_dir`` and ``force_download`` change nothing there; with
-    ``local_files_only`` it raises `CheckpointError`, as does whatever cannot be read.
+    A url is read each time, so ``cache_dir`` and ``force_download`` have no effect there. Raises `CheckpointError` for
+    anything that cannot be read, and for a url with ``local_files_only``.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "config.json"
@@ -89,11 +88,11 @@ def config_text_at(path: str | os.PathLike[str], **fetching: Any) -> tuple[str, 
     try:
         return str(file), file.read_text(encoding="utf-8")
     except ValueError as error:
-        raise CheckpointError(f"'{file}' is no text: {error}.") from error
+        raise CheckpointError(f"'{file}' is not a text file: {error}.") from error
 
 
 def upload(folder: Path, repository: str, *, so_far: str = "", **creating: Any) -> str:
-    """Puts the files of ``folder`` into the hub repository ``"user/name"``, which is made if it is not there.
+    """Upload the files of ``folder`` to the hub repository ``"user/name"``, which is created if necessary.
 
     ``creating`` may have ``private``, ``token`` and ``commit_message``. Returns the repository's full name. Raises
     `CheckpointError` if the package is missing or the hub refuses, with ``so_far`` before the reason; the folder
@@ -102,7 +101,7 @@ def upload(folder: Path, repository: str, *, so_far: str = "", **creating: Any) 
     >>> upload(Path("run"), "a/b/c")
     Traceback (most recent call last):
     ...
-    funcdelta.errors.CheckpointError: 'a/b/c' is no name of a hub repository: write "user/name".
+    funcdelta.errors.CheckpointError: 'a/b/c' is not the name of a hub repository: write "user/name".
     """
     check_repository(repository)
     hub = _hub(repository)
@@ -119,23 +118,19 @@ def upload(folder: Path, repository: str, *, so_far: str = "", **creating: Any) 
         )
     except Exception as error:  # the hub's client raises its own errors, its http library's and OSError
         reason = _first_line(error)
-        raise CheckpointError(f"{so_far}the hub did not take it as {repository!r}: {reason}") from error
+        raise CheckpointError(f"{so_far}the hub did not accept it as {repository!r}: {reason}") from error
     return identifier
 
 
 def check_repository(repository: str) -> None:
-    """Raises `CheckpointError` unless ``repository`` may be a hub repository's name.
-
-    >>> check_repository("user/name"), check_repository("name")
-    (None, None)
-    """
+    """Raises `CheckpointError` unless ``repository`` can be the name of a hub repository."""
     if not isinstance(repository, str) or not (_is_hub_id(repository) or re.fullmatch(r"[\w.-]+", repository)):
-        raise CheckpointError(f'{repository!r} is no name of a hub repository: write "user/name".')
+        raise CheckpointError(f'{repository!r} is not the name of a hub repository: write "user/name".')
 
 
 def _read_url(url: str, local_files_only: bool) -> str:
     if local_files_only:
-        raise CheckpointError(f"{url!r} is not on this machine, and local_files_only=True: give a file or a folder.")
+        raise CheckpointError(f"{url!r} is a url, but local_files_only=True: give a file or a folder.")
     request = urllib.request.Request(url, headers={"User-Agent": "funcdelta"})
     try:
         with urllib.request.urlopen(request, timeout=_SECONDS) as response:
@@ -159,7 +154,7 @@ def _fetch(identifier: str, files: list[str], fetching: dict[str, Any]) -> Path:
         return Path(hub.snapshot_download(identifier, allow_patterns=sorted({CONFIG, *files}), **fetching))
     except Exception as error:  # the hub's client raises its own errors, its http library's and OSError
         reason = _first_line(error)
-        message = f"{identifier!r} is no folder here, and fetching it from the hub failed: {reason}"
+        message = f"{identifier!r} is not a local folder, and fetching it from the hub failed: {reason}"
         raise CheckpointError(message) from error
 
 
@@ -167,7 +162,7 @@ def _hub(name: str) -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
-        message = f"{name!r}: using the hub needs the package huggingface_hub (pip install huggingface_hub)."
+        message = f"{name!r}: the hub needs the package huggingface_hub (pip install huggingface_hub)."
         raise CheckpointError(message) from error
     return huggingface_hub
 
@@ -186,8 +181,8 @@ def _check_files(folder: Path, path: str, needed: Sequence[str]) -> None:
     if "pytorch_model.bin" in names or (CONFIG in names and _names_opendelta(folder / CONFIG)):
         raise CheckpointError(f"'{path}' was written by OpenDelta: write fd.load_opendelta({path!r}, backbone_model).")
     found = ", ".join(sorted(names)[:5]) or "nothing"
-    what = "expected both in it" if len(needed) > 1 else "expected it there"
-    raise CheckpointError(f"'{path}' has no {' and no '.join(missing)}: {what}, found {found}.")
+    missed, wanted = " and no ".join(missing), " and ".join(needed)
+    raise CheckpointError(f"'{path}' has no {missed}: expected {wanted}, found {found}.")
 
 
 def _names_opendelta(config: Path) -> bool:

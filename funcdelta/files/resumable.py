@@ -1,10 +1,10 @@
-"""A saved delta in a folder that belongs to a trainer: it resumes from it, and nobody takes it for a whole model.
+"""Saves a delta into a trainer's folder so that the trainer can resume, and no one mistakes it for a whole model.
 
-Transformers' Trainer loads ``model.safetensors`` of a checkpoint into the model that it trains, so the leaves of a
-view stand there, too, under the names that the view's ``load_state_dict`` knows. ``from_pretrained`` would read the
-same file, find none of its tensors and start from random numbers; so ``config.json`` names the file to read by a
-sentence, which ``from_pretrained`` shows when it refuses. Other files of the folder (an optimiser's state, other
-processes' random numbers) may be written at the same time: the files are put in their places one by one.
+Transformers' Trainer loads ``model.safetensors`` of a checkpoint into the model that it trains, so a view's leaves are
+written there as well, under the names that its ``load_state_dict`` expects. ``from_pretrained`` would read that file,
+find none of the model's tensors and start from random numbers; so ``config.json`` has a sentence in place of the name
+of the weights file, which ``from_pretrained`` shows when it refuses. Other processes may write into the folder at the
+same time (an optimiser's state, random states), so files are replaced one by one.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from pathlib import Path
 from .hub import CONFIG, TENSORS
 
 TRAINERS = "model.safetensors"
-"""The file that a Trainer looks for."""
+"""The file that a Trainer resumes from."""
 
 SAYS_WHAT_IT_IS = {
     "transformers_weights": "these are the leaves of a delta, without the model that they belong to: load them with "
     "fd.AutoDeltaModel.from_finetuned(path, backbone_model=model)"
 }
-"""What ``config.json`` has so that ``from_pretrained`` refuses the folder."""
+"""The entry of ``config.json`` that makes ``from_pretrained`` refuse the folder."""
 
 
 def write_resumable(path: str | os.PathLike[str], write: Callable[[Path], None]) -> Path:
-    """The folder ``path`` with what ``write`` makes of an empty folder, and with the tensors for a Trainer beside it.
+    """Put the files that ``write`` makes in an empty folder into ``path``, with a copy of the tensors for a Trainer.
 
     >>> def write(folder):
     ...     _ = (folder / "config.json").write_text("{}"), (folder / "delta.safetensors").write_text("tensors")
@@ -43,7 +43,7 @@ def write_resumable(path: str | os.PathLike[str], write: Callable[[Path], None])
             os.link(Path(made) / TENSORS, Path(made) / TRAINERS)
         except OSError:  # not every file system has hard links
             (Path(made) / TRAINERS).write_bytes((Path(made) / TENSORS).read_bytes())
-        # The config says whose tensors they are, so it comes last.
+        # The config comes last, because it describes the tensors.
         for name in (TENSORS, TRAINERS, CONFIG):
             os.replace(Path(made) / name, folder / name)
     return folder

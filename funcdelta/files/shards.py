@@ -1,7 +1,7 @@
-"""Members saved in parts: one folder ``members-<first>-<last>`` a process, and the stack joined from them.
+"""Saves members in parts, one folder ``members-<first>-<last>`` per process, and joins them into a stack.
 
-Each folder is an ordinary checkpoint (``fd.AutoDeltaModel.from_finetuned`` reads it), replaced as a whole, with the
-optimiser's state beside it where one was given: what a process that died has to be started again from.
+Each folder is an ordinary checkpoint (``fd.AutoDeltaModel.from_finetuned`` reads it), replaced as a whole. It may also
+hold the optimiser's state, so that a process that died can resume from it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def write_shard(
     mine: slice,
     state: Any = None,
 ) -> Path:
-    """Have ``write`` fill the folder ``path/members-<first>-<last>`` of the members ``mine``, and ``state`` beside it.
+    """Have ``write`` fill the folder ``path/members-<first>-<last>`` of the members ``mine``, and add ``state`` to it.
 
     See :func:`funcdelta.distributed.save_shard`.
 
@@ -45,17 +45,17 @@ def write_shard(
     """
     first, count = int(mine.start or 0), members(stack)
     if mine.stop is None or mine.stop - first != count or mine.step not in (None, 1):
-        raise ParamsError(f"save_shard: {mine} are not {count} members, as the stack has; write slice(first, stop).")
+        raise ParamsError(f"save_shard: the stack has {count} members, but mine is {mine}: write slice(first, stop).")
     if state is not None and members(state) != count:
-        raise ParamsError(f"save_shard: the stack has {count} members, the state {members(state)}.")
+        raise ParamsError(f"save_shard: the stack has {count} members, but the state has {members(state)}.")
     plain = [name for name, leaf in named(state) if not isinstance(leaf, Tensor)] if state is not None else []
     if plain:
-        raise ParamsError(f"save_shard: the leaf {plain[0]} of the state is no tensor, so it would be lost.")
+        raise ParamsError(f"save_shard: the leaf {plain[0]} of the state is not a tensor, so it would be lost.")
     for other_first, other_last in _folders(Path(path)):
         if (other_first, other_last) != (first, mine.stop - 1) and other_first < mine.stop and first <= other_last:
             raise CheckpointError(
-                f"'{path}' has members-{other_first}-{other_last}, which overlaps members-{first}-{mine.stop - 1}: a "
-                f"run over another number of processes goes to a folder of its own."
+                f"'{path}' has members-{other_first}-{other_last}, which overlaps members-{first}-{mine.stop - 1}: "
+                f"choose another folder for a run with another number of processes."
             )
 
     def fill(folder: Path) -> None:
@@ -69,7 +69,7 @@ def write_shard(
 def read_shards(
     read: Callable[[Path], dict[str, Tensor]], path: str | os.PathLike[str], wanted: int | slice, like: Any = None
 ) -> Any:
-    """The members ``wanted`` as one stack, joined from what ``read`` gives of the folders in ``path``.
+    """The members ``wanted`` as one stack, joined from the folders in ``path``, each of which ``read`` loads.
 
     See :func:`funcdelta.distributed.load_shards`.
 
@@ -90,7 +90,7 @@ def read_shards(
     missing: list[tuple[int, int]] = []
     for begin, last in folders:
         if begin < here and parts:
-            raise CheckpointError(f"'{path}': members-{begin}-{last} overlaps the folder before it; remove the older.")
+            raise CheckpointError(f"'{path}': members-{begin}-{last} overlaps the folder before it: remove the older.")
         if begin > here:
             missing.append((here, begin - 1))
         parts.append((begin, last))
@@ -101,8 +101,8 @@ def read_shards(
         gaps = ", ".join(f"{a} to {b}" if a != b else str(a) for a, b in missing)
         known = ", ".join(f"members-{begin}-{last}" for begin, last in folders) or "no folder of these"
         raise CheckpointError(
-            f"'{path}' lacks the members {gaps} of {first} to {stop - 1} (it has {known}): train them, on a process "
-            f"that takes fd.seeds(seed, n)[{missing[0][0]}:{missing[0][1] + 1}]."
+            f"'{path}' lacks the members {gaps} of {first} to {stop - 1} (it has {known}): train them with "
+            f"fd.seeds(seed, n)[{missing[0][0]}:{missing[0][1] + 1}]."
         )
     stacks, states = [], []
     for begin, last in parts:
@@ -119,7 +119,7 @@ def read_shards(
 
 
 def _folders(path: Path) -> list[tuple[int, int]]:
-    """``(first, last)`` of every part in ``path``, in order; what a killed save left behind is put right before."""
+    """``(first, last)`` of every part in ``path``, in order, after repairing what a killed save left."""
     if not path.is_dir():
         return []
     for entry in list(path.iterdir()):
@@ -132,7 +132,7 @@ def _folders(path: Path) -> list[tuple[int, int]]:
 def _state(folder: Path, like: Any) -> Any:
     """The state saved in ``folder``, with the structure of ``like``."""
     if not (folder / STATE).is_file():
-        raise CheckpointError(f"'{folder}' holds no state: it was saved without state=; leave like= out.")
+        raise CheckpointError(f"'{folder}' holds no state, because it was saved without state=: leave out like=.")
     tensors, _ = read_tensors(folder / STATE)
     wanted = {name: leaf for name, leaf in named(like) if isinstance(leaf, Tensor)}
     wrong = sorted(wanted.keys() ^ tensors.keys())

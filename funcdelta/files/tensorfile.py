@@ -1,4 +1,4 @@
-"""One safetensors file of named tensors with a checksum: any dtype, layout and sharing, the same values."""
+"""Writes and reads named tensors as a safetensors file with a checksum, whatever their dtype, layout and sharing."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ _FORMAT = 1
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """The safetensors file ``path`` with ``tensors`` and the texts of ``metadata``.
+    """Write ``tensors`` and the strings of ``metadata`` to the safetensors file ``path``.
 
-    Each tensor is stored detached and contiguous, with its own dtype and shape; expanded tensors are stored
-    in full and tensors that share memory each for itself. Raises `ParamsError` naming a tensor that has no
-    readable bytes.
+    Each tensor is stored detached and contiguous, with its own dtype and shape; expanded tensors are stored in full,
+    and tensors that share memory separately. Raises `ParamsError` naming a tensor whose bytes cannot be read.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "a.safetensors"
@@ -36,8 +35,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     for name, tensor in tensors.items():
         reason = unreadable(tensor)
         if reason is not None:
-            raise ParamsError(f"the leaf {name!r} {reason}, so it cannot be saved.")
-    # safetensors has no complex128: its two float64 parts stand in for it.
+            raise ParamsError(f"The leaf {name!r} {reason}, so it cannot be saved.")
+    # safetensors has no complex128, so the two float64 parts are stored.
     complex128 = [name for name, tensor in tensors.items() if tensor.dtype == torch.complex128]
     plain = {name: _plain(tensor) for name, tensor in tensors.items()}
     own = {
@@ -50,10 +49,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors (on the CPU, with memory of their own) and the metadata of a file of `write_tensors`.
+    """The tensors (on the CPU, in their own memory) and the metadata of a file written by `write_tensors`.
 
-    Raises `CheckpointError` when the file is cut off or damaged, differs from its checksum, or is of a newer
-    format.
+    Raises `CheckpointError` if the file is truncated or damaged, differs from its checksum, or has a newer format.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "a.safetensors"
@@ -61,20 +59,20 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     >>> read_tensors(path)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    funcdelta.errors.CheckpointError: '...a.safetensors' is damaged or cut off (3 bytes): ...
+    funcdelta.errors.CheckpointError: '...a.safetensors' is damaged or truncated (3 bytes): ...
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
-            # The file is mapped into memory; copies do not change when it does.
+            # The file is memory-mapped; copies do not change if the file does.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         size = path.stat().st_size
-        raise CheckpointError(f"'{path}' is damaged or cut off ({size} bytes): {error}.") from error
+        raise CheckpointError(f"'{path}' is damaged or truncated ({size} bytes): {error}.") from error
     format_number = metadata.get("funcdelta_format", str(_FORMAT))
     if format_number != str(_FORMAT):
         raise CheckpointError(
-            f"'{path}' has format {format_number} of a newer funcdelta, this one reads format {_FORMAT}: "
+            f"'{path}' has format {format_number} of a newer funcdelta; this one reads format {_FORMAT}: "
             f"pip install --upgrade funcdelta."
         )
     if "sha256" in metadata and metadata["sha256"] != digest(tensors):

@@ -1,4 +1,4 @@
-"""Activations by the names that OpenDelta's configs use; every other name is looked up in Transformers."""
+"""Activations by the names of OpenDelta's configs; other names are looked up in Transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def activation(name: str) -> Activation:
-    """The elementwise function called ``name`` (in any case).
+    """The elementwise function called ``name``, in upper or lower case.
 
     >>> activation("ReLU")(torch.tensor([-1.0, 2.0]))
     tensor([0., 2.])
@@ -37,5 +37,5 @@ def activation(name: str) -> Activation:
 
     if lowered not in ACT2FN:
         raise ConfigError(f"There is no activation {name!r}.{near(lowered, [*ACTIVATIONS, *ACT2FN])}")
-    # Kept, so that compiled code finds it in the table instead of importing Transformers while it is traced.
+    # Kept, so that tracing finds it in the table instead of importing Transformers.
     return ACTIVATIONS.setdefault(lowered, get_activation(lowered))

@@ -1,8 +1,8 @@
-"""Second order through fused attention: swap in the attention that has a double backward, in this thread only.
+"""Attention with second derivatives: replaces fused attention by its mathematical form, in this thread only.
 
 Fused scaled-dot-product kernels have neither a double backward nor forward-mode derivatives. torch's own switch,
-``sdpa_kernel``, is global to the process and would change what other threads compute, so a thread-local function
-mode replaces the call by its mathematical form instead.
+``sdpa_kernel``, is global to the process and would change what other threads compute, so a thread-local function mode
+replaces the call instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..transforms import constant_while_tracing, wants_mathematical_attention
 
 
 class _Wanted(threading.local):
-    """Whether this thread is inside of :func:`higher_order`."""
+    """Whether this thread is inside :func:`higher_order`."""
 
     yes = False
 
@@ -46,7 +46,7 @@ def mathematical_attention(
     True
     """
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        # The operator adds its mask; a boolean one would be added as 0 and 1.
+        # The operator adds the mask, and would add a boolean one as 0 and 1.
         zeros = torch.zeros_like(attn_mask, dtype=query.dtype)
         attn_mask = zeros.masked_fill(attn_mask.logical_not(), -torch.inf)
     out, _ = torch.ops.aten._scaled_dot_product_attention_math(
@@ -56,7 +56,7 @@ def mathematical_attention(
 
 
 class AttentionBy(TorchFunctionMode):
-    """Inside the block, in this thread only, ``attention`` takes the place of ``scaled_dot_product_attention``.
+    """A block in which ``attention`` replaces ``scaled_dot_product_attention``, in this thread only.
 
     >>> q = torch.ones(1, 1, 1, 2)
     >>> with AttentionBy(lambda query, key, value: value + 1):
@@ -75,7 +75,7 @@ class AttentionBy(TorchFunctionMode):
 
 
 class MathematicalAttention(AttentionBy):
-    """Attention by :func:`mathematical_attention`, also within torch's own attention module."""
+    """A block with :func:`mathematical_attention`, which also reaches into torch's own attention module."""
 
     def __init__(self) -> None:
         super().__init__(mathematical_attention)
@@ -85,7 +85,7 @@ class MathematicalAttention(AttentionBy):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward and not kwargs.get("need_weights", True):
-            # What it calls is out of a mode's sight; with its weights wanted it uses plain matrix products itself.
+            # A mode does not see the attention inside it; with need_weights it uses plain matrix products.
             out, _ = func(*args, **{**kwargs, "need_weights": True})
             return out, None
         return super().__torch_function__(func, types, args, kwargs)
@@ -95,8 +95,8 @@ class MathematicalAttention(AttentionBy):
 def higher_order() -> Iterator[None]:
     """Make calls inside the block twice differentiable by ``torch.autograd.grad(..., create_graph=True)``.
 
-    ``torch.func`` transforms need no such block: nested ones are seen. Autograd's ``create_graph`` cannot be seen
-    while the forward runs, so it has to be announced.
+    ``torch.func`` transforms need no such block, because nested ones are detected. ``create_graph`` is not known yet
+    when the forward runs, so it has to be announced.
 
     >>> with higher_order():
     ...     needs_mathematical_attention()
@@ -110,7 +110,7 @@ def higher_order() -> Iterator[None]:
 
 
 def needs_mathematical_attention() -> bool:
-    """Whether this call runs inside ``higher_order()`` or transforms that fused attention cannot serve.
+    """Whether this call runs inside ``higher_order()`` or transforms that fused attention does not support.
 
     >>> needs_mathematical_attention()
     False
@@ -124,6 +124,6 @@ def _needed_while_tracing() -> bool:
 
 
 def attention_for_this_call() -> contextlib.AbstractContextManager[Any]:
-    """The context in which the backbone has to run."""
+    """The context for a call of the backbone: with mathematical attention if it is needed, else empty."""
     needed = _needed_while_tracing() if torch.compiler.is_compiling() else needs_mathematical_attention()
     return MathematicalAttention() if needed else contextlib.nullcontext()

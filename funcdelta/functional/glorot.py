@@ -1,7 +1,7 @@
-"""Glorot's initial weights with gain sqrt 2: the variance of what goes in is kept going forward and backward.
+"""Glorot initialisation with gain √2, which keeps the variance of activations and gradients from layer to layer.
 
 Source: Glorot and Bengio 2010, "Understanding the difficulty of training deep feedforward neural networks"; the gain
-is the one for rectifiers, as in OpenDelta.
+is that of rectifiers, as in OpenDelta.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ GLOROT = ("glorot-uniform", "glorot-normal")
 
 
 def glorot(kind: str, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-    """Matrices (..., in, out) of variance 4 / (in + out) from one of :data:`GLOROT`.
+    """Matrices (..., in, out) with variance 4 / (in + out) from one of the distributions :data:`GLOROT`.
 
     >>> w = glorot("glorot-uniform", (4, 30, 20), torch.Generator().manual_seed(0))
     >>> w.shape, bool(w.abs().max() <= (12 / 50) ** 0.5)

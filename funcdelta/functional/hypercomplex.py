@@ -26,9 +26,9 @@ def kronecker_sum(rule: Tensor, blocks: Tensor) -> Tensor:
 
 
 def times_kronecker_sum(x: Tensor, rule: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``x (Σᵢ Aᵢ ⊗ (Sᵢ Tᵢ))``, (..., in) to (..., out), by two thin products where they are less work than ``x H``.
+    """``x (Σᵢ Aᵢ ⊗ (Sᵢ Tᵢ))``, (..., in) to (..., out), by two thin products if that is less work than ``x H``.
 
-    The rule joins the factor on the narrower side, so that the wide side, which costs most, meets its factor alone.
+    The rule is merged into the factor of the narrower side, so that the wider, costlier side has a plain thin factor.
 
     >>> x, rule, left, right = torch.randn(6, 8), torch.randn(2, 2, 2), torch.randn(2, 4, 1), torch.randn(2, 1, 3)
     >>> dense = x @ kronecker_sum(rule, left @ right)

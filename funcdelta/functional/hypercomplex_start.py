@@ -1,4 +1,4 @@
-"""First values of hypercomplex layers: rules near zero, and weights by Glorot or of a small normal spread.
+"""Initial values of hypercomplex layers: rules near zero, and weights by Glorot or from a narrow normal distribution.
 
 Source: Karimi Mahabadi et al. 2021, "Compacter"; the distributions and their names are OpenDelta's.
 """
@@ -16,7 +16,7 @@ RULE_SPREAD = 0.01
 
 
 def fresh_rule(kind: str, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-    """A rule, or a factor of one: ``normal`` N(0, 0.01) or ``uniform`` U(±0.01).
+    """A rule, or a factor of one: ``normal`` N(0, 0.01²) or ``uniform`` U(±0.01).
 
     >>> bool(fresh_rule("uniform", (4, 4, 4), torch.Generator()).abs().max() <= 0.01)
     True
@@ -27,7 +27,7 @@ def fresh_rule(kind: str, shape: tuple[int, ...], rng: torch.Generator) -> Tenso
 
 
 def fresh_blocks(kind: str, shape: tuple[int, ...], spread: float, rng: torch.Generator) -> Tensor:
-    """Blocks (n, rows, columns), or factors of them: ``normal`` N(0, spread), or one of Glorot's distributions.
+    """Blocks (n, rows, columns), or factors of them: ``normal`` N(0, spread²), or one of Glorot's distributions.
 
     >>> fresh_blocks("normal", (2, 3, 1), 0.0, torch.Generator()).abs().sum()
     tensor(0.)

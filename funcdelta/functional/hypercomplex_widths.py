@@ -1,4 +1,4 @@
-"""Widths d whose hypercomplex adapter splits evenly: d and its bottleneck d // factor are multiples of n."""
+"""Finds widths d that fit a hypercomplex adapter: d and its bottleneck d // factor are multiples of n."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def fits(width: int, division: int, factor: int) -> bool:
-    """Whether a site of that width and its bottleneck split into equal parts.
+    """Whether ``width`` and its bottleneck can be divided into equal parts.
 
     >>> fits(64, division=4, factor=16), fits(60, division=4, factor=16)
     (True, False)
@@ -16,13 +16,13 @@ def fits(width: int, division: int, factor: int) -> bool:
 
 
 def nearby(width: int, division: int, factor: int) -> list[int]:
-    """The next widths that fit, below (where there is one) and above.
+    """The closest widths that fit, below (if there is one) and above.
 
     >>> nearby(100, division=4, factor=16)
     [76, 128]
     """
     below = next((smaller for smaller in range(width - 1, 0, -1) if fits(smaller, division, factor)), None)
-    # The widths whose bottleneck is a multiple of n begin with a multiple of n.
+    # Start from the first width whose bottleneck is a multiple of n, then round up to a multiple of n.
     bottleneck = max(width + 1, division * factor) // factor // division * division
     above = max(width + 1, bottleneck * factor)
     above += -above % division
@@ -31,7 +31,7 @@ def nearby(width: int, division: int, factor: int) -> list[int]:
 
 
 def remedies(width: int, division: int, factor: int) -> dict[str, list[int]]:
-    """Other values of either setting with which this width fits, the other left as it is; at most four of each.
+    """Values of either setting, with the other unchanged, for which this width fits; at most four of each.
 
     >>> remedies(32, division=4, factor=16)
     {'hypercomplex_division': [2], 'reduction_factor': [2, 4, 7, 8]}

@@ -1,7 +1,7 @@
-"""The network that writes prefixes: ``W₂ tanh(W₀ E + b₀) + b₂`` for each of P tokens.
+"""The network that computes prefixes: ``W₂ tanh(W₀ E + b₀) + b₂`` for each of P tokens.
 
 Shapes: E ``wte.weight`` (P, e), W₀ ``control_trans.0.weight`` (m, e), W₂ ``control_trans.2.weight`` (outputs, m), and
-biases. Source: Li and Liang 2021, "Prefix-Tuning"; names and starts are OpenDelta's.
+biases. Source: Li and Liang 2021, "Prefix-Tuning"; names and initial values are OpenDelta's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def fresh_network(tokens: int, embedding: int, hidden: int, outputs: int, rng: torch.Generator) -> dict[str, Tensor]:
-    """First leaves: a table of N(0, 1), layers as ``torch.nn.Linear`` starts.
+    """Initial leaves: a table from N(0, 1), and layers initialised like ``torch.nn.Linear``.
 
     >>> leaves = fresh_network(3, embedding=4, hidden=5, outputs=6, rng=torch.Generator())
     >>> {name: tuple(leaf.shape) for name, leaf in leaves.items()}["control_trans.2.weight"]

@@ -1,8 +1,8 @@
-"""Members without a map: a function of each token alone takes the tokens of all n members in batched products.
+"""Runs a function that acts on each token alone for all n members at once, by batched products instead of vmap.
 
-Hidden values are given as (n, T, d), with a member's rows and tokens in one axis, matrices as (n, a, b), vectors as
-(n, 1, d) and numbers as (n, 1, 1). What matrix products and elementwise operations compute of a member's own tensors
-they then compute of each member's, so the method's function is called once, with no ``torch.vmap`` around it.
+Hidden values are (n, T, d), with a member's rows and tokens in one axis; matrices are (n, a, b), vectors (n, 1, d) and
+numbers (n, 1, 1). With these shapes, matrix products and elementwise operations that are written for one member
+compute each member's result, so the method's function is called once, without ``torch.vmap``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Tokenwise:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x Wᵀ + b`` over the last axis, for one member or, with leaves as above, for each of n.
+    """``x Wᵀ + b`` over the last axis, for one member or, with leaves as above, for n members.
 
     >>> x, weight, bias = torch.randn(3, 5, 4), torch.randn(3, 2, 4), torch.randn(3, 2)
     >>> many = linear(x, weight, bias.unsqueeze(1))

@@ -1,4 +1,4 @@
-"""Deltas in the formats of other libraries: one package a library."""
+"""Reads and writes the formats of other libraries, with one package per library."""
 
 from .opendelta import load_opendelta, save_opendelta
 from .peft import from_peft, load_peft, save_peft, to_peft

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -49,6 +49,12 @@ class Additive(BaseDeltaConfig):
         factors = self.low_rank(site, p)
         if factors is None:
             raise ConfigError(f"{type(self).__name__} gives neither change(self, site, p) nor low_rank(self, site, p).")
+        if not isinstance(factors, LowRank):
+            raise ConfigError(
+                f"{type(self).__name__}.low_rank gave {type(factors).__name__} at {site.address}; expected "
+                f"fd.LowRank(b, a, scale)."
+            )
+        factors.check(self.matrix_shape(site), f"{type(self).__name__}.low_rank at {site.address}")
         return factors.dense(self.parts(site))
 
     def low_rank(self, site: Site, p: dict[str, Tensor]) -> LowRank | None:
@@ -100,12 +106,24 @@ class Additive(BaseDeltaConfig):
         x, parts, factors = self.entering(site, p, x), self.parts(site), self.low_rank(site, p)
         if factors is not None:
             return factors.onto(site, y, x, parts)
-        return y + through(site, self.change(site, p), x, y, parts)
+        return y + through(site, self._checked(site, self.change(site, p)), x, y, parts)
 
     def weights(self, site: Site, p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
         """``W + ΔW``, in the layout of the module's weight."""
         name = site.tensor or "weight"
-        return w | {name: w[name] + to_weight(site, self.change(site, p), self.parts(site))}
+        change = self._checked(site, self.change(site, p))
+        return w | {name: w[name] + to_weight(site, change, self.parts(site))}
+
+    def _checked(self, site: Site, change: Any) -> Tensor:
+        """``change`` if it has the shape of ΔW: others would spread over the weight, or fail inside of torch."""
+        expected = self.matrix_shape(site)
+        if not isinstance(change, Tensor) or change.shape != expected:
+            found = tuple(change.shape) if isinstance(change, Tensor) else type(change).__name__
+            raise ConfigError(
+                f"{type(self).__name__} gave the change {found} at {site.address}; expected a matrix of the shape "
+                f"{expected}, which is self.matrix_shape(site): the rows of the output first."
+            )
+        return change
 
     def holds_on_values(self, site: Site) -> bool:
         return formula_holds(site)
@@ -120,7 +138,7 @@ class Additive(BaseDeltaConfig):
 
     def acts(self, site: Site) -> Acts:
         parts, acts = self.parts(site), super().acts(site)
-        if not self.has_factors:
+        if not self.has_factors or acts.conditions:
             return acts
         if parts:
             names = ", ".join(part.name for part in parts)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, MatchError
-from .acts import OWN, Acts, Params, on_leaves
+from .acts import CALL, OWN, Acts, Params, on_leaves
 from .config import AutoDeltaConfig, BaseDeltaConfig
 from .leaf import FIXED, Leaf, Leaves, as_leaves
 from .own import Own
@@ -52,7 +52,8 @@ class Composition(BaseDeltaConfig):
     parts: tuple[BaseDeltaConfig, ...] = field(default=(), repr=True)
 
     def __post_init__(self) -> None:
-        parts = tuple(AutoDeltaConfig.from_dict(part) if isinstance(part, Mapping) else part for part in self.parts)
+        given = self.parts if isinstance(self.parts, (tuple, list)) else (self.parts,)
+        parts = tuple(AutoDeltaConfig.from_dict(part) if isinstance(part, Mapping) else part for part in given)
         what = self.delta_type
         if not parts or not all(isinstance(part, BaseDeltaConfig) for part in parts):
             raise ConfigError(f"fd.{what} takes configs: fd.{what}(fd.LoraConfig(lora_r=4), fd.AdapterConfig()).")
@@ -67,19 +68,23 @@ class Composition(BaseDeltaConfig):
             said = next((name for name in OF_THE_WHOLE if getattr(part, name) != defaults[name]), None)
             if said is not None:
                 raise ConfigError(f"{said} of a part holds for all parts: write fd.{what}(..., {said}=...).")
-        given = {part.modified_modules: part for part in parts if part.modified_modules is not None}
+        named = {part.modified_modules: part for part in parts if part.modified_modules is not None}
         if self.modified_modules is not None:
-            given = {tuple(self.modified_modules): self, **given}
-        if len(given) > 1:
-            first, other = list(given)[:2]
+            named = {tuple(self.modified_modules): self, **named}
+        if len(named) > 1:
+            first, other = list(named)[:2]
             raise ConfigError(
                 f"The parts of fd.{what} act at the same sites; found modified_modules={list(first)} and "
                 f"{list(other)}. Name them once, fd.{what}(..., modified_modules=[...]), or give the delta two configs."
             )
-        if given:
-            object.__setattr__(self, "modified_modules", next(iter(given)))
-        if any(part.name == OWN.removesuffix(".") for part in parts):
-            raise ConfigError('A part is called "own", as what methods read of the site is: give it another name=.')
+        if named:
+            object.__setattr__(self, "modified_modules", next(iter(named)))
+        taken = next((part.name for part in parts if f"{part.name}." in (OWN, CALL)), None)
+        if taken is not None:
+            raise ConfigError(
+                f'A part is called "{taken}", as what methods read of the site ("own") and of the call ("call") is: '
+                f"give it another name=."
+            )
         alone = tuple(part.replace(modified_modules=None) for part in parts)
         object.__setattr__(self, "parts", alone)
         super().__post_init__()
@@ -106,7 +111,14 @@ class Composition(BaseDeltaConfig):
         return any(part.gives(function) for part in self.parts)
 
     def default_names(self) -> tuple[str, ...]:
-        return self.parts[0].default_names()
+        names = {part.default_names(): name for name, part in self.named.items()}
+        if len(names) > 1:
+            told = "; ".join(f"{part} at {', '.join(own) or 'none'}" for own, part in list(names.items())[:2])
+            raise MatchError(
+                f"The parts of fd.{self.delta_type} have other sites of their own ({told}), and act at the same ones: "
+                f"name these, fd.{self.delta_type}(..., modified_modules=[...])."
+            )
+        return next(iter(names))
 
     def takes_tensors(self) -> bool:
         return all(part.takes_tensors() for part in self.parts)
@@ -154,8 +166,9 @@ class Composition(BaseDeltaConfig):
         given = [part.leaves(site, own, one) for part, one in zip(self.parts, self._generators(rng), strict=True)]
         return self._under_names(given)
 
-    def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> Leaves:
-        given = [part.shared(sites, one) for part, one in zip(self.parts, self._generators(rng), strict=True)]
+    def shared_leaves(self, sites: tuple[Site, ...], own: Mapping[str, Own], rng: torch.Generator) -> Leaves:
+        generators = self._generators(rng)
+        given = [part.shared_leaves(sites, own, one) for part, one in zip(self.parts, generators, strict=True)]
         return self._under_names(given)
 
     def expand(self, sites: tuple[Site, ...], p: Params) -> dict[str, Params]:
@@ -202,7 +215,7 @@ def part_of(p: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """
     start = f"{name}."
     own = {leaf.removeprefix(start): tensor for leaf, tensor in p.items() if leaf.startswith(start)}
-    return own | {leaf: tensor for leaf, tensor in p.items() if leaf.startswith(OWN)}
+    return own | {leaf: tensor for leaf, tensor in p.items() if leaf.startswith((OWN, CALL))}
 
 
 def _named_axis(word: str, part: str) -> str:

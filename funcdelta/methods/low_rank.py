@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..functional.tokenwise import linear
 from ..structures.parts import Part, place
 from .layers import LINEAR, through_factors
@@ -42,6 +43,25 @@ class LowRank(NamedTuple):
             return (b @ a).unflatten(1, self.a.shape[1:])
         pairs = zip(b.split([part.size for part in parts], 0), a.chunk(len(parts), 0), strict=True)
         return torch.cat([rows @ columns for rows, columns in pairs])
+
+    def check(self, shape: tuple[int, ...], who: str) -> None:
+        """Raises ``ConfigError`` unless these are factors of a matrix of that shape, of one member.
+
+        >>> LowRank(torch.ones(1, 3), torch.ones(2, 1), torch.tensor(2.0)).check((3, 2), "MyConfig.low_rank at dense")
+        Traceback (most recent call last):
+        ...
+        funcdelta.errors.ConfigError: MyConfig.low_rank at dense gave factors b (1, 3) and a (2, 1); expected b...
+        """
+        rows, columns = shape[: self.b.ndim - 1], shape[self.b.ndim - 1 :]
+        rank = self.b.shape[-1]
+        own = self.a.shape[self.b.ndim - 2] if self.a.ndim > self.b.ndim - 2 else 0
+        many, wide = tuple(self.a.shape[: self.b.ndim - 2]), tuple(self.a.shape[self.b.ndim - 1 :])
+        if tuple(self.b.shape[:-1]) != rows or many != rows[:-1] or wide != columns or not rank or own % rank:
+            of_a = ", ".join(map(str, (*rows[:-1], "r", *columns)))
+            raise ConfigError(
+                f"{who} gave factors b {tuple(self.b.shape)} and a {tuple(self.a.shape)}; expected b "
+                f"({', '.join(map(str, rows))}, r) and a ({of_a})."
+            )
 
     def onto(self, site: Site, y: Tensor, x: Tensor, parts: tuple[Part, ...]) -> Tensor:
         """``y + s B (A x)``: two thin products; of a linear layer for one member or, tokenwise, for each of many."""

@@ -1,7 +1,7 @@
-"""Functional optimisers and schedules whose hyper-parameters may be one value a member.
+"""Functional optimisers and schedules whose hyper-parameters may be one value per member.
 
-What they compute is told by :mod:`funcdelta.optim.rules`; :mod:`~funcdelta.optim.schedules` has functions of the
-step, and :mod:`~funcdelta.optim.groups` multipliers that depend on the leaf.
+:mod:`funcdelta.optim.rules` explains their protocol; :mod:`~funcdelta.optim.schedules` has functions of the step, and
+:mod:`~funcdelta.optim.groups` has factors that depend on the leaf.
 """
 
 from .lion import LionState, lion

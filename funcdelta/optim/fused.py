@@ -1,10 +1,10 @@
-"""Adam's step by torch's fused kernel, which passes over memory once where plain operators pass a dozen times.
+"""Adam's step by torch's fused kernel, which passes over memory once instead of a dozen times.
 
-The kernel writes into what it is given, so it is given copies. It knows one number each of the betas, eps and steps
-taken, and reads them; the learning rate and the decay may be one value a member, for they only scale what it computes.
-Where any of this does not hold, or somebody watches (a transform, autograd, the compiler, a dispatch mode), the plain
-operators of :mod:`funcdelta.optim.rules` do the step. Both agree to rounding: moments to 2 units in the last place,
-updates to 8.
+The kernel works in place, so it gets copies. It takes betas, eps and the number of steps as one Python number each.
+The learning rate and the decay may be one value per member, because they only scale its result. If this does not
+hold, or something observes the operators (a transform, autograd, the compiler, a dispatch mode), the plain operators
+of :mod:`funcdelta.optim.rules` make the step. Both agree to rounding: moments to 2 units in the last place, updates
+to 8.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .moving import How, Moving, alive, decayed
 __all__ = ["Adam", "Kernel", "kernel_for"]
 
 TOGETHER = 1 << 17
-"""Entries after which a batch of leaves ends: what one pass leaves in the processor's cache, the next finds there."""
+"""Entries per batch of leaves, few enough that one pass finds in the processor's cache what the last one left."""
 
-# What torch.optim itself calls; it has no public name.
+# torch.optim itself calls this; it has no public name.
 _fused_adamw: Any = torch._fused_adamw_  # pyright: ignore[reportPrivateImportUsage]
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
@@ -36,11 +36,11 @@ _KINDS = frozenset({torch.float32, torch.float64})
 
 
 class Kernel(NamedTuple):
-    """What one call of the fused kernel knows of the step: numbers that all members share.
+    """The fused kernel with the numbers that all members share.
 
     Attributes:
         beta1, beta2, eps: as in :func:`~funcdelta.optim.adam`.
-        taken: steps with this one.
+        taken: the number of steps, including this one.
     """
 
     beta1: float
@@ -64,10 +64,10 @@ class Kernel(NamedTuple):
 
 
 def kernel_for(values: Values, step: Tensor, moving: list[Moving], *moments: dict[str, Tensor]) -> Kernel | None:
-    """The kernel of this step; ``None`` where the plain operators have to do it."""
+    """The kernel for this step; ``None`` if the plain operators have to make it."""
     if torch.compiler.is_compiling() or inside_transform():
         return None
-    # Modes see or change what runs; tangents of forward mode would be lost.
+    # Dispatch modes observe or change operators, and the kernel would lose forward-mode tangents.
     if torch._C._len_torch_dispatch_stack() or forward_ad._current_level >= 0:
         return None
     kept = [held[one.name] for held in moments for one in moving]
@@ -79,7 +79,7 @@ def kernel_for(values: Values, step: Tensor, moving: list[Moving], *moments: dic
         return None
     found = [values.number(name) for name in ("beta1", "beta2", "eps")]
     taken = step.reshape(-1).tolist()
-    # Without eps an entry that has had no gradient would be 0 / 0.
+    # Without eps, an entry that never had a gradient would become 0 / 0.
     if None in found or not found[2] or len(set(taken)) != 1:
         return None
     beta1, beta2, eps = (float(one or 0.0) for one in found)
@@ -87,7 +87,7 @@ def kernel_for(values: Values, step: Tensor, moving: list[Moving], *moments: dic
 
 
 def _reads(tensors: Iterable[Tensor], kinds: frozenset[torch.dtype] | None) -> bool:
-    """Whether all are ordinary tensors in the CPU's memory that no graph is built on."""
+    """Whether all are ordinary CPU tensors with which autograd builds no graph."""
     tensors = list(tensors)
     return (
         _PLAIN.issuperset(map(type, tensors))
@@ -98,14 +98,14 @@ def _reads(tensors: Iterable[Tensor], kinds: frozenset[torch.dtype] | None) -> b
 
 
 class Adam(NamedTuple):
-    """One step of either Adam with what :class:`Kernel` does not know.
+    """One step of Adam or AdamW, including what :class:`Kernel` does not handle.
 
     Attributes:
-        kernel: what all leaves share.
+        kernel: the kernel, with what all leaves share.
         values, chosen: the rate and the decay of every leaf.
-        step: as in the state, () or (n,).
-        decays, decoupled: whether there is weight decay, and whether it passes by the moments.
-        known: whether it is known that all of the leaves train (:func:`~funcdelta.optim.moving.alive`).
+        step: the state's step, () or (n,).
+        decays, decoupled: whether there is weight decay, and whether it bypasses the moments.
+        known: whether all leaves are known to train (:func:`~funcdelta.optim.moving.alive`).
     """
 
     kernel: Kernel
@@ -119,23 +119,23 @@ class Adam(NamedTuple):
     def results(
         self, moving: list[Moving], mu: dict[str, Tensor], nu: dict[str, Tensor], how: How
     ) -> dict[str, Tensor]:
-        """The updates by name, or the new leaves; ``mu`` and ``nu`` get the new moments."""
+        """The updates, or the new leaves, by name; the new moments go into ``mu`` and ``nu``."""
         found: dict[str, Tensor] = {}
         if how.donated and not _apart(moving, mu, nu):
             how = how._replace(donated=False)
         for (rate, shrinks), leaves in self._groups(moving).items():
             if how.onto and self._is_all_said(leaves, rate, shrinks, nu):
-                # Between passes over memory Python finds its caches empty: one call for all, as no pass follows.
+                # No further pass follows, so batches would gain nothing: one call for all leaves.
                 found |= self._moved(leaves, rate, shrinks, mu, nu, how)
                 continue
-            # New leaves are made of the changes, which need no memory of their own for longer than a batch.
+            # New leaves are computed from changes, whose memory is reused from batch to batch.
             scratch: dict[torch.dtype, Tensor] | None = {} if how.onto else None
             for batch in _batches(leaves):
                 found |= self._changed(batch, rate, shrinks, mu, nu, how, scratch)
         return found
 
     def _groups(self, moving: list[Moving]) -> dict[tuple[str, bool], list[Moving]]:
-        """The leaves that have the same learning rate, by its name in ``values``, and decay or do not."""
+        """The leaves grouped by learning rate (its name in ``values``) and by whether they decay."""
         if self.chosen.alike:
             return {("lr", self.decays): moving}
         groups: dict[tuple[str, bool], list[Moving]] = {}
@@ -145,7 +145,7 @@ class Adam(NamedTuple):
         return groups
 
     def _is_all_said(self, leaves: list[Moving], rate: str, shrinks: bool, nu: dict[str, Tensor]) -> bool:
-        """Whether rate and decay are one number each, so that the kernel can move the leaves themselves."""
+        """Whether rate and decay are one number each, so that the kernel can compute the new leaves itself."""
         if self.values.number(rate) is None or any(one.leaf is not one.value for one in leaves):
             return False
         if not (shrinks and self.decoupled):
@@ -156,7 +156,7 @@ class Adam(NamedTuple):
     def _moved(
         self, leaves: list[Moving], rate: str, shrinks: bool, mu: dict[str, Tensor], nu: dict[str, Tensor], how: How
     ) -> dict[str, Tensor]:
-        """The new leaves, by the kernel alone."""
+        """The new leaves, computed by the kernel alone."""
         targets = [_room(one.value, how.donated) for one in leaves]
         decay = self.values.number("weight_decay") if shrinks and self.decoupled else 0.0
         self._run(targets, leaves, self.values.number(rate), decay, shrinks, mu, nu, how)
@@ -172,7 +172,7 @@ class Adam(NamedTuple):
         how: How,
         scratch: dict[torch.dtype, Tensor] | None,
     ) -> dict[str, Tensor]:
-        """The updates or the new leaves, from what the kernel makes of zeros."""
+        """The updates, or the new leaves, computed from the change that the kernel makes to zeros."""
         targets = _zeros(batch, scratch)
         number = self.values.number(rate)
         self._run(targets, batch, 1.0 if number is None else number, 0.0, shrinks, mu, nu, how)
@@ -205,7 +205,7 @@ class Adam(NamedTuple):
         nu: dict[str, Tensor],
         how: How,
     ) -> None:
-        """Have the kernel move ``targets`` by the leaves' gradients, and their moments."""
+        """Run the kernel on ``targets`` with the leaves' gradients; it also updates their moments."""
         gradients = [one.gradient.contiguous() for one in leaves]
         if shrinks and not self.decoupled:
             gradients = [self._with_decay(one, nu[one.name]) for one in leaves]
@@ -215,25 +215,25 @@ class Adam(NamedTuple):
         self.kernel(targets, gradients, first, second, lr or 0.0, decay or 0.0)
 
     def _with_decay(self, one: Moving, nu: Tensor) -> Tensor:
-        """The gradient of a leaf whose weight decay is part of it."""
+        """The gradient of a leaf plus its weight decay."""
         factor = self.values("weight_decay", one.value, one.name)
         return decayed(one.gradient, one.value, factor, self._live(one.gradient, nu)).contiguous()
 
     def _live(self, *evidence: Tensor) -> Tensor | None:
-        """As :func:`~funcdelta.optim.moving.alive`, after a look at one entry a member, which mostly is enough."""
+        """As :func:`~funcdelta.optim.moving.alive`, but checks one entry per member first, which usually suffices."""
         if self.known or any(bool(_first(one, self.step.ndim).all()) for one in evidence):
             return None
         return alive(False, self.step, *evidence)
 
 
 def _first(tensor: Tensor, axes: int) -> Tensor:
-    """One entry a member."""
+    """One entry per member."""
     flat = tensor.reshape((*tensor.shape[:axes], -1)) if tensor.ndim >= axes else tensor
     return flat[..., :1] if flat.numel() else flat.new_zeros(())
 
 
 def _zeros(batch: list[Moving], scratch: dict[torch.dtype, Tensor] | None) -> list[Tensor]:
-    """Zeros for every leaf; with ``scratch`` in memory that is used again for the next batch."""
+    """Zeros for every leaf; with ``scratch``, in memory that the next batch will reuse."""
     dtype = batch[0].value.dtype
     if scratch is None or any(one.value.dtype != dtype for one in batch):
         return [torch.zeros_like(one.value, memory_format=torch.contiguous_format) for one in batch]
@@ -245,7 +245,7 @@ def _zeros(batch: list[Moving], scratch: dict[torch.dtype, Tensor] | None) -> li
 
 
 def _added(leaf: Tensor, change: Tensor, lr: Tensor | None, shrink: Tensor | None, donated: bool) -> Tensor:
-    """(1 + shrink)·leaf + lr·change, in as few passes as may be; into the leaf itself if it was given away."""
+    """(1 + shrink)·leaf + lr·change in as few passes as possible; written into the leaf if it was donated."""
     room = leaf if donated and leaf.is_contiguous() and not leaf.is_inference() else None
     if shrink is not None:
         room = leaf = torch.mul(leaf, 1 + shrink, out=room)
@@ -268,14 +268,14 @@ def _batches(moving: list[Moving]) -> Iterator[list[Moving]]:
 
 
 def _apart(moving: list[Moving], mu: dict[str, Tensor], nu: dict[str, Tensor]) -> bool:
-    """Whether no two of the tensors share memory, so that each may be written into."""
+    """Whether no two of the tensors share memory, so that each may be overwritten."""
     tensors = [x for one in moving for x in (one.value, one.gradient, mu[one.name], nu[one.name]) if x.is_contiguous()]
     places = sorted([(begin := x.data_ptr(), begin + x.nbytes) for x in tensors if x.numel()])
     return all(end <= begin for (_, end), (begin, _) in itertools.pairwise(places))
 
 
 def _room(tensor: Tensor, donated: bool) -> Tensor:
-    """Where the kernel may write the tensor's new values: a copy, or, if it was given away, itself."""
+    """The tensor that the kernel may overwrite with new values: a copy, or itself if it was donated."""
     if donated and tensor.is_contiguous() and not tensor.is_inference():
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)

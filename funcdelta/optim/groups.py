@@ -1,4 +1,4 @@
-"""Hyper-parameters that depend on the leaf: factors of the learning rate, and which leaves decay."""
+"""Hyper-parameters that depend on the leaf: factors of the learning rate, and the choice of leaves that decay."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ __all__ = ["Chosen", "Groups"]
 class Groups:
     """``groups`` = {selector: factor of lr} and ``decay_mask`` = selector of the leaves that decay.
 
-    Selectors are as in ``fd.partition``, several names as a tuple. A leaf in several groups gets the product of their
-    factors. LoRA+ (Hayou et al. 2024) is ``{"lora_B": 16}``.
+    Selectors are those of ``fd.partition``, with several names as a tuple. A leaf in several groups gets the product of
+    their factors. LoRA+ (Hayou et al. 2024) is ``{"lora_B": 16}``.
 
     >>> chosen = Groups({"lora_B": 16.0}, None).of({"q.lora_A": torch.ones(2), "q.lora_B": torch.ones(2)})
     >>> chosen.factors
@@ -29,22 +29,22 @@ class Groups:
     def __init__(self, groups: Mapping[Any, Hyper] | None, decay_mask: Selector | None) -> None:
         if groups is not None and not isinstance(groups, Mapping):
             raise ConfigError(
-                f'groups is a dict {{selector: factor of lr}}, for example {{"head": 0.1}}; found {groups!r}.'
+                f'groups must be a dict {{selector: factor of lr}}, such as {{"head": 0.1}}; found {groups!r}.'
             )
         self._selectors = {_label(key): key for key in groups or {}}
         self.hypers: dict[str, Hyper] = {_label(key): factor for key, factor in (groups or {}).items()}
         if decay_mask is None or isinstance(decay_mask, str) or callable(decay_mask):
             self.decay_mask = decay_mask
         elif isinstance(decay_mask, Iterable):
-            self.decay_mask = tuple(decay_mask)  # an iterator would be empty at the second update
+            self.decay_mask = tuple(decay_mask)  # an iterator would be exhausted by the second update
         else:
             raise ConfigError(
-                f"decay_mask says which leaves decay: names or a predicate, keep(name) or keep(name, leaf); found "
-                f"{decay_mask!r}. For no weight decay at all write weight_decay=0.0."
+                f"decay_mask must select the leaves that decay, by names or a predicate, keep(name) or "
+                f"keep(name, leaf); found {decay_mask!r}. For no weight decay at all write weight_decay=0.0."
             )
 
     def of(self, params: Any) -> Chosen:
-        """Which leaves of ``params`` the selectors mean; raises ``MatchError`` for a name that means none."""
+        """The selectors applied to ``params``; raises ``MatchError`` for a name that selects no leaf."""
         if not self._selectors and self.decay_mask is None:
             return Chosen({}, None)
         leaves = {name: leaf for name, leaf in named(params) if isinstance(leaf, Tensor)}
@@ -67,11 +67,11 @@ class Chosen:
 
     @property
     def alike(self) -> bool:
-        """Whether all leaves are treated alike: no groups, and all decay."""
+        """Whether all leaves are treated alike, with no groups and no ``decay_mask``."""
         return not self.factors and self._decayed is None
 
     def decays(self, name: str) -> bool:
-        """Whether weight decay acts on the leaf."""
+        """Whether weight decay applies to the leaf."""
         return self._decayed is None or name in self._decayed
 
     def product(self, values: Values, hyper: str, name: str) -> str:
@@ -88,12 +88,12 @@ class Chosen:
         return product
 
     def scaled(self, values: Values, hyper: str, leaf: Tensor, name: str) -> Tensor:
-        """The value ``hyper`` times the factors of the leaf's groups, fitted to the leaf."""
+        """``hyper`` times the factors of the leaf's groups, in the leaf's dtype and shape."""
         return values(self.product(values, hyper, name), leaf, name)
 
 
 def _label(selector: Any) -> str:
-    """How a group is called in errors; unlike selectors have unlike labels."""
+    """The name of a group in errors, unique for each selector."""
     return f"groups[{selector!r}]"
 
 

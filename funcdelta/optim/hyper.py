@@ -1,4 +1,4 @@
-"""Hyper-parameters of optimisers: numbers, tensors with one value a member, or schedules of the step."""
+"""Hyper-parameters of optimisers: numbers, tensors with one value per member, or schedules of the step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BELOW_ONE = ("beta1", "beta2")
 
 
 def checked(**hypers: Hyper) -> dict[str, Hyper]:
-    """The hyper-parameters, after a check of all that can be seen without reading a tensor's values.
+    """The hyper-parameters, after all checks that do not need to read a tensor's values.
 
     >>> checked(lr=0.1, eps=1e-8)
     {'lr': 0.1, 'eps': 1e-08}
@@ -26,17 +26,17 @@ def checked(**hypers: Hyper) -> dict[str, Hyper]:
         if isinstance(value, Tensor):
             if value.ndim > 1 or value.is_complex() or value.dtype == torch.bool:
                 raise ConfigError(
-                    f"{name} is a number, a tensor () or a tensor (n,) with one value a member; found shape "
+                    f"{name} must be a number, a tensor () or a tensor (n,) with one value per member; found shape "
                     f"{tuple(value.shape)}, {value.dtype}."
                 )
         elif isinstance(value, int | float) and not isinstance(value, bool):
             below = 1.0 if name in _BELOW_ONE else float("inf")
             if not 0.0 <= value < below:
-                raise ConfigError(f"{name} lies in [0, {below:g}); found {value!r}.")
+                raise ConfigError(f"{name} must be in [0, {below:g}); found {value!r}.")
         elif not callable(value):
             hint = f" Write {name}=torch.tensor({list(value)!r})." if isinstance(value, list | tuple) else ""
             raise ConfigError(
-                f"{name} is a number, a tensor () or (n,), or a schedule of the step; found {value!r}.{hint}"
+                f"{name} must be a number, a tensor () or (n,), or a schedule of the step; found {value!r}.{hint}"
             )
     members_of(hypers)
     return hypers
@@ -52,9 +52,9 @@ def is_zero(value: Hyper) -> bool:
 
 
 def members_of(hypers: Mapping[str, Hyper], step: Tensor | None = None) -> int | None:
-    """The n of the hyper-parameters that are (n,); ``None`` if there are none.
+    """The n of hyper-parameters with shape (n,); ``None`` if there are none.
 
-    Schedules are asked at ``step`` where one is given. Raises ``ConfigError`` where two disagree.
+    Schedules are evaluated at ``step`` if it is given. Raises ``ConfigError`` if two disagree.
 
     >>> members_of({"lr": torch.tensor([0.1, 0.2]), "eps": 1e-8})
     2
@@ -73,9 +73,9 @@ def members_of(hypers: Mapping[str, Hyper], step: Tensor | None = None) -> int |
 
 
 class Values:
-    """The hyper-parameters at one step as float64 tensors (``of``), and each fitted to a leaf (a call).
+    """The hyper-parameters at one step as float64 tensors (``of``); a call returns one in a leaf's dtype and shape.
 
-    float64, because 1 - 0.999 and powers of it lose half their digits in float32; there are few of them.
+    float64, because 1 - 0.999 and powers of it lose half their digits in float32; there are only a few of them.
 
     >>> values = Values({"lr": torch.tensor([0.1, 0.2])}, torch.zeros(2, dtype=torch.int64))
     >>> values("lr", torch.ones(2, 3, 4), "w").shape
@@ -90,7 +90,7 @@ class Values:
         self._numbers: dict[str, float | None] = {}
 
     def _at(self, name: str, hyper: Hyper, step: Tensor) -> Tensor:
-        """One hyper-parameter at ``step``, a tensor () or (n,)."""
+        """One hyper-parameter at ``step`` as a tensor () or (n,)."""
         value = hyper if isinstance(hyper, Tensor) or not callable(hyper) else hyper(step)
         if not isinstance(value, Tensor):
             return torch.full((), value, dtype=self.dtype, device=step.device)
@@ -104,7 +104,7 @@ class Values:
         return value.to(dtype=self.dtype, device=step.device)
 
     def __call__(self, name: str, leaf: Tensor, leaf_name: str) -> Tensor:
-        """The value ``name`` in the leaf's dtype, on its device; one value a member is shaped (n, 1, ...)."""
+        """The value ``name`` in the leaf's dtype and on its device; one value per member has shape (n, 1, ...)."""
         value = self.of[name]
         if value.ndim and (leaf.ndim == 0 or leaf.shape[0] != value.shape[0]):
             raise StackError(
@@ -118,7 +118,7 @@ class Values:
         return self._fitted[key]
 
     def number(self, name: str) -> float | None:
-        """The value ``name`` as a number, if it is one and the same for all members; it is read.
+        """The value ``name`` as a Python number if it is the same for all members, else ``None``.
 
         >>> values = Values({"lr": torch.tensor([0.5, 0.5]), "eps": 0.25}, torch.zeros(2, dtype=torch.int64))
         >>> values.number("lr"), values.number("eps")

@@ -1,4 +1,4 @@
-"""Lion: the sign of an interpolated momentum (Chen et al. 2023, arXiv:2302.06675)."""
+"""Lion: steps by the sign of an interpolated momentum (Chen et al. 2023, arXiv:2302.06675)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["LionState", "lion"]
 
 
 class LionState(NamedTuple):
-    """``step`` steps taken; ``mu`` the momentum by leaf name.
+    """``step``: steps taken; ``mu``: the momentum by leaf name.
 
     >>> lion(1e-4).init({"w": torch.ones(2)})
     LionState(step=tensor(0), mu={'w': tensor([0., 0.])})
@@ -40,9 +40,9 @@ def lion(
 ) -> Optimizer:
     """p ← p - lr·(sign(β₁m + (1-β₁)g) + wd·p); then m ← β₂m + (1-β₂)g.
 
-    One moment a leaf, and every entry moves by lr: take lr three to ten times smaller than Adam's, and weight decay
-    as much larger. ``trainable``, ``groups`` and ``decay_mask`` are as in :func:`~funcdelta.optim.sgd`. Derivatives
-    through the update pass the weight decay and lr; that of the sign is 0.
+    It keeps one moment per leaf, and every entry moves by lr: choose lr three to ten times smaller than Adam's, and
+    weight decay larger by the same factor. ``trainable``, ``groups`` and ``decay_mask`` are those of
+    :func:`~funcdelta.optim.sgd`. The update is differentiable in lr and weight decay; the sign's derivative is 0.
 
     Source: Chen et al. 2023, Symbolic Discovery of Optimization Algorithms, Algorithm 2.
 
@@ -54,7 +54,7 @@ def lion(
             [-0.0000, -0.2000]])
     """
     if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise ConfigError(f"betas is a pair (beta1, beta2); found {betas!r}.")
+        raise ConfigError(f"betas must be a pair (beta1, beta2); found {betas!r}.")
     grouped = Groups(groups, decay_mask)
     hypers = checked(lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, **grouped.hypers)
     decays = not is_zero(weight_decay)

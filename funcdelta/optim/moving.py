@@ -1,10 +1,9 @@
-"""Which leaves an optimiser moves, and one pass of a rule over them.
+"""Decides which leaves an optimiser moves, and applies a rule to them.
 
-Which leaves train is no state of the process: it is seen in what the optimiser is given. A delta's constants carry a
-mark (:mod:`funcdelta.trees.constants`) and get no moments. The mark is lost in transforms, in compiled code, in
-``leaf.to(...)``; but the gradient of a constant is zero, so that every rule leaves it where it is. Weight decay is the
-one term that would move it. So where nothing has said what trains, a leaf decays only once its gradient has been
-something other than zero (:func:`alive`).
+The decision depends only on what the optimiser is given. A delta's constants carry a mark
+(:mod:`funcdelta.trees.constants`) and get no moments. Transforms, compiled code and ``leaf.to(...)`` drop the mark; but
+the gradient of a constant is zero, so every rule leaves it in place. Only weight decay would move it. So if nothing
+says what trains, a leaf decays only after its first nonzero gradient (:func:`alive`).
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ __all__ = ["How", "Moving", "Tree", "alive", "begin", "decayed", "told", "zeros"
 def begin(
     params: Any, hypers: dict[str, Hyper], trainable: Selector | None, n: int | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Step 0, () or (n,), and the leaves that move."""
+    """``(step 0, the leaves that move)``, where the step is () or (n,)."""
     check_tree(params)
     pairs = [(name, dense(name, leaf)) for name, leaf in named(params) if isinstance(leaf, Tensor)]
     leaves = dict(pairs)
     if len(leaves) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ParamsError(f"Two leaves are called {twice!r}; moments are kept by name, so names must differ.")
+        raise ParamsError(f"Two leaves are called {twice!r}, but names must differ because moments are kept by name.")
     device = pairs[0][1].device if pairs else torch.device("cpu")
     found = members_of(hypers, torch.zeros((), dtype=torch.int64, device=device))
     n = n if n is None else count(n, "n", "members the stack has", least=1)
@@ -56,18 +55,18 @@ def begin(
 
 
 def _moving(leaves: dict[str, Tensor], trainable: Selector | None) -> dict[str, Tensor]:
-    """The leaves that an optimiser may move: of floating point, and chosen by a predicate, or else not marked."""
+    """The floating-point leaves that are selected; constants only if a predicate selects them."""
     chosen = set(leaves) if trainable is None else select(leaves, trainable)
     if not callable(trainable):
         chosen = {name for name in chosen if not is_constant(leaves[name])}
     for name in chosen:
         if leaves[name].is_complex():
-            raise ParamsError(f"Leaf {name!r} is {leaves[name].dtype}; the optimisers move real leaves only.")
+            raise ParamsError(f"Leaf {name!r} is {leaves[name].dtype}, but optimisers move real leaves only.")
     return {name: leaf for name, leaf in leaves.items() if name in chosen and leaf.is_floating_point()}
 
 
 def told(trainable: Selector | None, params: Any, *moments: Mapping[str, Tensor]) -> bool:
-    """Whether it is known that all leaves with moments train: a predicate chose them, or the others were marked.
+    """Whether all leaves with moments are known to train: a predicate selected them, or others were marked.
 
     >>> w, scale = torch.ones(2), torch.ones(())
     >>> told(None, {"w": w, "scale": scale}, {"w": w}), told(None, {"w": w, "scale": scale}, {"w": w, "scale": scale})
@@ -81,10 +80,10 @@ def told(trainable: Selector | None, params: Any, *moments: Mapping[str, Tensor]
 
 
 def alive(known: bool, step: Tensor, *evidence: Tensor) -> Tensor | None:
-    """Whether a leaf has a gradient to go by: some entry of its gradient or moments (``evidence``) is not zero.
+    """Whether a leaf trains, judging by a nonzero entry in its gradient or moments (``evidence``).
 
-    () or, where the state counts steps member by member, one value a member, (n, 1, ...). ``None`` where it is
-    ``known`` that the leaf trains, so that nothing has to be concluded.
+    The result is (), or one value per member, (n, 1, ...), if the step is (n,). It is ``None`` if the leaf is already
+    ``known`` to train.
 
     >>> alive(False, torch.tensor([3, 3]), torch.tensor([[0.0, 0.0], [0.0, 0.1]]))
     tensor([[False],
@@ -98,23 +97,23 @@ def alive(known: bool, step: Tensor, *evidence: Tensor) -> Tensor | None:
 
 
 def decayed(change: Tensor, leaf: Tensor, factor: Tensor, live: Tensor | None) -> Tensor:
-    """``change`` + ``factor`` · ``leaf`` where the leaf is ``live``, elsewhere ``change`` alone.
+    """``change + factor * leaf`` where the leaf is ``live``, elsewhere ``change`` alone.
 
     >>> decayed(torch.zeros(2), torch.ones(2), torch.tensor(-0.1), torch.tensor(False))
     tensor([0., 0.])
     """
     both = torch.addcmul(change, leaf, factor)
-    # Chosen, not multiplied by 0: a constant may be a mask of infinities.
+    # where(), not a factor of 0, because a constant may be a mask of infinities.
     return both if live is None else torch.where(live, both, change)
 
 
 def zeros(leaf: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
-    """A zero moment of a leaf."""
+    """A zero moment for a leaf."""
     return leaf.new_zeros(leaf.shape if shape is None else shape, dtype=compute_dtype(leaf.dtype))
 
 
 class Moving(NamedTuple):
-    """A leaf that moves, and its value and gradient in the dtype to compute in."""
+    """A leaf that moves, with its value and gradient in the dtype to compute in."""
 
     name: str
     leaf: Tensor
@@ -123,12 +122,12 @@ class Moving(NamedTuple):
 
 
 class How(NamedTuple):
-    """What a rule is to return.
+    """How to run a rule.
 
     Attributes:
-        onto: the new leaves instead of the updates.
-        donated: state and params were given away, so that their tensors may be written into.
-        known: whether all leaves with moments are known to train, where the caller knows more than :func:`told`.
+        onto: return the new leaves instead of the updates.
+        donated: state and params were given away, so their tensors may be overwritten.
+        known: overrides :func:`told` if the caller knows whether all leaves with moments train.
     """
 
     onto: bool = False
@@ -136,13 +135,13 @@ class How(NamedTuple):
     known: bool | None = None
 
     def result(self, one: Moving, update: Tensor) -> Tensor:
-        """The update in the leaf's dtype, or the leaf with it."""
+        """The update in the leaf's dtype, or the updated leaf."""
         update = update if update.dtype is one.leaf.dtype else update.to(one.leaf.dtype)
         return torch.add(one.leaf, update) if self.onto else update
 
 
 class Tree:
-    """Params together with their gradients: which leaves move, and a tree of the results.
+    """Params with their gradients: finds the leaves that move, and builds a tree of the results.
 
     >>> tree = Tree({"w": torch.ones(2)}, {"w": torch.zeros(2)}, {"w": torch.zeros(2), "b": torch.ones(1)}, None)
     >>> [one.name for one in tree.moving], tree.filled({"w": torch.ones(2)}, How())
@@ -175,12 +174,12 @@ class Tree:
             self.moving.append(Moving(name, leaf, _as(leaf, wide), _as(gradient, wide)))
 
     def moved(self, move: Callable[[str, Tensor, Tensor], Tensor], how: How) -> Any:
-        """What :meth:`filled` gives where ``move(name, value, gradient)`` is the update of each leaf that moves."""
+        """:meth:`filled` with the update ``move(name, value, gradient)`` of each leaf that moves."""
         results = {one.name: how.result(one, move(one.name, one.value, one.gradient)) for one in self.moving}
         return self.filled(results, how)
 
     def filled(self, results: Mapping[str, Tensor], how: How) -> Any:
-        """``results`` by name; the leaves that are not among them do not move."""
+        """A tree like params with ``results``; other leaves do not move."""
         found = [self._result(name, leaf, results, how) for name, leaf in self._pairs]
         return like(self._like, found)
 
@@ -196,7 +195,7 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _fits(name: str, leaf: Tensor, gradient: Any) -> None:
-    """Raise unless the gradient is a dense real tensor of the leaf's shape, on its device."""
+    """Raise unless the gradient is a dense real tensor with the leaf's shape and device."""
     if not isinstance(gradient, Tensor) or gradient.shape != leaf.shape:
         found = f"shape {tuple(gradient.shape)}" if isinstance(gradient, Tensor) else repr(gradient)
         raise ParamsError(f"The gradient of leaf {name!r} has {found}; the leaf has shape {tuple(leaf.shape)}.")
@@ -206,27 +205,27 @@ def _fits(name: str, leaf: Tensor, gradient: Any) -> None:
         raise ParamsError(f"The gradient of leaf {name!r} is {gradient.dtype}; the leaf is {leaf.dtype}.")
     if gradient.device != leaf.device:
         raise ParamsError(
-            f"The gradient of leaf {name!r} is on {gradient.device}, the leaf on {leaf.device}. Move one: "
+            f"The gradient of leaf {name!r} is on {gradient.device}, but the leaf on {leaf.device}. Move one: "
             f"gradient.to({str(leaf.device)!r})."
         )
     dense(f"gradient of {name}", gradient)
 
 
 def _same_members(name: str, leaf: Tensor, moment: Tensor) -> None:
-    """Raise where a moment has not its leaf's shape, or, as an empty mark (..., 0), not its members."""
+    """Raise unless a moment has its leaf's shape, or, if it is an empty placeholder (..., 0), its members."""
     if moment.shape[-1:] == (0,):
         fits = leaf.shape[: moment.ndim - 1] == moment.shape[:-1]
     else:
         fits = leaf.shape == moment.shape
     if not fits:
         raise StackError(
-            f"Leaf {name!r} has shape {tuple(leaf.shape)}, its moment in the state {tuple(moment.shape)}: "
-            "the state was made for other params. Take, stack and cat the state together with the params."
+            f"Leaf {name!r} has shape {tuple(leaf.shape)}, but its moment in the state has {tuple(moment.shape)}: the "
+            "state was made for other params. Apply fd.take, fd.stack and fd.cat to the state as to the params."
         )
 
 
 def _meant_to_stay(name: str, leaf: Tensor, gradient: Any, trainable: Selector | None) -> None:
-    """Raise where a leaf has a gradient and should move, but was not there when the state was made."""
+    """Raise if a leaf has a gradient and should move, but has no moments because the state was made without it."""
     if trainable is not None and not callable(trainable):
         return
     # A constant that has lost its mark has a gradient of zeros.
@@ -238,7 +237,7 @@ def _meant_to_stay(name: str, leaf: Tensor, gradient: Any, trainable: Selector |
 
 
 def _moves(gradient: Any) -> bool:
-    """Whether a gradient is known to be something other than zero."""
+    """Whether a gradient is known to be nonzero."""
     try:
         return not torch.compiler.is_compiling() and bool(torch.as_tensor(gradient).any())
     except RuntimeError:  # a transform or the meta device hides it

@@ -1,4 +1,4 @@
-"""Muon: the momentum of a matrix, made orthogonal (Jordan et al. 2024; Liu et al. 2025, arXiv:2502.16982)."""
+"""Muon: steps by the orthogonalised momentum of a matrix (Jordan et al. 2024; Liu et al. 2025, arXiv:2502.16982)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .rules import AdamState, Optimizer, Rule, adamw
 __all__ = ["MuonState", "muon", "orthogonalise"]
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Jordan's coefficients: steep at 0, and within about [0.7, 1.2] after five steps."""
+"""Jordan's coefficients: steep at 0, with singular values within about [0.7, 1.2] after five steps."""
 
 
 class MuonState(NamedTuple):
-    """``step`` steps taken; ``mu`` the momentum of the matrices by leaf name; ``adam`` the state of the other leaves.
+    """``step``: steps taken; ``mu``: the matrices' momentum by leaf name; ``adam``: the state of the other leaves.
 
     >>> state = muon(1e-3).init({"w": torch.ones(2, 2), "b": torch.ones(2)})
     >>> list(state.mu), list(state.adam.mu)
@@ -49,18 +49,18 @@ def muon(
     groups: Mapping[Any, Hyper] | None = None,
     decay_mask: Selector | None = None,
 ) -> Optimizer:
-    """m ← μm + (1-μ)g; p ← p - lr·(0.2·√max(rows, columns)·orthogonalise(m) + wd·p); AdamW where p is no matrix.
+    """m ← μm + (1-μ)g; p ← p - lr·(0.2·√max(rows, columns)·orthogonalise(m) + wd·p); AdamW if p is not a matrix.
 
-    nesterov: μm + (1-μ)g in place of m. The factor 0.2·√max(rows, columns) gives the step of a matrix the size of
-    AdamW's, so that one lr, found for AdamW, serves all leaves; :func:`orthogonalise` takes ``iterations``.
+    With ``nesterov``, m is replaced by μm + (1-μ)g. The factor 0.2·√max(rows, columns) makes a matrix's step as large
+    as AdamW's, so that an lr tuned for AdamW suits all leaves. ``iterations`` is passed to :func:`orthogonalise`.
 
-    ``matrices`` says which leaves are moved so; the others are moved by AdamW with ``betas`` and ``eps``. Default:
-    every leaf that has two axes in one member. Give ``opt.init(stack, n=...)`` for a stack: its first axis is then
-    no axis of the matrix. ``trainable``, ``groups`` and ``decay_mask`` are as in :func:`~funcdelta.optim.sgd`.
+    ``matrices`` selects the leaves for Muon; AdamW with ``betas`` and ``eps`` moves the others. By default, Muon moves
+    every leaf with two axes per member. For a stack write ``opt.init(stack, n=...)``, so that its first axis does not
+    count. ``trainable``, ``groups`` and ``decay_mask`` are those of :func:`~funcdelta.optim.sgd`.
 
-    Raises `StackError` where a leaf has three axes and nothing says whether the first is that of members.
+    Raises `StackError` if a leaf has three axes and nothing says whether the first is the member axis.
 
-    Source: Jordan et al. 2024, Muon; the factor: Liu et al. 2025, Muon is Scalable for LLM Training.
+    Source: Jordan et al. 2024, Muon; for the factor, Liu et al. 2025, Muon is Scalable for LLM Training.
 
     >>> opt = muon(lr=0.1, weight_decay=0.0)
     >>> params = {"w": torch.zeros(2, 2), "b": torch.zeros(2)}
@@ -72,7 +72,7 @@ def muon(
     tensor([-0.0696, -0.0161])
     """
     if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1:
-        raise ConfigError(f"iterations is a whole number of 1 or more; found {iterations!r}.")
+        raise ConfigError(f"iterations must be a whole number of at least 1; found {iterations!r}.")
     grouped = Groups(groups, decay_mask)
     others = cast(Rule, adamw(lr, betas, eps, weight_decay, groups=groups, decay_mask=grouped.decay_mask).update)
     hypers = checked(lr=lr, momentum=momentum, weight_decay=weight_decay, **grouped.hypers)
@@ -114,14 +114,14 @@ def muon(
 
 
 def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
-    """About UVᵀ of matrix = USVᵀ, by Newton-Schulz: X ← (a + b·XXᵀ + c·(XXᵀ)²)X from X = matrix / ‖matrix‖.
+    """Approximate UVᵀ of matrix = USVᵀ by Newton-Schulz: X ← (a + b·XXᵀ + c·(XXᵀ)²)X from X = matrix / ‖matrix‖.
 
     Args:
-        matrix: (..., rows, columns); each by itself. A zero matrix stays zero.
-        iterations: after five, singular values of at least 1 % of the norm lie within about [0.7, 1.2].
+        matrix: one or more matrices, (..., rows, columns). A zero matrix stays zero.
+        iterations: after five, singular values of at least 1 % of the norm are within about [0.7, 1.2].
 
-    Of a (rows, columns) matrix with r the smaller, one iteration takes 4·r²·max(rows, columns) + 2·r³ operations:
-    little for the factors of LoRA.
+    With r = min(rows, columns), an iteration takes 4·r²·max(rows, columns) + 2·r³ operations, which is cheap for the
+    factors of LoRA.
 
     >>> found = orthogonalise(torch.tensor([[2.0, 0.0, 0.0], [0.0, -0.5, 0.0]]))
     >>> torch.linalg.svdvals(found)
@@ -138,13 +138,13 @@ def orthogonalise(matrix: Tensor, iterations: int = 5) -> Tensor:
 
 
 def _matrices(moving: dict[str, Tensor], chosen: Selector | None, members: int) -> set[str]:
-    """The leaves that have two axes in one member; raises `StackError` where it cannot be told."""
+    """The names of leaves with two axes per member; raises `StackError` if that cannot be determined."""
     if chosen is None:
         unclear = next((name for name, leaf in moving.items() if not members and leaf.ndim > 2), None)
         if unclear is not None:
             shape = tuple(moving[unclear].shape)
             raise StackError(
-                f"Leaf {unclear!r} has shape {shape}: of a stack write opt.init(stack, n={shape[0]}); if "
+                f"Leaf {unclear!r} has shape {shape}. For a stack write opt.init(stack, n={shape[0]}); if "
                 "these are the axes of one member, write muon(..., matrices=lambda name, leaf: leaf.ndim == 2)."
             )
         return {name for name, leaf in moving.items() if leaf.ndim - members == 2}
@@ -154,6 +154,6 @@ def _matrices(moving: dict[str, Tensor], chosen: Selector | None, members: int) 
             raise StackError(
                 f"matrices: leaf {name!r} has shape {tuple(leaf.shape)}"
                 + (f" of {leaf.shape[0]} members" if members else "")
-                + ", which is no matrix (rows, columns) in one member. Of a stack write opt.init(stack, n=...)."
+                + ", which is not one matrix (rows, columns) per member. For a stack write opt.init(stack, n=...)."
             )
     return names

@@ -1,18 +1,17 @@
-"""Small functional optimisers: SGD, Adam and AdamW whose hyper-parameters may be one value a member.
+"""Functional optimisers: SGD, Adam and AdamW whose hyper-parameters may be one value per member.
 
-The protocol is optax's: ``state = opt.init(params)``, ``updates, state = opt.update(grads, state, params)``,
-new params are ``fd.tree.add(params, updates)``, and ``opt.step`` is both in one pass. Nothing is changed in place, but
-for what ``step`` is given away. Member by member, and for every leaf from its first gradient on, the numbers are those
-of ``torch.optim``.
+The protocol is optax's: ``state = opt.init(params)`` and ``updates, state = opt.update(grads, state, params)``; the new
+params are ``fd.tree.add(params, updates)``. ``opt.step`` does both in one pass. Nothing is changed in place, except
+what is given away to ``step`` (``donate=True``). For every member, and every leaf from its first gradient on, the
+numbers equal those of ``torch.optim``.
 
-A hyper-parameter is a number, a tensor (), a tensor (n,) with one value a member of a stack, or a schedule: a
-function of the step (an integer tensor, 0 at the first update, shaped as ``state.step``) that returns one of
+A hyper-parameter is a number, a tensor (), a tensor (n,) with one value per member of a stack, or a schedule: a
+function that takes the step (an integer tensor, 0 at the first update, shaped like ``state.step``) and returns one of
 these. Write schedules with tensor functions (``torch.where``), not with ``if``.
 
-The state is a pytree of tensors: ``step`` is () for one member and (n,) for a stack, and moments are dicts
-by leaf name. ``fd.take``, ``fd.stack`` and ``fd.cat`` act on it as on params. A dict of moments names the
-leaves that may move, chosen once, in ``init``; every other leaf gets a zero update. Moments of half-precision
-leaves are float32.
+The state is a pytree of tensors: ``step`` is () for one member and (n,) for a stack, and moments are dicts by leaf
+name. ``fd.take``, ``fd.stack`` and ``fd.cat`` work on it as on params. ``init`` decides which leaves may move: those
+with moments. Every other leaf gets a zero update. Moments of half-precision leaves are float32.
 """
 
 from __future__ import annotations
@@ -37,11 +36,10 @@ __all__ = ["AdamState", "Optimizer", "SGDState", "adam", "adamw", "apply_updates
 class Optimizer(NamedTuple):
     """``init(params, n=None) -> state`` and ``update(grads, state, params) -> (updates, state)``.
 
-    ``init``: ``params`` is any pytree of tensors. ``n`` says that it is a stack of n members; left out, n is
-    read off the hyper-parameters. Without either, ``step`` is () and the state of a stack cannot be taken
-    apart.
+    ``init``: ``params`` is any pytree of tensors. ``n`` says that it is a stack of n members; by default n is taken
+    from the hyper-parameters. If they do not tell either, ``step`` is (), and the state of a stack cannot be split.
 
-    ``update``: ``grads`` may lack leaves, or hold ``None``; those leaves and their moments stay as they are.
+    ``update``: ``grads`` may lack leaves, or contain ``None``; those leaves and their moments stay as they are.
     ``updates`` always has the structure of ``params``.
 
     >>> opt = adamw(lr=torch.tensor([1e-3, 1e-2, 1e-1]))
@@ -58,11 +56,11 @@ class Optimizer(NamedTuple):
     update: Callable[..., tuple[Any, Any]]
 
     def step(self, grads: Any, state: Any, params: Any, *, donate: bool = False) -> tuple[Any, Any]:
-        """(new params, new state): ``update`` and ``apply_updates`` in one pass, which takes less time.
+        """``(new params, new state)``: ``update`` and ``apply_updates`` in a single, faster pass.
 
-        ``donate=True`` gives ``state`` and ``params`` away: new values may be written into their tensors, so neither
-        may be used again, nor anything that shares memory with them, such as views of members. That spares the copies,
-        which take longer than the arithmetic.
+        ``donate=True`` gives ``state`` and ``params`` away: new values may be written into their tensors, so do not
+        use them again, nor anything that shares memory with them, such as views of members. This saves copies, which
+        take longer than the arithmetic.
 
         >>> opt = sgd(lr=0.5)
         >>> params = {"w": torch.tensor([1.0, 2.0])}
@@ -77,7 +75,7 @@ class Optimizer(NamedTuple):
 
 
 class Rule:
-    """An ``update`` that can also give the new params; ``run`` takes a ``How`` beside what ``update`` takes."""
+    """An ``update`` that can also return the new params; ``run`` takes a :class:`How` as a further argument."""
 
     def __init__(self, run: Callable[[Any, Any, Any, How], tuple[Any, Any]]) -> None:
         self.run = run
@@ -87,7 +85,7 @@ class Rule:
 
 
 class SGDState(NamedTuple):
-    """``step`` steps taken; ``momentum`` the velocity by leaf name (empty tensors where momentum is 0).
+    """``step``: steps taken; ``momentum``: the velocity by leaf name (empty tensors if momentum is 0).
 
     >>> sgd(0.1, momentum=0.9).init({"w": torch.ones(2)})
     SGDState(step=tensor(0), momentum={'w': tensor([0., 0.])})
@@ -98,7 +96,7 @@ class SGDState(NamedTuple):
 
 
 class AdamState(NamedTuple):
-    """``step`` steps taken; ``mu`` and ``nu`` the first and second moments by leaf name.
+    """``step``: steps taken; ``mu`` and ``nu``: the first and second moments by leaf name.
 
     >>> adam(0.1).init({"w": torch.ones(2)})
     AdamState(step=tensor(0), mu={'w': tensor([0., 0.])}, nu={'w': tensor([0., 0.])})
@@ -121,15 +119,14 @@ def sgd(
 ) -> Optimizer:
     """g ← grad + wd·p; v ← momentum·v + g; p ← p - lr·v (nesterov: p - lr·(g + momentum·v)).
 
-    ``trainable`` says which leaves move: a predicate (``delta.trainable``) decides alone; names as in ``fd.partition``
-    choose among the leaves that are not marked as constants of a delta, as ``delta.init`` does. Default: all but these.
-    In params without any mark a leaf decays from its first gradient other than zero on, so that constants stay there,
-    too.
+    ``trainable`` selects the leaves that move. A predicate (``delta.trainable``) decides alone. Names as in
+    ``fd.partition`` select among the leaves that ``delta.init`` has not marked as constants. By default all of those
+    move. In params without any mark, a leaf decays only from its first nonzero gradient on, so constants stay put.
 
-    ``groups`` = {selector: factor} multiplies lr at the leaves that a selector means, named as in ``fd.partition``
-    (several names as a tuple), or a predicate; a factor is any hyper-parameter, and a leaf in several groups gets
-    their product. LoRA+ (Hayou et al. 2024) is ``groups={"lora_B": 16.0}``. ``decay_mask`` is a selector of the
-    leaves that decay; default: all that move.
+    ``groups`` = {selector: factor} multiplies lr for the selected leaves. A selector is a predicate or names as in
+    ``fd.partition`` (several as a tuple), and a factor is any hyper-parameter; a leaf in several groups gets their
+    product. LoRA+ (Hayou et al. 2024) is ``groups={"lora_B": 16.0}``. ``decay_mask`` selects the leaves that decay;
+    by default, all that move.
 
     >>> opt = sgd(lr=0.5)
     >>> params = {"w": torch.tensor([1.0, 2.0])}
@@ -184,10 +181,10 @@ def adam(
     groups: Mapping[Any, Hyper] | None = None,
     decay_mask: Selector | None = None,
 ) -> Optimizer:
-    """Adam; weight decay is L2, added to the gradient, as in ``torch.optim.Adam``.
+    """Adam with L2 weight decay, which is added to the gradient, as in ``torch.optim.Adam``.
 
     m ← β₁m + (1-β₁)g; v ← β₂v + (1-β₂)g²; p ← p - lr·m̂ / (√v̂ + eps), with m̂ = m/(1-β₁ᵗ), v̂ = v/(1-β₂ᵗ).
-    ``trainable``, ``groups`` and ``decay_mask`` are as in :func:`sgd`.
+    ``trainable``, ``groups`` and ``decay_mask`` are those of :func:`sgd`.
 
     >>> opt = adam(lr=lambda step: 0.1 * 0.5**step)
     >>> params = {"w": torch.tensor([1.0, 2.0])}
@@ -211,9 +208,9 @@ def adamw(
     groups: Mapping[Any, Hyper] | None = None,
     decay_mask: Selector | None = None,
 ) -> Optimizer:
-    """Adam with decoupled weight decay: p ← p - lr·wd·p beside Adam's step, as in ``torch.optim.AdamW``.
+    """Adam with decoupled weight decay: p ← p - lr·wd·p in addition to Adam's step, as in ``torch.optim.AdamW``.
 
-    ``trainable``, ``groups`` and ``decay_mask`` are as in :func:`sgd`.
+    ``trainable``, ``groups`` and ``decay_mask`` are those of :func:`sgd`.
 
     >>> opt = adamw(lr=torch.tensor([0.1, 0.2]), weight_decay=torch.tensor([0.0, 0.5]))
     >>> stack = {"w": torch.ones(2, 1)}
@@ -235,9 +232,9 @@ def _adam(
     decay_mask: Selector | None,
     decoupled: bool,
 ) -> Optimizer:
-    """Both kinds of Adam."""
+    """Adam, or AdamW if ``decoupled``."""
     if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise ConfigError(f"betas is a pair (beta1, beta2); found {betas!r}.")
+        raise ConfigError(f"betas must be a pair (beta1, beta2); found {betas!r}.")
     grouped = Groups(groups, decay_mask)
     hypers = checked(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay, **grouped.hypers)
     decays = not is_zero(weight_decay)
@@ -257,8 +254,8 @@ def _adam(
         if kernel is not None:
             fused = Adam(kernel, values, chosen, state.step, decays, decoupled, known)
             return tree.filled(fused.results(tree.moving, mu, nu, how), how), AdamState(state.step + 1, mu, nu)
-        # p - (lr/c₁)·m / (√v/√c₂ + eps) is rearranged to lr·√c₂/c₁ · m / (√v + eps·√c₂): the corrections then
-        # fall on scalars, which are few and float64, instead of on leaves.
+        # (lr/c₁)·m / (√v/√c₂ + eps) is rearranged to lr·√c₂/c₁ · m / (√v + eps·√c₂), so that the bias corrections
+        # apply to scalars, which are few and float64, instead of to leaves.
         taken = (state.step + 1).to(values.dtype)
         root = (1 - values.of["beta2"] ** taken).sqrt()
         values.of["rate"] = -values.of["lr"] * root / (1 - values.of["beta1"] ** taken)
@@ -271,7 +268,7 @@ def _adam(
                 g = decayed(g, p, values("weight_decay", p, name), alive(known, state.step, g, nu[name]))
             mu[name] = torch.lerp(mu[name], g, values("fresh1", p, name))
             nu[name] = torch.lerp(nu[name], g * g, values("fresh2", p, name))
-            # The clamp is lost beside eps; it keeps the root's derivative finite where no gradient came yet.
+            # The clamp is negligible beside eps; it keeps the root's derivative finite before the first gradient.
             root_nu = nu[name].clamp_min(torch.finfo(p.dtype).tiny).sqrt()
             delta = mu[name] * chosen.scaled(values, "rate", p, name) / (root_nu + values("floor", p, name))
             if shrinks and decoupled:
@@ -285,7 +282,7 @@ def _adam(
 
 
 def apply_updates(params: Any, updates: Any) -> Any:
-    """params + updates: the same as ``fd.tree.add``, by optax's name.
+    """params + updates: ``fd.tree.add`` under optax's name.
 
     >>> apply_updates({"w": torch.tensor([1.0])}, {"w": torch.tensor([-0.5])})
     {'w': tensor([0.5000])}
@@ -294,9 +291,9 @@ def apply_updates(params: Any, updates: Any) -> Any:
 
 
 def clip_by_norm(grads: Any, max_norm: float | Tensor, per_member: bool = False) -> Any:
-    """grads · min(1, max_norm / (‖grads‖ + 1e-6)), the norm over all leaves, as ``clip_grad_norm_`` has it.
+    """grads · min(1, max_norm / (‖grads‖ + 1e-6)) with the norm over all leaves, as in ``clip_grad_norm_``.
 
-    With ``per_member=True`` every member of a stack has its own norm, and ``max_norm`` may be (n,).
+    With ``per_member=True`` each member of a stack is clipped by its own norm, and ``max_norm`` may be (n,).
 
     >>> clip_by_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}, 1.0)
     {'a': tensor([0.6000]), 'b': tensor([0.8000])}

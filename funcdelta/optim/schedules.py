@@ -1,4 +1,4 @@
-"""Schedules: hyper-parameters as functions of the step tensor, whose peak and length may be one value a member."""
+"""Schedules: hyper-parameters as functions of the step tensor, whose peak and length may be one value per member."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Schedule = Callable[[Tensor], Tensor]
 def cosine(
     peak: float | Tensor, steps: int | Tensor, warmup: int | Tensor = 0, floor: float | Tensor = 0.0
 ) -> Schedule:
-    """floor + (peak - floor)·(1 + cos πt)/2, t = (k - warmup)/(steps - warmup); before it, peak·(k + 1)/warmup.
+    """floor + (peak - floor)·(1 + cos πt)/2, t = (k - warmup)/(steps - warmup); during warm-up, peak·(k + 1)/warmup.
 
-    k is the step, 0 at the first update, which so moves already; ``steps`` counts the warm-up too, and from step
-    ``steps`` on the value is ``floor``. Each argument is a number, a tensor () or a tensor (n,), one value a member.
-    The result is float64, shaped as the step and the arguments, and differentiable in ``peak`` and ``floor``.
+    k is the step, 0 at the first update, whose value is already positive. ``steps`` includes the warm-up; from step
+    ``steps`` on, the value is ``floor``. Each argument is a number, a tensor () or a tensor (n,), one value per member.
+    The result is float64, shaped like the step and the arguments, and differentiable in ``peak`` and ``floor``.
     Source: Loshchilov and Hutter 2017 (SGDR), one cycle.
 
     >>> rate = cosine(peak=torch.tensor([1.0, 2.0]), steps=torch.tensor([4, 8]))
@@ -38,9 +38,9 @@ def cosine(
 def linear(
     peak: float | Tensor, steps: int | Tensor, warmup: int | Tensor = 0, floor: float | Tensor = 0.0
 ) -> Schedule:
-    """floor + (peak - floor)·(1 - t), t = (k - warmup)/(steps - warmup); before it, peak·(k + 1)/warmup.
+    """floor + (peak - floor)·(1 - t), t = (k - warmup)/(steps - warmup); during warm-up, peak·(k + 1)/warmup.
 
-    Arguments are as in :func:`cosine`; ``floor=peak`` is a warm-up alone.
+    The arguments are those of :func:`cosine`; ``floor=peak`` means warm-up only.
 
     >>> rate = linear(peak=1.0, steps=6, warmup=2)
     >>> [round(rate(torch.tensor(k)).item(), 2) for k in range(8)]
@@ -56,22 +56,21 @@ def _schedule(
     warmup: int | Tensor,
     floor: float | Tensor,
 ) -> Schedule:
-    """The schedule whose fall is ``shape``, from 1 at t = 0 to 0 at t = 1."""
+    """The schedule that falls as ``shape`` does, from 1 at t = 0 to 0 at t = 1."""
     given = {"peak": peak, "steps": steps, "warmup": warmup, "floor": floor}
     for name, value in given.items():
         if callable(value) and not isinstance(value, Tensor):
-            raise ConfigError(f"{name} of a schedule is a number or a tensor, () or (n,); found {value!r}.")
+            raise ConfigError(f"{name} of a schedule must be a number or a tensor, () or (n,); found {value!r}.")
     checked(**given)
     for name, value in (("steps", steps), ("warmup", warmup)):
         whole = not value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, int)
         if not whole:
-            raise ConfigError(f"{name} counts updates, an int or a tensor of ints; found {value!r}.")
+            raise ConfigError(f"{name} counts updates, as an int or a tensor of ints; found {value!r}.")
         if not isinstance(value, Tensor) and abs(value) > sys.maxsize:
             raise ConfigError(f"{name} counts updates, at most {sys.maxsize}; found {shown(value)}.")
     if not isinstance(steps, Tensor) and (steps < 1 or (not isinstance(warmup, Tensor) and warmup >= steps)):
         raise ConfigError(
-            f"steps counts all updates, those of the warm-up too, so warmup < steps; found steps={steps}, "
-            f"warmup={warmup}."
+            f"steps counts all updates, warm-up included, so warmup < steps; found steps={steps}, warmup={warmup}."
         )
 
     def at(step: Tensor) -> Tensor:
@@ -87,12 +86,12 @@ def _schedule(
 
 
 def _fitted(name: str, value: float | Tensor, step: Tensor) -> Tensor:
-    """An argument in the dtype and on the device of the step."""
+    """An argument with the dtype and device of the step."""
     if not isinstance(value, Tensor):
         return torch.full((), value, dtype=step.dtype, device=step.device)
     if value.ndim and step.ndim and value.shape != step.shape:
         raise StackError(
-            f"{name} of the schedule has {value.shape[0]} values, one a member; the state is that of {step.shape[0]} "
-            f"members. Make the schedule anew for the members that are left: {name}={name}[index]."
+            f"{name} of the schedule has {value.shape[0]} values, one per member, but the state has {step.shape[0]} "
+            f"members. Make a new schedule for the remaining members: {name}={name}[index]."
         )
     return value.to(dtype=step.dtype, device=step.device)

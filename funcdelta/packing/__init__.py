@@ -1,4 +1,4 @@
-"""Unlike members in one stack."""
+"""Members of different deltas in one stack: ``pack`` and ``unpack``."""
 
 from .unlike import pack, unpack
 

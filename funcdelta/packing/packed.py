@@ -1,19 +1,19 @@
-"""A delta that unlike members share in one stack: ``present · f(mask · p)``, around any method.
+"""One config for members of different configs, around any method: ``f(mask · p)`` where the member has the delta.
 
-A *packed* config holds the configs that its members came with, its *origins*, and does what the first of them does.
-Beside the method's leaves a member has constants: ``source``, which origin it came from (-1: none); ``size.<name>`` at
-a site where members differ in the size of axes of that name, and ``present`` where some member has no delta. What is
-longer than the member's own size is masked before the method's functions see it, and what a member without the delta
-would give is replaced by what the site gave, so that neither has a gradient and no optimiser can make either matter. A
-gradient of zero is not enough for that: in a backward pass 0 times NaN is NaN. So what goes into the functions of a
-member that has no delta is chosen, too, and what they compute finds no way back.
+A *packed* config holds the configs that its members came with, its *origins*, and acts like the first of them. Beside
+the method's leaves a member has constants: ``source``, its origin's number (-1: none); ``size.<name>`` at sites where
+members differ in the size of the axes with that name; and ``present`` at sites where some members have no delta.
+Entries beyond the member's size are masked before the method's functions see them. For a member without the delta, the
+function's output is replaced by the site's own. So neither has a gradient, and no optimiser can make them matter. A
+mask on the output alone would not do: in a backward pass 0 times NaN is NaN. Therefore the inputs of the functions are
+replaced as well, by finite numbers through which no gradient flows back.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..methods.acts import Acts, on_leaves
+from ..methods.acts import Acts, Attention, on_leaves
 from ..methods.config import AutoDeltaConfig, BaseDeltaConfig, register
 from ..methods.leaf import Growing, Leaf, Leaves, as_leaves, growing
 from ..methods.own import Own
@@ -33,13 +33,13 @@ OWN_LEAVES = ("present", "source")
 
 @dataclass(frozen=True)
 class Origin:
-    """What members of a packed delta were before: their config, and where it acted.
+    """Where members of a packed delta came from: their config, and where it acted.
 
     Attributes:
-        config: as it was, with its own name and its own names of sites.
-        sites: the paths of its sites; ``None``: all of the packed delta's.
-        name: what its delta was called.
-        stack: for members that came as one stack its number, so that they leave as one.
+        config: the config as it was, with its own name and its own names of sites.
+        sites: the paths of its sites; ``None`` for all of the packed delta's.
+        name: the name of its delta.
+        stack: the number of the stack that the members came in, so that they are unpacked as one stack.
 
     >>> Origin(fd.LoraConfig(lora_r=2), ("0",)).to_dict()
     {'config': {'delta_type': 'lora', 'lora_r': 2}, 'sites': ['0'], 'stack': None, 'name': ''}
@@ -70,11 +70,11 @@ class Origin:
 @register("packed")
 @dataclass(frozen=True)
 class Packed(BaseDeltaConfig):
-    """What :func:`funcdelta.pack` makes of configs that share a slot; they are alike in all that a call reads.
+    """The config that :func:`funcdelta.pack` makes of configs that share a slot and agree in all that a call reads.
 
     Attributes:
-        origins: the configs that members came with; a member's ``source`` counts them.
-        optional: whether there are members without any of them.
+        origins: the configs that members came with; a member's ``source`` is an index into them.
+        optional: whether some members have none of them.
     """
 
     composed: ClassVar[bool] = True
@@ -86,7 +86,7 @@ class Packed(BaseDeltaConfig):
         super().__post_init__()
         origins = tuple(one if isinstance(one, Origin) else Origin.from_dict(one) for one in self.origins)
         if not origins:
-            raise ConfigError(f"{type(self).__name__} needs origins: it is made by fd.pack.")
+            raise ConfigError(f"{type(self).__name__} needs origins. Do not write it yourself: fd.pack makes it.")
         object.__setattr__(self, "origins", origins)
 
     @property
@@ -97,7 +97,7 @@ class Packed(BaseDeltaConfig):
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "origins": [origin.to_dict() for origin in self.origins]}
 
-    # -- what the method is asked ----------------------------------------------------------------------------------
+    # -- passed on to the method -----------------------------------------------------------------------------------
 
     def gives(self, function: str) -> bool:
         return self.method.gives(function)
@@ -134,16 +134,18 @@ class Packed(BaseDeltaConfig):
         origins = tuple(dataclasses.replace(origin, config=origin.config.baked()) for origin in self.origins)
         return self.replace(origins=origins)
 
-    # -- what members have -----------------------------------------------------------------------------------------
+    # -- a member's leaves -----------------------------------------------------------------------------------------
 
     def leaves(self, site: Site, own: Own, rng: torch.Generator) -> Leaves:
-        """The leaves of the first origin at ``site``, as large as the largest one's, with the site's constants."""
+        """The leaves of the first origin at ``site``, padded to the largest origin's size, with the constants."""
         here = [origin for origin in self.origins if origin.at(site.address)] or [self.origins[0]]
+        # Only the first one draws from rng, as it would alone; of the others only the sizes are used.
         drawn = [as_leaves(origin.config.leaves(site, own, rng), "init") for origin in here[:1]]
         drawn += [
             as_leaves(origin.config.leaves(site, own, torch.Generator().manual_seed(0)), "init") for origin in here[1:]
         ]
         first = drawn[0]
+        refuse_kept(first, type(self.method).__name__)
         member = {leaf: one for leaf, one in first.items() if one.of == "member"}
         shapes = [{name: tuple(leaf.value.shape) for name, leaf in each.items()} for each in drawn]
         found = dict(first)
@@ -156,16 +158,18 @@ class Packed(BaseDeltaConfig):
                 found[SIZE + name] = Leaf(torch.tensor(float(sizes[0])), trains=False)
         return found | ({"present": Leaf(torch.ones(()), trains=False)} if self._lacking(site.address) else {})
 
-    def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> Leaves:
+    def shared_leaves(self, sites: tuple[Site, ...], own: Mapping[str, Own], rng: torch.Generator) -> Leaves:
         varying = {name: float(getattr(self.method, name)) for name in self.varying} | {"source": 0.0}
         constants = {name: Leaf(torch.tensor(value), trains=False) for name, value in varying.items()}
         here = tuple(site for site in sites if self.origins[0].at(site.address))
-        return {**self.method.shared(here, rng), **constants}
+        given = self.method.shared_leaves(here, own, rng)
+        refuse_kept(given, type(self.method).__name__)
+        return {**given, **constants}
 
     def expand(self, sites: tuple[Site, ...], p: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         passed = {leaf: p[leaf] for leaf in ("source", *self.varying)}
         written = {leaf: tensor for leaf, tensor in p.items() if leaf not in passed}
-        # A member without the delta at any site: its source says so, for present is known site by site.
+        # present is a leaf of a site; a member without the delta at any site is known by its source.
         here = {"present": p["source"] + 1}
         written = {leaf: harmless(here, tensor) for leaf, tensor in written.items()}
         found = self.method.expand(sites, written) if written else {site.address: {} for site in sites}
@@ -176,23 +180,36 @@ class Packed(BaseDeltaConfig):
     def acts(self, site: Site) -> Acts:
         axes = growing(dict(site.axes))
         acts = on_leaves(self.method.acts(site), functools.partial(members_own, axes))
-        before, after, weights = acts.before, acts.after, acts.weights
+        before, after, weights, around = acts.before, acts.after, acts.weights, acts.around
 
         def packed_weights(p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
             assert weights is not None
-            # Not one_way: that would be n copies of every tensor here, those too that the method leaves as they are.
+            # No one_way here: it would make n copies of every tensor, also of those that the method leaves alone.
             changed = weights(p, w)
             if "present" not in p:
                 return changed
-            # A tensor that the module does not have, such as a bias, is as if it were zero.
+            # A tensor that the module lacks, such as a bias, counts as zero.
             olds = {name: w[name] if name in w else torch.zeros_like(tensor) for name, tensor in changed.items()}
             return {
                 name: tensor if tensor is olds[name] else where_present(p, tensor, olds[name])
                 for name, tensor in changed.items()
             }
 
+        def packed_around(p: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor, run: Attention) -> Tensor:
+            assert around is not None
+            if "present" not in p:
+                return around(p, q, k, v, run)
+            own, given = run(q, k, v), (one_way(p, q), one_way(p, k), one_way(p, v))
+
+            def from_here(*values: Tensor) -> Tensor:
+                same = all(value is one for value, one in zip(values, given, strict=True))
+                return one_way(p, own if same else run(*values))
+
+            return where_present(p, around(p, *given, from_here), own)
+
         return dataclasses.replace(
             acts,
+            around=around and packed_around,
             before=before and (lambda p, x: where_present(p, before(p, one_way(p, x)), x)),
             after=after and (lambda p, y, x: where_present(p, after(p, one_way(p, y), one_way(p, x)), y)),
             weights=weights and packed_weights,
@@ -200,7 +217,7 @@ class Packed(BaseDeltaConfig):
             present=lambda p: p.get("present"),
         )
 
-    # -- what origins have -----------------------------------------------------------------------------------------
+    # -- how origins differ ----------------------------------------------------------------------------------------
 
     def _lacking(self, path: str) -> bool:
         """Whether some member has no delta at ``path``."""
@@ -208,15 +225,31 @@ class Packed(BaseDeltaConfig):
 
     @property
     def varying(self) -> tuple[str, ...]:
-        """The fields in which origins differ and that the method takes from leaves."""
+        """The fields that the method takes from leaves and in which origins differ."""
         method = self.method
         return tuple(
             name for name in method.as_leaves if len({getattr(origin.config, name) for origin in self.origins}) > 1
         )
 
 
+def refuse_kept(leaves: Iterable[str], who: str) -> None:
+    """Raise ``ConfigError`` if a method's leaf has the name of one of the constants that packing adds.
+
+    >>> refuse_kept(["lora_A", "size.lora_A"], "MyConfig")
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.ConfigError: MyConfig has a leaf 'size.lora_A', but packed deltas reserve 'present', 'source' ...
+    """
+    taken = next((leaf for leaf in leaves if leaf in OWN_LEAVES or leaf.startswith(SIZE)), None)
+    if taken is not None:
+        raise ConfigError(
+            f"{who} has a leaf {taken!r}, but packed deltas reserve 'present', 'source' and names that begin with "
+            f"'{SIZE}'. Rename the leaf, or the part of a composition."
+        )
+
+
 def members_own(axes: Mapping[str, Growing], p: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The method's own leaves, masked beyond the member's sizes, and harmless where it has no delta.
+    """The method's own leaves, masked beyond the member's sizes, and :func:`harmless` if it has no delta.
 
     >>> axes = growing({"lora_B": ". rank"})
     >>> members_own(axes, {"lora_B": torch.ones(1, 2), "size.rank": torch.tensor(1.0), "source": torch.tensor(0.0)})
@@ -242,7 +275,7 @@ def where_present(p: Mapping[str, Tensor], new: Tensor, old: Tensor) -> Tensor:
 
 
 def harmless(p: Mapping[str, Tensor], leaf: Tensor) -> Tensor:
-    """``leaf``; of a member without the delta its finite numbers, to which no gradient comes back.
+    """``leaf``, or for a member without the delta its finite numbers, detached.
 
     >>> harmless({"present": torch.tensor(0.0)}, torch.tensor([2.0, torch.nan]))
     tensor([2., 0.])
@@ -251,31 +284,32 @@ def harmless(p: Mapping[str, Tensor], leaf: Tensor) -> Tensor:
 
 
 def one_way(p: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """``x``, to which no gradient comes back from the function of a member without the delta.
+    """``x``, detached for a member without the delta.
 
-    >>> one_way({"present": torch.tensor(0.0)}, torch.tensor(1.0))
-    tensor(1.)
+    >>> x = torch.tensor(1.0, requires_grad=True)
+    >>> torch.autograd.grad(3 * one_way({"present": torch.tensor(0.0)}, x), x)
+    (tensor(0.),)
     """
     return torch.where(p["present"] > 0, x, x.detach()) if "present" in p and x.is_floating_point() else x
 
 
 def masked(leaf: Tensor, axis: int, size: Tensor, pieces: int = 1) -> Tensor:
-    """``leaf`` with zeros after the first ``size`` of each of ``pieces`` pieces of ``axis`` (counted from the last).
+    """``leaf`` with zeros after the first ``size`` entries of each of ``pieces`` pieces of ``axis``, a negative number.
 
-    Raises ``ConfigError`` where the dtype of ``size`` has no such whole numbers.
+    Raises ``ConfigError`` if the dtype of ``size`` cannot represent such sizes exactly.
 
     >>> masked(torch.ones(6), -1, torch.tensor(2.0), pieces=2)
     tensor([1., 1., 0., 1., 1., 0.])
     """
     length = leaf.shape[axis]
     if length * torch.finfo(size.dtype).eps > 2:
-        raise ConfigError(f"{size.dtype} cannot count to {length}: keep the leaves called size.… in float32.")
+        raise ConfigError(f"{size.dtype} cannot count to {length}; keep the leaves called size.… in float32.")
     at = torch.arange(length, device=leaf.device) % (length // pieces)
     return torch.where(at.view(-1, *[1] * (-axis - 1)) < size, leaf, leaf.new_zeros(()))
 
 
 def longer(leaf: Tensor, axis: int, size: int, pieces: int = 1) -> Tensor:
-    """``leaf`` with every piece of ``axis`` filled up with zeros to ``size``.
+    """``leaf`` with every one of ``pieces`` pieces of ``axis`` padded with zeros to ``size``.
 
     >>> longer(torch.ones(2), -1, 2, pieces=2)
     tensor([1., 0., 1., 0.])
@@ -288,7 +322,7 @@ def longer(leaf: Tensor, axis: int, size: int, pieces: int = 1) -> Tensor:
 
 
 def shorter(leaf: Tensor, axis: int, size: int, pieces: int = 1) -> Tensor:
-    """The inverse of :func:`longer`: the first ``size`` of every piece.
+    """The inverse of :func:`longer`: the first ``size`` entries of every piece.
 
     >>> shorter(torch.tensor([1.0, 0.0, 1.0, 0.0]), -1, 1, pieces=2)
     tensor([1., 1.])

@@ -1,4 +1,4 @@
-"""Leaves of unlike members moved into one stack and out of it again, padded, cropped and filled up."""
+"""Moves leaves of different members into one stack, padded, and out of it again, cropped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .slots import Chunk, Slot, sites_of
 
 @dataclass(frozen=True)
 class Shelf:
-    """One config of a delta: its name, its sites by path, and what they share."""
+    """One config of a delta: its name, its sites by path, and the leaves that they share."""
 
     name: str
     config: BaseDeltaConfig
@@ -38,7 +38,7 @@ def _shelves(delta: DeltaModel) -> list[Shelf]:
 def stacked(
     delta: DeltaModel, chunks: Sequence[Chunk], slots: Sequence[Slot], kinds: Mapping[Any, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """The chunks' leaves side by side under the names of the packed ``delta``."""
+    """The stack of all chunks' members, under the names of the packed ``delta``."""
     shelves = _shelves(delta)
     theirs = {chunk.kind: _shelves(chunk.delta) for chunk in chunks}
     columns: dict[str, list[Tensor | float | None]] = {name: [] for name in delta.names}
@@ -52,7 +52,7 @@ def stacked(
         for name, column in columns.items():
             column.append(given.get(name))
     lacking = any(value is None for column in columns.values() for value in column)
-    # Whatever stands where nothing is has to be a place at which the method's functions can be differentiated.
+    # Members without a leaf get fresh values: the method's functions must be differentiable there (zeros may not be).
     fresh = delta.init(0) if lacking else {}
     counts = [chunk.n for chunk in chunks]
     return {name: _column(name, column, counts, fresh.get(name), like.get(name)) for name, column in columns.items()}
@@ -61,7 +61,7 @@ def stacked(
 def _row(
     shelf: Shelf, own: Shelf | None, params: Mapping[str, Tensor], source: float, like: dict[str, Tensor]
 ) -> dict[str, Tensor | float]:
-    """What one chunk has on one packed config; notes in ``like`` a tensor of the dtype and device of constants."""
+    """One chunk's leaves of one packed config; puts an example of their dtype and device into ``like``."""
     config, group = shelf.config, shelf.shared
     assert isinstance(config, Packed)
     assert group is not None
@@ -99,7 +99,7 @@ def _column(
     fresh: Tensor | None,
     like: Tensor | None,
 ) -> Tensor:
-    """One leaf of all chunks, (n, ...): a number for all members of a chunk, ``fresh`` where there is nothing."""
+    """One leaf of all chunks, (n, ...); a number holds for all members of a chunk, and ``fresh`` replaces ``None``."""
     given = next((value for value in column if isinstance(value, Tensor)), like)
     assert given is not None
     parts: list[Tensor] = []
@@ -107,7 +107,7 @@ def _column(
         if isinstance(value, Tensor):
             part = value
         elif value is not None:
-            # Half precision cannot count to what sizes and sources may be.
+            # Half precision cannot represent large sizes and sources exactly.
             counts_up = name.rpartition(".")[2] == "source" or f".{SIZE}" in name
             dtype = torch.promote_types(given.dtype, torch.float32) if counts_up else given.dtype
             parts.append(torch.full((n,), value, dtype=dtype, device=given.device))
@@ -118,7 +118,7 @@ def _column(
         if part.dtype != given.dtype or part.device != given.device:
             raise ParamsError(
                 f"{name} is {given.dtype} on {given.device} in one member and {part.dtype} on {part.device} in "
-                f"another: members of one stack are alike in both. Convert one: leaf.to({given.dtype})."
+                f"another, but a stack has one dtype and device. Convert one of them: leaf.to({given.dtype})."
             )
         parts.append(part)
     return torch.cat(parts)
@@ -127,7 +127,7 @@ def _column(
 def taken_out(
     delta: DeltaModel, params: Mapping[str, Tensor], own: DeltaModel, slots: Sequence[int]
 ) -> dict[str, Tensor]:
-    """Params for ``own``, whose configs are those in ``slots`` of the packed ``delta``."""
+    """The params of ``own``, whose configs came from these ``slots`` of the packed ``delta``."""
     shelves, found = _shelves(delta), {name: params[name] for name in own.plan.trained}
     for alone, shelf in zip(_shelves(own), (shelves[i] for i in slots), strict=True):
         if alone.shared is not None and shelf.shared is not None:

@@ -1,7 +1,8 @@
-"""Slots: which configs of unlike members share one packed config of a stack.
+"""Slots: which configs of different members share one packed config of a stack.
 
-Two configs share a slot where they are of one method, agree in every field that a call reads, and have leaves of one
-shape, or of sizes that the method lets zeros make longer. The order in which a member's own configs act is kept.
+Two configs share a slot if they are of one method, agree in every field that a call reads, and have leaves of the same
+shapes, or of shapes that the method allows to be padded with zeros. A member's configs keep the order in which they
+act.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .packed import Origin, Packed
 
 @dataclass(frozen=True)
 class Chunk:
-    """Members side by side that came from one delta; ``number`` tells stacks apart, ``None``: single members."""
+    """Adjacent members of one delta; ``number`` is that of the stack they came in, ``None`` for single members."""
 
     delta: DeltaModel
     stack: Mapping[str, Tensor]
@@ -35,7 +36,7 @@ class Chunk:
 
     @property
     def kind(self) -> Any:
-        """What decides where its leaves stand."""
+        """Chunks of one kind use the same slots and origins."""
         return self.delta.configs, self.number
 
     @property
@@ -56,7 +57,7 @@ class Slot:
     index: dict[Any, int] = field(default_factory=dict)
 
     def why_not(self, config: BaseDeltaConfig, own: Mapping[str, Attachment], group: Shared | None) -> str | None:
-        """Why ``config`` cannot share this slot, ``"size"`` for leaves whose sizes differ and cannot be padded."""
+        """Why ``config`` cannot share this slot (``"size"``: its leaves cannot be padded); ``None`` if it can."""
         known = self.origins[0].config
         if known.alike() != config.alike():
             return "method"
@@ -82,12 +83,12 @@ class Slot:
         return {a.site.path for a in self.sites.values()}
 
     def config(self, taken: set[str], everyone: bool, delta: DeltaModel) -> Packed:
-        """The packed config, named as no other and nothing in the backbone is."""
+        """The packed config, under a name that neither another config nor the backbone has."""
         first = self.origins[0].config
         if first.gives("prompt") and not everyone:
             raise ParamsError(
-                f"{self.name} makes inputs longer, so members with it and without it, or of unlike length, cannot "
-                f"share a batch: pack those of one length by themselves."
+                f"{self.name} makes inputs longer, so members with and without it, or with other lengths, cannot share "
+                f"a batch. Pack the members of each length separately."
             )
         fields: dict[str, Any] = {f.name: getattr(first, f.name) for f in dataclasses.fields(BaseDeltaConfig)}
         if not self.whole:
@@ -105,7 +106,7 @@ class Slot:
 
 
 def place(chunk: Chunk, slots: list[Slot], padding: str) -> tuple[int, ...]:
-    """The slot of every config of the chunk's delta, in the order in which they act; new ones where none fits."""
+    """The slots of the configs of the chunk's delta, in the order in which they act; adds slots where none fits."""
     delta, start = chunk.delta, 0
     places: list[int] = []
     for config, name in zip(delta.configs, delta.plan.names, strict=True):
@@ -119,8 +120,8 @@ def place(chunk: Chunk, slots: list[Slot], padding: str) -> tuple[int, ...]:
                 reasons[i] = reason or "size"
         if padding == "pad" and "size" in reasons and None not in reasons:
             raise ParamsError(
-                f"{config.delta_type}: the leaves of {name} differ in sizes that no zeros can make equal. Write "
-                f'padding="auto", which gives each size leaves of its own, or pack them apart.'
+                f"{config.delta_type}: the leaves of {name} differ in sizes that cannot be padded with zeros. Write "
+                f'padding="auto", which gives each size its own leaves, or pack them separately.'
             )
         place = start + reasons.index(None) if None in reasons else len(slots)
         if place == len(slots):
@@ -150,19 +151,19 @@ def _shared_shapes(group: Shared | None) -> dict[str, tuple[int, ...]]:
 
 
 def _same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
-    """Whether what all members have together is the same."""
+    """Whether two configs agree in the tensors that all members have in common."""
     if left.keys() != right.keys():
         return False
     return all(t is right[name] or torch.equal(t, right[name]) for name, t in left.items())
 
 
 def _shapes(a: Attachment) -> dict[str, list[int]]:
-    """The shapes of the leaves that a site has for itself."""
+    """The shapes of a site's own leaves."""
     return {leaf: list(shape) for leaf, shape in a.own.items()}
 
 
 def _beside_padding(a: Attachment) -> dict[str, list[int]]:
-    """The same, with 0 for the sizes that may be made longer."""
+    """The shapes of a site's own leaves, with 0 for sizes that may be padded."""
     shapes = _shapes(a)
     for axes in growing(a.axes).values():
         for leaf, axis in axes.axes.items():
@@ -171,14 +172,14 @@ def _beside_padding(a: Attachment) -> dict[str, list[int]]:
 
 
 def exactly(name: str) -> str:
-    """What names this module or parameter alone."""
+    """A pattern for ``modified_modules`` that matches only this module or parameter."""
     return f"[r]^{re.escape(name)}$"
 
 
 def _free_name(base: str, taken: set[str], sites: Iterable[str], backbone: nn.Module) -> str:
     places = [backbone, *(backbone.get_submodule(path) for path in sites)]
     name, number = base, 0
-    while name in taken or any(isinstance(getattr(place, name, None), (nn.Module, Tensor)) for place in places):
+    while name in taken or any(hasattr(place, name) for place in places):
         number += 1
         name = f"{base}_{number}"
     taken.add(name)

@@ -1,9 +1,9 @@
-"""Unlike members in one stack: ``pack`` puts (delta, params) pairs side by side, ``unpack`` gives them back.
+"""Members of different deltas in one stack: ``pack`` puts (delta, params) pairs side by side, ``unpack`` inverts it.
 
-A stack has one tensor a leaf, so members of unlike rank, sites or methods have to be given the same leaves. A *slot*
+A stack has one tensor per leaf, so members with other ranks, sites or methods must be given the same leaves. A *slot*
 is one packed config of the delta that they then share (:mod:`funcdelta.packing.packed`). Configs of one method share a
-slot where their leaves have the same shapes or may be made so by zeros; others get a slot each, and a member without
-one passes it by. Every member carries every slot's leaves: a slot costs the numbers of its largest member, times n.
+slot if their leaves have the same shapes or can be padded to them; other configs get their own slots, which do not act
+on members without them. Every member carries the leaves of every slot, so a slot costs n times its largest member.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ..model import DeltaModel
 from ..run.checked import checks_of
 from ..trees.constants import still
 from ..trees.stack import stack, take
+from .agreement import check_agreement
 from .packed import Packed
 from .shelves import stacked, taken_out
 from .slots import Chunk, Slot, exactly, place
@@ -29,21 +30,19 @@ PADDINGS = ("auto", "pad", "group")
 
 
 def pack(pairs: Iterable[Pair], padding: str = "auto") -> tuple[DeltaModel, dict[str, Tensor]]:
-    """One delta and one stack of members of unlike deltas on one backbone; each acts as it would alone.
+    """One delta and one stack for members of different deltas on one backbone; each computes what it computes alone.
 
-    ``pairs`` are ``(delta, params)``; params may be a stack themselves, whose members then stand side by side. Members
-    may differ in everything but the backbone, the trained backbone leaves and the mode: in rank or bottleneck, scale,
-    dropout, sites and methods. What a member does not have acts as if it were not there, whatever an optimiser does to
-    its leaves; it has no gradient.
+    ``pairs`` are ``(delta, params)``, where params may also be a stack. Members may differ in rank or bottleneck,
+    scale, dropout, sites and methods, but not in the backbone, the trained backbone leaves and the mode. Parts that a
+    member does not have do not act on it and have no gradient, whatever an optimiser does to their leaves.
 
     Args:
-        padding: ``"auto"`` makes leaves of unlike size equal by zeros where the method allows it, and gives other
-            sizes a slot of their own. A stack of ranks r₁ … rₙ then holds n · max r; with ``"group"``, where every
-            size is a slot of its own, it holds n times their sum. ``"pad"`` raises instead of making a second slot
-            for a size that cannot be padded. Where a few members are far larger than the rest, two stacks are smaller
-            than one.
+        padding: ``"auto"`` pads leaves with zeros to one size if the method allows it, and makes a slot for each other
+            size. A stack of ranks r₁ … rₙ then holds n · max r; with ``"group"``, which makes a slot for every size,
+            it holds n times the sum of the distinct ranks. ``"pad"`` raises if a size cannot be padded. If a few
+            members are far larger than the rest, two stacks are smaller than one.
 
-    Raises ``ParamsError`` for pairs that cannot share a stack, saying which and why.
+    Raises ``ParamsError`` for pairs that cannot share a stack, with the reason.
 
     >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
     >>> small = fd.LoraModel(backbone, lora_r=2, modified_modules=["0"])
@@ -79,14 +78,15 @@ def pack(pairs: Iterable[Pair], padding: str = "auto") -> tuple[DeltaModel, dict
     examples = [chunk.delta.example for chunk in chunks if chunk.delta.example is not None]
     delta = DeltaModel(first.backbone, *configs, example=examples[0] if examples else None, prepare=first.prepare)
     delta = delta if first.mode_flag is None else delta.mode(train=first.mode_flag)
+    check_agreement(delta)
     return delta, still(stacked(delta, chunks, slots, kinds), delta.constants)
 
 
 def unpack(delta: DeltaModel, stack: Mapping[str, Tensor]) -> list[tuple[DeltaModel, dict[str, Tensor]]]:
-    """The inverse of :func:`pack`, bit for bit: every member with a delta of its own configs.
+    """The inverse of :func:`pack`, bit for bit: every member with a delta of its original configs.
 
-    Members that came as one stack and still stand side by side leave as one. ``stack`` may have been trained, and may
-    hold some of the members alone, in any order (``fd.take``). The deltas are built anew, one for each kind of member.
+    Members that came in one stack and are still adjacent are returned as one. ``stack`` may have been trained, and may
+    hold only some of the members, in any order (``fd.take``). The deltas are built anew, one per kind of member.
 
     >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8))
     >>> one, two = (fd.LoraModel(backbone, lora_r=r, modified_modules=["0"]) for r in (1, 2))
@@ -100,7 +100,7 @@ def unpack(delta: DeltaModel, stack: Mapping[str, Tensor]) -> list[tuple[DeltaMo
     for name, config in zip(delta.plan.names, packed, strict=True):
         if len(config.origins) * torch.finfo(stack[f"{name}.source"].dtype).eps > 2:
             raise ParamsError(
-                f"{name}.source is {stack[f'{name}.source'].dtype}, which cannot count to {len(config.origins)}: keep "
+                f"{name}.source is {stack[f'{name}.source'].dtype}, which cannot count to {len(config.origins)}; keep "
                 f"this leaf in float32."
             )
     sources = torch.stack([stack[f"{name}.source"].detach().round().long().cpu() for name in delta.plan.names], 1)
@@ -112,7 +112,7 @@ def unpack(delta: DeltaModel, stack: Mapping[str, Tensor]) -> list[tuple[DeltaMo
         kind = rows[start]
         origins = {i: packed[i].origins[source] for i, source in enumerate(kind) if source >= 0}
         if not origins:
-            raise ParamsError(f"Member {start} of the stack came from nowhere: every source is -1.")
+            raise ParamsError(f"Member {start} of the stack has no origin: all its leaves called source are -1.")
         as_stack = any(origin.stack is not None for origin in origins.values())
         stop = start + 1
         while as_stack and stop < n and rows[stop] == kind:
@@ -133,7 +133,7 @@ def unpack(delta: DeltaModel, stack: Mapping[str, Tensor]) -> list[tuple[DeltaMo
 
 
 def _chunks(pairs: Iterable[Pair]) -> list[Chunk]:
-    """The pairs, checked, with single members of one delta that follow each other as one stack."""
+    """The pairs, checked; adjacent single members of one delta become one chunk."""
     pairs = list(pairs)
     if not pairs or not all(isinstance(p, Sequence) and len(p) == 2 and isinstance(p[0], DeltaModel) for p in pairs):
         raise ParamsError("pack takes pairs, one or more: fd.pack([(delta_a, params_a), (delta_b, params_b)]).")
@@ -165,13 +165,13 @@ def _check_alike(number: int, delta: DeltaModel, first: DeltaModel) -> None:
         raise ParamsError(f"{who}their modes differ. Write delta.mode(train={first.training}) of each.")
     if delta.batch_dim != first.batch_dim or delta.prepare is not first.prepare:
         field_name = "batch_dim" if delta.batch_dim != first.batch_dim else "prepare"
-        raise ParamsError(f"{who}{field_name} differs, and the whole batch runs with one.")
+        raise ParamsError(f"{who}{field_name} differs, but the whole batch has to run with one.")
     unlike = sorted(set(delta.plan.trained) ^ set(first.plan.trained))
     if unlike:
         has, lacks = (number, 0) if unlike[0] in delta.plan.trained else (0, number)
         raise ParamsError(
-            f"{who}pair {has} trains {unlike[0]} of the backbone and pair {lacks} does not. The members of a stack "
-            f"train the same backbone leaves: give all the same unfrozen_modules, or pack those apart."
+            f"{who}pair {has} trains {unlike[0]} of the backbone, and pair {lacks} does not. All members of a stack "
+            f"train the same backbone leaves: give all the same unfrozen_modules, or pack them separately."
         )
 
 
@@ -185,11 +185,11 @@ def _check_params(number: int, delta: DeltaModel, params: Any) -> bool:
 def _need_all(delta: DeltaModel, params: Mapping[str, Tensor], what: str) -> None:
     missing = [name for name in delta.names if name not in params]
     if missing:
-        raise ParamsError(f"{what}: {len(missing)} leaves are missing, the first is {missing[0]!r}. Give all of them.")
+        raise ParamsError(f"{what}: {len(missing)} leaves are missing, first {missing[0]!r}. Give all of them.")
 
 
 def _packed_configs(delta: DeltaModel) -> list[Packed]:
     configs = [config for config in delta.configs if isinstance(config, Packed)]
     if len(configs) != len(delta.configs):
-        raise ParamsError(f"{type(delta).__name__} was not made by fd.pack: fd.unstack(stack) gives its members.")
+        raise ParamsError(f"{type(delta).__name__} was not made by fd.pack. Its members are fd.unstack(stack).")
     return configs

@@ -10,18 +10,19 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import ConfigError, MatchError
-from ..match import below
+from ..match import below, near
 from ..methods.acts import OWN, Acts
 from ..methods.config import BaseDeltaConfig, packed_weight
-from ..methods.leaf import Leaf, as_leaves, members_and_all, values_of
-from ..methods.own import Own
-from ..methods.site import Site
+from ..methods.leaf import Leaf, declared, members_and_all, values_of
+from ..methods.own import Own, owner_of
+from ..methods.site import Site, site_of
 from ..randomness import refuse_draws
 from ..structures.modules.structure import is_quantised
 from ..trees.drawing import own_defaults
 from ..trees.seeding import derive
 from .attachment import Attachment
 from .forms import compare_forms
+from .rewriting import try_weights
 from .sharing import Shared
 
 
@@ -38,7 +39,7 @@ def attach(
     module, who = modules[site.path], f"{type(config).__name__}.init"
     rng = torch.Generator().manual_seed(derive(0, f"{site.address}.{config.seed_name(name)}"))
     with refuse_draws(who), own_defaults():
-        leaves, own_fixed = members_and_all(as_leaves(config.leaves(site, Own(module), rng), who))
+        leaves, own_fixed = members_and_all(declared(config.leaves(site, Own(module, site.path), rng), who))
     fixed = {leaf: site.placed(tensor) for leaf, tensor in own_fixed.items()} | dict(fixed)
     common = group.leaves if group is not None else {}
     if not (leaves or common):
@@ -57,7 +58,8 @@ def attach(
         )
     site = dataclasses.replace(site, axes=tuple((leaf, one.axes) for leaf, one in leaves.items() if one.axes))
     acts = config.acts(site)
-    fixed |= _read(config, acts, site, Own(module))
+    read = _read(config, acts, site, module)
+    fixed |= {f"{OWN}{own}": tensor.detach() for own, tensor in read.items()}
     uncalled = [path for path in (site.path, site.exit) if path is not None and read_by_parent(path, modules)]
     if uncalled and acts.weights is None:
         raise MatchError(
@@ -67,11 +69,12 @@ def attach(
     by_weights = bool(uncalled) or acts_by_weights(config, site)
     constants = {leaf for leaf, one in leaves.items() if not one.trains}
     still = constants | ({leaf for leaf, key in common.items() if key in group.constants} if group else set())
-    if not by_weights and acts.weights is not None and acts.by_values:
-        as_config = dataclasses.replace(site, path="")
-        if (config, as_config) not in compared:
-            compared.add((config, as_config))
-            p = {**fixed, **_leaves_at(config, site, leaves, group)}
+    as_config = dataclasses.replace(site, path="")
+    if acts.weights is not None and (config, as_config) not in compared:
+        compared.add((config, as_config))
+        p = {**fixed, **_leaves_at(config, site, leaves, group)}
+        try_weights(acts, module, p, f"{type(config).__name__}.weights", site.path)
+        if not by_weights and acts.by_values:
             compare_forms(config, site, module, p, frozenset(still | fixed.keys()))
     all_keys = keys | given
     return Attachment(
@@ -85,7 +88,8 @@ def attach(
         key=next(iter((keys or common).values())),
         leading=next((leaf for leaf in all_keys if leaf not in still), next(iter(all_keys))),
         fixed=fixed,
-        adds_keys=acts.attend is not None,
+        reads=tuple((f"{OWN}{own}", _first_name(modules[""], tensor)) for own, tensor in read.items()),
+        in_attention=acts.in_attention,
         by_weights=by_weights,
         by_values=not by_weights and acts.by_values,
         prompt_rows=_prompt_rows(config, acts, site, leaves, group) if acts.prompt is not None else 0,
@@ -98,14 +102,24 @@ def check_acts(config: BaseDeltaConfig, acts: Acts) -> None:
     """Refuse a config that would do nothing, or that says something of hidden values and acts on none."""
     if not acts.anything:
         raise ConfigError(
-            f"{type(config).__name__} gives none of before, after, weights, attend and prompt: it would do nothing."
+            f"{type(config).__name__} gives none of before, after, weights, attend, around and prompt: it would do "
+            f"nothing."
         )
     if config.axis_order is not None and not acts.by_values:
         raise ConfigError(f"axis_order: {type(config).__name__} acts on no hidden value; leave it out.")
+    if acts.conditions and not acts.by_values:
+        raise ConfigError(
+            f"{type(config).__name__} wants conditions of the call ({', '.join(acts.conditions)}), which before and "
+            f"after get, and gives neither: act on hidden values, or leave conditions out."
+        )
 
 
-def check_reads(attachments: Sequence[Attachment], trains: Mapping[str, tuple[str, ...]]) -> None:
-    """Refuse a method that reads a tensor which differs by member: what it is given is the backbone's own."""
+def check_reads(
+    attachments: Sequence[Attachment], trains: Mapping[str, tuple[str, ...]], modules: Mapping[str, nn.Module]
+) -> None:
+    """Refuse a method that reads what no site has, or what differs by member: it is given the backbone's own."""
+    for config in dict.fromkeys(a.config for a in attachments):
+        _check_names_read(config, [modules[a.site.path] for a in attachments if a.config is config])
     trained_names = {end for ends in trains.values() for end in ends}
     rewriting = [a for a in attachments if a.by_weights]
     for a in attachments:
@@ -116,13 +130,29 @@ def check_reads(attachments: Sequence[Attachment], trains: Mapping[str, tuple[st
                 f"{a.name} at {a.site.path} reads {again}, which unfrozen_modules trains, so it differs by member: "
                 f"leave one of the two out."
             )
-        here = [other for other in rewriting if other.site.path == a.site.path and other is not a] if read else []
+        owners = {name.rpartition(".")[0] for name in read}
+        here = [other for other in rewriting if other.site.path in owners and other is not a]
         # Where no member need have both, none has: each came with one of them.
         other = next((b for b in here if b.acts().present is None or a.acts().present is None), None)
         if other is not None:
+            what = next(name for name in read if name.rpartition(".")[0] == other.site.path)
             raise MatchError(
-                f"{a.name} at {a.site.path} reads {read[0]}, which {other.name} rewrites: give them sites of their own."
+                f"{a.name} at {a.site.path} reads {what}, which {other.name} rewrites: give them sites of their own."
             )
+
+
+def _check_names_read(config: BaseDeltaConfig, modules: Sequence[nn.Module]) -> None:
+    if isinstance(config.reads, str):
+        raise ConfigError(
+            f"{type(config).__name__}.reads is a text: write a tuple of names, reads = ({config.reads!r},)."
+        )
+    there = dict.fromkeys(name for module in modules for name, _ in module.named_parameters())
+    unknown = next((name for name in config.reads if name not in (*there, "weight", "bias")), None)
+    if unknown is not None:
+        raise MatchError(
+            f"{config.delta_type or type(config).__name__} reads {unknown!r}, and none of its sites has a parameter of "
+            f"that name.{near(unknown, list(there))}"
+        )
 
 
 def acts_by_weights(config: BaseDeltaConfig, site: Site) -> bool:
@@ -130,7 +160,6 @@ def acts_by_weights(config: BaseDeltaConfig, site: Site) -> bool:
 
     Raises `MatchError` where the formula does not hold and the weights form is not exact either.
 
-    >>> from funcdelta.methods.site import site_of
     >>> class Doubled(nn.Linear):
     ...     def forward(self, x):
     ...         return 2 * super().forward(x)
@@ -139,7 +168,7 @@ def acts_by_weights(config: BaseDeltaConfig, site: Site) -> bool:
     """
     acts = config.acts(site)
     if not acts.by_values:
-        return acts.attend is None and acts.prompt is None
+        return acts.weights is not None
     if acts.weights is None or acts.exact:
         return False
     refusal = acts.unmergeable
@@ -157,14 +186,34 @@ def read_by_parent(path: str, modules: dict[str, nn.Module]) -> bool:
     return isinstance(modules[path.rpartition(".")[0]], nn.MultiheadAttention)
 
 
-def _read(config: BaseDeltaConfig, acts: Acts, site: Site, own: Own) -> dict[str, Tensor]:
-    """The site's own tensors that the method reads, as leaves; one that the module lacks is not among them."""
-    if "weight" in acts.reads and site.packed:
-        raise MatchError(
-            f"{config.delta_type} cannot act at {site.path}: it reads the weight, and {packed_weight(site)}. Leave it "
-            f"out: exclude_modules=[{site.path!r}]."
-        )
-    return {f"{OWN}{name}": own[name] for name in acts.reads if name in own}
+def _read(config: BaseDeltaConfig, acts: Acts, site: Site, module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters at the site that the method reads, by their names there; one that it lacks is not among them."""
+    found: dict[str, nn.Parameter] = {}
+    for name in acts.reads:
+        owner, own = owner_of(module, name)
+        if owner is None:
+            continue
+        where = name.rpartition(".")[0]
+        read, why = site_of(below(site.path, where), owner) if where else site, None
+        if own == "weight" and read.packed:
+            why = f"it reads {name}, and {packed_weight(read)}"
+        elif is_parametrized(owner, own):
+            why = f"it reads {name}, which is parametrised, so that each call computes it anew"
+        elif own in owner._buffers:
+            why = f"it reads {name}, a buffer, which calls may write or replace"
+        if why is not None:
+            raise MatchError(
+                f"{config.delta_type} cannot act at {site.path}: {why}. Leave it out: exclude_modules=[{site.path!r}]."
+            )
+        tensor = owner._parameters.get(own)
+        if tensor is not None:
+            found[name] = tensor
+    return found
+
+
+def _first_name(backbone: nn.Module, parameter: nn.Parameter) -> str:
+    """The name under which params may hold another tensor for this one."""
+    return next(name for name, own in backbone.named_parameters() if own is parameter)
 
 
 def _has_weights_form(acts: Acts, site: Site, module: nn.Module) -> bool:

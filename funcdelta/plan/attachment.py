@@ -29,7 +29,8 @@ class Attachment:
         key: the key in params of the first leaf, own or shared, which stands for all.
         leading: the leaf whose precision the method computes in, the first that trains.
         fixed: what all members have together, beside their leaves: ``{leaf: tensor}``.
-        adds_keys: whether the delta adds keys and values to the site's attention.
+        reads: pairs of a leaf among these and the backbone's tensor that it is; params may hold another in its place.
+        in_attention: whether the delta adds keys and values to the site's attention, or wraps it.
         prompt_rows: how many positions it adds before the input.
         read_by_parent: whether the module above reads the site's tensors and never calls it.
         has_two_forms: whether it acts on hidden values, and could as well by rewriting the site's tensors.
@@ -47,7 +48,8 @@ class Attachment:
     key: str
     leading: str
     fixed: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    adds_keys: bool = False
+    reads: tuple[tuple[str, str], ...] = ()
+    in_attention: bool = False
     prompt_rows: int = 0
     has_two_forms: bool = False
     read_by_parent: bool = False
@@ -64,7 +66,8 @@ class Attachment:
 
     def of(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This delta's leaves under their own names."""
-        return {leaf: params[key] for leaf, key in self.leaves.items()}
+        found = {leaf: params[key] for leaf, key in self.leaves.items()}
+        return found | {leaf: params[name] for leaf, name in self.reads if name in params} if self.reads else found
 
     def at(self, training: bool) -> Site:
         """The site in training or evaluation mode."""

@@ -1,4 +1,4 @@
-"""The order of axes that a config asks for: where features are then, and a method's functions in that order."""
+"""A config's ``axis_order``: where features are under it, and how a method's functions run in that order."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from ..methods.site import Shapes, Site
 
 
 def check_axes(config: BaseDeltaConfig, site: Site) -> None:
-    """Raises `MatchError` where ``axis_order`` would move the features of a layer that says itself where they are.
+    """Raise `MatchError` if ``axis_order`` would move the features of a layer whose axis of features is known.
 
     >>> from funcdelta.methods.site import site_of
-    >>> check_axes(fd.AdapterConfig(axis_order=(1, 0, 2)), site_of("0", nn.Linear(2, 2)))
+    >>> check_axes(fd.AdapterConfig(axis_order=(0, 2, 1)), site_of("0", nn.Linear(2, 2)))
+    Traceback (most recent call last):
+    ...
+    funcdelta.errors.MatchError: axis_order=(0, 2, 1) moves the features of 0 (Linear), which are on axis -1. ...
     """
     order = config.axis_order
     if order is not None and site.kind != "other" and (site.channel_axis != -1 or order[-1] != len(order) - 1):
         raise MatchError(
-            f"axis_order={order} moves the features of {site.path} ({site.module_type}), which stand on axis "
-            f"{site.channel_axis} and are found there: give this site to a config without axis_order."
+            f"axis_order={order} moves the features of {site.path} ({site.module_type}), which are on axis "
+            f"{site.channel_axis}. Name this site in a config without axis_order."
         )
 
 
 def sized(config: BaseDeltaConfig, site: Site, measured: Mapping[str, Shapes]) -> Site:
-    """``site`` with its numbers of features: of measured shapes, the axis that the method sees last.
+    """``site`` with its widths: the sizes of measured shapes on the axis that the method sees last.
 
     >>> from funcdelta.methods.site import site_of
     >>> sized(fd.AdapterConfig(axis_order=(0, 2, 1)), site_of("0", nn.Identity()), {"0": (None, (5, 3, 7))}).width
@@ -48,7 +51,7 @@ def _last(order: tuple[int, ...] | None, axes: int) -> int:
 def in_order(method: Callable[..., Any], order: tuple[int, ...] | None) -> Callable[..., Any]:
     """``method(p, *values)`` on values permuted to ``order``, with its result permuted back.
 
-    Values with another number of axes stay as they are.
+    Values with another number of axes are not permuted.
 
     >>> double = in_order(lambda p, y: y * torch.arange(2.0), (0, 2, 1))
     >>> double({}, torch.ones(1, 2, 3))
@@ -63,7 +66,7 @@ def in_order(method: Callable[..., Any], order: tuple[int, ...] | None) -> Calla
         result = method(p, *(value.permute(order) if value.ndim == axes else value for value in values))
         if values[0].ndim != axes or not isinstance(result, Tensor):
             return result
-        # As contiguous as the model's own value, whose reader may take a view of it.
+        # Contiguous, as the model's own value is: its reader may take a view of it.
         return result.permute(back).contiguous()
 
     return act

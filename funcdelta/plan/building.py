@@ -62,28 +62,21 @@ def build_plan(
     of_all: dict[str, Tensor] = {}
     compared: set[tuple[BaseDeltaConfig, Site]] = set()
     for config, name, own in zip(configs, names, sites, strict=True):
-        group, fixed = share(config, name, own)
+        group, fixed = share(config, name, own, backbone)
         of_all |= {f"{name}.{leaf}": tensor for leaf, tensor in fixed.items()}
         if group is not None:
-            if name in modules or any(key in modules for key in group.shapes):
-                raise MatchError(
-                    f"The backbone already has a module {name!r}, where {config.delta_type} would keep its shared "
-                    f"leaves: give the config another name, name={name + '_delta'!r}."
-                )
+            _refuse_taken(backbone, "", name)
             shared.append(group)
         for site in own:
             path = site.path
             check_acts(config, config.acts(site))
-            if isinstance(getattr(modules[path], name, None), (nn.Module, Tensor)):
-                raise MatchError(
-                    f"{path} already has a child {name!r}: give the config another name, name={name + '_delta'!r}."
-                )
+            _refuse_taken(modules[path], path, name)
             attachment = attach(config, name, site, modules, group, fixed, compared)
             alone = sorted(leaf for leaf in attachment.fixed if leaf not in fixed and not leaf.startswith(OWN))
             of_all |= {f"{site.address}.{name}.{leaf}": attachment.fixed[leaf] for leaf in alone}
             attachments.setdefault(site.exit or path, []).append(attachment)
     trains, fresh = trained(backbone, modules, configs, known)
-    check_reads([a for acting in attachments.values() for a in acting], trains)
+    check_reads([a for acting in attachments.values() for a in acting], trains, modules)
     return Plan(
         {path: tuple(group) for path, group in attachments.items()},
         trains,
@@ -172,14 +165,25 @@ def _above(path: str, modules: dict[str, nn.Module]) -> Iterator[nn.Module]:
         yield modules[path]
 
 
+def _refuse_taken(module: nn.Module, path: str, name: str) -> None:
+    """Refuse a delta's name where it would hide what the module that is to hold its leaves in views already has."""
+    if hasattr(module, name):
+        held = isinstance(getattr(module, name), (nn.Module, Tensor))
+        what = "an attribute" if not held else "a child" if path else "a module"
+        raise MatchError(
+            f"{path or 'The backbone'} already has {what} {name!r}: give the config another name, "
+            f"name={name + '_delta'!r}."
+        )
+
+
 def _meant(site: Site, parts: Parts) -> Site:
     """The site as one config means it: all of its output, or parts."""
     return dataclasses.replace(site, parts=parts) if parts else site
 
 
 def _unknown(config: BaseDeltaConfig, sites: Sequence[Site]) -> Iterator[str]:
-    """The modules whose numbers of features ``config`` may need and has not told; keys and values need none."""
-    if config.gives("attend") and not (config.gives("before") or config.gives("after")):
+    """The modules whose numbers of features ``config`` may need and has not told; within attention none is needed."""
+    if _in_attention(config) and not (config.gives("before") or config.gives("after")):
         return
     for site in sites:
         if site.exit is not None:
@@ -191,14 +195,21 @@ def _unknown(config: BaseDeltaConfig, sites: Sequence[Site]) -> Iterator[str]:
 def _with_attention(
     configs: Sequence[BaseDeltaConfig], sites: Sequence[tuple[Site, ...]], attention: AttentionProbe
 ) -> list[tuple[Site, ...]]:
-    """The sites, with the shapes of keys and values at those of methods that add some."""
-    adding = [config.gives("attend") for config in configs]
-    paths = list(dict.fromkeys(site.path for own, adds in zip(sites, adding, strict=True) for site in own if adds))
+    """The sites, with the shapes of keys and values at those of methods that act within attention."""
+    acting = [
+        _in_attention(config) or any(config.acts(site).in_attention for site in own)
+        for config, own in zip(configs, sites, strict=True)
+    ]
+    paths = list(dict.fromkeys(site.path for own, acts in zip(sites, acting, strict=True) for site in own if acts))
     shapes = attention(paths) if paths else {}
     return [
-        tuple(dataclasses.replace(site, shape_of_attention=shapes[site.path]) if adds else site for site in own)
-        for own, adds in zip(sites, adding, strict=True)
+        tuple(dataclasses.replace(site, shape_of_attention=shapes[site.path]) if acts else site for site in own)
+        for own, acts in zip(sites, acting, strict=True)
     ]
+
+
+def _in_attention(config: BaseDeltaConfig) -> bool:
+    return config.gives("attend") or config.gives("around")
 
 
 def _all_ends(backbone: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -1,7 +1,8 @@
-"""Whether a method's two forms are one function: ``before`` and ``after`` on activations, ``weights`` on tensors.
+"""Checks that a method's two forms agree: ``before`` and ``after`` on activations, ``weights`` on tensors.
 
-Merging writes what ``weights`` gives and ``apply`` computes what ``after`` gives, so a method whose forms differ would
-change its numbers when it is merged. Both are run once, on random leaves, on a copy of the layer in double precision.
+``apply`` computes by ``before`` and ``after``, and merging writes the result of ``weights``, so a method whose forms
+differ would compute something else once it is merged. Both run once, with random leaves, on a copy of the layer in
+double precision.
 """
 
 from __future__ import annotations
@@ -21,9 +22,7 @@ from ..structures.modules.structure import copy_structure
 from ..transforms import outside_transforms
 from ..trees.drawing import own_defaults
 from .axes import in_order
-
-LARGEST = 2**20
-"""Layers of more numbers are not compared: another of their kind is, or what the site says is trusted."""
+from .rewriting import LARGEST
 
 SPREAD = 0.3
 
@@ -31,21 +30,16 @@ SPREAD = 0.3
 def compare_forms(
     config: BaseDeltaConfig, site: Site, module: nn.Module, p: Mapping[str, Tensor], constants: frozenset[str]
 ) -> None:
-    """Raises `ConfigError` where both forms of ``config`` run at ``site`` and give different outputs.
+    """Raise `ConfigError` if both forms of ``config`` run at ``site`` and return different outputs.
 
-    ``p`` are the leaves that the method gets there, at their start; all but ``constants`` are moved away from it.
-
-    >>> from funcdelta.methods.site import site_of
-    >>> config, layer = fd.LoraConfig(lora_r=1), nn.Linear(2, 3)
-    >>> site = site_of("0", layer)
-    >>> p = {leaf: one.value for leaf, one in config.init(site, torch.Generator()).items()}
-    >>> compare_forms(config, site, layer, p, frozenset({"scale"}))
+    ``p`` are the method's fresh leaves there; all but ``constants`` are moved away from their initial values.
     """
     with own_defaults():
         x = _input(site)
     own = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
     acts = config.acts(dataclasses.replace(site, training=False))
     known = x is not None and not site.own_forward and not site.packed and acts.unmergeable is None
+    known = known and not acts.conditions  # which no call has told yet
     plain = all(is_plain(t) for t in own.values()) and not any(t.is_meta for t in own.values())
     if x is None or not known or not plain or not own or sum(t.numel() for t in own.values()) > LARGEST:
         return
@@ -60,16 +54,16 @@ def compare_forms(
     if values.shape == weights.shape:
         told = f"differ by {float((values - weights).abs().max()):.1e}"
     raise ConfigError(
-        f"{type(config).__name__}: on random leaves, before and after give at {site.path} another output than weights "
-        f"does (they {told}), so merging would change what the delta computes. Make them one function, or say why the "
-        f"delta cannot be merged there in unmergeable(self, site)."
+        f"{type(config).__name__}: with random leaves, before and after return another output at {site.path} than "
+        f"weights does (they {told}), so merging would change what the delta computes. Make them agree, or let "
+        f"unmergeable(self, site) say why the delta cannot be merged there."
     )
 
 
 def _both(
     acts: Acts, order: tuple[int, ...] | None, module: nn.Module, p: dict[str, Tensor], x: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """The output by activations and by weights; ``None`` where either raises, as the first call will, with its site."""
+    """The output by activations and by weights; ``None`` if one of them raises."""
     copied = copy_structure(module).eval().double()
     for child in copied.modules():
         child._forward_hooks.clear()
@@ -87,12 +81,12 @@ def _both(
         for name, tensor in acts.weights(p, dict(own)).items():
             copied._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         return values, copied(x)
-    except Exception:  # the method's own error is told with its site when it is first called
+    except Exception:  # the first call raises the method's error again, and names the site
         return None
 
 
 def _moved(p: Mapping[str, Tensor], constants: frozenset[str]) -> dict[str, Tensor]:
-    """The leaves in double precision, away from their start: a fresh LoRA would agree with anything."""
+    """The leaves in double precision, moved away from their initial values: a fresh LoRA would agree with anything."""
     rng = torch.Generator().manual_seed(0)
     moved: dict[str, Tensor] = {}
     for leaf, tensor in p.items():
@@ -106,7 +100,7 @@ def _moved(p: Mapping[str, Tensor], constants: frozenset[str]) -> dict[str, Tens
 
 
 def _input(site: Site) -> Tensor | None:
-    """What a layer of the site's kind is called with; ``None`` where that is not known."""
+    """A random input for a layer of the site's kind; ``None`` if its inputs are unknown."""
     rng = torch.Generator().manual_seed(0)
     if site.in_features is None:
         return None

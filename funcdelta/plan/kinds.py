@@ -1,9 +1,9 @@
-"""Which kinds of numbers a delta computes with: the dtypes that its leaves may have in a call, and must have together.
+"""The dtypes that a delta's leaves may have in a call, and which leaves must have the same one.
 
-Leaves may be of any precision that torch computes in, whatever a delta starts with: a stack in bfloat16 is half as
-large. But torch multiplies matrices of one dtype only, so the leaves that one delta trains at one site go together.
-What has another kind of numbers (indices where weights belong, complex numbers, a format for storage) would fail
-somewhere inside of a method, or drop its imaginary part.
+Leaves may have any precision that torch computes in, whatever they start with: a stack in bfloat16 is half as large.
+But torch multiplies only matrices of one dtype, so the leaves that one delta trains at one site must agree. Other kinds
+of numbers (indices in place of weights, complex numbers, formats for storage) would fail somewhere inside a method, or
+lose their imaginary parts.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from torch import Tensor
 from ..errors import ParamsError
 
 COMPUTES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-"""The real dtypes that torch computes in; others of floating point are for storage alone."""
+"""The real dtypes that torch computes in; other floating-point dtypes are only for storage."""
 
 
 class Kinds:
-    """The dtypes of a delta's leaves as they start, and which of the leaves are used together.
+    """The initial dtypes of a delta's leaves, and which leaves are used together.
 
-    ``together`` are those that train, site by site; ``beside`` names one of them for each constant.
+    Args:
+        together: the leaves that train, site by site.
+        beside: for each constant, the name of a leaf that trains at the same site.
 
     >>> kinds = Kinds({"0.lora.lora_A": torch.float32, "0.lora.lora_B": torch.float32}, [])
     >>> kinds.check({"0.lora.lora_A": torch.ones(2, dtype=torch.bfloat16)})
@@ -32,7 +34,7 @@ class Kinds:
     >>> kinds.check({"0.lora.lora_A": torch.ones(2, dtype=torch.int64)})
     Traceback (most recent call last):
     ...
-    funcdelta.errors.ParamsError: 0.lora.lora_A is torch.int64; expected numbers of floating point. Write leaf.to(...
+    funcdelta.errors.ParamsError: 0.lora.lora_A is torch.int64; expected floating-point numbers. Write leaf.to(...
     """
 
     def __init__(
@@ -44,9 +46,9 @@ class Kinds:
         self.dtypes, self.together, self.beside = dtypes, together, beside
 
     def check(self, params: Mapping[str, Any]) -> bool:
-        """Raise ``ParamsError`` where a leaf has numbers of another kind; gives whether leaves used together differ.
+        """Whether leaves that are used together differ in dtype, which raises ``ParamsError`` outside of autocast.
 
-        Those that differ raise as well, unless autocast converts them.
+        Raises ``ParamsError`` as well for a leaf with another kind of numbers.
         """
         for name, leaf in params.items():
             if isinstance(leaf, Tensor):
@@ -58,15 +60,15 @@ class Kinds:
         if not _converts(params[first].device):
             dtype = params[first].dtype
             raise ParamsError(
-                f"{other} is {params[other].dtype} and {first} is {dtype}; what one delta trains at one site has one "
-                f"dtype. Convert one: leaf.to({dtype})."
+                f"{other} is {params[other].dtype} and {first} is {dtype}; the leaves that one delta trains at one "
+                f"site must have one dtype. Convert one of them: leaf.to({dtype})."
             )
         return True
 
     def casts(self, params: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
-        """The constants that have another dtype than what trains beside them, with that dtype.
+        """The constants whose dtype differs from that of the leaves they are used with, with the latter dtype.
 
-        A single number takes on the dtype of whatever it meets; a number for each member, or a matrix, does not.
+        They have to be converted: torch adapts only scalars without axes, not a number per member or a matrix.
 
         >>> kinds = Kinds({"a": torch.float32, "scale": torch.float32}, [], {"scale": "a"})
         >>> kinds.casts({"a": torch.ones(3, 2, dtype=torch.bfloat16), "scale": torch.ones(3)})
@@ -78,40 +80,40 @@ class Kinds:
     def _one(self, name: str, leaf: Tensor) -> None:
         expected, dtype = self.dtypes.get(name), leaf.dtype
         if leaf.is_quantized:
-            raise ParamsError(f"{name} is quantised, {dtype}; expected plain numbers. Write leaf.dequantize().")
+            raise ParamsError(f"{name} is quantised ({dtype}); expected plain numbers. Write leaf.dequantize().")
         if expected is None or (dtype in COMPUTES and expected.is_floating_point):
             return
         if expected.is_complex:
             if not dtype.is_complex:
                 raise ParamsError(f"{name} is {dtype}; expected complex numbers. Write leaf.to({expected}).")
         elif expected.is_floating_point:
-            kind, write = "numbers of floating point", f"leaf.to({expected})"
+            kind, write = "floating-point numbers", f"leaf.to({expected})"
             if dtype.is_complex:
                 kind, write = "real numbers", "leaf.real"
             elif dtype.is_floating_point:
                 kind = "a dtype that torch computes in"
             raise ParamsError(f"{name} is {dtype}; expected {kind}. Write {write}.")
         elif dtype.is_floating_point or dtype.is_complex:
-            raise ParamsError(f"{name} is {dtype}; expected {expected}, no weights. Write leaf.to({expected}).")
+            raise ParamsError(f"{name} is {dtype}; expected {expected}. Write leaf.to({expected}).")
 
 
 def check_device(device: Any) -> None:
-    """Raise ``ParamsError`` where ``device`` names none.
+    """Raise ``ParamsError`` unless ``device`` names a device.
 
     >>> check_device("cpu")
     >>> check_device("nowhere")
     Traceback (most recent call last):
     ...
-    funcdelta.errors.ParamsError: device='nowhere' names no device: write "cpu", "cuda:0" or a torch.device.
+    funcdelta.errors.ParamsError: device='nowhere' names no device. Write "cpu", "cuda:0" or a torch.device.
     """
     try:
         torch.device(device)
     except (RuntimeError, TypeError):
-        raise ParamsError(f'device={device!r} names no device: write "cpu", "cuda:0" or a torch.device.') from None
+        raise ParamsError(f'device={device!r} names no device. Write "cpu", "cuda:0" or a torch.device.') from None
 
 
 def _unlike(names: tuple[str, ...], params: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The first of ``names`` in ``params``, and one of another dtype."""
+    """The first of ``names`` in ``params`` and one with another dtype; ``None`` if all agree."""
     given = [name for name in names if isinstance(params.get(name), Tensor)]
     return next(((given[0], name) for name in given if params[name].dtype != params[given[0]].dtype), None)
 
@@ -119,5 +121,5 @@ def _unlike(names: tuple[str, ...], params: Mapping[str, Any]) -> tuple[str, str
 def _converts(device: torch.device) -> bool:
     try:
         return torch.is_autocast_enabled(device.type)
-    except RuntimeError:  # a device that has none
+    except RuntimeError:  # a device without autocast
         return False

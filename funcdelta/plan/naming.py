@@ -1,4 +1,4 @@
-"""What the names in a config select: the sites of a delta, and the backbone leaves that are trained with it."""
+"""What the names in a config select: the sites of a delta, and the backbone leaves that train with it."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ HEAD = ("lm_head",)
 
 
 def refuse_lazy(backbone: nn.Module) -> None:
-    """Raise ``MatchError`` where a module has not seen its input yet, and so has tensors without a shape.
+    """Raise ``MatchError`` if a lazy module has not seen an input yet, so that its tensors have no shape.
 
     >>> refuse_lazy(nn.Sequential(nn.LazyLinear(4)))
     Traceback (most recent call last):
     ...
-    funcdelta.errors.MatchError: 0.weight has no shape yet (LazyLinear): run the model once, backbone(inputs), ...
+    funcdelta.errors.MatchError: 0.weight has no shape yet (LazyLinear). Run the model once, backbone(inputs), ...
     """
     for path, module in backbone.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and is_lazy(tensor):
                 raise MatchError(
-                    f"{path}.{name} has no shape yet ({type(module).__name__}): run the model once, "
-                    f"backbone(inputs), before a delta is built on it."
+                    f"{path}.{name} has no shape yet ({type(module).__name__}). Run the model once, "
+                    f"backbone(inputs), before you build a delta on it."
                 )
 
 
@@ -40,30 +40,36 @@ def select(
     config: BaseDeltaConfig,
     known: Names,
 ) -> dict[str, Parts]:
-    """The sites that ``config`` names, in the backbone's order; every name given has to mean something.
+    """The sites that ``config`` names, in the backbone's order, each with the selected parts of a fused output.
 
-    A site stands with the parts of its fused output that are meant, or with none for the whole output.
+    No parts mean the whole output. Raises ``MatchError`` for a name that matches nothing.
     """
     given = config.modified_modules
-    # OpenDelta writes "root" where a method finds its own place.
+    # OpenDelta writes "root" for methods that find their own site.
     own = config.own_sites(backbone) if given in (None, ("root",)) and "root" not in modules else None
     if own is not None:
-        for path in own:
-            if any(within(path, left_out) for left_out in config.exclude_modules or ()):
-                raise MatchError(f"exclude_modules leaves out {path or 'the model'!r}, the one site of its method.")
-        return dict.fromkeys(sorted({canonical[id(modules[path])] for path in own}, key=list(modules).index), ())
+        if not own:
+            raise MatchError(
+                f"{config.delta_type} finds no site of its own in {type(backbone).__name__}: give "
+                f"modified_modules=[...]."
+            )
+        kept = [path for path in own if not any(within(path, out) for out in config.exclude_modules or ())]
+        if not kept:
+            which = "the one site" if len(own) == 1 else "the last site"
+            raise MatchError(f"exclude_modules leaves out {own[-1] or 'the model'!r}, {which} of its method.")
+        return dict.fromkeys(sorted({canonical[id(modules[path])] for path in kept}, key=list(modules).index), ())
     common = config.common_structure
     if given is None:
         given, common = config.default_names(), None
         if not given:
-            raise MatchError(f"{config.delta_type} has no default sites: give modified_modules=[...].")
+            raise MatchError(f"{config.delta_type} has no default sites. Write modified_modules=[...].")
     if not given:
-        raise MatchError("modified_modules=[] names no site: leave it out for the method's own sites.")
-    # A parametrised weight is computed by modules of its own, which are meant only when they are named.
+        raise MatchError("modified_modules=[] names no site. Leave it out for the method's default sites.")
+    # The modules that compute a parametrised weight count only if they are named.
     inner = any("parametrizations" in target for target in given)
     names = [path for path in modules if path and (inner or ".parametrizations." not in path)]
-    excluded = _excluded(backbone, modules, names, config, known)
     tensors = [name for name, _ in backbone.named_parameters(remove_duplicate=False)]
+    excluded = _excluded(backbone, modules, names, tensors if config.takes_tensors() else (), config, known)
     named: dict[str, Parts] = {}
     for target in given:
         hits = known.find(target, common, names)
@@ -75,7 +81,7 @@ def select(
                 f"{known.nearest(target, common)}"
             )
         for path, parts in hits.items():
-            # Named as a whole by any name, it is whole.
+            # A site that one name selects as a whole stays whole.
             whole = not parts or (path in named and not named[path])
             named[path] = () if whole else tuple(dict.fromkeys((*named.get(path, ()), *parts)))
     found: dict[str, Parts] = {}
@@ -97,30 +103,35 @@ def select(
             path, _, name = address.rpartition(".")
             found[below(canonical[id(modules[path])], name)] = ()
     if not found:
-        raise MatchError(f"exclude_modules={list(excluded)} leaves none of the sites that {list(given)} name.")
+        raise MatchError(f"exclude_modules={list(excluded)} excludes all sites that {list(given)} select.")
     order = {path: position for position, path in enumerate([*modules, *tensors])}
     return {address: found[address] for address in sorted(found, key=order.__getitem__)}
 
 
 def _excluded(
-    backbone: nn.Module, modules: dict[str, nn.Module], names: list[str], config: BaseDeltaConfig, known: Names
+    backbone: nn.Module,
+    modules: dict[str, nn.Module],
+    names: list[str],
+    tensors: Sequence[str],
+    config: BaseDeltaConfig,
+    known: Names,
 ) -> dict[str, Parts]:
-    """The paths that ``exclude_modules`` leaves out with all below them; with parts, those of their output alone."""
+    """The paths that ``exclude_modules`` excludes with all below them, or, with parts, only those of the output."""
     given = config.exclude_modules
     if given is None:
-        # A method's own sites never include the language model's head; a head that is named is meant.
+        # Default sites never include the language model's head; one that is named is meant.
         given = () if config.modified_modules is not None else HEAD
     if given == HEAD and HEAD[0] not in modules:
         given = ()  # OpenDelta writes it into the config of every model
     excluded: dict[str, Parts] = {}
     for target in given:
-        if any(within(name, target) for name in names):
+        if any(within(name, target) for name in names) or target in tensors:
             excluded[target] = ()
             continue
         found = known.find(target, config.common_structure, names) if "@" in target or config.common_structure else {}
         if not found:
             nearest = known.nearest(target, None) if "@" in target else near(target, names)
-            raise MatchError(f"exclude_modules: {target!r} is no module of {type(backbone).__name__}.{nearest}")
+            raise MatchError(f"exclude_modules: {target!r} matches no module of {type(backbone).__name__}.{nearest}")
         for path, parts in found.items():
             whole = not parts or (path in excluded and not excluded[path])
             excluded[path] = () if whole else tuple(dict.fromkeys((*excluded.get(path, ()), *parts)))
@@ -128,7 +139,7 @@ def _excluded(
 
 
 def _acceptable(config: BaseDeltaConfig, path: str, parts: Parts, known: Names) -> Parts:
-    """The parts as the method takes them, in their order: all are the whole output for one that knows no parts."""
+    """The parts in order; ``()`` if they are all parts and the method acts only on whole outputs, else it raises."""
     if not parts or config.takes_parts():
         return tuple(sorted(parts, key=lambda part: part.start))
     called, every = known.of(path), known.parts(path)
@@ -137,15 +148,15 @@ def _acceptable(config: BaseDeltaConfig, path: str, parts: Parts, known: Names) 
     meant = ", ".join(part.name for part in parts)
     raise MatchError(
         f"{config.delta_type} cannot act at {path}: {meant} is a part of its fused output "
-        f"({', '.join(part.name for part in every)}), and {config.delta_type} acts on whole outputs. Name the whole "
-        f"layer, {called.name.rpartition('@.')[2]!r} or {path!r}."
+        f"({', '.join(part.name for part in every)}), but {config.delta_type} acts only on whole outputs. Name the "
+        f"whole layer, {called.name.rpartition('@.')[2]!r} or {path!r}."
     )
 
 
 def trained(
     backbone: nn.Module, modules: dict[str, nn.Module], configs: Sequence[BaseDeltaConfig], known: Names
 ) -> tuple[dict[str, tuple[str, ...]], frozenset[str]]:
-    """The backbone leaves that ``unfrozen_modules`` name, each with every name of its tensor."""
+    """The leaves that ``unfrozen_modules`` names, with all names of the tensors, and those that start fresh."""
     parameters = dict(backbone.named_parameters(remove_duplicate=False))
     names_of = names_of_tensors(backbone)
     found: dict[str, tuple[str, ...]] = {}
@@ -156,13 +167,13 @@ def trained(
             for path, parts in owners.items():
                 if parts:
                     raise MatchError(
-                        f"unfrozen_modules: {target!r} is a part of {path}, whose weight is one tensor and is trained "
-                        f"as one: write {known.of(path).name.rpartition('@.')[2]!r}."
+                        f"unfrozen_modules: {target!r} is a part of {path}, whose weight is one tensor and can only be "
+                        f"trained as a whole. Write {known.of(path).name.rpartition('@.')[2]!r}."
                     )
             hits = [name for name in parameters if name in owners or any(within(name, owner) for owner in owners)]
             if not hits:
                 raise MatchError(
-                    f"unfrozen_modules: {target!r} means no parameter of {type(backbone).__name__}."
+                    f"unfrozen_modules: {target!r} matches no parameter of {type(backbone).__name__}."
                     f"{known.nearest(target, config.common_structure, parameters)}"
                 )
             for name in hits:
@@ -172,7 +183,7 @@ def trained(
                 if is_quantised(parameters[name]):
                     raise MatchError(
                         f"unfrozen_modules: {name} is quantised ({type(parameters[name]).__name__}) and cannot be "
-                        f"trained: leave it out, or leave that module unquantised."
+                        f"trained. Leave it out, or do not quantise that module."
                     )
                 if ends[0] not in found:
                     found[ends[0]] = tuple(ends)
@@ -183,7 +194,7 @@ def trained(
 
 
 def named_leaves(backbone: nn.Module, names: tuple[str, ...], common: bool | None) -> tuple[str, ...]:
-    """The backbone's leaves that ``names`` mean as ``unfrozen_modules``, each under the first name of its tensor.
+    """The backbone leaves that ``names`` select as ``unfrozen_modules``, each by the first name of its tensor.
 
     >>> named_leaves(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), ("deltas", "1", "bias"), None)
     ('0.bias', '1.weight', '1.bias')
@@ -194,9 +205,9 @@ def named_leaves(backbone: nn.Module, names: tuple[str, ...], common: bool | Non
 
 
 def names_of_tensors(backbone: nn.Module) -> dict[int, list[str]]:
-    """Every name of every tensor by its id, one name a slot: a module that stands under two paths has one slot.
+    """The names of every tensor, by its id: one for each place that holds it.
 
-    Swapping one slot under two names would put the wrong tensor back.
+    A module with two paths is one place. Swapping a tensor there under both names would restore the wrong one.
     """
     names: dict[int, list[str]] = {}
     for path, module in backbone.named_modules():

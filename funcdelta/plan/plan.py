@@ -67,6 +67,11 @@ class Plan:
                 beside |= {key: trains[0] for key in keys if key in floating and key in constants}
         return Kinds(dtypes | dict.fromkeys(self.trained, torch.float32), list(together), beside)
 
+    @functools.cached_property
+    def read(self) -> frozenset[str]:
+        """The backbone's tensors that methods read."""
+        return frozenset(name for a in self.all() for _, name in a.reads)
+
     def keys(self) -> dict[str, frozenset[str]]:
         """``{delta name: the keys of its leaves in params}``."""
         found: dict[str, frozenset[str]] = {a.name: frozenset() for a in self.all()}
@@ -83,6 +88,8 @@ class Plan:
         found = {path: tuple(a for a in group if a.by_weights) for path, group in self.attachments.items()}
         self.rewriting = {path: group for path, group in found.items() if group}
         """The attachments that act by rewriting tensors, by the path of their site."""
+        self.conditions = tuple(dict.fromkeys(name for a in self.all() for name in a.acts().conditions))
+        """What the methods want to know of each call, all together."""
 
     @property
     def uncalled(self) -> set[str]:

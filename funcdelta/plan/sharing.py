@@ -1,7 +1,7 @@
-"""Leaves that the sites of one delta share, and what they expand to before a call.
+"""Leaves that the sites of one delta share, and the sites' leaves that are computed from them before a call.
 
-A method may keep leaves under ``<delta name>.<leaf>`` that all its sites use as they are (one rule for all compacters),
-or compute each site's leaves from them once a call (one network that writes every prefix).
+A method may have leaves ``<delta name>.<leaf>`` that all its sites use as they are (one rule for all compacters), or
+from which it computes each site's leaves once per call (one network that computes every prefix).
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..methods.config import BaseDeltaConfig
-from ..methods.leaf import Leaf, as_leaves, members_and_all, values_of
+from ..methods.leaf import Leaf, declared, members_and_all, values_of
+from ..methods.own import Own
 from ..methods.site import Site
 from ..randomness import refuse_draws
 from ..transforms import inside_backward
@@ -30,10 +31,10 @@ class Shared:
     Attributes:
         name: the delta's name, the first token of every key.
         leaves: ``{leaf: key in params}``.
-        shapes, dtypes: of one member's leaves, by key.
-        constants: keys of those that never train.
-        start: the leaves as one member starts.
-        fixed: what all members have together.
+        shapes, dtypes: those of one member's leaves, by key.
+        constants: the keys of leaves that never train.
+        start: one member's initial leaves.
+        fixed: the tensors that all members have in common.
         expanded: ``{site path: {leaf: key}}`` of the leaves that the method computes from these for each site.
     """
 
@@ -53,20 +54,34 @@ class Shared:
         return next(iter(self.leaves.values())) in params
 
     def expand(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One member's leaves at every site, by key, as the method computes them from the shared ones."""
+        """One member's leaves at every site, by key, computed from the shared ones."""
         p = {**self.fixed, **{leaf: params[key] for leaf, key in self.leaves.items()}}
         found = self.config.expand(self.sites, p)
         return {key: found[path][leaf] for path, keys in self.expanded.items() for leaf, key in keys.items()}
 
 
-def share(config: BaseDeltaConfig, name: str, sites: tuple[Site, ...]) -> tuple[Shared | None, dict[str, Tensor]]:
+def own_at(sites: Sequence[Site], backbone: nn.Module) -> dict[str, Own]:
+    """The backbone's tensors at ``sites``, by the site's address.
+
+    >>> from funcdelta.methods.site import site_of
+    >>> backbone = nn.Sequential(nn.Linear(2, 3))
+    >>> list(own_at([site_of("0", backbone[0])], backbone)["0"])
+    ['weight', 'bias']
+    """
+    return {site.address: Own(backbone.get_submodule(site.path), site.path) for site in sites}
+
+
+def share(
+    config: BaseDeltaConfig, name: str, sites: tuple[Site, ...], backbone: nn.Module
+) -> tuple[Shared | None, dict[str, Tensor]]:
     """The leaves of a member that ``config`` has for all its sites, ``None`` if it has none; and what all members have.
 
-    What all members have is there once for all sites, too.
+    The latter are also shared by all sites.
     """
+    own = own_at(sites, backbone)
     rng, who = torch.Generator().manual_seed(derive(0, config.seed_name(name))), f"{type(config).__name__}.shared"
     with refuse_draws(who), own_defaults():
-        given, of_all = members_and_all(as_leaves(config.shared(sites, rng), who))
+        given, of_all = members_and_all(declared(config.shared_leaves(sites, own, rng), who))
     first = sites[0]
     fixed = {leaf: first.placed(tensor) for leaf, tensor in of_all.items()}
     if not given:
@@ -77,7 +92,10 @@ def share(config: BaseDeltaConfig, name: str, sites: tuple[Site, ...]) -> tuple[
     if config.gives("expand"):
         found = config.expand(sites, {**fixed, **leaves})
         if set(found) != {site.address for site in sites}:
-            raise ConfigError(f"{type(config).__name__}.expand gives leaves for {sorted(found)}; expected every site.")
+            raise ConfigError(
+                f"{type(config).__name__}.expand returned leaves for {sorted(found)}; expected "
+                f"{sorted(site.address for site in sites)}."
+            )
         expanded = {path: {leaf: f"{path}.{name}.{leaf}" for leaf in found[path]} for path in found}
     return Shared(
         name=name,
@@ -94,7 +112,7 @@ def share(config: BaseDeltaConfig, name: str, sites: tuple[Site, ...]) -> tuple[
 
 
 def expand_member(shared: Sequence[Shared], params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """``params`` of one member with every leaf that a site gets; the same dict where nothing expands."""
+    """``params`` of one member with the leaves that are computed for each site; the same dict if there are none."""
     found: dict[str, Tensor] = {}
     for group in shared:
         if group.expanded and group.among(params):
@@ -103,7 +121,7 @@ def expand_member(shared: Sequence[Shared], params: Mapping[str, Tensor]) -> Map
 
 
 def expand_stack(shared: Sequence[Shared], stack: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The same for a stack, mapped over its members."""
+    """:func:`expand_member` for a stack, mapped over its members."""
     found: dict[str, Tensor] = {}
     for group in shared:
         if group.expanded and group.among(stack):
@@ -113,11 +131,11 @@ def expand_stack(shared: Sequence[Shared], stack: Mapping[str, Tensor]) -> Mappi
 
 
 class Expanding(Mapping[str, Tensor]):
-    """The leaves of a view with those computed from shared ones: once as a call begins, else on demand.
+    """The leaves of a view, with those computed from shared ones: once when a call begins, otherwise on demand.
 
-    A module of the view that is called by itself computes them anew. One that runs again in a backward pass, because
-    it is checkpointed, has to save what it saved before, so it gets what the call had; but where its first run kept no
-    graph (``use_reentrant=True``) each module needs a graph of its own.
+    A module of the view that is called by itself computes them anew. A checkpointed module that is recomputed in a
+    backward pass must save the same tensors as in its first run, so it gets those of the call; but if the first run
+    kept no graph (``use_reentrant=True``), each module needs its own graph.
     """
 
     def __init__(self, shared: Sequence[Shared], leaves: Mapping[str, Tensor]) -> None:
@@ -131,13 +149,13 @@ class Expanding(Mapping[str, Tensor]):
         self._graph = self._lost_graph = False
 
     def begin(self, *_: Any) -> None:
-        """A call of the whole view begins: what is computed now, outside of any checkpoint, serves all of it."""
+        """Compute the leaves as a call of the whole view begins, outside of any checkpoint, for all of the call."""
         self._found, self._graph, self._lost_graph = {}, torch.is_grad_enabled(), False
         for group in self._expanding:
             self._found |= group.expand(self._leaves)
 
     def end(self, *_: Any) -> None:
-        """It ends."""
+        """Keep the call's leaves as it ends, for recomputations."""
         self._found, self._before = None, self._found or {}
 
     def __getitem__(self, name: str) -> Tensor:

@@ -1,7 +1,7 @@
-"""Spans: sites between two modules. ``after`` gets as ``x`` what entered the one, as ``y`` what leaves the other.
+"""Spans: sites between two modules. ``after`` gets the input of the one as ``x`` and the output of the other as ``y``.
 
-A span is named by two names, each of which may mean a module in every block; ends are paired by path. Its leaves stand
-at the entry. What entered is stashed in the call that is under way, never on a module.
+A span has two names, each of which may match a module in every block; the ends are paired by path. Its leaves belong to
+the entry. The input is stashed in the running call, never on a module.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ..transforms import is_wrapped
 
 
 def select_spans(config: BaseDeltaConfig, select: Callable[[BaseDeltaConfig], Iterable[str]]) -> dict[str, str]:
-    """Where the spans of ``config`` begin, each with where it ends; ``select`` gives the modules that a config names.
+    """``{entry: exit}`` of the spans of ``config``; ``select`` returns the modules that a config names.
 
-    A span with either end left out (``exclude_modules``) is left out.
+    A span is left out if ``exclude_modules`` excludes one of its ends.
     """
     kept = list(select(config))
     names = config.modified_modules or config.default_names()
@@ -35,21 +35,21 @@ def select_spans(config: BaseDeltaConfig, select: Callable[[BaseDeltaConfig], It
                 continue
             if found.setdefault(entry, end) != end:
                 raise MatchError(
-                    f"{config.delta_type} would begin at {entry} twice, to end at {found[entry]} and at {end}: give "
-                    f"the second span a config of its own, with a name= of its own."
+                    f"{config.delta_type} would begin at {entry} twice, to end at {found[entry]} and at {end}. Give "
+                    f"the second span its own config, with another name=."
                 )
     if not found:
         raise MatchError(
-            f"exclude_modules={list(config.exclude_modules or ())} leaves one end of every span out, so none is left."
+            f"exclude_modules={list(config.exclude_modules or ())} excludes one end of every span, so none is left."
         )
     return {entry: found[entry] for entry in kept if entry in found}
 
 
 def pair(entries: Sequence[str], exits: Sequence[str]) -> list[tuple[str, str]]:
-    """Every exit with the entry in its own block: the one whose path shares most leading tokens with the exit's.
+    """Pairs of each exit with the entry in its block: the one whose path shares the most leading tokens with its path.
 
-    Several entries in one module (the two of a gated feed-forward) read one input, so the first stands for all.
-    Raises :class:`MatchError` with the paths where an end has no partner, or more than one.
+    Several entries in one module (the two of a gated feed-forward) have the same input, so the first stands for all.
+    Raises :class:`MatchError` with the paths if an end has no partner, or more than one.
 
     >>> pair(["h.0.fc1", "h.1.fc1"], ["h.0.fc2", "h.1.fc2"])
     [('h.0.fc1', 'h.0.fc2'), ('h.1.fc1', 'h.1.fc2')]
@@ -58,7 +58,7 @@ def pair(entries: Sequence[str], exits: Sequence[str]) -> list[tuple[str, str]]:
     >>> pair(["h.0.fc1"], ["h.0.fc2", "h.1.fc2"])
     Traceback (most recent call last):
     ...
-    funcdelta.errors.MatchError: A span that ends at h.1.fc2 begins nowhere in its block; entries are h.0.fc1...
+    funcdelta.errors.MatchError: The span that ends at h.1.fc2 has no entry in its block; entries are h.0.fc1...
     """
     nearest = {entry: _nearest(entry, exits) for entry in entries}
     spans: list[tuple[str, str]] = []
@@ -67,17 +67,17 @@ def pair(entries: Sequence[str], exits: Sequence[str]) -> list[tuple[str, str]]:
         begins = [entry for entry in _nearest(end, entries) if end in nearest[entry]]
         if not begins:
             raise MatchError(
-                f"A span that ends at {end} begins nowhere in its block; entries are {_listed(entries)}. Name modules "
-                f"that stand in the same blocks, or leave the end out: exclude_modules=['{end}']."
+                f"The span that ends at {end} has no entry in its block; entries are {_listed(entries)}. Name modules "
+                f"in the same blocks, or leave the exit out: exclude_modules=['{end}']."
             )
         if len({entry.rpartition(".")[0] for entry in begins}) > 1:
             raise MatchError(
-                f"A span that ends at {end} could begin at {_listed(begins)}: name one of them by a longer path."
+                f"The span that ends at {end} could begin at {_listed(begins)}. Name one of them by a longer path."
             )
         for entry in begins:
             if entry in paired:
                 raise MatchError(
-                    f"A span that begins at {entry} could end at {paired[entry]} or {end}: name one of them by a "
+                    f"The span that begins at {entry} could end at {paired[entry]} or {end}. Name one of them by a "
                     f"longer path."
                 )
             paired[entry] = end
@@ -85,14 +85,14 @@ def pair(entries: Sequence[str], exits: Sequence[str]) -> list[tuple[str, str]]:
     alone = [entry for entry in entries if entry not in paired]
     if alone:
         raise MatchError(
-            f"A span that begins at {alone[0]} ends nowhere in its block; exits are {_listed(exits)}. Name modules "
-            f"that stand in the same blocks, or leave the beginning out: exclude_modules=['{alone[0]}']."
+            f"The span that begins at {alone[0]} has no exit in its block; exits are {_listed(exits)}. Name modules "
+            f"in the same blocks, or leave the entry out: exclude_modules=['{alone[0]}']."
         )
     return spans
 
 
 def _nearest(path: str, others: Sequence[str]) -> list[str]:
-    """Those of ``others`` that share most leading tokens with ``path``."""
+    """Those of ``others`` that share the most leading tokens with ``path``."""
     shared = {other: _common(path, other) for other in others}
     most = max(shared.values(), default=0)
     return [other for other, tokens in shared.items() if tokens == most]
@@ -107,12 +107,12 @@ def _common(a: str, b: str) -> int:
     return count
 
 
-def _listed(paths: Sequence[str], most: int = 6) -> str:
-    return ", ".join(paths[:most]) + (f" and {len(paths) - most} more" if len(paths) > most else "")
+def _listed(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:6]) + (f" and {len(paths) - 6} more" if len(paths) > 6 else "")
 
 
 def site_between(entry: Site, end: Site) -> Site:
-    """The site of a span: widths of what enters and of what leaves; the entry itself where both ends are one module.
+    """The site of a span, with the entry's input width and the exit's output width; ``entry`` if it is both.
 
     >>> from funcdelta.methods.site import site_of
     >>> span = site_between(site_of("w1", torch.nn.Linear(3, 5)), site_of("w2", torch.nn.Linear(5, 2)))
@@ -123,9 +123,9 @@ def site_between(entry: Site, end: Site) -> Site:
         return entry
     if entry.channel_axis != end.channel_axis:
         raise MatchError(
-            f"A span from {entry.path} ({entry.module_type}) to {end.path} ({end.module_type}) has its features on "
-            f"axis {entry.channel_axis} where it begins and on axis {end.channel_axis} where it ends: name two modules "
-            f"of one layout."
+            f"The span from {entry.path} ({entry.module_type}) to {end.path} ({end.module_type}) begins with features "
+            f"on axis {entry.channel_axis} and ends with features on axis {end.channel_axis}. Name two modules with "
+            f"features on the same axis."
         )
     return Site(
         path=entry.path,
@@ -145,44 +145,44 @@ def site_between(entry: Site, end: Site) -> Site:
 
 
 Stash = dict[str, tuple[Tensor, int | None, int | None]]
-"""What entered the spans that have not ended yet, its axis of rows, and how often it had been written; one a call.
+"""The inputs of a call's unfinished spans, by key: the tensor, its axis of rows, and its version then.
 
-A plain dict, because torch.compile traces calls that make one.
+A plain dict, because torch.compile has to trace it.
 """
 
 
 def keep(stash: Stash, key: str, site: Site, x: Tensor, dim: int | None, replace: bool) -> None:
-    """Hold what enters the span ``site``, whose leaves' first key is ``key``.
+    """Stash the input of the span ``site`` under ``key``, the key of its first leaf.
 
-    With ``replace`` a new entry takes the place of one whose span did not end, as an error may leave it in a view,
-    whose call goes on. Elsewhere that is an error.
+    Raises ``FuncdeltaError`` if the span has not ended since its last entry. With ``replace`` it does not: the call of
+    a view goes on after an error, which may have left a span unfinished.
     """
     if key in stash and not replace:
         raise FuncdeltaError(
-            f"{site.path} was called twice before {site.exit} was called once, so what enters the span between them "
-            f"is not one tensor: name other modules."
+            f"{site.path} was called twice before {site.exit} was called once, so the span between them has two "
+            f"inputs. Name other modules."
         )
     stash[key] = x, dim, _version(x)
 
 
 def take(stash: Stash, key: str, site: Site) -> tuple[Tensor, int | None]:
-    """What entered the span that now ends, and its axis of rows."""
+    """The input of the span that now ends, and its axis of rows."""
     if key not in stash:
         raise MatchError(
-            f"{site.exit} was called before {site.path}, so nothing entered the span between them: name a module that "
-            f"runs earlier for the beginning, or a later one for the end."
+            f"{site.exit} was called before {site.path}, so the span between them has no input yet. Name an entry that "
+            f"runs earlier, or an exit that runs later."
         )
     x, dim, version = stash.pop(key)
     if version != _version(x):
         raise FuncdeltaError(
-            f"What entered the span at {site.path} was changed in place before it ended at {site.exit}, and its value "
-            f"is lost: name a module below or above {site.path} that gets a tensor of its own."
+            f"The input of the span at {site.path} was changed in place before the span ended at {site.exit}, so its "
+            f"value is lost. Name a module below or above {site.path} that gets a different tensor."
         )
     return x, dim
 
 
 def _version(x: Tensor) -> int | None:
-    """How often ``x`` was written, where that can be told."""
+    """How often ``x`` was written, or ``None`` if torch does not count it."""
     if torch.compiler.is_compiling() or is_wrapped(x) or x.is_inference():
         return None
     return x._version

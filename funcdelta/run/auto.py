@@ -1,7 +1,7 @@
-"""The choice of an engine: the first that can run these inputs, and what kept the others from it.
+"""``engine="auto"``: run a call by the first engine that can, and remember why the others could not.
 
-Whatever an engine cannot do leads to the next one, also what torch raises by itself. What was refused is remembered by
-the key of the inputs, so that nothing is tried twice, and told once.
+Any error of an engine, torch's own included, leads to the next one. Refusals are remembered by the key of the inputs,
+so that nothing is tried twice, and the user is warned once.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from .on_copies import on_copies
 from .program import Program
 
 SHORT = 300
-"""How much of a reason is told."""
-
+"""How many characters of a reason are shown."""
 
 AUTO = {"fold": call_best_fold, "vmap": call_vmap, "loop": call_loop}
-"""Fold is fastest; what cannot be folded can often be mapped; a loop runs everything."""
+"""In the order in which they are tried: a fold is fastest, vmap can do some of what it cannot, a loop runs anything."""
 
 
 def run_any(program: Program, stack: Params, inputs: Inputs, reached: set[str] | None) -> Any:
-    """Every member's output by the first engine that can."""
+    """Every member's output, by the first engine that can compute it."""
     if torch.compiler.is_compiling():
         return call_best_fold(program, stack, inputs, reached)
     ways = {name: lambda inputs, run=run: run(program, stack, inputs, reached) for name, run in AUTO.items()}
@@ -45,11 +44,11 @@ def run_first_that_can(
     inputs: Inputs,
     call: str,
 ) -> Any:
-    """The result of the first of ``ways`` that can run; the last one's error is the caller's own.
+    """The result of the first of ``ways`` that can run; an error of the last one is raised as it is.
 
-    A way that is refused is remembered under the key of the inputs once a later one has succeeded: an error that every
-    way raises is not about engines. The key is asked for again then, for meanwhile it may have been learned that it
-    takes more to tell such inputs apart.
+    A refusal is remembered under the key of the inputs, but only once a later way has succeeded: an error that every
+    way raises says nothing about engines. The key is then computed anew, because a probe may meanwhile have found that
+    the values of some input belong to it.
     """
     key = key_of_now()
     refused: dict[str, str] = {}
@@ -59,21 +58,21 @@ def run_first_that_can(
         if name in refused or (name != last and (name, call, key) in program.refusals):
             continue
         try:
-            # What a way writes before it fails is not for the next one.
+            # A way may write into the inputs before it fails; the next one needs them unchanged.
             result = on_copies(inputs, run) if program.writes_inputs and name != last else run(inputs)
         except FuncdeltaError as error:
             if name == last or not isinstance(error, EngineError):
                 raise
             refused[name], ours = str(error), True
             if isinstance(error, MixedBackwardError):
-                # Mapped, the model does not even see that gradients are wanted, and leaves its hooks out.
+                # Under vmap tensors do not require grad, so the model would silently leave out its backward hooks.
                 refused |= dict.fromkeys([other for other in ways if other not in (name, last)], str(error))
         except Exception as error:
             if name == last and call == "apply_rows" and ours:
                 raise EngineError(
-                    f"Rows of these inputs cannot run with members of their own. They cannot share a batch: "
-                    f"{next(iter(refused.values()))} And a row alone fails ({type(error).__name__}: {error}). Call "
-                    f"delta.apply(params, ...) for each member."
+                    f"The rows of these inputs cannot run with different members. They cannot share a batch: "
+                    f"{next(iter(refused.values()))} And a single row fails ({type(error).__name__}: {error}). Call "
+                    f"delta.apply(params, ...) for each member instead."
                 ) from error
             if name == last:
                 for other, reason in refused.items():
@@ -90,7 +89,7 @@ def run_first_that_can(
 
 
 def _tell(program: Program, call: str, name: str, refused: Mapping[str, str]) -> None:
-    """Warn once for each reason."""
+    """Warn of a slower engine, once per reason."""
     if not refused:
         return
     first, reason = next(iter(refused.items()))
@@ -107,15 +106,15 @@ def _tell(program: Program, call: str, name: str, refused: Mapping[str, str]) ->
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which engine runs a call, why not the others, and what it costs.
+    """Which engine ``engine="auto"`` takes for a call, why not another, and how often the backbone runs.
 
     Attributes:
-        engine: the engine that ``engine="auto"`` takes.
-        refused: why others cannot, by name.
+        engine: the engine that is taken.
+        refused: why the engines tried before it cannot run the call, by name.
         calls: how often the backbone is called.
-        rows: how many rows each call has.
-        once_per_member: modules that run once per member within a fold, with the reason.
-        shared: the share of the arithmetic that runs once for all members.
+        rows: how many rows each of these calls has.
+        once_per_member: paths of modules that run once per member within a fold, with the reason.
+        shared: the fraction of the arithmetic that runs once for all members.
 
     >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
     >>> print(delta.explain(delta.init(0, n=5), torch.randn(3, 4)))
@@ -134,14 +133,14 @@ class Explanation:
         lines = [f"{self.engine}: {calls}"]
         if self.shared:
             lines.append(f"  {self.shared:.0%} of the arithmetic runs once for all members")
-        lines += [f"  once per member: {path or 'the model'}, for {why}" for path, why in self.once_per_member.items()]
+        lines += [f"  once per member: {path or 'the model'} ({why})" for path, why in self.once_per_member.items()]
         lines += [f"  not {name}: {reason[:SHORT]}" for name, reason in self.refused.items()]
         return "\n".join(lines)
 
 
 def explain(program: Program, stack: Params, inputs: Inputs) -> Explanation:
-    """The engine that ``auto`` takes for these inputs; runs them once where that is not known yet."""
-    # Where gradients are wanted other things are refused, so it runs as the call would.
+    """Which engine ``auto`` takes for these inputs. Runs the call, which is the only way to find out."""
+    # Neither under no_grad nor detached: a call that wants gradients may be refused where one without is not.
     run_any(program, stack, inputs, set())
     key = key_of(program, stack, inputs)
     refused = {

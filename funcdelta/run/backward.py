@@ -1,8 +1,8 @@
-"""Whether a backward pass mixes rows: what Python adds to it passes by everything that follows the forward pass.
+"""Whether a backward pass mixes rows, which nothing that follows the forward pass can see.
 
-Torch's own derivatives keep rows apart where the operation does. A backward of somebody's own (``autograd.Function``)
-or a hook on a tensor may do anything with the gradient of a whole batch, divide it by its norm for example. Where one
-of them is seen, gradients of two members in one batch are compared with those of each alone, for random cotangents.
+Torch's own derivatives keep rows apart wherever the operation does. A custom ``autograd.Function`` or a hook on a
+tensor can do anything with the gradient of a whole batch, for example divide it by its norm. Where the probe sees one,
+the gradients of two members in one batch are compared with those of each member alone, for random cotangents.
 """
 
 from __future__ import annotations
@@ -19,16 +19,11 @@ from ..errors import FoldError
 from .layout import Dims, MixedBackwardError, close
 
 HARMLESS = (CheckpointFunction,)
-"""It calls modules again, whose operations have been followed."""
+"""It runs modules again whose operations were followed the first time."""
 
 
 def written_in_python(outputs: Iterable[Any]) -> str:
-    """The name of the first node of a graph that is somebody's own ``autograd.Function``, or nothing.
-
-    >>> x = torch.ones(2, requires_grad=True)
-    >>> written_in_python([x * 2])
-    ''
-    """
+    """The name of the first custom ``autograd.Function`` in the graph of ``outputs``; ``""`` if there is none."""
     todo = [leaf.grad_fn for leaf in outputs if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
     seen: set[Any] = set()
     while todo:
@@ -48,7 +43,7 @@ def _ours(kind: Any) -> bool:
 
 
 def roots(params: Mapping[str, Tensor], constants: Iterable[str]) -> dict[str, Tensor]:
-    """Copies of the leaves that may be trained, for gradients to be asked of.
+    """Copies, which require grad, of the leaves that may be trained.
 
     >>> roots({"a": torch.ones(1), "scale": torch.ones(1)}, ["scale"])
     {'a': tensor([1.], requires_grad=True)}
@@ -59,7 +54,10 @@ def roots(params: Mapping[str, Tensor], constants: Iterable[str]) -> dict[str, T
 
 
 def grown(params: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``params`` with what is made of the roots in their places: no leaves of a graph, which may not be written."""
+    """``params`` with clones of the roots ``found`` in place of their leaves.
+
+    Clones, because autograd forbids writing into a leaf of the graph, and a model may write into its params.
+    """
     return {name: found[name].clone() if name in found else leaf for name, leaf in params.items()}
 
 
@@ -70,13 +68,13 @@ def check_backward(
     n: int,
     what: str,
 ) -> None:
-    """Raise a :class:`MixedBackwardError` where members in one batch get other gradients than alone.
+    """Raise :class:`MixedBackwardError` if members in one batch get other gradients than each alone.
 
     Args:
         together: the leaves of the folded output, and the roots (n, …) that they were computed from.
-        alone: the leaves of the output of one member for its own roots.
+        alone: a function of a member's number and its roots that returns the leaves of that member's output.
         dims: the axis of rows of each leaf of the folded output.
-        what: was seen, for the message.
+        what: what raised the suspicion, for the message.
     """
     folded, stacked = together
     own = [{name: leaf[i].detach().clone().requires_grad_() for name, leaf in stacked.items()} for i in range(n)]
@@ -94,7 +92,7 @@ def check_backward(
             expected.append(_gradients(loss, own[i]))
     except FoldError:
         raise
-    except Exception:  # what cannot be differentiated for one member has no gradients to compare
+    except Exception:  # a member that cannot be differentiated alone has no gradients to compare with
         return
     try:
         found = _gradients(total, stacked)
@@ -104,8 +102,8 @@ def check_backward(
         for i in range(n):
             if not close(gradient[i], expected[i][name]):
                 raise MixedBackwardError(
-                    f"The model mixes rows of several members in the backward pass ({what}): gradients of {name} in "
-                    f"one batch are not those of each member alone."
+                    f"The model mixes rows of several members in the backward pass ({what}): in one batch the "
+                    f"gradients of {name} differ from those of each member alone."
                 )
 
 

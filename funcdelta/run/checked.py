@@ -1,7 +1,7 @@
-"""Params of a delta checked before its calls: in full where one comes in a new shape, else by one look in C.
+"""The checks of a delta's params before its calls, remembered for params that look the same.
 
-What :mod:`.check` and :mod:`funcdelta.plan.kinds` find depends on the names of leaves and on their shapes, dtypes,
-layouts and on whether they have numbers. Params that have passed with the same pass again.
+What :mod:`.check` and :mod:`funcdelta.plan.kinds` find depends only on the names of the leaves, their shapes, dtypes
+and layouts, and on whether they hold numbers: params that agree in these with some that passed need no second check.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..plan.plan import Plan
 from .check import Shapes, check_member, check_stack
 
 MOST = 256
-"""How many structures are remembered: members may come in stacks of any size."""
+"""How many structures are remembered; there is one for each size of a stack."""
 
 
 class Checks:
@@ -35,7 +35,7 @@ class Checks:
         self.passed: dict[Hashable, tuple[int, dict[str, torch.dtype]]] = {}
 
     def member(self, params: Any, key: Hashable | None = None) -> tuple[int, dict[str, torch.dtype]]:
-        """One, and the constants to be converted; remembered by ``key``, if there is one.
+        """``(1, dtypes)``, where ``dtypes`` says which constants to convert to what; remembered by ``key``.
 
         Raises ``ParamsError`` unless ``params`` are one member's.
         """
@@ -43,14 +43,11 @@ class Checks:
         return self._of_kinds(1, params, key)
 
     def stack(self, params: Any, key: Hashable | None = None) -> tuple[int, dict[str, torch.dtype]]:
-        """The number of members, and the constants to be converted, with their dtypes.
-
-        Raises ``ParamsError`` unless ``params`` are a stack.
-        """
+        """``(n, dtypes)`` of a stack of n members, as for :meth:`member`; raises ``ParamsError`` unless it is one."""
         return self._of_kinds(check_stack(params, self.shapes, self.groups, self.others), params, key)
 
     def is_stack(self, params: Any) -> bool:
-        """Whether ``params`` are a stack; raises ``ParamsError`` unless they are one, or one member's."""
+        """Whether ``params`` are a stack; raises ``ParamsError`` unless they are either one member's or a stack."""
         given = params if isinstance(params, Mapping) else {}
         stacked = any(
             isinstance(leaf, Tensor) and not leaf.is_nested and leaf.ndim > len(self.shapes[name])
@@ -63,11 +60,11 @@ class Checks:
     def _of_kinds(self, n: int, params: Any, key: Hashable | None) -> tuple[int, dict[str, torch.dtype]]:
         mixed = self.kinds.check(params)
         found = n, self.kinds.casts(params)
-        # What autocast lets pass does not pass without it.
+        # Mixed dtypes pass under autocast alone, and the key does not say whether it is on.
         if key is not None and not mixed:
             if len(self.passed) >= MOST:
                 self.passed.clear()
-            with contextlib.suppress(TypeError):  # symbolic sizes, which no table takes
+            with contextlib.suppress(TypeError):  # symbolic sizes cannot be hashed
                 self.passed[key] = found
         return found
 

@@ -1,9 +1,9 @@
-"""Gradient checkpointing in the backbone: modules that run again in the backward pass run in the call they ran in.
+"""Gradient checkpointing in the backbone: a module that is recomputed in the backward pass finds its call's state.
 
-A checkpointed module keeps no activations and is run again when its gradients are needed, long after the call has
-ended. So a call on a backbone that checkpoints is made on a skeleton of its own, which keeps its state (params,
-swapped tensors, layout) for as long as the graph of its outputs lives: whatever runs again there, by whichever way of
-checkpointing, finds all that it found before. When the graph is gone the skeleton serves the next call.
+A checkpointed module stores no activations and runs again when its gradients are needed, long after the call has
+ended. A call on a backbone that checkpoints therefore has a skeleton to itself, which keeps the call's state (params,
+swapped tensors, layout) for as long as the graph of the outputs lives. Any recomputation, by any kind of checkpointing,
+then finds what the first run found. Once the graph is freed, the skeleton serves the next call.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from .call import Call, Host
 MODULE = "torch.utils.checkpoint"
 
 SPELLINGS = ({"torch", "utils", "checkpoint"}, {MODULE}, {"checkpoint_fn"})
-"""Names in code that calls it: in full, after an import inside a function, and in torch's wrapper of modules."""
+"""The names in code that checkpoints: called in full, imported inside a function, or by torch's wrapper of modules."""
 
 REQUIRE_GRADS = "make_inputs_require_grads"
 """The name of Transformers' hooks that make embeddings require grad, for checkpointing by ``use_reentrant=True``."""
 
 FLAG, FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
-"""Attributes of Transformers' modules: whether they, in training, checkpoint what they call, and by what."""
+"""Attributes of Transformers' modules: whether they checkpoint what they call in training, and the function for it."""
 
 
 def recomputing(model: nn.Module) -> frozenset[str]:
-    """Paths of the modules whose forward checkpoints something, in the mode that ``model`` is in.
+    """Paths of the modules whose forward checkpoints something in the current mode of ``model``.
 
-    Transformers' modules say it by a flag; of others the code is read.
+    Transformers' modules have a flag that says so; for others the code of their class is inspected.
 
     >>> class Checkpointed(torch.nn.Linear):
     ...     def forward(self, x):
@@ -60,9 +60,9 @@ def _checkpoints(module: nn.Module) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _code_checkpoints(kind: type[nn.Module]) -> bool:
-    """Whether a method of the class, or a function of its file that one calls, calls a function for checkpointing."""
+    """Whether a method of the class, or a function of the same file that it calls, calls a checkpoint function."""
     for owner in kind.__mro__:
-        # Libraries' base classes hold the code that would turn checkpointing on; their layers have the flag.
+        # Base classes of libraries contain the code that turns checkpointing on, so their names prove nothing.
         if owner.__module__.startswith(("torch.nn.", "transformers.")) or owner is object:
             continue
         seen: set[Any] = set()
@@ -90,7 +90,7 @@ def _calls_checkpoint(function: types.FunctionType, seen: set[Any]) -> bool:
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
-    """Every global and attribute that the code reads, that of functions written inside it too."""
+    """The names of all globals and attributes that the code reads, including the functions defined inside it."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -101,7 +101,7 @@ Flags = list[tuple[dict[str, Any], Any, Any]]
 
 
 def flags_of(backbone: nn.Module) -> Flags:
-    """What the first and the last module whose checkpointing can be turned on say now.
+    """The flag and the checkpoint function of the first and the last module that can checkpoint, to notice changes.
 
     >>> module = torch.nn.Linear(2, 2)
     >>> module.gradient_checkpointing = False
@@ -113,12 +113,13 @@ def flags_of(backbone: nn.Module) -> Flags:
 
 
 def needs_keeping(skeleton: Host) -> bool:
-    """Whether a call on ``skeleton`` has to stay for recomputation; raises where torch could not recompute it."""
+    """Whether the state of a call on ``skeleton`` has to be kept; raises where torch could not recompute the call."""
     if not skeleton.recomputing or not torch.is_grad_enabled():
         return False
     if torch.compiler.is_compiling():
         raise RecomputeError(f"{_first(skeleton)} checkpoints its activations, which cannot be compiled. {TURN_OFF}")
     if inside_transform():
+        # Whether others checkpoint is only guessed from their code: let torch refuse them (named_refusal).
         certain = [path for path in skeleton.recomputing if hasattr(skeleton.module.get_submodule(path), FLAG)]
         if certain:
             raise RecomputeError(_no_transform(min(certain)))
@@ -126,14 +127,14 @@ def needs_keeping(skeleton: Host) -> bool:
     if needs_mathematical_attention():
         raise RecomputeError(
             f"{_first(skeleton)} checkpoints its activations, and inside fd.grad.higher_order() they would be "
-            f"recomputed by another attention than they were computed by. {TURN_OFF}"
+            f"recomputed by another kernel of attention than the one that computed them. {TURN_OFF}"
         )
     return True
 
 
 @contextlib.contextmanager
 def named_refusal(skeleton: Host) -> Iterator[None]:
-    """Say what torch's refusal to checkpoint inside a transform means."""
+    """A block in which torch's refusal to checkpoint inside a transform is raised as a :class:`RecomputeError`."""
     try:
         yield
     except RuntimeError as error:
@@ -147,14 +148,14 @@ _seen = threading.local()
 
 
 def note_reentrant(yes: bool) -> None:
-    """Remember that sites ran without a graph inside a call that has one: checkpointed with ``use_reentrant=True``."""
+    """Remember whether sites ran under no_grad in a call with a graph, as ``use_reentrant=True`` makes them."""
     _seen.reentrant = yes
 
 
 def gradients_of(loss: Tensor, leaves: list[Tensor]) -> Sequence[Tensor]:
-    """∂loss/∂leaf for each of ``leaves``, zero where it depends on none; ``leaves`` belong to the caller alone.
+    """∂loss/∂leaf for each of ``leaves``, zero where the loss does not depend on it; writes into their ``.grad``.
 
-    The old kind of checkpointing hides leaves from ``torch.autograd.grad``, which would then give zeros.
+    Reentrant checkpointing hides leaves from ``torch.autograd.grad``, which would return zeros for them.
     """
     if not getattr(_seen, "reentrant", False):
         return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
@@ -162,7 +163,7 @@ def gradients_of(loss: Tensor, leaves: list[Tensor]) -> Sequence[Tensor]:
     return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
 
 
-TURN_OFF = "Turn checkpointing off for it: backbone.activation_checkpointing_disable(), or as your model has it."
+TURN_OFF = "Turn checkpointing off: backbone.activation_checkpointing_disable(), or however your model does it."
 
 
 def _first(skeleton: Host) -> str:
@@ -172,19 +173,19 @@ def _first(skeleton: Host) -> str:
 def _no_transform(path: str) -> str:
     return (
         f"{path or 'The backbone'} checkpoints its activations, which torch.func and torch.vmap cannot differentiate: "
-        f"torch recomputes them in autograd's own backward pass alone. Write fd.value_and_grad(loss)(params, ...) or "
-        f'loss.backward(), for several members with delta.apply_many(..., engine="fold") or "loop"; without gradients, '
-        f"put the call under torch.no_grad(). {TURN_OFF}"
+        f"torch recomputes them only in autograd's own backward pass. Write fd.value_and_grad(loss)(params, ...) or "
+        f'loss.backward(), with delta.apply_many(..., engine="fold") or "loop" for several members; if you need no '
+        f"gradients, call under torch.no_grad(). {TURN_OFF}"
     )
 
 
 def kept_run(
     skeleton: Host, call: Call, overrides: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """The skeleton's module in ``call``, with ``overrides`` in the place of its tensors until the graph is gone.
+    """The output of the skeleton's module in ``call``, with ``overrides`` swapped in until its graph is freed.
 
-    The outputs' graph holds the call; the skeleton knows it by a weak reference. So activations, params and rewritten
-    weights are freed with the graph.
+    The graph of the outputs owns the call, and the skeleton refers to it weakly: activations, params and rewritten
+    weights are freed together with the graph.
     """
     _check_reentrant(skeleton, call)
     restore = skeleton.swap(overrides)
@@ -204,37 +205,40 @@ def kept_run(
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """Every tensor of an output, those that an object of the model's own holds too."""
+    """Every tensor of an output, including those in the attributes of its objects."""
     for leaf in pytree.tree_leaves(output):
         held = [leaf] if isinstance(leaf, Tensor) else pytree.tree_leaves(dict(getattr(leaf, "__dict__", {})))
         yield from (tensor for tensor in held if isinstance(tensor, Tensor))
 
 
 def _check_reentrant(skeleton: Host, call: Call) -> None:
-    """Raise where several modules would each go back through what one computation made for all of them."""
+    """Raise if reentrant checkpointing would backpropagate several times through what was computed once for all sites.
+
+    Each checkpointed module then calls ``backward`` by itself, and the first one frees the common graph.
+    """
     expanded = [s for s in skeleton.plan.shared if s.expanded and s.among(call.params)] if skeleton.plan else []
     for path in sorted(skeleton.recomputing) if expanded else []:
         function = getattr(skeleton.module.get_submodule(path), FUNCTION, None)
         if getattr(function, "keywords", {}).get("use_reentrant"):
             raise RecomputeError(
-                f"{path} is checkpointed with use_reentrant=True, where each module goes back by itself through what "
-                f"{expanded[0].name} computes once for all sites. Write "
+                f"{path} is checkpointed with use_reentrant=True, where each module runs its own backward pass through "
+                f"what {expanded[0].name} computes once for all sites. Write "
                 f'backbone.activation_checkpointing_enable({{"use_reentrant": False}}), or train delta.bake(params).'
             )
 
 
 def check_runner(skeleton: Host, path: str) -> None:
-    """Raise if the module at ``path`` checkpoints inside of itself, for it is to run mapped over members."""
+    """Raise if a module at or below ``path`` checkpoints: that one runs under vmap, where torch cannot recompute."""
     inner = [other for other in skeleton.recomputing if within(other, path)]
     if inner and needs_keeping(skeleton):
         raise RecomputeError(
-            f"{path} has tensors that differ by member and runs once per member, and {min(inner)} in it checkpoints "
+            f"{path} runs once per member, because its tensors differ by member, and {min(inner)} in it checkpoints "
             f'its activations, which torch cannot recompute under torch.vmap. Use engine="loop".'
         )
 
 
 def require_grad_outside_transforms(module: nn.Module) -> None:
-    """Let Transformers' hooks that make embeddings require grad stand aside in transforms, which refuse them."""
+    """Skip, inside transforms, Transformers' hooks that call ``requires_grad_``, which transforms refuse."""
     for child in module.modules():
         for key, hook in child._forward_hooks.items():
             if getattr(hook, "__name__", "") == REQUIRE_GRADS:

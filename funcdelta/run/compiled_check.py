@@ -1,7 +1,7 @@
-"""The check of the backbone in compiled calls: an operator of the graph, which runs plain Python in every call.
+"""The check that the backbone is unchanged, as an operator of compiled code that runs plain Python in every call.
 
-Compiled code runs a private copy of the backbone, and nothing that it reads would tell that the backbone is another
-one by now. The operator claims to write a tensor, because compilers leave out what has no effect.
+Compiled code runs a private copy of the backbone and reads nothing that would show that the backbone has changed since.
+The operator claims to write into a tensor, because compilers drop operators without an effect.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from ..errors import StaleBackboneError
 
 
 class Checked(Protocol):
-    """What is asked whether its backbone is still the one that it copied."""
+    """An object that can check whether its backbone is still the one that it copied."""
 
     generation: int
 
     def check(self) -> None:
-        """Raise :class:`StaleBackboneError`, or read the backbone again, which makes another generation."""
+        """Raise :class:`StaleBackboneError`, or read the backbone again and increase ``generation``."""
         ...
 
 
 _living: weakref.WeakValueDictionary[int, Checked] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
-_library = torch.library.Library("funcdelta", "FRAGMENT")  # which takes its operators with it when it goes
+_library = torch.library.Library("funcdelta", "FRAGMENT")  # kept, because its operators vanish with it
 _library.define("check(Tensor(a!) seen, int number) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -62,8 +62,8 @@ def _check(seen: Tensor, number: int) -> None:
     subject.check()
     if subject.generation != generation:
         raise StaleBackboneError(
-            "The backbone changed after this call was compiled: buffers are others, or numbers that its forwards read. "
-            "Call delta.refresh(), which reads the backbone again; the next call is compiled anew."
+            "The backbone changed after this call was compiled: a buffer was replaced, or a number that a forward "
+            "reads. Call delta.refresh(), which reads the backbone again; the next call is compiled anew."
         )
 
 

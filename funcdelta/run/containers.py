@@ -1,8 +1,8 @@
-"""Opens whatever holds tensors into its leaves, and closes it again: what one call takes, and what it gives.
+"""The inputs and outputs of a call, flattened into leaves and rebuilt from them.
 
-torch's pytree knows some containers; what a tokenizer returns, a plain dataclass and a subclass of a dict or a tuple
-are opened here too. Keys come from the values themselves, so classes that were registered without functions for their
-keys have names as well.
+torch's pytree knows some containers; this opens also what a tokenizer returns, plain dataclasses, and subclasses of
+dict and tuple. Keys are read off the values, so that classes which were registered with pytree without keys have names
+for their leaves as well.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from ..trees.opaque import PLAIN, holds_tensors
 
 @dataclass(frozen=True)
 class Tree:
-    """The structure of a value: what :func:`flatten` opened, and how to close it.
+    """The structure of a value that :func:`flatten` opened; called with leaves, it rebuilds the value.
 
     Attributes:
         kind: the container's class; ``None`` for a leaf.
-        keys, parts: the name and the structure of everything inside.
+        keys, parts: the name and the structure of each child.
+        close: makes the container from its children.
     """
 
     kind: type | None = None
@@ -48,7 +49,7 @@ class Tree:
         return self.close([next(leaves) if part is LEAF else part._take(leaves) for part in self.parts])
 
     def places(self, root: str = "") -> list[str]:
-        """A name for every leaf: the keys that lead to it."""
+        """A name for every leaf: the keys that lead to it, joined by dots."""
         if self.close is None:
             return [root]
         found: list[str] = []
@@ -64,7 +65,7 @@ CARRIERS = (Tensor, np.ndarray)
 
 
 def flatten(value: Any, whole: Callable[[Any], bool] | None = None) -> tuple[list[Any], Tree]:
-    """The leaves of ``value``, and the structure that closes them again; what is ``whole`` stays one leaf.
+    """The leaves of ``value``, and the structure that rebuilds it; parts for which ``whole`` is true stay one leaf.
 
     >>> leaves, tree = flatten({"x": [1, torch.zeros(2)], "y": None})
     >>> leaves, tree.places(), tree([5, 6, 7])
@@ -84,10 +85,11 @@ def flatten(value: Any, whole: Callable[[Any], bool] | None = None) -> tuple[lis
 
 
 def is_cache(leaf: Any) -> bool:
-    """Whether ``leaf`` is a cache whose rows can be chosen, as those of Transformers.
+    """Whether ``leaf`` is a cache whose rows can be picked, as Transformers' can.
 
-    >>> is_cache(torch.zeros(2))
-    False
+    >>> from transformers import DynamicCache
+    >>> is_cache(DynamicCache()), is_cache(torch.zeros(2))
+    (True, False)
     """
     return hasattr(leaf, "reorder_cache") and not isinstance(leaf, nn.Module)
 
@@ -96,7 +98,7 @@ Opened = tuple[tuple[str, ...], list[Any], Callable[[list[Any]], Any]]
 
 
 def _open(value: Any) -> Opened | None:
-    """The keys, the children and the way back of one container; ``None`` for what is not one."""
+    """The keys and children of a container and the function that rebuilds it; ``None`` if ``value`` is a leaf."""
     if isinstance(value, (np.ndarray, nn.Module, torch.Size)) or is_cache(value):
         return None
     children, spec = pytree.tree_flatten(value, is_leaf=lambda part: part is not value)
@@ -109,7 +111,7 @@ def _open(value: Any) -> Opened | None:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = tuple(f.name for f in dataclasses.fields(value) if hasattr(value, f.name))
         parts = [getattr(value, name) for name in names]
-        # A config is a dataclass as well, and one value.
+        # A dataclass without tensors, such as a config, is one value.
         if any(isinstance(leaf, CARRIERS) or holds_tensors(leaf) for leaf in pytree.tree_leaves(parts)):
             return names, parts, functools.partial(_dataclass_like, value, names)
     return None
@@ -141,10 +143,10 @@ def _made(value: Any, content: Any) -> Any:
     kind = type(value)
     try:
         return kind(content)
-    except Exception as error:  # whatever a constructor that takes something else raises
+    except Exception as error:  # the constructor of a subclass may take other arguments, and raise anything
         raise EngineError(
-            f"A {kind.__name__} is rebuilt as {kind.__name__}({type(content).__name__}), which fails: {error}. "
-            f"Use a plain {type(content).__name__} instead."
+            f"A {kind.__name__} among the inputs or outputs could not be rebuilt: "
+            f"{kind.__name__}({type(content).__name__}) raised {error}. Use a plain {type(content).__name__} instead."
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""Where a prompt enters a model: the module that takes token ids, its embedding, and what around it counts positions.
+"""Where a prompt enters a model: the module that takes token ids, its embedding, and what counts positions around it.
 
-The entrance of an encoder-decoder is its encoder, of any other Transformers model the base transformer without heads,
-found inside wrappers too.
+The entrance of an encoder-decoder is its encoder; that of any other Transformers model is the base transformer without
+its heads. Both are found inside wrappers, too.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from .text_model import input_embedding, inputs_of, is_causal, is_pair, padding_
 LABELS = {"labels", "start_positions", "end_positions"}
 
 SECOND_TABLE, SECOND_INPUT = "get_per_layer_inputs", "per_layer_inputs"
-"""Transformers' function of the models that look tokens up a second time, for every layer, and the input for it."""
+"""Some models look tokens up a second time, for every layer: Transformers' function for that, and the input for it."""
 
 SECOND_WIDTH = "hidden_size_per_layer_input"
-"""The width of what is found there, 0 in those of their family that do not."""
+"""The config's width of these second embeddings; 0 in models of the same family that have none."""
 
 
 def entrances(backbone: nn.Module, method: str) -> list[str]:
-    """The path of the one module whose inputs a prompt extends (``""``: the backbone itself).
+    """The path of the one module whose input a prompt extends, as a list (``""`` is the backbone itself).
 
-    Raises ``MatchError`` where there is none, or more than one.
+    Raises ``MatchError`` if there is none, or more than one.
 
     >>> from transformers import T5Config, T5ForConditionalGeneration
     >>> t5 = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
@@ -54,11 +54,11 @@ def entrances(backbone: nn.Module, method: str) -> list[str]:
     kind = type(backbone).__name__
     if len(found) > 1:
         raise MatchError(
-            f"{method}: {kind} has several models that take token ids ({', '.join(found)}): name one in "
+            f"{method}: {kind} has several models that take token ids ({', '.join(found)}). Name one of them in "
             f"modified_modules."
         )
     if not found:
-        reason = refusals[0] if refusals else "no module has get_input_embeddings(), so where are token ids embedded?"
+        reason = refusals[0] if refusals else "no module has get_input_embeddings(), so its token table is unknown"
         raise MatchError(f"{method} cannot add rows to the input of {kind}: {reason}.")
     return found
 
@@ -67,14 +67,14 @@ def why_not(module: nn.Module) -> str | None:
     """Why no prompt can enter at ``module``; ``None`` if one can.
 
     >>> why_not(torch.nn.Linear(2, 2))
-    'Linear has no get_input_embeddings(), so it is not known how token ids are embedded there'
+    'Linear has no get_input_embeddings(), so its token table is unknown'
     """
     kind = type(module).__name__
     if not callable(getattr(module, "get_input_embeddings", None)):
-        return f"{kind} has no get_input_embeddings(), so it is not known how token ids are embedded there"
+        return f"{kind} has no get_input_embeddings(), so its token table is unknown"
     embedding = input_embedding(module)
     if embedding is None:
-        return f"the input of {kind} is not embedded by a table of tokens"
+        return f"{kind} does not embed its input by a table of tokens"
     names = inspect.signature(type(module).forward).parameters
     passes_on = {parameter.kind for parameter in list(names.values())[1:]} == {
         inspect.Parameter.VAR_POSITIONAL,
@@ -86,22 +86,22 @@ def why_not(module: nn.Module) -> str | None:
 
 
 class Entrance:
-    """What is around the entrance at ``path`` of ``model``.
+    """The entrance at ``path`` of ``model``, and the modules around it that have to know about a prompt.
 
     Attributes:
         module, embedding: the module there, and its table of tokens.
         inputs: names of the module's positional inputs.
-        decoders: modules that attend to this encoder's states, if it is one.
+        decoders: the modules that attend to its states, if it is an encoder.
         labelled: the nearest module at or above the entrance that takes labels for its output.
         head_counts_ids: whether the head above finds the last token of a row in ``input_ids``, and so needs hidden
             states without the prompt.
-        first_position: the number of the first position (RoBERTa counts from behind its padding number).
-        padding_position: the number of padding, where positions are counted from ids.
-        causal: whether positions see those before them alone.
-        behind_padding: whether the prompt has to stand right before a padded row's text, behind the padding. Then
-            whatever counts positions finds them as in the row alone: windows, relative positions, convolutions, the
-            label of the first token. Where only the numbers of positions count, the prompt stays in front, for there
-            heads look at the first position.
+        first_position: the number of the first position (RoBERTa starts counting after its padding number).
+        padding_position: the position number of padding, if positions are counted from ids.
+        causal: whether each position attends only to itself and earlier ones.
+        behind_padding: whether the prompt has to come between the padding and the text of a row that is padded in
+            front. Anything that depends on distances (windows, relative positions, convolutions, the label of the
+            first token) then finds them as in the row alone. Where only position numbers matter, the prompt stays in
+            front of the padding, because heads look at the first position there.
 
     >>> from transformers import RobertaConfig, RobertaModel
     >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
@@ -130,9 +130,9 @@ class Entrance:
         self._limit = _position_limit(self.module, embedding, self.first_position)
 
     def positions(self, given: dict[str, Any]) -> dict[str, Tensor]:
-        """Position numbers that the model would count from ids, which it will not see: padding takes none.
+        """The position numbers that the model would count from ids; it gets embeddings instead, so they are given.
 
-        What the mask hides behind the text goes on counting, as positions of embeddings do.
+        Padding has none. Positions behind the text that the mask hides are counted, as models do for embeddings.
         """
         if self.padding_position is None or given.get("position_ids") is not None or "position_ids" not in self.inputs:
             return {}
@@ -142,9 +142,9 @@ class Entrance:
         return {"position_ids": (tokens.cumsum(1) * tokens).long() + self.padding_position}
 
     def identities(self, given: dict[str, Any], rows: int) -> dict[str, Tensor]:
-        """What a model that looks tokens up a second time adds for each of them, with ``rows`` more in front.
+        """The second embeddings of all tokens, with ``rows`` more in front, for a model that has such embeddings.
 
-        A row of a prompt is not a token. It gets what the padding token has, as images do in such models.
+        The rows of a prompt are not tokens. They get what the padding token has, as images do in such models.
         """
         look_up: Any = getattr(self.module, SECOND_TABLE, None)
         if look_up is None or SECOND_INPUT not in self.inputs or not getattr(self.module, SECOND_WIDTH, True):
@@ -154,14 +154,14 @@ class Entrance:
         if ids is not None:
             return {SECOND_INPUT: look_up(before(ids, rows, token))}
         if known is None and "inputs_embeds" in inspect.signature(look_up).parameters:
-            known = look_up(None, x)  # which finds the tokens by their embeddings
+            known = look_up(None, x)  # it finds the tokens by comparing embeddings
         if known is None:
             return {}
         like = torch.full((known.shape[0], rows), token, device=known.device)
         return {SECOND_INPUT: torch.cat([look_up(like), known], 1)}
 
     def check_length(self, total: int, without: int) -> None:
-        """Raise where the model has no position for the last of ``total`` tokens."""
+        """Raise if the model has fewer than ``total`` positions; ``without`` of them are the text's."""
         if self._limit is not None and total > self._limit:
             raise ParamsError(
                 f"{self.path or type(self.module).__name__} has {self._limit} positions, but the prompt "
@@ -177,14 +177,14 @@ def _inside(module: nn.Module) -> nn.Module:
         return encoder if isinstance(encoder, nn.Module) else module
     base = getattr(module, "base_model", module)
     base = base if hasattr(base, "get_input_embeddings") else module
-    # A base around one stack (OPT's) is passed by: its causal head calls the stack.
+    # Some bases only wrap one stack (OPT's), and the causal head calls the stack directly: enter there.
     stack = getattr(base, "get_decoder")() if hasattr(base, "get_decoder") else base  # noqa: B009
     same = hasattr(stack, "get_input_embeddings") and input_embedding(stack) is input_embedding(base)
     return stack if same else base
 
 
 def _decoders(model: nn.Module, path: str) -> list[nn.Module]:
-    """The outermost modules beside ``path`` that attend to an encoder."""
+    """The outermost modules, neither above nor below ``path``, that attend to an encoder."""
     found: dict[str, nn.Module] = {}
     for at, module in model.named_modules():
         if within(at, path) or within(path, at) or any(within(at, other) for other in found):
@@ -196,7 +196,7 @@ def _decoders(model: nn.Module, path: str) -> list[nn.Module]:
 
 
 def _counts_ids(module: nn.Module) -> bool:
-    """Whether the module's forward picks a position by where the padding begins in its ids."""
+    """Whether the module's forward finds the last token of a row by looking for padding in its ids."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and {"pad_token_id", "argmax"} <= set(code.co_names)
 
@@ -208,12 +208,7 @@ def _position_limit(module: nn.Module, embedding: nn.Module, first: int) -> int 
 
 
 def embedded_tokens(embedding: nn.Embedding, count: int) -> Tensor:
-    """What tokens 0 … count-1 enter the model as, with the embedding's own scale; the table is only read.
-
-    >>> table = torch.nn.Embedding(5, 2)
-    >>> torch.equal(embedded_tokens(table, 3), table.weight[:3])
-    True
-    """
+    """The embeddings (count, d) of the tokens 0 … count-1, scaled as the embedding's forward scales them."""
     from ..structures.modules.structure import copy_structure
 
     with torch.no_grad():

@@ -1,9 +1,9 @@
-"""The first call of inputs of some sizes: do members give in one batch what they give alone?
+"""The first call with inputs of new sizes: does each member get in one batch what it gets alone?
 
-A layout is learned from a few rows. A model that takes another branch for many of them, or for long ones, is seen here,
-on all rows at hand. Where members are far from each other and nothing draws, the call itself is the evidence, held
-against another with its members in other places and against one of them alone; else a call of members that are
-moved apart is.
+A layout is learned from a few rows, so a model that takes another branch for many rows, or for long ones, shows only
+here, on all rows at hand. If the members differ clearly and nothing is drawn at random, the call's own output is
+checked: against a call with the members in other places, and against one member alone. Otherwise the same is done with
+copies of the members that are moved apart.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .together import folded_run
 from .undisturbed import beside, undisturbed
 
 ATTEMPTS = 6
-"""How often a layout is learned anew for one call: layers that are skipped at random may each be missed once."""
+"""How often a layout is learned for one call: with layers that are skipped at random, a probe may miss some."""
 
 
 def with_layout(
@@ -45,9 +45,9 @@ def with_layout(
     run: Callable[..., Any],
     by_row: bool = False,
 ) -> Any:
-    """``run(layout, *given)``, with the inputs of all.
+    """``run(layout, *given)``; if ``layout`` does not fit the call, again with one that is learned from its inputs.
 
-    Where the call goes another way than the probe did, the layout is learned from its inputs, and it begins anew.
+    With ``by_row`` each row has its own member, and errors do not speak of engines.
     """
 
     def once(layout: Layout) -> Any:
@@ -60,7 +60,7 @@ def with_layout(
             return _checked(program, stack, inputs, layout, once, by_row)
         except LayoutMismatchError as error:
             if torch.compiler.is_compiling() or attempt == ATTEMPTS - 1:
-                # Rows have no ``engine=``; what reads them one by one catches this.
+                # apply_rows has no engine=, and runs the rows in turn when it catches this.
                 raise error if by_row else LayoutMismatchError(f"{error} {OTHER_ENGINES}") from error
             layout = learned_anew(program, stack, inputs, layout, by_row)
     raise AssertionError("every attempt returns or raises")
@@ -69,7 +69,7 @@ def with_layout(
 def _checked(
     program: Program, stack: Params, inputs: Inputs, layout: Layout, run: Callable[[Layout], Any], by_row: bool
 ) -> Any:
-    """``run(layout)``, and evidence for it where inputs of these sizes come for the first time."""
+    """``run(layout)``, checked if inputs of these sizes are new."""
     if torch.compiler.is_compiling() or id(layout) in inputs.checked:
         return run(layout)
     shapes = tuple(tuple(leaf.shape) for leaf in inputs.leaves if isinstance(leaf, Tensor))
@@ -84,17 +84,17 @@ def _checked(
         if not (itself and _is_evidence(program, stack, plain, layout, flatten(output)[0])):
             _check_moved(program, stack, plain, layout, by_row)
         program.checked[key] = True
-    inputs.checked[id(layout)] = layout  # which lives as long as its number stands here
+    inputs.checked[id(layout)] = layout  # kept alive, so that no other layout can have the same id
     return output if itself else run(layout)
 
 
 def _is_evidence(program: Program, stack: Params, inputs: Inputs, layout: Layout, leaves: list[Any]) -> bool:
-    """Whether a call itself shows that members do not mix: a mix would change its outputs, and they are right."""
+    """Whether the call's own output proves that members do not mix: they differ clearly, and each is right."""
     return any(map(_differ, leaves)) and not _odd_output(program, stack, inputs, layout, leaves, by_row=False)
 
 
 def _differ(leaf: Any) -> bool:
-    """Whether an output of the last member is far from that of the first: much more than rounding explains."""
+    """Whether an output of the last member differs from the first member's by much more than rounding."""
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or not leaf.numel():
         return False
     first, last = leaf[0].detach(), leaf[-1].detach()
@@ -103,10 +103,7 @@ def _differ(leaf: Any) -> bool:
 
 
 def _check_moved(program: Program, stack: Params, inputs: Inputs, layout: Layout, by_row: bool) -> None:
-    """Members that are moved apart get in one batch what they get alone.
-
-    Raises :class:`FoldError` where the numbers differ.
-    """
+    """Raise :class:`FoldError` unless members that are moved apart get in one batch what each gets alone."""
     n, rows = (inputs.b, 1) if by_row else (inputs.n, inputs.b)
     with beside():
         moved = moved_apart(stack, program.plan.constants)
@@ -115,16 +112,16 @@ def _check_moved(program: Program, stack: Params, inputs: Inputs, layout: Layout
     if not odd:
         return
     if not layout.compared:
-        learned_anew(program, stack, inputs, layout)  # says where, if a few rows show it as well
+        learned_anew(program, stack, inputs, layout)  # if a few rows show it as well, this error names the module
     program.layouts.pop(key_of(program, stack, inputs, by_row), None)
     raise FoldError(
-        f"{n} members with {rows} rows in one batch do not give what one gives alone (output {odd}): what the model "
-        f"computes depends on how many rows there are, or how long. {OTHER_ENGINES}"
+        f"{n} members with {rows} rows each get other numbers in one batch than alone (output {odd}): what the model "
+        f"computes depends on how many rows there are, or on how long they are. {OTHER_ENGINES}"
     )
 
 
 def _in_one_batch(program: Program, stack: Params, inputs: Inputs, layout: Layout, by_row: bool) -> list[Any]:
-    """The leaves of the output, (n, b, …), of all members in one batch."""
+    """The leaves (n, b, …) of the output of all members in one batch."""
     n, rows = (inputs.b, 1) if by_row else (inputs.n, inputs.b)
     with undisturbed(layout.draws):
         copied = inputs.copied()
@@ -139,10 +136,10 @@ def _in_one_batch(program: Program, stack: Params, inputs: Inputs, layout: Layou
 def _odd_output(
     program: Program, stack: Params, inputs: Inputs, layout: Layout, leaves: list[Any], by_row: bool
 ) -> str | None:
-    """The first output (n, b, …) of a batch that is not what each member gives alone.
+    """The name of the first output (n, b, …) that is not what each member gets alone; ``None`` if all are right.
 
-    The last member is compared with itself alone, and all with themselves one place further in the batch: so what
-    holds at the last place holds at every one.
+    The last member is compared with itself alone, and every member with itself one place further in the batch: what
+    holds at the last place then holds at all, for two more runs instead of n.
     """
     n = inputs.b if by_row else inputs.n
     with undisturbed(layout.draws):

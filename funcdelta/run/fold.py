@@ -1,8 +1,8 @@
-"""The rows of all members in one batch: joined, split again, and how a member's function acts on them at a site.
+"""The fold: rows of all members in one batch, and how each member's function acts on its own rows at a site.
 
-The hidden value is split by member, (n·b, …) → (n, b, …), the function is mapped over members by a local
-``torch.vmap``, and the rows are joined again. The layout tells where the rows are. A function of each token alone
-takes all members in one call instead (:func:`all_tokens`).
+At a site the hidden value is split by member, (n·b, …) → (n, b, …), along the axis that the layout gives; the function
+is mapped over members by a local ``torch.vmap``; and the rows are joined again. A function of each token alone takes
+all members in one call instead (:func:`all_tokens`), which is faster.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from .written import Copies
 
 
 class Folded:
-    """The lift of a fold: split the rows by member, map the member's function (or batch it), join the rows."""
+    """Lifts a member's function to all members' rows: split by member, map (or batch) the function, join.
+
+    Args:
+        n: members.
+        rows: of each member.
+        present: False for the rows (n,) that run the bare backbone: they keep the site's first value.
+    """
 
     def __init__(self, n: int, rows: int, present: Tensor | None = None) -> None:
         self.n, self.rows, self.present = n, rows, present
@@ -60,9 +66,9 @@ class Folded:
         index: int | None,
         site: str,
     ) -> list[Tensor]:
-        """A whole module once per member, with tensors of the member's own.
+        """The outputs of a whole module that runs once per member, each time with that member's tensors.
 
-        What it writes into its inputs is there afterwards, for each row by the member that the row has.
+        What it writes into its inputs is written, for each row as the row's member writes it.
         """
         ends = run.at(site, index)
         if len(ends.inputs) != len(values):
@@ -73,7 +79,7 @@ class Folded:
         if self.present is None:
             return [out for out, _ in self._each(function, p, values, run, ends, site)]
         copies = Copies(values, ends.writes)
-        # Rows of the bare backbone each by themselves, too: the module may mix what is in one batch.
+        # Bare rows need a second run, row by row as well: the module may mix rows that share a batch.
         plain = self._each(function, {}, copies.made, run, ends, site)
         own = copies.apart()
         joined = self._each(function, p, own, run, ends, site)
@@ -85,7 +91,7 @@ class Folded:
     def _each(
         self, function: Any, p: Any, values: list[Tensor], run: Run, ends: Ends, site: str
     ) -> list[tuple[Tensor, int | None]]:
-        """Each member's outputs joined to one batch, with the axis of rows of each."""
+        """The outputs of all members, joined to one batch, with the axis of rows of each output."""
         split = [
             value if at is None else split_rows(value, at, self.n, self.rows, site)
             for value, at in zip(values, ends.inputs, strict=True)
@@ -102,27 +108,27 @@ class Folded:
         joined: list[tuple[Tensor, int | None]] = []
         for out, dim in zip(outputs, ends.outputs, strict=True):
             if dim is None and run.how == "loop":
-                joined.append((out[0], None))  # found equal for all members
+                joined.append((out[0], None))  # the probe found it equal for all members
             else:
                 joined.append(self._join(out if dim is None else out.movedim(0, dim), dim, site))
         return joined
 
     def _mapped(self, function: Any, p: Any, split: list[Tensor], dims: Any) -> list[Tensor]:
-        """One mapped call; every output with the member axis in front."""
+        """One call under vmap; every output has the member axis in front."""
 
         def member(p: Any, *values: Tensor) -> tuple[Tensor, ...]:
             return tuple(function(p, *values))
 
         if not p and all(dim is None for dim in dims):
-            return [out.expand(self.n, *out.shape) for out in function(p, *split)]  # nothing differs
+            return [out.expand(self.n, *out.shape) for out in function(p, *split)]  # vmap needs a mapped input
         return list(torch.vmap(member, in_dims=(0, *dims), randomness="different")(p, *split))
 
     def _in_turn(self, function: Any, p: Any, split: list[Tensor], dims: Any) -> list[Tensor]:
-        """Member after member; every output with the member axis in front."""
+        """One member after the other; every output has the member axis in front."""
         columns: list[list[Tensor]] = []
         for i in range(self.n):
             own = {key: leaf[i] for key, leaf in p.items()}
-            # What one member writes into a tensor that all share is not for the next; it is written once.
+            # A member may write into a tensor that all share. All but the last get copies, so it is written once.
             last = i == self.n - 1
             values = [
                 value.select(at, i) if at is not None else value if last else value.clone()
@@ -134,7 +140,8 @@ class Folded:
             if any(out.shape != outputs[0].shape for out in outputs):
                 shapes = ", ".join(str(tuple(out.shape)) for out in outputs[:3])
                 raise FoldError(
-                    f"Output {place} differs in size by member ({shapes}), so it has no place in one batch."
+                    f"Output {place} has another size for one member than for another ({shapes}), so it cannot be part "
+                    f"of one batch."
                 )
             joined.append(torch.stack(outputs))
         return joined
@@ -143,10 +150,10 @@ class Folded:
         if dim is not None:
             return out.flatten(dim, dim + 1), dim
         if out.ndim > 1 and out.shape[1] == 1:
-            # One row for all becomes one row each: whatever it is added to has as many. The probe checks it.
+            # One row for all (a table of positions, say) is repeated for each row. The probe compares the outputs.
             return out.expand(self.n, self.rows, *out.shape[2:]).flatten(0, 1), 0
         raise FoldError(
-            f"The output of {site} has no batch axis (shape {tuple(out.shape[1:])}), but its delta differs by "
+            f"The output of {site} has no batch axis (its shape is {tuple(out.shape[1:])}), but its delta differs by "
             f'member, so members cannot share a batch. Use engine="auto" or "loop", or leave {site} out.'
         )
 
@@ -161,9 +168,9 @@ class Folded:
 
 
 def join_members(leaf: Any, axis: int, n: int, b: int, mapped: bool) -> Any:
-    """All members' rows on one axis: (…, b, …), or (n, …, b, …) where it is ``mapped``, to (…, n·b, …).
+    """All members' rows on one axis: (…, b, …), or (n, …, b, …) if ``mapped``, to (…, n·b, …).
 
-    A single row of a member stands for all of its rows.
+    If a member has a single row, it is repeated for all b.
 
     >>> join_members(torch.tensor([5, 6]), 0, 2, 2, mapped=False), join_members(["a", "b"], 0, 2, 2, mapped=False)
     (tensor([5, 6, 5, 6]), ['a', 'b', 'a', 'b'])
@@ -181,9 +188,9 @@ def join_members(leaf: Any, axis: int, n: int, b: int, mapped: bool) -> Any:
 
 
 def split_rows(value: Tensor, dim: int, n: int, rows: int, place: str) -> Tensor:
-    """(…, n·b, …) → (…, n, b, …), where axis ``dim`` has the same whole number of entries for each row.
+    """The rows split by member, (…, n·b, …) → (…, n, b, …); axis ``dim`` may have several entries per row.
 
-    Raises :class:`LayoutMismatchError` with the place where it has not: rows of different members are then mixed.
+    Raises :class:`LayoutMismatchError`, naming ``place``, if the size of the axis is not a multiple of n·rows.
 
     >>> split_rows(torch.zeros(6, 4), 0, n=3, rows=2, place="dense").shape
     torch.Size([3, 2, 4])
@@ -191,14 +198,14 @@ def split_rows(value: Tensor, dim: int, n: int, rows: int, place: str) -> Tensor
     size = value.shape[dim] if dim < value.ndim else -1
     if size % (n * rows) or size < 0:
         raise LayoutMismatchError(
-            f"{place} has the shape {tuple(value.shape)}, whose axis {dim} should have the same number of entries for "
-            f"each of the {n * rows} rows of {n} members: which rows are whose cannot be told there."
+            f"{place} has the shape {tuple(value.shape)}, but its axis {dim} should have the same number of entries "
+            f"for each of the {n * rows} rows of {n} members: it cannot be told which rows belong to which member."
         )
     return value.unflatten(dim, (n, size // n))
 
 
 def members_of(leaf: Tensor, dim: int | None, n: int, rows: int, name: str = "of the model") -> Tensor:
-    """An output (n·b, …) → (n, b, …); one without rows, or that a shared module gave, (b, …), is every member's.
+    """An output split by member, (n·b, …) → (n, b, …); one that all members share, (b, …) or (…), is expanded.
 
     >>> members_of(torch.zeros(6, 4), 0, n=3, rows=2).shape, members_of(torch.zeros(2, 4), 0, n=3, rows=2).shape
     (torch.Size([3, 2, 4]), torch.Size([3, 2, 4]))
@@ -216,17 +223,18 @@ def members_of(leaf: Tensor, dim: int | None, n: int, rows: int, name: str = "of
 def all_tokens(
     function: Callable[..., Tensor], p: Mapping[str, Tensor], values: tuple[Tensor, ...], n: int, site: str
 ) -> Tensor | None:
-    """``function`` on the tokens of all members, rows of values (n·b, …, d) to rows; ``None``: it has to be mapped.
+    """``function`` of the tokens of all members at once: values (n·b, …, d) → (n·b, …, d'); ``None``: use vmap instead.
 
-    It has to be where values do not have one row, and one token, for each other's, or a leaf has three axes or more.
-    Raises ``ConfigError`` where the function gives no value a token.
+    The function sees values (n, tokens, d) and leaves that broadcast against them: (n, 1, 1), (n, 1, d) or (n, k, d).
+    It cannot if the values do not agree on their tokens, or a leaf has more axes. Raises ``ConfigError`` if the output
+    is not one vector per token.
 
     >>> p = {"gain": torch.tensor([1.0, 10.0])}
     >>> all_tokens(lambda p, y: y * p["gain"], p, (torch.ones(4, 3),), 2, "layer")[:, 0]
     tensor([ 1.,  1., 10., 10.])
     """
     y = values[0]
-    tokens: list[Tensor] = []  # plain ones, for tracing knows no others
+    tokens: list[Tensor] = []  # not list[Tensor](): dynamo cannot trace that
     leaves: dict[str, Tensor] = {}
     if y.ndim < 2:
         return None
@@ -247,9 +255,8 @@ def all_tokens(
     out = function(leaves, *tokens)
     if out.ndim != 3 or out.shape[:2] != tokens[0].shape[:2]:
         raise ConfigError(
-            f"The method at {site} says that it is tokenwise, but of {n} members' tokens "
-            f"{tuple(tokens[0].shape)} it made {tuple(out.shape)}: write it with matrix products over the last axis "
-            f"and elementwise operations (fd.linear(x, weight, bias), leaf.mT, axes counted from the last), or leave "
-            f"tokenwise out."
+            f"The method at {site} says that it is tokenwise, but of {n} members' tokens {tuple(tokens[0].shape)} it "
+            f"made {tuple(out.shape)}. Write it with matrix products over the last axis and elementwise operations "
+            f"(fd.linear(x, weight, bias), leaf.mT, axes counted from the last), or leave tokenwise out."
         )
     return out.reshape(*y.shape[:-1], out.shape[-1])

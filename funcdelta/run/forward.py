@@ -1,4 +1,4 @@
-"""What a model's forward takes: the names of its inputs, and whether it can be told to keep no cache."""
+"""What a model's forward takes: the names of its inputs, and whether ``use_cache=False`` can be passed to it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _known_answers: weakref.WeakKeyDictionary[nn.Module, tuple[Any, bool]] = weakref
 def _forward(model: nn.Module) -> tuple[Any, bool]:
     """The function that a call runs, and whether it still expects ``self``."""
     compiled = vars(model).get("_modules", {}).get("_orig_mod")
-    if isinstance(compiled, nn.Module):  # what torch.compile returns takes anything
+    if isinstance(compiled, nn.Module):  # the wrapper that torch.compile returns has (*args, **kwargs)
         return _forward(compiled)
     own = vars(model).get("forward")
     return (type(model).forward, True) if own is None else (own, False)
@@ -34,7 +34,7 @@ def _parameters(model: nn.Module) -> dict[str, Any]:
             found = inspect.signature(function).parameters
             _known_parameters[function] = {name: parameter.kind for name, parameter in found.items()}
         kinds = _known_parameters[function]
-    except (TypeError, ValueError):  # no signature (TorchScript), or nothing that a table could hold
+    except (TypeError, ValueError):  # no signature (TorchScript), or a function without weak references
         return {}
     return dict(list(kinds.items())[1:]) if unbound else kinds
 
@@ -60,9 +60,9 @@ def accepts(model: nn.Module, name: str) -> bool:
 
 
 def without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """``kwargs`` with ``use_cache=False``, where the model understands it and the caller says nothing about it.
+    """``kwargs`` with ``use_cache=False``, if the model understands it and the caller does not give it.
 
-    A cache in the output can be neither mapped nor split by member.
+    A cache in the output could be neither mapped nor split by member.
 
     >>> class Decoder(torch.nn.Linear):
     ...     def forward(self, x, use_cache=True):
@@ -77,16 +77,13 @@ def without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
 def takes_use_cache(model: nn.Module) -> bool:
     """Whether the model's forward takes ``use_cache``: by name, or through ``**kwargs`` to a module that does.
 
-    Through ``**kwargs`` it is passed where the config knows it, and either ``generate`` would pass it too, or reading
-    the source shows that it goes on, untouched, to a module that takes it by name.
-
-    >>> takes_use_cache(torch.nn.Linear(2, 2))
-    False
+    Through ``**kwargs`` only if the config knows it, and either ``generate`` passes it as well, or the source shows
+    that ``**kwargs`` reaches, untouched, a module that takes it by name.
     """
     function = _forward(model)[0]
     try:
         known = _known_answers.get(model)
-        # A forward may be replaced on the instance, as hooks of accelerate do.
+        # The answer is outdated if forward was replaced on the instance, as accelerate's hooks do.
         if known is None or known[0] != function:
             known = _known_answers[model] = function, _takes_use_cache(model)
         return known[1]
@@ -114,7 +111,7 @@ def _takes_use_cache(model: nn.Module) -> bool:
 
 
 def _passes_on(function: Any) -> bool:
-    """Whether a forward does nothing with its ``**kwargs`` but give them to others, and has no ``use_cache`` itself."""
+    """Whether a forward only passes its ``**kwargs`` on, and passes no ``use_cache=`` of its own."""
     tree = _source(function)
     if tree is None or tree.args.kwarg is None or _decides_itself(function):
         return False
@@ -131,7 +128,7 @@ def _passes_on(function: Any) -> bool:
 
 
 def _decides_itself(function: Any) -> bool:
-    """Whether the source of a forward passes ``use_cache`` on itself: given once more, Python would refuse it."""
+    """Whether the source of a forward passes ``use_cache=``: with one in ``**kwargs`` as well, Python would raise."""
     tree = _source(function)
     return tree is None or any(isinstance(n, ast.keyword) and n.arg == "use_cache" for n in ast.walk(tree))
 

@@ -1,6 +1,6 @@
-"""The hidden tensor among a module's inputs and outputs, and how to put another in its place.
+"""The hidden tensor among a module's inputs or outputs, and a function that puts another in its place.
 
-Methods see hidden tensors only; modules take and return tuples, keywords and Transformers' model outputs.
+Modules take and return tuples, keywords and Transformers' model outputs; methods see only the hidden tensor in them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ def hidden_input(
     name = _key_of_hidden(kwargs)
     if name is None:
         given = [type(value).__name__ for value in args] + [f"{k}={type(v).__name__}" for k, v in kwargs.items()]
-        raise MatchError(f"The site {path} was called without a tensor ({', '.join(given) or 'no input'}).")
+        raise MatchError(
+            f"The site {path} was called without a tensor (found {', '.join(given) or 'no input'}). Name a module that "
+            f"takes one."
+        )
     return kwargs[name], lambda new: (args, {**kwargs, name: new})
 
 
@@ -52,19 +55,9 @@ def hidden_output(path: str, output: Any) -> tuple[Tensor, Callable[[Tensor], An
             if isinstance(value, Tensor):
                 return value, lambda new, at=position: _with_item(output, at, new)
     raise MatchError(
-        f"The site {path} returns {type(output).__name__} without a hidden tensor: name a module that returns a "
-        f"tensor, "
-        f"or a tuple or model output that holds one."
+        f"The site {path} returns a {type(output).__name__} without a hidden tensor. Name a module that returns a "
+        f"tensor, or a tuple or model output that holds one."
     )
-
-
-def first_tensor(values: Any) -> Tensor | None:
-    """The first tensor among ``values``.
-
-    >>> first_tensor([None, torch.ones(1)])
-    tensor([1.])
-    """
-    return next((value for value in values if isinstance(value, Tensor)), None)
 
 
 def _key_of_hidden(values: Mapping[str, Any]) -> str | None:

@@ -1,7 +1,7 @@
-"""Rows of several members that cannot share a batch: each by itself, or the whole batch once with each member.
+"""Rows with different members that cannot share a batch: each row alone, or the whole batch once per member.
 
-A row by itself is what a row means. Where one cannot run alone, for some input has no rows that could be handed to it
-(two images of which nobody but the model knows the texts), every member runs the whole batch, and its rows are taken.
+A row alone is what ``apply_rows`` promises. If an input has no rows to pick from (two images, and only the model knows
+which text each belongs to), every member runs the whole batch instead, and its rows are picked from the output.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from .outputs import check_visible, flatten, names
 from .written import changed, marks
 
 Run = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
-"""``run(row, args, kwargs)``: the output of these inputs with the member of that row."""
+"""``run(row, args, kwargs)``: the output of ``args`` and ``kwargs`` with the member of that row."""
 
 Join = Callable[[Sequence[Tensor]], "Tensor | None"]
-"""One tensor of those of all runs; ``None`` where there is none."""
+"""Joins one tensor of every run to one; ``None`` if they do not fit together."""
 
 
 def run_in_turn(inputs: Inputs, members: Sequence[int], run: Run) -> Any:
-    """The output of a batch whose row i has the member ``members[i]``.
+    """The output of a batch whose row i runs with the member ``members[i]``.
 
-    Caches among the inputs, and other tensors that a run writes, hold afterwards what each row's own run wrote.
+    Caches among the inputs, and other inputs that a run writes, afterwards hold for each row what its run wrote.
     """
     try:
         alone = [_one(inputs.rows([row]), row, run) for row in range(inputs.b)]
@@ -43,16 +43,15 @@ def run_in_turn(inputs: Inputs, members: Sequence[int], run: Run) -> Any:
             return _by_member(inputs, members, run)
         except Exception as other:
             if type(other) is type(error) and str(other) == str(error):
-                raise  # the model's own
-            # The first one tells more: what a row alone lacks.
+                raise  # the model's own error, which has nothing to do with rows
             raise EngineError(
-                f"a row alone fails ({type(error).__name__}: {error}), and so does the whole batch with one member "
+                f"a single row fails ({type(error).__name__}: {error}), and so does the whole batch with one member "
                 f"({type(other).__name__}: {other})."
             ) from error
     if not inputs.odd:
         return _of_rows(inputs, alone)
     output = _by_member(inputs, members, run)
-    # Whether an input without rows is for every row or only for some nobody knows: both ways have to agree.
+    # Nobody knows whether an input without rows belongs to all rows or to some: both ways have to agree.
     for row, single in enumerate(alone):
         for name, own in _tensors(single.output).items():
             whole = _tensors(output).get(name)
@@ -60,7 +59,7 @@ def run_in_turn(inputs: Inputs, members: Sequence[int], run: Run) -> Any:
                 continue
             if not close(whole.narrow(inputs.batch_dim, row, 1), own):
                 raise EngineError(
-                    f"with the input {inputs.odd[0]}, which has no rows, a row alone gets other numbers ({name}) than "
+                    f"the input {inputs.odd[0]} has no rows, and with it a row alone gets other numbers ({name}) than "
                     f"in the whole batch."
                 )
     return output
@@ -68,7 +67,7 @@ def run_in_turn(inputs: Inputs, members: Sequence[int], run: Run) -> Any:
 
 @dataclass(frozen=True)
 class One:
-    """One run: its output, the caches that it was given, and the tensors that it has written, by position."""
+    """One run: its output, the caches that it was given, and the inputs that it has written, by position."""
 
     output: Any
     caches: list[Any]
@@ -76,7 +75,7 @@ class One:
 
 
 def _one(part: Inputs, row: int, run: Run) -> One:
-    """A run with copies of its inputs."""
+    """A run on copies of its inputs."""
     copied = part.copied()
     copied.leaves = [spare(leaf) for leaf in copied.leaves]
     own = [(i, leaf) for i, leaf in enumerate(copied.leaves) if isinstance(leaf, Tensor)]
@@ -90,7 +89,7 @@ def _one(part: Inputs, row: int, run: Run) -> One:
 
 
 def _tensors(output: Any) -> dict[Any, Tensor]:
-    """The tensors that an output is or has, by name or place."""
+    """The tensors of an output, by name or position."""
     if isinstance(output, Tensor):
         return {"of the model": output}
     pairs = output.items() if isinstance(output, Mapping) else enumerate(output if isinstance(output, tuple) else ())
@@ -98,7 +97,7 @@ def _tensors(output: Any) -> dict[Any, Tensor]:
 
 
 def _by_member(inputs: Inputs, members: Sequence[int], run: Run) -> Any:
-    """The rows of what each member makes of the whole batch."""
+    """The output whose rows come from whole batches, one for each member."""
     first = {member: row for row, member in reversed(list(enumerate(members)))}
     order = list(first)
     axis, b = inputs.batch_dim, inputs.b
@@ -121,7 +120,7 @@ def _by_member(inputs: Inputs, members: Sequence[int], run: Run) -> Any:
 
 
 def _of_rows(inputs: Inputs, alone: list[One]) -> Any:
-    """Outputs of single rows as those of one batch."""
+    """The outputs of single rows, joined to one batch."""
 
     def join(tensors: Sequence[Tensor]) -> Tensor | None:
         axis = inputs.batch_dim
@@ -140,7 +139,11 @@ def _of_rows(inputs: Inputs, alone: list[One]) -> Any:
 
 
 def _together(inputs: Inputs, runs: list[One], join: Join) -> Any:
-    """One output; what it has of the output of a part and cannot be put together is ``None``, with a warning."""
+    """One output for all runs.
+
+    Fields that cannot be joined raise ``EngineError``; those that hold a part's whole output (a mapping) only warn and
+    become ``None``.
+    """
     kept = [leaf for i, leaf in enumerate(inputs.leaves) if inputs.is_cache(i)]
     for at, cache in enumerate(kept):
         vars(cache).update(vars(_joined([one.caches[at] for one in runs], join, type(cache).__name__)))
@@ -154,19 +157,19 @@ def _together(inputs: Inputs, runs: list[One], join: Join) -> Any:
             made[name] = _field([one.output[name] for one in runs], join, of, name)
         except EngineError as error:
             if not isinstance(first[name], Mapping):
-                raise  # it may be what the next call goes on from
-            made[name] = None  # what a part of the model has given
-            warnings.warn(f"{error} It is left out, None.", EngineWarning, stacklevel=2)
+                raise  # the next call may continue from it
+            made[name] = None
+            warnings.warn(f"{error} The field is None.", EngineWarning, stacklevel=2)
     for name, value in made.items():
         first[name] = value
     return first
 
 
 def _field(values: list[Any], join: Join, of: Mapping[int, Any], name: str) -> Any:
-    """The same of one output of all runs."""
+    """One field of the output, joined over all runs; ``of`` says which cache to return for each run's copy."""
     flat, trees = zip(*map(flatten, values), strict=True)
     if any(tree != trees[0] for tree in trees):
-        raise EngineError(f"The output {name} has another structure for one row than for another.")
+        raise EngineError(f"The output {name} has a different structure for different rows.")
     found = []
     for column in zip(*flat, strict=True):
         if not isinstance(column[0], Tensor):
@@ -177,22 +180,22 @@ def _field(values: list[Any], join: Join, of: Mapping[int, Any], name: str) -> A
         whole = join(column)
         if whole is None:
             raise EngineError(
-                f"The output {name} has the shape {' or '.join(dict.fromkeys(str(tuple(t.shape)) for t in column))} "
-                f"where rows run in turn, and cannot be put together to one for all of them. If rows of the bare "
-                f"backbone are among them, run such rows by themselves, delta.apply({{}}, ...)."
+                f"The rows run in turn, and the output {name} has the shape "
+                f"{' or '.join(dict.fromkeys(str(tuple(t.shape)) for t in column))}, which cannot be joined to one "
+                f"batch. If some rows run the bare backbone (index -1), run them separately: delta.apply({{}}, ...)."
             )
         found.append(whole)
     return trees[0](found)
 
 
 def _joined(parts: list[Any], join: Join, name: str) -> Any:
-    """The first of several objects, with the tensors of all put together."""
+    """The first of several objects of one structure, holding the joined tensors of all."""
     first = parts[0]
     if isinstance(first, Tensor):
         alike = all(part.ndim == 0 or part.numel() == 0 for part in parts)
         whole = first if alike else join(parts)
         if whole is None:
-            raise EngineError(f"The cache {name} has tensors whose rows cannot be put together.")
+            raise EngineError(f"The cache {name} has tensors whose rows cannot be joined to one batch.")
         return whole
     if isinstance(first, dict):
         return {key: _joined([part[key] for part in parts], join, name) for key in first}

@@ -1,4 +1,4 @@
-"""A key for an input structure: what decides where the batch is."""
+"""A key of a call's inputs, equal for inputs whose rows are in the same places."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .containers import CARRIERS, is_cache
 from .values import written
 
 SHORT = 200
-"""A longer word stands in a key by its digest."""
+"""Longer words are replaced by their digests."""
 
 BY_VALUE = (
     *(bool, str, float, complex, bytes, type(None), enum.Enum, range, slice),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, np.generic),
 )
-"""What says in a few characters all there is to it."""
+"""Types whose ``repr`` is short and says everything."""
 
 
 def input_key(
@@ -36,10 +36,10 @@ def input_key(
     is_mapped: Sequence[bool] = (),
     *more: Any,
 ) -> tuple[str, ...]:
-    """What decides where the batch is: the names, kinds and plain values of the inputs, and whatever is in ``more``.
+    """The key of these inputs: their names, kinds and plain values, and those in ``more``.
 
-    Of a tensor it tells the dtype, the layout, the axis of rows and which other sizes are 1, but not the sizes; of a
-    cache its class and whether it is filled; of other objects the class and their plain attributes.
+    A tensor enters with its dtype, layout, axis of rows and which other sizes are 1, but not with its sizes; a cache
+    with its class and whether it is filled; any other object with its class and plain attributes.
 
     >>> x, y = torch.zeros(4, 1, 3), torch.zeros(9, 1, 8)
     >>> input_key([x, True], ["x", "flag"], {0: 0})
@@ -62,24 +62,24 @@ def _fact(leaf: Any, axis: int | None, mapped: bool) -> str:
     if isinstance(leaf, PLAIN):
         return _plain(leaf)
     if isinstance(leaf, np.ndarray):
-        # What Python reads of an array cannot be seen, so where all rows share one, its values belong to the key.
+        # Reads of an array cannot be observed, as a tensor's can: if all rows share it, its values belong to the key.
         shared = "" if mapped or axis is not None else f":{written(leaf)}"
         return f"{leaf.dtype}:numpy:{_sizes(leaf.shape[1:] if mapped else leaf.shape, axis)}{shared}"
     if is_cache(leaf):
         return f"{_kind(leaf)}:{_is_filled(leaf)}"
-    if isinstance(leaf, list):  # with an entry a row, of which Python may read whatever is no tensor
+    if isinstance(leaf, list):  # one entry per row; Python may read the entries that are not tensors
         return f"list:{_digest(','.join('tensor' if isinstance(e, CARRIERS) else _plain(e) for e in leaf))}"
     return _plain(leaf)
 
 
 def _sizes(shape: Sequence[int], axis: int | None) -> str:
-    # Branches, for a symbolic size must become a plain word here.
+    # Written with branches, so that torch.compile turns symbolic sizes into plain words.
     return "".join(["r" if i == axis else "1" if size == 1 else "n" for i, size in enumerate(shape)])
 
 
 def _plain(value: Any, depth: int = 4) -> str:
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, (bool, enum.Enum)):
-        # A number that torch.compile would keep symbolic becomes one that its graph is for.
+        # index() makes torch.compile specialise on a number that it would keep symbolic.
         return repr(operator.index(value))
     if isinstance(value, BY_VALUE):
         return repr(value)
@@ -92,7 +92,7 @@ def _plain(value: Any, depth: int = 4) -> str:
     if isinstance(value, Mapping):
         return f"{_kind(value)}({_digest(','.join(f'{_plain(k)}={_plain(v, depth - 1)}' for k, v in value.items()))})"
     if isinstance(value, Tensor):
-        return "tensor"  # whose values are looked after by themselves
+        return "tensor"  # reads of its values are observed (see values.py)
     if isinstance(value, (bytearray, memoryview)):
         return f"{_kind(value)}({_digest(repr(bytes(value)))})"
     held = getattr(value, "__dict__", None)
@@ -111,7 +111,7 @@ _next_number = itertools.count()
 
 
 def _number_of(value: Any) -> int:
-    """A number that no other object has or had; a new one each time where objects cannot be referred to weakly."""
+    """A number that no other object has or had; a new one each time if the object has no weak references."""
     known = _numbers.get(id(value))
     if known is not None and known[0]() is value:
         return known[1]
@@ -128,5 +128,5 @@ def _kind(value: Any) -> str:
 def _is_filled(cache: Any) -> str:
     try:
         return str(cache.get_seq_length() > 0)
-    except Exception:  # a cache of states alone, without positions, says so in ways of its own
+    except Exception:  # caches that hold states but no positions raise here, in various ways
         return str(getattr(cache, "has_previous_state", None))

@@ -24,30 +24,30 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 SIMPLE = (type(None), bool, int, float, str)
 MOST_READ = 256
-"""So many structures and sizes are remembered: texts may have any length."""
+"""How many structures and sizes are remembered: texts may have any length."""
 
-OTHERS = 'Use engine="auto" or "loop", which need not know the rows'
+OTHERS = 'Use engine="auto" or "loop", which do not have to know the rows'
 
 
 class Inputs:
     """The flattened inputs of one call of n members.
 
-    ``in_dims`` says of an input by name: 0, it has a member axis, (n, b, …); ``None``, all members share it whole,
-    whatever its shape. An input that it leaves out is one batch (b, …) seen by all members, whose rows are read off it
-    (:mod:`.rows`), or something without rows. In a list with one entry a row, entries are rows.
+    ``in_dims`` maps names of inputs to 0 (the input has a member axis, (n, b, …)) or ``None`` (all members share it
+    whole, whatever its shape). Any other input is one batch (b, …) that all members see, whose rows are read off it
+    (:mod:`.rows`), or has no rows. The entries of a list count as rows if there are as many.
 
     Args:
-        model: whose forward gives positional inputs their names.
-        entries: of an index that gives one member a row (``apply_rows``, views): what has other counts has no rows.
+        model: its forward gives positional inputs their names.
+        entries: the length of the index in ``apply_rows`` and views; inputs that count something else have no rows.
 
     Attributes:
-        n: members.
-        leaves, names, places: every leaf, the input that it belongs to, and the keys that lead to it.
-        is_mapped: whether a leaf has a member axis.
-        row_axis: for every leaf with rows, by position: the axis that counts them once folded.
-        odd: the inputs that count something else.
-        keys, checked: what was found of inputs of these sizes, for those that are read :meth:`again`: keys by what
-            decides besides, and the layouts with which they are right.
+        n: the number of members.
+        leaves, names, places: every leaf, the name of its input, and the keys that lead to the leaf.
+        is_mapped: whether each leaf has a member axis.
+        row_axis: for every leaf with rows, by position: the axis that counts them, not counting a member axis.
+        odd: the inputs whose axis of rows has another size.
+        keys, checked: caches shared with inputs that are read :meth:`again`: input keys, and the layouts that were
+            checked with inputs of these sizes.
 
     >>> inputs = Inputs(torch.nn.Linear(4, 8), 3, (torch.zeros(5, 4),), {}, None, 0)
     >>> inputs.b, inputs.row_axis, inputs.folded()[0][0].shape
@@ -85,7 +85,7 @@ class Inputs:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def _flatten(self, closed: Callable[[Any], bool] | None) -> None:
-        """Find the leaves; lists that are ``closed`` stay leaves themselves."""
+        """Find the leaves; lists for which ``closed`` is true stay leaves themselves."""
         self.leaves: list[Any] = []
         self.names: list[str] = []
         self.places: list[str] = []
@@ -113,7 +113,7 @@ class Inputs:
         if nested and nested[0] not in whole:
             self._unclear = (
                 f"The input {self.places[nested[0]]} is a nested tensor, whose rows cannot be joined with those of "
-                f"other members. Pad it, or share it whole: in_dims={{'{self.names[nested[0]]}': None}}."
+                f"other members. Pad it, or let all members share it: in_dims={{'{self.names[nested[0]]}': None}}."
             )
         elif found.count is None:
             given = ", ".join(self.places) or "none"
@@ -129,18 +129,18 @@ class Inputs:
         name = self.names[i]
         return (
             f"The input {self.places[i]} has {rows} rows (its shape is {tuple(self.leaves[i].shape)}), and "
-            f"{self.places[j]} has {found.count}; rows are counted by axis {self.batch_dim}. Where all members share "
-            f"{name} as it is, write in_dims={{'{name}': None}}. {OTHERS}."
+            f"{self.places[j]} has {found.count}; axis {self.batch_dim} counts the rows. If all members share {name} "
+            f"as it is, write in_dims={{'{name}': None}}. {OTHERS}."
         )
 
     def _read_lists(self) -> None:
-        """A list with as many entries as there are rows has one a row, unless its tensors have the rows themselves."""
+        """Decide which lists have one entry per row: those of the right length, unless their tensors have the rows."""
         places = zip(self.leaves, self.places, strict=True)
         lists = [(leaf, place) for leaf, place in places if type(leaf) is list]
         count = self._read().count
         self._flatten(None)
         opened = self._read()
-        if count is None:  # nothing but lists: of tensors that agree on their rows, or of as many entries
+        if count is None:  # all inputs are lists: their tensors agree on the rows, or else their lengths do
             if opened.count is not None and not self._unclear:
                 return
             lengths = {len(part) for part, _ in lists}
@@ -156,8 +156,8 @@ class Inputs:
                 self._rows, self._unclear = count, ""
         if numbers and count > 1:
             self._unclear = (
-                f"The input {numbers[0][1]} is a list of {count} numbers, and there are {count} rows: write a tensor "
-                f"of shape ({count},) if it has one a row, or a tuple if it does not."
+                f"The input {numbers[0][1]} is a list of {count} numbers, and there are {count} rows. Write a tensor "
+                f"of shape ({count},) if there is one number per row, or a tuple if not."
             )
 
     def _has_rows(self, part: list[Any], count: int) -> bool:
@@ -174,13 +174,13 @@ class Inputs:
             if nested or holds_tensors(leaf):
                 raise EngineError(
                     f"The input {place} is a {'nested tensor' if nested else type(leaf).__name__}, which cannot be "
-                    f"split by member: give a tensor, or a tuple or a dict of tensors (n, b, …), or let all members "
-                    f"share it, in_dims={{'{name}': None}}."
+                    f"split by member. Give a tensor, or a tuple or dict of tensors (n, b, …), or let all members "
+                    f"share it: in_dims={{'{name}': None}}."
                 )
             if mapped and (leaf.ndim == 0 or leaf.shape[0] != self.n):
                 raise ParamsError(
                     f"The input {place} has the shape {tuple(leaf.shape)}; with in_dims=0 its first axis counts the "
-                    f"{self.n} members: ({self.n}, b, …). To show all members the same input write "
+                    f"{self.n} members: ({self.n}, b, …). To give all members the same input, write "
                     f"in_dims={{'{name}': None}}."
                 )
 
@@ -188,23 +188,23 @@ class Inputs:
 
     @property
     def b(self) -> int:
-        """The rows of one member; a :class:`~funcdelta.errors.FoldError` where they cannot be told."""
+        """The rows of one member; raises :class:`~funcdelta.errors.FoldError` if they are unknown."""
         if self._unclear:
             self.check_rows()
         return self._rows or 0
 
     def check_rows(self) -> None:
-        """Raise a :class:`~funcdelta.errors.FoldError` that names the input by which rows cannot be told."""
+        """Raise :class:`~funcdelta.errors.FoldError` if the rows are unknown, naming the input that is to blame."""
         if self._unclear:
             raise FoldError(self._unclear)
 
     def key(self, *more: Any) -> tuple[str, ...]:
-        """A key for this input structure, and for ``more`` that decides with it; see :func:`.input_key`."""
+        """The key of these inputs and of ``more``; see :func:`.input_key`."""
         return input_key(self.leaves, self.places, self.row_axis, self.is_mapped, self._positional, *more)
 
     @property
     def has_single_rows(self) -> bool:
-        """Whether each member has one row, which no code of the model can take for several."""
+        """Whether each member has one row, so that no code of the model can treat rows of a member together."""
         return self._rows == 1
 
     def tensors(self) -> list[Tensor]:
@@ -213,11 +213,11 @@ class Inputs:
 
     @property
     def form(self) -> tuple[int, tuple[str, ...]]:
-        """How many inputs were given by position, and the names of the others."""
+        """How many inputs were passed by position, and the names of the others."""
         return self._positional, self._keywords
 
     def concrete(self) -> Inputs:
-        """The inputs with plain tensors in the place of those that belong to a transform."""
+        """The inputs with plain tensors in place of those wrapped by a transform."""
         return self._with([concrete(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves])
 
     def private(self) -> Inputs:
@@ -227,7 +227,7 @@ class Inputs:
         return self._with([leaf.clone() if is_dense and not mapped else leaf for leaf, is_dense, mapped in shared])
 
     def copied(self) -> Inputs:
-        """The inputs with copies of all that a run besides the call itself may write into or change."""
+        """The inputs with copies of everything that a run may write, so that an extra run leaves no trace."""
         return self._with([leaf.clone() if isinstance(leaf, Tensor) else spare(leaf) for leaf in self.leaves])
 
     # -- the inputs of each engine ---------------------------------------------------------------------------------
@@ -254,13 +254,13 @@ class Inputs:
             if mapped and (isinstance(leaf, np.ndarray) or leaf.layout != torch.strided):
                 what = "numpy array" if isinstance(leaf, np.ndarray) else f"tensor of layout {leaf.layout}"
                 raise EngineError(
-                    f"The input {place} of many members is a {what}, which torch.vmap cannot map: give a dense tensor, "
-                    f'or use engine="loop".'
+                    f"The input {place} with a member axis is a {what}, which torch.vmap cannot map. Give a dense "
+                    f'tensor, or use engine="loop".'
                 )
         return [leaf for leaf, mapped in zip(self.leaves, self.is_mapped, strict=True) if mapped]
 
     def fill_mapped(self, tensors: list[Tensor]) -> Arguments:
-        """The inputs with other tensors in the places of :meth:`mapped`."""
+        """The inputs with ``tensors`` in place of those that :meth:`mapped` returns."""
         given = iter(tensors)
         return self.filled(
             [next(given) if mapped else leaf for leaf, mapped in zip(self.leaves, self.is_mapped, strict=True)]
@@ -277,8 +277,8 @@ class Inputs:
                 pass
             elif self.is_mapped[i]:
                 raise FoldError(
-                    f"The input {self.places[i]} is each member's own and has no rows, so it has no place in one "
-                    f"batch. {OTHERS}."
+                    f"The input {self.places[i]} differs by member and has no rows, so it cannot be part of one batch. "
+                    f"{OTHERS}."
                 )
             elif self.is_cache(i):
                 leaf = rows_of_cache(leaf, [*range(b)] * self.n)
@@ -286,7 +286,7 @@ class Inputs:
         return self.filled(leaves)
 
     def is_cache(self, i: int) -> bool:
-        """Whether a leaf is a cache, whose rows can be chosen."""
+        """Whether leaf ``i`` is a cache whose rows can be picked."""
         leaf = self.leaves[i]
         return not isinstance(leaf, PLAIN) and self.names[i] not in self._whole and is_cache(leaf)
 
@@ -301,7 +301,7 @@ class Inputs:
         return self._with(leaves, n=stop - start)
 
     def turned(self) -> Inputs:
-        """The inputs of the members in another order: of the second one first, and of the first one last."""
+        """The inputs with members moved one place forward: the second becomes the first, the first the last."""
         leaves = [
             leaf if not mapped else np.roll(leaf, -1, 0) if isinstance(leaf, np.ndarray) else leaf.roll(-1, 0)
             for leaf, mapped in zip(self.leaves, self.is_mapped, strict=True)
@@ -309,9 +309,9 @@ class Inputs:
         return self._with(leaves)
 
     def rows(self, which: Sequence[int]) -> Inputs:
-        """The inputs with these rows of each member, in this order and as often as they are named.
+        """The inputs with the rows ``which`` of each member, in this order; a row may occur several times.
 
-        What has no rows stays as it is; of a cache among the inputs a copy with the same rows is taken.
+        Inputs without rows stay as they are; a cache becomes a copy with these rows.
 
         >>> inputs = Inputs(torch.nn.Linear(1, 1), 2, (torch.arange(3.0)[:, None],), {}, None, 0)
         >>> inputs.rows([2, 0]).shared()[0][0].flatten()
@@ -340,7 +340,7 @@ class Inputs:
         return part
 
     def again(self, leaves: list[Any]) -> Inputs:
-        """Other inputs of the same names, sizes and plain values; what was found of these holds for them."""
+        """Other leaves with the same names, sizes and plain values, which share what is cached for these."""
         part = object.__new__(Inputs)
         part.__dict__.update(self.__dict__)
         part.leaves = leaves
@@ -348,10 +348,10 @@ class Inputs:
 
 
 class Readings:
-    """Inputs of many members, read once for each structure and size: names, rows and all.
+    """Reads the inputs of calls as :class:`Inputs`, and remembers the result for each structure and size.
 
-    Where the model understands it and the caller says nothing about it they have ``use_cache=False``: a cache in the
-    output can be neither mapped nor split by member.
+    Adds ``use_cache=False`` if the model understands it and the caller does not give it: a cache in the output could be
+    neither mapped nor split by member.
 
     >>> readings = Readings(torch.nn.Linear(4, 8), 0)
     >>> one, other = readings.read(3, (torch.zeros(5, 4),), {}, None), readings.read(3, (torch.ones(5, 4),), {}, None)
@@ -379,13 +379,13 @@ class Readings:
 
 
 def _simple(n: int, args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: InDims) -> Any:
-    """What reading depends on, of inputs that are plain tensors and plain values; ``None`` for others."""
+    """A key of all that reading depends on, for inputs that are plain tensors and values; ``None`` for others."""
     facts: list[Any] = [n, len(args), tuple(kwargs)]
     for leaf in (*args, *kwargs.values()):
         if type(leaf) is Tensor and leaf.layout is torch.strided and not leaf.is_nested:
             facts.append((leaf.shape, leaf.dtype))
         elif type(leaf) in SIMPLE:
-            facts.append((type(leaf), repr(leaf)))  # for a table True is 1, and 0.0 is -0.0
+            facts.append((type(leaf), repr(leaf)))  # in a dict True == 1 and 0.0 == -0.0
         else:
             return None
     if type(in_dims) is dict and all(dim is None or type(dim) is int for dim in in_dims.values()):
@@ -401,11 +401,13 @@ def _in_dims_by_name(in_dims: InDims, names: list[str]) -> dict[str, int | None]
     if isinstance(in_dims, Mapping):
         for name, dim in in_dims.items():
             if not isinstance(name, str):
-                raise ParamsError(f"in_dims names {name!r}; the names of inputs are strings.")
+                raise ParamsError(f"in_dims has the key {name!r}; its keys are the names of inputs, which are strings.")
             if name not in names:
                 raise ParamsError(f"in_dims names {name!r}, which is not an input of this call.{near(name, names)}")
             if dim not in (0, None):
-                raise ParamsError(f"in_dims[{name!r}]={dim!r}: write 0 (an axis of members) or None (shared whole).")
+                raise ParamsError(
+                    f"in_dims[{name!r}]={dim!r}: write 0 (it has a member axis) or None (all members share it)."
+                )
         return {name: in_dims.get(name) for name in names}
     if not (in_dims is None or (isinstance(in_dims, int) and in_dims == 0)):
         raise ParamsError(

@@ -1,4 +1,4 @@
-"""The layout of a fold: which axis of every hidden value, module input and output counts the members' rows."""
+"""The layout of a fold: which axis counts the members' rows in every hidden value, module input and output."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Dims = tuple[int | None, ...]
 
 
 class LayoutMismatchError(FoldError):
-    """A call does not go as the one did from which its layout was learned: the layout is learned anew, once."""
+    """A call runs other modules, or with other sizes, than its layout says; callers then learn the layout anew."""
 
 
 class MixedBackwardError(FoldError):
-    """Members together get other gradients than alone: in one batch, and where they are mapped, too."""
+    """Members together get other gradients than alone, both in one batch and under vmap."""
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """Which axis of a site's hidden input and output counts rows; ``None``: the same for all rows."""
+    """Which axes of a site's hidden input ``x`` and output ``y`` count rows; ``None`` if all rows share the value."""
 
     x: int | None
     y: int | None
@@ -32,11 +32,11 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Ends:
-    """The same for every tensor that one call of a module takes and returns.
+    """Which axis counts rows in every tensor that one call of a module takes and returns.
 
     Attributes:
-        dtypes: of what it returns.
-        writes: the inputs, by position, that it was seen to write.
+        dtypes: the dtypes of its outputs.
+        writes: the positions of the inputs that it was seen to write.
     """
 
     inputs: Dims
@@ -47,11 +47,12 @@ class Ends:
 
 @dataclass(frozen=True)
 class Run:
-    """A module that runs once per member, with the keys of params that are used in it.
+    """A module that runs once per member within a fold.
 
     Attributes:
-        how: ``map``, by one mapped call of the module; ``loop``, member after member, which mixes nothing.
-        why: why it does, for people.
+        keys: the keys of the params that are used in it.
+        how: ``map``: one call of the module under vmap; ``loop``: one member after the other, which cannot mix rows.
+        why: the reason, for people.
         visits: where the rows are, for each of its calls.
     """
 
@@ -61,22 +62,22 @@ class Run:
     visits: tuple[Ends, ...] = ()
 
     def at(self, path: str, index: int | None) -> Ends:
-        """The axes at the ``index``-th call of the module; ``None``: at every one."""
+        """The axes at the ``index``-th call of the module; with ``None``, those that all its calls have."""
         return _visit(self.visits, path, index)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The batch axes of one input structure: at every visit of every site, and in the model's output.
+    """Where the rows are for one input structure: at every call of every site, and in the model's output.
 
     Attributes:
-        sites: by path, the axes at each call of the site.
-        runs: by path, the modules that run once per member.
-        outputs: of the leaves of the model's output.
-        names: what these leaves are called.
-        unused: modules with leaves of the members' own that are not called; where one is, nothing is known.
-        draws: whether random numbers were drawn, or would have been but for dropout that was off.
-        compared: whether it was seen, as it was learned, that members give in one batch what each gives alone.
+        sites: the axes at each call of a site, by path.
+        runs: the modules that run once per member, by path.
+        outputs: the axis of rows of each leaf of the model's output.
+        names: the names of these leaves.
+        unused: modules whose tensors differ by member but that were not called; if one is, the layout does not fit.
+        draws: whether random numbers are drawn, counting dropout, which a probe turns off.
+        compared: whether the probe compared the members' outputs in one batch with those of each alone.
     """
 
     sites: Mapping[str, tuple[Hidden, ...]] = field(default_factory=dict)
@@ -88,11 +89,11 @@ class Layout:
     compared: bool = False
 
     def site(self, path: str, index: int | None) -> Hidden:
-        """The axes at the ``index``-th call of the site at ``path``; ``None``: at every one."""
+        """The axes at the ``index``-th call of the site at ``path``; with ``None``, those that all its calls have."""
         return _visit(self.sites.get(path, ()), path, index)
 
     def joined(self, other: Layout) -> Layout:
-        """What two calls of one structure tell: the sites of both, where one of them left some out.
+        """A layout for both of two calls of one structure, each of which may have skipped sites of the other.
 
         >>> one, two = Layout({"a": (Hidden(0, 0),)}), Layout({"b": (Hidden(1, 1),)})
         >>> sorted(one.joined(two).sites)
@@ -100,7 +101,7 @@ class Layout:
         """
         sites = {**other.sites, **{path: known for path, known in self.sites.items() if path not in other.sites}}
         runs = {**other.runs, **{path: run for path, run in self.runs.items() if path not in other.runs}}
-        # What ran alone in one of them, ran inside of a module of the other that does, or is still unknown.
+        # A module that either call did use is known by now.
         unused = frozenset(path for path in self.unused & other.unused if path not in runs)
         return replace(other, sites=sites, runs=runs, unused=unused, draws=self.draws or other.draws)
 
@@ -109,8 +110,8 @@ def _visit(known: tuple[Any, ...], path: str, index: int | None) -> Any:
     if index is None:
         if any(visit != known[0] for visit in known[1:]):
             raise FoldError(
-                f"{path} is called several times with rows on different axes, and runs again for the backward pass: "
-                f'which of the calls it is cannot be told. Use engine="loop", or do not checkpoint it.'
+                f"{path} is called several times with rows on different axes, and when it is recomputed for the "
+                f'backward pass it cannot be told which call that is. Use engine="loop", or do not checkpoint it.'
             )
         index = 0
     if index >= len(known):
@@ -124,14 +125,14 @@ def _visit(known: tuple[Any, ...], path: str, index: int | None) -> Any:
 def scalar_message(name: str) -> str:
     """Why a scalar output cannot be split by member, and what to compute instead."""
     return (
-        f"The output {name} is a scalar: it cannot be split by member when members share a batch. Leave out labels= "
-        f"and compute one loss a member from the logits: torch.vmap(F.cross_entropy)(outs.logits, labels), with "
+        f"The output {name} is a scalar, which cannot be split by member when members share a batch. Leave out labels= "
+        f"and compute one loss per member from the logits: torch.vmap(F.cross_entropy)(outs.logits, labels), with "
         f'logits (n, b, classes) and labels (n, b). Or use engine="loop".'
     )
 
 
 def tolerance_of(*tensors: Tensor) -> float:
-    """How far tensors may be from each other that should be equal, as a share of the largest number in them.
+    """How far tensors that should be equal may differ, relative to the largest number in them: ``4 sqrt(eps)``.
 
     >>> tolerance_of(torch.ones(1)) < 0.002, tolerance_of(torch.ones(1, dtype=torch.bfloat16)) > 0.3
     (True, True)
@@ -139,7 +140,7 @@ def tolerance_of(*tensors: Tensor) -> float:
     kinds, device = [tensor.dtype for tensor in tensors], tensors[0].device.type
     if torch.is_autocast_enabled(device):
         kinds.append(torch.get_autocast_dtype(device))
-    # The square root leaves half of the digits for the kernels' different orders of summation.
+    # Kernels sum in different orders for different batch sizes, which may cost up to half of the digits.
     return 4 * max(torch.finfo(kind).eps for kind in kinds) ** 0.5
 
 

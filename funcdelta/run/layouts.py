@@ -1,4 +1,4 @@
-"""Layouts, looked up by the key of an input structure, or learned by a probe of the inputs at hand."""
+"""The layout of a call: looked up by the key of its inputs, or learned from them by a probe."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from .values import MANY, Deciding, can_decide
 _requires_grad = attrgetter("requires_grad")
 
 probing = fork_safe_lock()
-"""Held while a layout is learned: two threads need not learn the same."""
+"""Held while a layout is learned, so that two threads do not learn the same one."""
 
 
 def layout_of(program: Program, stack: Params, inputs: Inputs, by_row: bool = False, entry: str = "") -> Layout:
     """The layout of these inputs: remembered, or learned from a few of their rows.
 
     Args:
-        by_row: each row is a member of its own.
-        entry: the module that is called.
+        by_row: whether each row has its own member.
+        entry: the path of the module that is called.
     """
     key = _structure(program, stack, inputs, by_row, entry)
     if torch.compiler.is_compiling():
@@ -54,7 +54,7 @@ def layout_of(program: Program, stack: Params, inputs: Inputs, by_row: bool = Fa
 def learned_anew(
     program: Program, stack: Params, inputs: Inputs, known: Layout, by_row: bool = False, entry: str = ""
 ) -> Layout:
-    """The layout that the very inputs tell, where a remembered one does not fit; what only one knows is kept."""
+    """A layout learned from these inputs and joined with ``known``, which did not fit them."""
     with probing:
         return _learned(program, stack, inputs, by_row, entry, known)
 
@@ -62,17 +62,17 @@ def learned_anew(
 def _learned(
     program: Program, stack: Params, inputs: Inputs, by_row: bool, entry: str, known: Layout | None = None
 ) -> Layout:
-    """A layout learned and remembered; inputs that Python reads meanwhile join the key by their values."""
+    """Learn a layout and remember it; the values of inputs that Python reads on the way become part of the key."""
     structure, read = _structure(program, stack, inputs, by_row, entry), set[int]()
     before = program.layouts.get(structure)
     if isinstance(before, Deciding) and before.learned >= MANY:
         raise FoldError(
-            f"The model reads the values of {' and '.join(inputs.places[i] for i in before.places)} in Python, and "
-            f"where rows are has been learned for {MANY} of them by now: each call brings another. {OTHER_ENGINES}"
+            f"The model reads the values of {' and '.join(inputs.places[i] for i in before.places)} in Python, and its "
+            f"layout has been learned for {MANY} of them already: they seem to differ in each call. {OTHER_ENGINES}"
         )
     backward = torch.is_grad_enabled() and wants_gradients(stack, inputs)
     try:
-        # What may run again, or without its outputs being compared later, is compared as it is learned.
+        # A first fold compares outputs later itself (first_time.py); in all other cases the probe has to.
         compare = by_row or bool(entry) or known is not None
         layout = _learn(program, stack, inputs, by_row, entry, read, backward, compare)
     finally:
@@ -84,27 +84,27 @@ def _learned(
     key = key_of(program, stack, inputs, by_row, entry)
     if not layout.compared:
         for checked in [checked for checked in program.checked if checked[0] == key]:
-            del program.checked[checked]  # that was another layout
+            del program.checked[checked]  # it was checked with another layout
     program.layouts[key] = layout
     return layout
 
 
 def key_of(program: Program, stack: Params, inputs: Inputs, by_row: bool = False, entry: str = "") -> Any:
-    """What decides where the batch is: the mode, the precision, which leaves are given, and facts of the inputs."""
+    """The key of a layout: mode, precision, which leaves are given, and all of the inputs that decides."""
     key = _structure(program, stack, inputs, by_row, entry)
     if torch.compiler.is_compiling():
-        return key  # tracing has no values
+        return key  # there are no values while tracing
     known = program.layouts.get(key)
     return (*key, *known.values(inputs.leaves)) if isinstance(known, Deciding) else key
 
 
 def _structure(program: Program, stack: Params, inputs: Inputs, by_row: bool, entry: str) -> Any:
-    """The key but for values of tensors."""
+    """The key without values of tensors."""
     single = True if by_row or inputs.has_single_rows else False  # noqa: SIM210  (symbolic while torch.compile traces)
     grads = True if torch.is_grad_enabled() else False  # noqa: SIM210  (models may ask)
     if grads and not torch.compiler.is_compiling() and not wants_gradients(stack, inputs):
-        grads = None  # nothing to check of the backward pass
-    # What autocast gives where the inputs are: outputs of modules that run once per member have that dtype, too.
+        grads = None  # then no probe has to check the backward pass
+    # Layouts hold the output dtypes of modules that run once per member, and autocast changes these.
     tensors = inputs.tensors()
     device = tensors[0].device.type if tensors else "cpu"
     precision = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
@@ -119,7 +119,7 @@ def _structure(program: Program, stack: Params, inputs: Inputs, by_row: bool, en
 
 
 def wants_gradients(stack: Params, inputs: Inputs) -> bool:
-    """Whether the call may be differentiated: something requires grad, or a transform is under way."""
+    """Whether the call may be differentiated: something requires grad, or a transform is active."""
     if current_transform() is not None or any(map(_requires_grad, stack.values())):
         return True
     return True in map(_requires_grad, inputs.tensors())
@@ -135,8 +135,9 @@ def _learn(
     backward: bool,
     compare: bool,
 ) -> Layout:
-    """From the first rows of the first member, and the last ones of the last, in the other order."""
+    """The layout, from the first rows of the first member and the last rows of the last, in reverse order."""
     inputs = inputs.concrete()
+    # Different rows, in another order: what a member gets from another's rows then differs from its own.
     first = list(range(1 if by_row else min(inputs.b, 2)))
     last = [inputs.b - 1 - i for i in first]
     ends = (0, first), (0 if by_row else inputs.n - 1, last)
@@ -150,7 +151,7 @@ def _learn(
 
 
 def picked(inputs: Inputs, *which: tuple[int, Sequence[int]]) -> Arguments:
-    """The inputs of some members, ``(member, its rows)``, folded; private copies of what a call may change.
+    """The folded inputs of some rows, given as pairs ``(member, its rows)``; copies of all that a call may change.
 
     >>> inputs = Inputs(torch.nn.Linear(1, 1), 2, (torch.tensor([[1.0], [2.0], [3.0]]),), {}, None, 0)
     >>> picked(inputs, (0, [0]), (1, [2, 1]))[0][0].flatten()
@@ -176,7 +177,7 @@ def picked(inputs: Inputs, *which: tuple[int, Sequence[int]]) -> Arguments:
 
 
 def _these(leaf: Any, axis: int, rows: Sequence[int]) -> Any:
-    """These rows; a single one stands for all."""
+    """These rows of a leaf; if it has a single row, that one for each."""
     if isinstance(leaf, list):
         return [leaf[row] for row in rows]
     asked = rows if leaf.shape[axis] != 1 else [0] * len(rows)
@@ -195,17 +196,20 @@ def _side_by_side(parts: list[Any], axis: int) -> Any:
 def _learn_while_tracing(
     handle: int, key: Any, names: tuple[str, ...], shapes: tuple[Any, ...], form: tuple[Any, ...], by_row: bool
 ) -> bool:
-    """Learn a layout in the middle of a compilation, from made-up rows of the same shapes: tracing has no values."""
+    """Learn a layout while torch.compile traces, which has no values: from made-up rows of the same shapes."""
     program = program_of(handle)
     known = program.layouts.get(key)
     if isinstance(known, Deciding):
-        raise FoldError("Python reads the values of inputs of this model, which compiled code does not have.")
+        raise FoldError("The model reads values of its inputs in Python, and there are none while compiling.")
     if known is not None and (known.compared or any(checked[0] == key for checked in program.checked)):
         _open_traced(program, key)
         return True
     positional, keywords, row_axis = form
     if len(shapes) != positional + len(keywords):
-        raise FoldError("Call apply_many once before compiling it: the inputs are nested, and their layout is unknown.")
+        raise FoldError(
+            "The inputs are nested, and their layout is unknown while compiling. Call apply_many once, uncompiled, "
+            "before you compile it."
+        )
     rng = torch.Generator().manual_seed(0)
     axes = dict(row_axis)
     leaves = []
@@ -227,20 +231,22 @@ def _learn_while_tracing(
     members = program.random_members(2, program.plan.present(dict.fromkeys(names)))
     layout = _learn(program, members, inputs, by_row, "", read, torch.is_grad_enabled(), compare=True)
     if read:
-        raise FoldError(f"Python reads the values of {inputs.places[min(read)]}, which compiled code does not have.")
+        raise FoldError(
+            f"The model reads the values of {inputs.places[min(read)]} in Python, and there are none while compiling."
+        )
     program.layouts[key] = layout
     _open_traced(program, key)
     return True
 
 
 def _open_traced(program: Program, key: Any) -> None:
-    """Open the modules that run once per member in the skeleton that compiled code uses: tracing cannot."""
+    """Open the modules that run once per member in the skeleton that compiled code uses; a trace could not."""
     for path in program.layouts[key].runs:
         program.skeletons.traced(program.training).open(path)
 
 
 def _while_tracing(program: Program, key: Any, stack: Params, inputs: Inputs, by_row: bool) -> Layout:
-    # Sizes may be symbolic here; how many rows there are does not matter, and other sizes are taken as they are.
+    # Sizes may be symbolic here. The number of rows does not matter; int() specialises the graph on the others.
     shapes = []
     for i, leaf in enumerate(inputs.leaves):
         shape = sizes(leaf, inputs.is_mapped[i])

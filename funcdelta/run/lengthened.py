@@ -1,7 +1,7 @@
-"""The inputs of a model for a prompt's rows more, on copies: masks, token types, numbers of positions, caches.
+"""The inputs of a model extended for a prompt of ``P`` rows, on copies: masks, token types, position numbers.
 
-What the model takes beside its embeddings gets ``P`` positions in front. Where a row is padded in front the prompt then
-moves behind the padding, right before the text. What nobody knows how to extend is refused by name.
+Every input that has one value per position gets ``P`` more in front. If a row is padded in front, the prompt then moves
+behind the padding, right before the text. Inputs that the library does not know how to extend are refused by name.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from .entrance import SECOND_INPUT, Entrance
 from .positions import CACHES, before, behind_padding, leading, reordered
 
 EXPAND = (("attention_mask", 1), ("token_type_ids", 0))
-"""What is put before each of these inputs, where a method has no ``other_expand_ids`` of its own."""
+"""The value that is put in front of each of these inputs, unless the method has ``other_expand_ids``."""
 
 NUMBERS = ("position_ids", "cache_position")
 
 EXTENDED = ("input_ids", "inputs_embeds", "labels", SECOND_INPUT, *NUMBERS, *CACHES)
-"""Inputs that the library extends by rules of their own."""
+"""Inputs that the library extends by special rules."""
 
 MARKS = ("visual_pos_masks",)
-"""Inputs that mark the positions which hold images: the prompt's do not."""
+"""Inputs that mark positions with images; the prompt's get 0."""
 
 PACKED = ("cu_seq_lens_q", "cu_seqlens", "seq_idx")
-"""Inputs that say where one of several texts in a row ends."""
+"""Inputs that say where each of several texts in one row ends."""
 
 Given = dict[str, Any]
 
 
 def text_of(given: Given) -> Tensor | None:
-    """The tokens among the inputs, or their embeddings.
+    """The input that holds the text: token ids (b, s), or their embeddings (b, s, d).
 
     >>> text_of({"input_ids": None, "inputs_embeds": torch.zeros(1, 2, 4)}).shape
     torch.Size([1, 2, 4])
@@ -44,7 +44,7 @@ def text_of(given: Given) -> Tensor | None:
 
 
 def is_of_tokens(mask: Any) -> bool:
-    """Whether a mask has one value a token, (b, s).
+    """Whether a mask has one value per token, (b, s).
 
     >>> is_of_tokens(torch.ones(1, 2)), is_of_tokens(torch.ones(1, 1, 2, 2)), is_of_tokens(None)
     (True, False, False)
@@ -53,7 +53,7 @@ def is_of_tokens(mask: Any) -> bool:
 
 
 def expand_values(attachment: Attachment) -> dict[str, float]:
-    """What is put before each input that has a value a position."""
+    """The value that is put in front of each input that has one per position."""
     told = attachment.acts().expand_ids
     return dict(EXPAND if told is None else told)
 
@@ -64,24 +64,24 @@ def hides(attachment: Attachment) -> bool:
 
 
 def check_mask(mask: Any) -> None:
-    """Refuse a mask that does not have one value a token.
+    """Raise ``ParamsError`` unless the mask has one value per token.
 
     >>> check_mask(torch.ones(1, 1, 2, 2))
     Traceback (most recent call last):
     ...
-    funcdelta.errors.ParamsError: attention_mask has the shape (1, 1, 2, 2); a prompt can be added to one of two axes...
+    funcdelta.errors.ParamsError: attention_mask has the shape (1, 1, 2, 2); a prompt can only be added to a mask (b,...
     """
     if is_of_tokens(mask):
         return
     found = f"the shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
     raise ParamsError(
-        f"attention_mask has {found}; a prompt can be added to one of two axes only, (b, s), for a prepared mask does "
-        f"not say who may see the prompt. Give the mask of the tokens, 1 where there is one."
+        f"attention_mask has {found}; a prompt can only be added to a mask (b, s), because a prepared mask does not "
+        f"say who may see the prompt. Give the mask of the tokens: 1 for a token, 0 for padding."
     )
 
 
 def check_one_text(given: Given, readable: bool) -> None:
-    """Refuse several texts in one row: a prompt would be in front of the first of them alone.
+    """Raise ``ParamsError`` if several texts share a row; ``readable`` says whether position numbers can be read.
 
     >>> check_one_text({"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}, readable=True)
     Traceback (most recent call last):
@@ -98,14 +98,15 @@ def check_one_text(given: Given, readable: bool) -> None:
     if packed:
         raise ParamsError(
             f"{packed[0]} says that several texts share a row, and a prompt would be in front of the first of them "
-            f"alone. Give each text a row of its own, with an attention_mask where it is padded."
+            f"only. Give each text its own row, with an attention_mask if it is padded."
         )
 
 
 def numbered(given: Given, rows: int, lead: Tensor | None, first: int) -> Given:
-    """Explicit numbers of positions with those of ``rows`` more in front: the prompt's lead up to the text's.
+    """Explicit position numbers with those of ``rows`` prompt rows in front, after which the text's continue.
 
-    ``first`` is the number of the first position of a text; below it is the number of padding, which does not move.
+    ``lead`` is the padding in front of each row. ``first`` is the number of a text's first position; smaller numbers
+    belong to padding and stay.
 
     >>> numbered({"position_ids": torch.tensor([[0, 0, 0, 1]])}, 2, torch.tensor([2]), 0)["position_ids"]
     tensor([[0, 1, 2, 2, 2, 3]])
@@ -126,7 +127,7 @@ def numbered(given: Given, rows: int, lead: Tensor | None, first: int) -> Given:
 
 
 def extended(given: Given, attachment: Attachment, length: int, x: Tensor, entrance: Entrance) -> Given:
-    """The inputs beside the embeddings ``x`` with ``prompt_rows`` more positions before ``length``."""
+    """The inputs that accompany the embeddings ``x``, with ``prompt_rows`` positions before their ``length``."""
     rows, new = attachment.prompt_rows, dict(given)
     values = dict.fromkeys(MARKS, 0) | expand_values(attachment)
     if given.get("attention_mask") is not None:
@@ -136,11 +137,11 @@ def extended(given: Given, attachment: Attachment, length: int, x: Tensor, entra
     for name, value in values.items():
         tensor = given.get(name)
         if tensor is None:
-            continue  # nothing is padded: the model sees every position
+            continue  # without a mask the model sees every position, the prompt's too
         if tensor.ndim < 2 or tensor.shape[1] not in (length, length + rows):
             raise ParamsError(
-                f"{name} has the shape {tuple(tensor.shape)} beside an input of {length} positions: give one "
-                f"value for each of them, without the prompt's."
+                f"{name} has the shape {tuple(tensor.shape)}, but the input has {length} positions. Give one value for "
+                f"each of them, and none for the prompt."
             )
         new[name] = before(tensor, rows, value) if tensor.shape[1] == length else tensor
     for name in entrance.inputs:
@@ -150,14 +151,14 @@ def extended(given: Given, attachment: Attachment, length: int, x: Tensor, entra
         if length in (other.shape[1:2] if other.ndim <= 3 else other.shape[-2:-1]):
             advice = "call the model without it" if other.ndim > 3 else f'add ("{name}", value) to other_expand_ids'
             raise ParamsError(
-                f"{name} has the shape {tuple(other.shape)}, as if for each of the {length} positions, and it is "
-                f"not known what the prompt's are to have: {advice}."
+                f"{name} has the shape {tuple(other.shape)}, which seems to hold a value for each of the {length} "
+                f"positions, and the value for the prompt is unknown: {advice}."
             )
     return new
 
 
 def in_order(given: Given, order: Tensor, attachments: Sequence[Attachment]) -> Given:
-    """The inputs with their positions in each row's own ``order``.
+    """The inputs with each row's positions in the order that ``order`` (b, length) gives.
 
     >>> in_order({"position_ids": torch.tensor([[3, 4, 5]]), "use_cache": True}, torch.tensor([[1, 0, 2]]), [])
     {'position_ids': tensor([[4, 3, 5]]), 'use_cache': True}
@@ -172,9 +173,9 @@ def in_order(given: Given, order: Tensor, attachments: Sequence[Attachment]) -> 
 
 
 def continued(given: Given, attachments: Sequence[Attachment], cached: int, length: int, behind: bool) -> Given:
-    """The inputs of a call that goes on from a cache of ``cached`` positions, the prompt's among them.
+    """The inputs of a call that continues from a cache of ``cached`` positions, which include the prompt's.
 
-    ``behind``: whether the prompt is behind a row's padding.
+    ``behind`` says whether the prompt comes behind a row's padding.
     """
     rows, new, counts_prompt = sum(a.prompt_rows for a in attachments), dict(given), False
     mask: Any = given.get("attention_mask")
@@ -186,9 +187,10 @@ def continued(given: Given, attachments: Sequence[Attachment], cached: int, leng
         counts_prompt = mask.shape[1] == cached + length
         if not counts_prompt and mask.shape[1] + rows != cached + length:
             raise ParamsError(
-                f"attention_mask has {mask.shape[1]} positions, the cache {cached} and the input {length}: with a "
-                f"prompt of {rows} in the cache the mask has to have {cached + length - rows} (or, with the "
-                f"prompt, {cached + length}). A cache that was filled without the prompt cannot be continued."
+                f"attention_mask has {mask.shape[1]} positions, the cache {cached} and the input {length}. As the "
+                f"cache holds a prompt of {rows}, the mask needs {cached + length - rows} positions (or "
+                f"{cached + length}, with the prompt's). A cache that was filled without the prompt cannot be "
+                f"continued."
             )
         order = behind_padding(leading(mask[:, rows:] if counts_prompt else mask), rows, cached + length)
         mask = mask if counts_prompt else lengthened(mask, attachments)
@@ -200,7 +202,7 @@ def continued(given: Given, attachments: Sequence[Attachment], cached: int, leng
 
 
 def lengthened(mask: Tensor, attachments: Sequence[Attachment]) -> Tensor:
-    """The mask of the tokens with that of the prompts in front."""
+    """The mask of the tokens with the prompts' values in front."""
     for attachment in attachments:
         mask = before(mask, attachment.prompt_rows, expand_values(attachment).get("attention_mask", 1))
     return mask

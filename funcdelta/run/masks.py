@@ -1,8 +1,8 @@
-"""Masks that a model around the entrance has made already, with a prompt's rows and columns in front.
+"""Masks that a model around the entrance has already built, with a prompt's rows and columns added in front.
 
-Models of images and text make the masks of their text model themselves, one for each kind of layer, for images see all
-of themselves. What they made for the text stays as it is; who sees the prompt, and whom it sees, is what the text
-model's own builder says of the longer input.
+Models of images and text build the masks of their text model themselves, one for each kind of layer, because an image
+attends to all of itself. What they built for the text stays as it is; the new rows and columns are those that the text
+model's own mask builder returns for the longer input.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ BUILDER = "create_masks_for_generate"
 def with_prompt(
     made: Any, module: nn.Module, x: Tensor, mask: Tensor | None, positions: Any, rows: int, lead: Tensor | None
 ) -> Any:
-    """The masks ``made`` for the text, for ``rows`` more positions; ``NotImplemented`` where it is not known how.
+    """The masks ``made`` for the text, extended by ``rows`` positions; ``NotImplemented`` for masks of unknown form.
 
     Args:
-        module: the text model, whose config says what its masks are.
-        x, mask, positions: its longer input: embeddings (b, length, d), the mask of tokens (b, length), numbers.
-        lead: how much padding each row has in front, before the prompt's rows.
+        module: the text model, whose config says what its masks are like.
+        x, mask, positions: its longer input: embeddings (b, length, d), mask (b, length) and position numbers.
+        lead: how much padding each row has in front of the prompt.
 
     >>> from transformers import GPT2Config, GPT2Model
     >>> gpt2 = GPT2Model(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2))
@@ -53,9 +53,9 @@ def with_prompt(
 
 
 def _joined(made: Any, built: Any, rows: int, lead: Tensor | None, length: int) -> Any:
-    """``made`` between two tokens of the text, ``built`` where one is the prompt's or padding."""
+    """``made`` between two tokens of the text, ``built`` for pairs with one in the prompt or the padding."""
     if made is None:
-        return built  # the text is seen as the builder says, causally
+        return built  # no mask means the default, which the builder knows
     if not isinstance(made, Tensor) or made.ndim != 4 or made.shape[-2:] != (length - rows, length - rows):
         return NotImplemented
     if built is None:

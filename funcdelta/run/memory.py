@@ -1,8 +1,8 @@
-"""A skeleton has no memory: whatever a call leaves behind in its modules is put back when the call is over.
+"""Calls leave no trace: everything that a call changes in a skeleton's modules is undone when the call is over.
 
-Models keep things between calls: running statistics, cached tables, counters. Of a backbone that no call may change
-this would be a hidden input of the next call, and a tensor that was computed from one member's params would be used for
-another member. So the attributes of all modules are noted once, and restored where they differ.
+Models keep things between calls: running statistics, cached tables, counters. They would be a hidden input of the next
+call, and a tensor that was computed from one member's params would be used for another. So the attributes of all
+modules are recorded once, and restored after each call where they differ.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from ..transforms import outside_transforms
 VERSION = operator.attrgetter("_version")
 NOTHING = object()
 SMALL = 2**16
-"""So many bytes of a buffer are compared by what they are, for ``.data`` and NumPy write without counting versions."""
+"""Buffers up to this many bytes are compared byte by byte: writes through ``.data`` or NumPy count no version."""
 
 
 class Glance:
-    """Whether any of many containers differs from the copy that was made of it: asked in every call.
+    """Whether any of many containers differs from its recorded copy; fast, because every call asks.
 
-    Modules have a dozen dicts that are nearly always empty, and those are asked for nothing else.
+    A module has a dozen dicts that are nearly always empty; for those it is enough that they still are.
 
     >>> cache, steps = {}, [1, 2]
     >>> glance = Glance([(cache, {}), (steps, [1, 2])])
@@ -56,16 +56,16 @@ class Glance:
                 self._before.append(content)
 
     def differs(self) -> bool:
-        """Whether any has."""
+        """Whether any container differs."""
         try:
-            # In C, and without a look at what tensors hold: identical ones are equal.
+            # One comparison in C. Identical objects count as equal, so the numbers in tensors are not compared.
             return any(self._empty) or self._before != self._now
-        except Exception:  # what cannot be compared, as tensors cannot, is another object
+        except Exception:  # two different tensors have no truth value: something was replaced
             return True
 
 
 class Memory:
-    """The attributes of every module of ``skeleton``, as they are now; buffers follow those of ``backbone``.
+    """Records the attributes of every module of ``skeleton`` and restores them; its buffers follow ``backbone``'s.
 
     >>> class Counts(nn.Module):
     ...     calls = 0
@@ -92,19 +92,19 @@ class Memory:
         self._settle_traced()
         self.writes_buffers = False
         self.lends = any(copied.fixed for copied in self.copies)
-        """Whether a tensor that an output of one call is may be written by the next one."""
-        # Graphs of earlier calls may need what a call writes, so it is given copies of what it may write.
-        # Torch's own layers keep running statistics alone, and those in no skeleton.
+        """Whether an output may be a tensor of the skeleton, which a later call would write."""
+        # Graphs of earlier calls may need the buffers that a call writes, so each call writes into copies.
+        # Torch's own layers are exempt: they write only running statistics, which skeletons do not have.
         reach = reach_of(frozenset(kind for kind in kinds if not kind.__module__.startswith("torch.nn.")))
         self._written_by_calls = [one for one in self.copies if one.is_written(reach)]
-        # Those that code tells of are written as copies; a call looks for the others.
+        # Skeletons share the backbone's parameters: a call that writes one is refused, or its .data is put back.
         named = skeleton.named_parameters() if skeleton is not backbone else ()
         own = {name: p for name, p in named if type(p) is nn.Parameter and not p.is_inference()}
         self._names, self._own_parameters = list(own), list(own.values())
         self._aliases = [parameter.detach() for parameter in self._own_parameters]
         self._written = list(map(VERSION, self._own_parameters))
         self._addresses = list(map(Tensor.data_ptr, self._own_parameters))
-        # What a copy has in common with the backbone (singletons) is not the skeleton's state.
+        # Objects that skeleton and backbone share (singletons) are not the skeleton's state.
         theirs, ours, noted = set[int](), set[int](), Noted()
         for root, seen in ((backbone, theirs), (skeleton, ours)):
             for path, module in root.named_modules():
@@ -113,7 +113,7 @@ class Memory:
         self.note()
 
     def note(self) -> None:
-        """Note the attributes as they are: what the skeleton's owner has changed is meant to stay."""
+        """Record the attributes as they are now, with all that the skeleton's owner has changed on purpose."""
         modules = dict(self.skeleton.named_modules())
         self._hooks = [hooks for module in modules.values() for hooks in _hooks_of(module)]
         self._hooks_before = [dict(hooks) for hooks in self._hooks]
@@ -134,12 +134,12 @@ class Memory:
         self._glance = Glance(pairs)
 
     def note_changes(self) -> None:
-        """What the skeleton's owner has changed since is meant to stay: note it."""
+        """Record the attributes anew if any has changed."""
         if self._glance.differs():
             self.note()
 
     def left(self) -> list[Left]:
-        """What a call has left behind: of each container that it changed, the entries that are others now."""
+        """The entries that a call has changed, for each container that it changed."""
         if not self._glance.differs():
             return []
         found = [Left(now, before) for noted in (self._all, self._parameters) for now, before in noted.changed()]
@@ -147,12 +147,12 @@ class Memory:
         return found + [Left(now, before) for now, before in pairs if now != before]
 
     def accept(self, table: dict[str, Any], name: str) -> None:
-        """The entry ``name`` of a module's table is meant to stay as it is."""
+        """Record the entry ``name`` of a module's table as it is now, so that it stays."""
         if id(table) in self._before and name in table:
             self._before[id(table)][name] = table[name]
 
     def give(self, module: nn.Module, forward: Any) -> Any:
-        """Another forward for a module, which stays; ``None``: its class's. Gives the one that it had of its own."""
+        """Give a module another forward for good (``None``: its class's); returns the instance's former one."""
         own = vars(module)
         had = own.get("forward")
         for attributes in (own, self._before.get(id(own), {})):
@@ -163,12 +163,12 @@ class Memory:
         return had
 
     def restore(self) -> None:
-        """Put back what a call has changed, and copy the backbone's buffers again where either side was written."""
+        """Undo all that a call has changed, and copy the backbone's buffers again if either side was written."""
         self.end_call()
         self.follow()
 
     def end_call(self) -> None:
-        """What a call has left in attributes is gone; what it wrote into buffers is when the next call begins."""
+        """Undo what a call has changed in attributes and parameters; buffers wait until :meth:`follow`."""
         self.restore_attributes()
         if self._written != list(map(VERSION, self._own_parameters)):
             self._refuse_writes()
@@ -179,11 +179,11 @@ class Memory:
             self._all.restore_others()
 
     def restore_attributes(self) -> None:
-        """Put back what a call has changed but for what it wrote into tensors, arrays and random generators."""
+        """Undo what a call has changed, except writes into tensors, arrays and random generators."""
         if self._glance.differs():
             self._all.restore()
             self._parameters.restore()
-            # Models install hooks in their first call, and mark that they have: neither stays.
+            # Models install hooks in their first call and set a flag that they have: both have to go.
             for hooks, before in zip(self._hooks, self._hooks_before, strict=True):
                 if differ(hooks, before):
                     fill(hooks, before)
@@ -192,7 +192,7 @@ class Memory:
                 cache.cache_clear()
 
     def restore_inside(self, path: str) -> None:
-        """The same for the modules at and below ``path``: what one member leaves there is not for the next."""
+        """Undo what one member has changed at and below ``path``, before the next member runs there."""
         if path not in self._inside:
             inside = [at for at in self._noted if within(at, path)]
             self._inside[path] = (
@@ -206,7 +206,7 @@ class Memory:
         for cache in self._caches:
             cache.cache_clear()
         if list(map(len, registered.now)) != list(map(len, registered.before)):
-            # Others may be swapped for the time of a call. What it registered goes.
+            # Parameters may be swapped while the call lasts, so they are not restored; new ones are removed.
             for now, before in zip(registered.now, registered.before, strict=True):
                 for name in now.keys() - before.keys():
                     del now[name]
@@ -214,9 +214,9 @@ class Memory:
             self._follow_one(at)
 
     def follow(self) -> None:
-        """Copy the backbone's buffers, and its tensors that are plain attributes, where either side was written."""
+        """Copy the backbone's buffers and tensor attributes again if either side was written."""
         self._written = list(map(VERSION, self._own_parameters))
-        # One pass in C over all of them, for models may have thousands.
+        # Models may have thousands of them: passes in C, not a loop in Python.
         if self._small is None:
             small = [copied for copied in self.copies if copied.is_small()]
             sizes = [one.own.numel() * one.own.element_size() for one in small]
@@ -228,25 +228,25 @@ class Memory:
                 self._follow_one(at)
 
     def _refuse_writes(self) -> None:
-        """After a call that has written a parameter, which is the backbone's own storage."""
+        """Raise after a call that has written a parameter, whose storage is the backbone's."""
         versions = zip(self._names, self._own_parameters, self._written, strict=True)
         written = [name for name, parameter, version in versions if parameter._version != version]
-        if sys.exc_info()[0] is None:
+        if sys.exc_info()[0] is None:  # otherwise the call's own error is on its way, and tells more
             raise StaleBackboneError(
-                f"{written[0]} was written in place by the backbone's own forward (or by somebody else meanwhile), and "
-                f"calls of a delta never change the backbone. Let the forward compute with a changed copy, as in "
-                f"weight = self.weight.clamp(min=0), and not change the parameter."
+                f"{written[0]} was written in place by the backbone's own forward (or by other code during the call), "
+                f"but calls of a delta never change the backbone. Let the forward compute with a changed copy, such as "
+                f"weight = self.weight.clamp(min=0), instead of changing the parameter."
             )
 
-    # -- compiled calls, of which a trace is made ----------------------------------------------------------------
+    # -- compiled calls: nothing above can be traced -------------------------------------------------------------
 
     def buffers_now(self, entry: str) -> dict[str, Tensor]:
-        """Copies of the backbone's buffers below ``entry`` as they are now: compiled code makes them in each call."""
+        """Copies of the backbone's buffers below ``entry``; traced, so that compiled code makes them in each call."""
         start = f"{entry}." if entry else ""
         return {name: source.clone() for name, source in self._sources_by_name.items() if name.startswith(start)}
 
     def put_back_traced(self) -> None:
-        """What forwards set in modules is what it was, one by one, because a trace knows no passes over all."""
+        """Undo what forwards set in modules, one attribute at a time, which is what a trace can do."""
         for module, name, before in self._set_by_forwards:
             if before is NOTHING:
                 if name in module.__dict__:
@@ -276,17 +276,17 @@ class Memory:
                     self._set_by_forwards.append((module, name, vars(module).get(name, NOTHING)))
 
     def lend(self) -> list[Copied]:
-        """Give the modules copies of what calls write, for one call; gives what is put back after it."""
+        """Put copies in place of the tensors that a call may write; returns what to put back afterwards."""
         for copied in self._written_by_calls:
             copied.put(copied.own.clone())
         return self._written_by_calls
 
     def storages(self) -> frozenset[int]:
-        """Where the skeleton's own tensors are in memory."""
+        """The addresses of the storages of the skeleton's own tensors."""
         return frozenset(copied.own.untyped_storage().data_ptr() for copied in self.copies)
 
     def replaced(self) -> None:
-        """Other tensors are in the place of copies: which are compared by their bytes is asked again."""
+        """Copies were replaced: forget which ones are compared by their bytes."""
         self._small = None
 
     def _follow_one(self, at: int) -> None:
@@ -303,7 +303,7 @@ class Memory:
             if copied.fixed:
                 copied.own.copy_(copied.source)
             else:
-                # Another tensor, for a graph may still need the one that was written.
+                # A new tensor, because a graph may still need the written one.
                 copied.own = copied.source.clone()
         copied.put(copied.own)
         for table, name in copied.holders:
@@ -315,7 +315,7 @@ class Memory:
 
 
 class Left:
-    """What a call left in a container; :meth:`bring` puts it there again, where nobody has put something else since.
+    """The entries that a call left in a container; :meth:`bring` puts back those that nobody has changed since.
 
     >>> states = {"steps": 0}
     >>> before, states["steps"], states["last"] = dict(states), 1, "a"
@@ -336,7 +336,7 @@ class Left:
             self.before = {k: before[k] for k in self.entries if k in before}
 
     def bring(self) -> None:
-        """Put it there again."""
+        """Put the entries back."""
         if isinstance(self.container, dict):
             for key, value in self.entries.items():
                 known = key in self.before
@@ -347,7 +347,7 @@ class Left:
 
 
 def _hooks_of(module: nn.Module) -> list[dict[Any, Any]]:
-    """The tables of what runs before and after a module's forward."""
+    """The tables of a module's forward and backward hooks."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
     own = vars(module)
     return [own[name] for name in (*names, "_forward_hooks_always_called", "_backward_hooks") if name in own]
@@ -355,12 +355,13 @@ def _hooks_of(module: nn.Module) -> list[dict[Any, Any]]:
 
 @dataclass(eq=False)
 class Copied:
-    """A tensor of the backbone that is no parameter, and the skeleton's copy of it.
+    """A tensor of the backbone that is not a parameter, and the skeleton's copy of it.
 
     Attributes:
         path: the module that holds it.
-        holders: every table and name under which the skeleton has the copy.
-        fixed: whether it stands somewhere where no other can be put in its place.
+        source, own: the backbone's tensor, and the skeleton's.
+        holders: every table, and the name in it, under which the skeleton holds the copy.
+        fixed: whether something immutable (a tuple) holds it, so that it cannot be replaced.
     """
 
     path: str
@@ -370,21 +371,21 @@ class Copied:
     fixed: bool = False
 
     def is_written(self, reach: Reach) -> bool:
-        """Whether a forward may write it, as far as its code tells; what cannot be replaced is written itself."""
+        """Whether the code of a forward writes a tensor of this name, and a copy can take its place."""
         names = [name for _, name in self.holders if isinstance(name, str)]
         return not self.fixed and any(reach.in_place(name) or name in reach.stores for name in names)
 
     def put(self, tensor: Tensor) -> None:
-        """Have ``tensor`` in every place of the skeleton's copy."""
+        """Put ``tensor`` in every place of the skeleton's copy."""
         for table, name in self.holders:
             table[name] = tensor
 
     def is_small(self) -> bool:
-        """Whether both are compared by their bytes."""
+        """Whether both are small enough to be compared byte by byte."""
         return _is_small(self.source) and _is_small(self.own)
 
     def differs(self) -> bool:
-        """Whether both are small, and hold other numbers."""
+        """Whether both are small and their bytes differ."""
         if not self.is_small():
             return False
         size = self.own.numel() * self.own.element_size()
@@ -392,7 +393,7 @@ class Copied:
 
 
 def copied_tensors(backbone: nn.Module, skeleton: nn.Module) -> list[Copied]:
-    """Every buffer of the backbone and every tensor that an attribute is or holds, with the skeleton's copy.
+    """Every buffer of the backbone, and every tensor in its modules' attributes, with the skeleton's copy.
 
     >>> copied_tensors(nn.BatchNorm1d(2), nn.BatchNorm1d(2))[0].source
     tensor([0., 0.])
@@ -406,7 +407,7 @@ def copied_tensors(backbone: nn.Module, skeleton: nn.Module) -> list[Copied]:
             continue
         for tensor, own, table, name in _twins_of_modules(module, twin, seen):
             plain = type(tensor) in (Tensor, nn.Buffer) and own.is_leaf and own.shape == tensor.shape
-            # Tensors made in inference mode count no versions.
+            # Tensors made in inference mode have no version counter, so writes into them cannot be seen.
             if plain and own is not tensor and not tensor.is_inference() and not own.is_inference():
                 known = found.setdefault(id(own), Copied(path, tensor, own))
                 if table is None:
@@ -420,7 +421,7 @@ Twin = tuple[Tensor, Tensor, Any, Any]
 
 
 def _twins_of_modules(module: nn.Module, twin: nn.Module, seen: set[int]) -> Iterator[Twin]:
-    """Tensors that are at the same place of both, and the table and name of the second's."""
+    """Pairs of tensors in the same place of both modules, with the table and name of the second."""
     yield from _twins(module._buffers, twin._buffers, seen)
     own = vars(twin)
     yield from _twins({name: value for name, value in vars(module).items() if name not in OWN}, own, seen, own)
@@ -452,7 +453,7 @@ def _twins(value: Any, twin: Any, seen: set[int], table: Any = None, depth: int 
 
 
 def own_class_containers(skeleton: nn.Module, filled: set[str]) -> None:
-    """Give every module containers of its own in the place of its class's that forwards may fill.
+    """Give each module its own copies of its class's containers that forwards fill: the class is the backbone's, too.
 
     >>> class Cached(nn.Module):
     ...     cache = {}
@@ -471,14 +472,7 @@ def own_class_containers(skeleton: nn.Module, filled: set[str]) -> None:
 
 
 def method_caches(kinds: frozenset[type]) -> list[Any]:
-    """Methods of these classes that are under ``functools.lru_cache``, whose keys have the module.
-
-    >>> class Cached(nn.Module):
-    ...     @functools.lru_cache
-    ...     def table(self): ...
-    >>> method_caches(frozenset([Cached])) == [Cached.table]
-    True
-    """
+    """Methods of these classes under ``functools.lru_cache``, whose keys include the module."""
     cache = type(functools.lru_cache(is_private))
     own = dict.fromkeys(base for kind in kinds for base in _kinds_of_their_own(kind))
     return [value for kind in own for value in vars(kind).values() if isinstance(value, cache)]
@@ -490,7 +484,7 @@ def _kinds_of_their_own(kind: type) -> list[type]:
 
 
 def _is_small(tensor: Tensor) -> bool:
-    """Whether a tensor's bytes are compared."""
+    """Whether a tensor is small and plain enough to be compared byte by byte."""
     plain = tensor.device.type == "cpu" and tensor.layout == torch.strided and tensor.is_contiguous()
     return (
         plain and 0 < tensor.numel() * tensor.element_size() <= SMALL and not tensor.is_conj() and not tensor.is_neg()
@@ -498,7 +492,7 @@ def _is_small(tensor: Tensor) -> bool:
 
 
 def _bytes_differ() -> Any:
-    """A function of two addresses and a number of bytes; one that always says no where the system has none."""
+    """C's ``memcmp``, a function of two addresses and a number of bytes; always 0 on systems without it."""
     try:
         function = ctypes.PyDLL(None).memcmp
     except (OSError, TypeError, AttributeError):

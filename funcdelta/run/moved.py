@@ -1,4 +1,4 @@
-"""Members moved away from each other: fresh ones would all give the same, whatever is mixed among them."""
+"""Members moved away from each other: fresh ones compute the same, so that mixing them would not show."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 from ..transforms import concrete
 
-_lists: Any = torch  # type checkers do not know its functions of lists
+_lists: Any = torch  # type checkers do not know torch._foreach_norm and the like
 
 SHORTEST, LONGEST = -0.05, 0.1
 LOST = 1e4
-"""What is larger, or no number, tells nothing of rows: it begins at 0."""
+"""Larger numbers, infinities and NaN would drown all differences; they are replaced by 0."""
 
 APART = 0.05
-"""How far members have to be from each other, in every leaf and in their outputs, for a mix of them to show."""
+"""The relative distance, in every leaf and in the outputs, at which a mix of members would show."""
 
 
 def moved_apart(stack: Mapping[str, Tensor], constants: Iterable[str], ends: bool = False) -> dict[str, Tensor]:
-    """All members of a stack, or the first and the last, each moved in one direction by a length of its own.
+    """All members of a stack, or its two ``ends``, moved in one random direction by different lengths.
 
     >>> moved = moved_apart({"a": torch.zeros(5, 4), "scale": torch.ones(5)}, ["scale"], ends=True)
     >>> moved["a"].shape, moved["scale"], bool((moved["a"][0] == -0.5 * moved["a"][1]).all())
@@ -35,7 +35,7 @@ def moved_apart(stack: Mapping[str, Tensor], constants: Iterable[str], ends: boo
         }
     rng = torch.Generator().manual_seed(0)
     for names in _alike(found, constants):
-        # All leaves at once: many small draws and sums take longer than all the rest.
+        # All leaves at once, because many small draws and sums would take longer than everything else.
         shapes = [found[name].shape for name in names]
         flat = torch.cat([found[name].reshape(shape[0], -1) for name, shape in zip(names, shapes, strict=True)], 1)
         flat = torch.where(flat.abs() <= LOST, flat, 0)
@@ -48,7 +48,7 @@ def moved_apart(stack: Mapping[str, Tensor], constants: Iterable[str], ends: boo
 
 
 def are_apart(stack: Mapping[str, Tensor], constants: Iterable[str]) -> bool:
-    """Whether the first and the last member of a stack differ much in every leaf that may train.
+    """Whether the first and the last member of a stack differ clearly in every leaf that may train.
 
     >>> are_apart({"a": torch.eye(2)}, []), are_apart({"a": torch.eye(2), "b": torch.zeros(2, 2)}, [])
     (True, False)
@@ -63,7 +63,7 @@ def are_apart(stack: Mapping[str, Tensor], constants: Iterable[str]) -> bool:
 
 
 def _alike(stack: Mapping[str, Tensor], constants: Iterable[str]) -> Iterator[list[str]]:
-    """The names of the leaves that may train, with those of one device and dtype together."""
+    """The names of the leaves that may train, grouped by device and dtype."""
     kept, found = frozenset(constants), dict[tuple[torch.device, torch.dtype], list[str]]()
     for name, leaf in stack.items():
         if name not in kept and leaf.is_floating_point() and leaf.numel():

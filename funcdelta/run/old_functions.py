@@ -1,4 +1,4 @@
-"""What ``torch.func`` says of an ``autograd.Function`` in the old style, in words that tell what to write instead."""
+"""Explains why ``torch.func`` refuses an old-style ``autograd.Function``, and what to write instead."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..transforms import current_transform
 
 @contextlib.contextmanager
 def named_functions() -> Iterator[None]:
-    """A block in which torch's refusal to transform an ``autograd.Function`` is an ``EngineError`` that names it.
+    """A block in which torch's refusal to transform an ``autograd.Function`` becomes an ``EngineError`` naming it.
 
     >>> class Double(torch.autograd.Function):
     ...     @staticmethod
@@ -26,7 +26,7 @@ def named_functions() -> Iterator[None]:
     >>> torch.func.grad(call)(torch.ones(2))
     Traceback (most recent call last):
     ...
-    funcdelta.errors.EngineError: The model computes by Double, an autograd.Function without setup_context, which...
+    funcdelta.errors.EngineError: The model uses Double, an autograd.Function without setup_context, which...
     """
     try:
         yield
@@ -36,9 +36,9 @@ def named_functions() -> Iterator[None]:
         if torch.compiler.is_compiling() or current_transform() is None or "setup_context" not in str(error):
             raise
         raise EngineError(
-            f"The model computes by {_name_of(error)}, an autograd.Function without setup_context, which no transform "
-            f"of torch.func goes through. For gradients use autograd: fd.value_and_grad(loss), or loss.backward(); for "
-            f'many members delta.apply_many(stack, ...) with engine="auto" or "loop".'
+            f"The model uses {_name_of(error)}, an autograd.Function without setup_context, which torch.func cannot "
+            f"transform. For gradients use autograd: fd.value_and_grad(loss), or loss.backward(). For many members "
+            f'use delta.apply_many(stack, ...) with engine="auto" or "loop".'
         ) from error
 
 

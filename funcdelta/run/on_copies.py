@@ -1,4 +1,4 @@
-"""A run whose writes reach the caller's inputs only when it has succeeded."""
+"""A run whose writes reach the caller's inputs only if it succeeds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 def on_copies(inputs: Inputs, run: Callable[[Inputs], Result]) -> Result:
-    """``run`` with copies of the inputs; what it has written into them is in the inputs once it has succeeded.
+    """``run`` of copies of the inputs; if it succeeds, what it wrote is copied into the inputs.
 
     >>> x = torch.zeros(2, 1)
     >>> on_copies(Inputs(torch.nn.Identity(), 1, (x,), {}, None, 0), lambda own: own.leaves[0].add_(1))

@@ -7,9 +7,10 @@ differ by member. Hooks, the backbone's own among them, see the opened forward a
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,19 @@ from torch.utils import _pytree as pytree
 from ..errors import ConfigError, FoldError, FuncdeltaError
 from ..plan.attachment import Attachment
 from ..plan.spans import keep, take
+from ..randomness import refuse_draws
 from ..transforms import innermost
-from .bound import Bound
+from .bound import Bound, in_precision
 from .call import TENSOR, Call, Host, Params
 from .hidden import hidden_input, hidden_output
 from .layout import Hidden, LayoutMismatchError, Run
+from .lookups import padded_lookups
 from .reading import READ, refuse_replaced, set_plainly
+from .told import told
+
+Result = TypeVar("Result")
+
+DRAW = "in evaluation mode a method computes one thing of one input; draw where site.training is true, or draw leaves"
 
 
 class Bypass(nn.Module):
@@ -111,10 +119,8 @@ def _forward(opened: Opened, /, *args: Any, **kwargs: Any) -> Any:
         except Exception as error:
             _note(error, opened.path, p, (y, x))
             raise
-        if not isinstance(y, Tensor):
-            raise ConfigError(f"The method at {opened.path} returned {type(y).__name__}; expected a tensor.")
-        if y.dtype != own and own.is_floating_point:
-            y = y.to(own)
+        if not isinstance(y, Tensor) or y.dtype != own:
+            y = in_precision(y, own, "The method", opened.path)
     return y if put_back is None else put_back(y)
 
 
@@ -212,18 +218,54 @@ def act(
     """One method's function at a site, with the site named in whatever goes wrong."""
     p = bound.leaves(call.params)
     function, lift = bound.functions[training], call.lift
+    if bound.conditions:
+        values, dims = told(call, path, bound, values, dims)
     if torch.compiler.is_compiling():
         return (function(p, *values), None) if lift is None else lift(function, p, values, dims, path)
     if call.reached is not None:
         values = tuple(map(_counted, values))
-    versions = _versions(values)
-    try:
+
+    def compute() -> tuple[Tensor, int | None]:
         if lift is None:
-            result = function(p, *values), None
-        elif call.watch is None:
-            result = lift(function, p, values, dims, path)
-        else:
-            result = call.watch.lifted(lambda: lift(function, p, values, dims, path))
+            return function(p, *values), None
+        lifted = functools.partial(lift, function, p, values, dims, path)
+        return lifted() if call.watch is None else call.watch.lifted(lifted)
+
+    result = checked(call, path, bound, training, p, values, compute)
+    same = not bound.keeps_shape or result[1] != dims[0] or values[0].is_nested
+    if not same and _closely(call) and result[0].shape != values[0].shape:
+        # Where nothing had rows, members may have brought some; what acts before a site may have changed its length.
+        raise ConfigError(
+            f"The method at {path} gave the shape {tuple(result[0].shape)} for a hidden output of the shape "
+            f"{tuple(values[0].shape)}: what leaves a site has one shape, with the method or without it."
+        )
+    return result
+
+
+def _closely(call: Call) -> bool:
+    """Whether a method's functions are looked at closely, as in the first calls: it does the same in all others."""
+    return (call.reached is not None or call.watch is not None) and not torch.compiler.is_compiling()
+
+
+def checked(
+    call: Call,
+    path: str,
+    bound: Bound,
+    training: bool,
+    p: Params,
+    values: tuple[Tensor, ...],
+    compute: Callable[[], Result],
+) -> Result:
+    """What ``compute`` gives, a method's function of ``values`` at a site, which is named in whatever goes wrong."""
+    if torch.compiler.is_compiling():
+        return compute()
+    closely = _closely(call)
+    given = {**p, **bound.attachment.fixed} if closely else {}
+    versions, before = _versions(values), _versions(given.values())
+    draws = refuse_draws(f"The method at {path}", DRAW) if closely and not training else contextlib.nullcontext()
+    try:
+        with draws:
+            result = compute()
     except FuncdeltaError:
         raise
     except Exception as error:
@@ -234,7 +276,22 @@ def act(
             f"The method at {path} changed a hidden value in place, which others still read: write y = y + change "
             f"instead of y += change."
         )
+    if closely:
+        after = _versions(given.values())
+        _check_unwritten(
+            path, [leaf for leaf, *times in zip(given, before, after, strict=True) if times[0] != times[1]]
+        )
     return result
+
+
+def _check_unwritten(path: str, written: list[str]) -> None:
+    """Refuse a method that wrote into what it was given by name."""
+    if written:
+        leaf = f"p[{written[0]!r}]"
+        raise ConfigError(
+            f"The method at {path} changed {leaf} in place, which others read as well, and the caller keeps: compute "
+            f"with a changed copy, {leaf} * 2 instead of {leaf}.mul_(2)."
+        )
 
 
 def _note(error: Exception, path: str, p: Params, values: tuple[Tensor, ...]) -> None:
@@ -243,7 +300,7 @@ def _note(error: Exception, path: str, p: Params, values: tuple[Tensor, ...]) ->
     error.add_note(f"funcdelta: at the site {path}, leaves {shapes}, hidden values {hidden}.")
 
 
-def _versions(values: tuple[Tensor, ...]) -> list[int | None]:
+def _versions(values: Iterable[Tensor]) -> list[int | None]:
     with torch._C.DisableTorchFunction():
         return [None if value.is_inference() else value._version for value in map(innermost, values)]
 
@@ -283,7 +340,8 @@ def run_members(opened: Opened, call: Call, run: Run, args: tuple[Any, ...], kwa
         return [leaf for leaf in out_leaves if isinstance(leaf, Tensor)]
 
     p = {key: call.params[key] for key in run.keys}
-    results = iter(call.lift.run(member, p, tensors, run, call.visit(f"{path}()"), path))
+    with padded_lookups(skeleton.pads):
+        results = iter(call.lift.run(member, p, tensors, run, call.visit(f"{path}()"), path))
     out_spec, others = shape_of_output
     # An output that is no tensor stays as it is.
     return pytree.tree_unflatten([next(results) if other is TENSOR else other for other in others], out_spec)

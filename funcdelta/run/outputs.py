@@ -1,4 +1,4 @@
-"""Outputs of many members: their leaves and names, whatever the model returns, and how one is made of many."""
+"""Outputs of a model: names for their leaves, refusals of what cannot be split by member, and stacking over members."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from ..transforms import is_wrapped
 from ..trees.opaque import PLAIN, holds_tensors
 from .containers import Tree, flatten, is_cache
 
-__all__ = ["check_visible", "flatten", "join_chunks", "names", "refuse_lazy", "stack_members"]
-
 
 def names(output: Any) -> list[str]:
     """A name for every leaf of an output, in the order of :func:`flatten`.
@@ -33,11 +31,11 @@ def _named(tree: Tree) -> list[str]:
 
 
 LAZY = frozenset({types.GeneratorType, map, filter, zip})
-"""What computes when it is asked, which is after the call."""
+"""Types that compute only when they are consumed, which is after the call."""
 
 
 def refuse_lazy(output: Any, name: str = "of the model") -> None:
-    """Raise an :class:`~funcdelta.errors.EngineError` where an output is yet to be computed: its call is over by then.
+    """Raise :class:`~funcdelta.errors.EngineError` if an output is lazy: it would be computed after the call.
 
     >>> refuse_lazy((x for x in [1]))
     Traceback (most recent call last):
@@ -46,22 +44,22 @@ def refuse_lazy(output: Any, name: str = "of the model") -> None:
     """
     if type(output) in LAZY:
         raise EngineError(
-            f"The output {name} is a {type(output).__name__}, which computes after the call has ended, where there is "
-            f"no delta any more. Return a list of what it yields: [...] instead of (... for ...), list(map(...))."
+            f"The output {name} is a {type(output).__name__}, which computes after the call has ended, without the "
+            f"delta. Return a list of what it yields: [...] instead of (... for ...), list(map(...))."
         )
 
 
 def check_visible(leaves: Sequence[Any], names: Sequence[str], given: Mapping[str, Any] | None = None) -> None:
-    """Raise an :class:`~funcdelta.errors.EngineError` where an output hides tensors: one member's, or those of all.
+    """Raise :class:`~funcdelta.errors.EngineError` if an output hides tensors, which could not be split by member.
 
     Args:
-        given: the call's keyword inputs, for advice about what was really written.
+        given: the call's keyword inputs, for advice that fits the call.
 
     >>> import types
     >>> check_visible([types.SimpleNamespace(x=torch.zeros(2))], ["boxes"])
     Traceback (most recent call last):
     ...
-    funcdelta.errors.EngineError: The output boxes is a SimpleNamespace, whose tensors cannot be told apart by member...
+    funcdelta.errors.EngineError: The output boxes is a SimpleNamespace, whose tensors cannot be split by member. ...
     """
     for leaf, name in zip(leaves, names, strict=True):
         if isinstance(leaf, PLAIN):
@@ -69,12 +67,12 @@ def check_visible(leaves: Sequence[Any], names: Sequence[str], given: Mapping[st
         refuse_lazy(leaf, name or "of the model")
         if is_cache(leaf):
             raise EngineError(
-                f"The output {name} is a {type(leaf).__name__}, a cache, which cannot be told apart by member: "
+                f"The output {name} is a {type(leaf).__name__}, a cache, which cannot be split by member: "
                 f"{_why_cache(given or {})}"
             )
         if holds_tensors(leaf):
             raise EngineError(
-                f"The output {name} is a {type(leaf).__name__}, whose tensors cannot be told apart by member. Return a "
+                f"The output {name} is a {type(leaf).__name__}, whose tensors cannot be split by member. Return a "
                 f"tensor, a tuple, a dict or a dataclass instead."
             )
 
@@ -84,17 +82,17 @@ def _why_cache(given: Mapping[str, Any]) -> str:
         return f"leave out use_cache={given['use_cache']!r}."
     caches = [name for name, value in given.items() if is_cache(value)]
     if caches:
-        return f"the model gives back what {caches[0]}= was given. Leave it out, and run the whole text."
+        return f"the model returns the one passed as {caches[0]}=. Leave that out, and run the whole text."
     if "use_cache" in given:
-        return "the model keeps one although use_cache=False was given. Wrap it in a module that returns the rest."
+        return "the model returns one despite use_cache=False. Wrap it in a module that returns the rest."
     return (
-        "the model keeps one without being asked. Write use_cache=False if its forward passes that on, set "
+        "the model returns one without being asked. Write use_cache=False if its forward passes that on, set "
         "config.use_cache = False, or wrap it in a module that returns the rest."
     )
 
 
 def apart(output: Any, storages: frozenset[int]) -> Any:
-    """``output`` with copies of the tensors whose memory is in ``storages``: later calls write there.
+    """``output`` with copies of the tensors that lie in ``storages``, into which later calls write.
 
     >>> buffer = torch.zeros(2)
     >>> buffer is apart(buffer, frozenset()), buffer is apart(buffer, frozenset({buffer.untyped_storage().data_ptr()}))
@@ -112,12 +110,11 @@ def _address(tensor: Tensor) -> int | None:
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided and not tensor.is_nested else None
 
 
-def stack_members(outputs: Sequence[Any], given: Mapping[str, Any] | None = None) -> Any:
-    """One output of the outputs of several members, each run alone: every tensor (…) becomes (n, …).
+def stack_members(outputs: Sequence[Any]) -> Any:
+    """The outputs of several members, each run alone, stacked to one: every tensor (…) becomes (n, …).
 
-    Numbers that differ become a tensor (n,), numpy arrays one array; what is the same for all stays as it is, and
-    anything else is an :class:`~funcdelta.errors.EngineError` that names the output. See :func:`check_visible` for
-    ``given``.
+    Numbers that differ become a tensor (n,) and numpy arrays one array (n, …); values that all members share stay as
+    they are. Anything else raises :class:`~funcdelta.errors.EngineError` with the name of the output.
 
     >>> stack_members([{"x": torch.zeros(3), "steps": 2, "kind": "a"}, {"x": torch.ones(3), "steps": 5, "kind": "a"}])
     {'x': tensor([[0., 0., 0.],
@@ -130,15 +127,15 @@ def stack_members(outputs: Sequence[Any], given: Mapping[str, Any] | None = None
             raise EngineError(
                 f"The output of member {i} has another structure than that of member 0: {', '.join(_named(other))} "
                 f"instead of {', '.join(labels)}. Return the same leaves for every member, or call delta.apply for "
-                f"each."
+                f"each member."
             )
     if not torch.compiler.is_compiling():
-        check_visible(rows[0], labels, given)
+        check_visible(rows[0], labels)
     return tree([_joined(name, column) for name, column in zip(labels, zip(*rows, strict=True), strict=True)])
 
 
 def of_each(leaf: Any, n: int) -> Any:
-    """What :func:`stack_members` makes of a leaf that is no tensor and the same for ``n`` members.
+    """What :func:`stack_members` returns for a leaf that is not a tensor and that ``n`` members share.
 
     >>> of_each("a", 2), of_each(np.float32(1), 2)
     ('a', array([1., 1.], dtype=float32))
@@ -147,9 +144,9 @@ def of_each(leaf: Any, n: int) -> Any:
 
 
 def join_chunks(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
-    """One output of those of several chunks of members, as :func:`stack_members` would give it for all at once.
+    """The outputs of several chunks of members joined to one, as :func:`stack_members` would return it for all.
 
-    ``sizes`` says how many members each has. A number is what all members of its chunk have.
+    ``sizes`` says how many members each chunk has. A plain number holds for all members of its chunk.
 
     >>> join_chunks([{"x": torch.zeros(2), "steps": torch.tensor([5, 6])}, {"x": torch.ones(1), "steps": 7}], [2, 1])
     {'x': tensor([0., 0., 1.]), 'steps': tensor([5, 6, 7])}
@@ -159,8 +156,8 @@ def join_chunks(outputs: Sequence[Any], sizes: Sequence[int]) -> Any:
     for other in trees:
         if other != trees[0]:
             raise EngineError(
-                f"The outputs of two chunks of members have other structures: {', '.join(_named(other))} instead of "
-                f"{', '.join(labels)}. Return the same leaves for every member, or call delta.apply for each."
+                f"The outputs of two chunks of members differ in structure: {', '.join(_named(other))} instead of "
+                f"{', '.join(labels)}. Return the same leaves for every member, or call delta.apply for each member."
             )
     columns = zip(labels, zip(*rows, strict=True), strict=True)
     return trees[0]([_joined_chunks(name, column, sizes) for name, column in columns])
@@ -195,7 +192,7 @@ def _joined(name: str, column: tuple[Any, ...]) -> Any:
         return _stacked(name, column, _tensor_of)
     kinds = " and ".join(dict.fromkeys(type(leaf).__name__ for leaf in column))
     raise EngineError(
-        f"The output {name} differs by member and cannot be stacked ({kinds}): return tensors or numbers there, or "
+        f"The output {name} differs by member and cannot be stacked ({kinds}). Return a tensor or a number there, or "
         f"call delta.apply for each member."
     )
 
@@ -207,16 +204,16 @@ def _stacked(name: str, column: tuple[Any, ...], stack: Any) -> Any:
         shapes = " and ".join(dict.fromkeys(map(_shape, column)))
         raise EngineError(
             f"The output {name} cannot be stacked over members (shapes {shapes}): {str(error).splitlines()[0]}. "
-            f"Give it one shape and kind in the model, or call delta.apply for each member."
+            f"Return the same shape and kind for every member, or call delta.apply for each member."
         ) from error
 
 
 def _shape(leaf: Any) -> str:
-    return "of rows of their own" if isinstance(leaf, Tensor) and leaf.is_nested else str(tuple(np.shape(leaf)))
+    return "nested" if isinstance(leaf, Tensor) and leaf.is_nested else str(tuple(np.shape(leaf)))
 
 
 def _tensor_of(column: list[Any]) -> Tensor:
-    """Python's own precision, whatever torch's default dtype is."""
+    """A tensor of numbers in Python's own precision; torch's default dtype could lose digits."""
     if all(isinstance(leaf, bool) for leaf in column):
         return torch.tensor(column, dtype=torch.bool)
     if all(isinstance(leaf, int) for leaf in column):
@@ -226,13 +223,12 @@ def _tensor_of(column: list[Any]) -> Tensor:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two leaves that are no tensors are equal; objects without an equality of their own by what they hold."""
+    """Whether two leaves that are not tensors are equal; objects without ``__eq__`` are compared by attributes."""
     if a is b:
         return True
     if type(a) is not type(b):
         return False
     try:
-        # A number that is not one is the same as another.
-        return bool(a == b) or bool(a != a and b != b) or (bool(vars(a)) and vars(a) == vars(b))
-    except Exception:  # whatever an equality of somebody's own raises
+        return bool(a == b) or bool(a != a and b != b) or (bool(vars(a)) and vars(a) == vars(b))  # a != a: NaN
+    except Exception:  # a class's own __eq__ may raise anything
         return False

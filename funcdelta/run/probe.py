@@ -1,30 +1,32 @@
 """The probe: learns where the rows of an input structure are, and checks a fold before it is trusted.
 
-Two members away from their start, on a few of the rows at hand, show all that there is to know:
+It takes two members, moved away from their initial values, and a few of the rows at hand:
 
-1. Each runs alone. That tells which modules are called, and which tensors are read outside of their module, so which
-   modules have to run once per member because a tensor of theirs differs by member.
-2. Both run folded, while every operation is watched for what it does to the rows (:mod:`.tracking`). What mixes rows
-   runs once per member instead, in the innermost module around it whose inputs do not: there the members' inputs are
-   taken apart, and each gets what it gets alone, by construction. Where that is the model itself, the fold is refused.
-3. The outputs of both members have to be those of step 1.
+1. Each member runs alone. This shows which modules are called and which tensors are read outside of their module, and
+   hence which modules have to run once per member because a tensor in them differs by member.
+2. Both run folded, and every operation is watched for what it does to the rows (:mod:`.tracking`). If one mixes rows,
+   the innermost module around it whose inputs are not mixed runs once per member instead: its inputs are split by
+   member, so that each gets what it gets alone, by construction. If only the model itself would do, fold is refused.
+3. The outputs of both members have to equal those of step 1.
 
-Where no tensor of a module differs by member, step 2 comes first. If nothing is read outside of its module then, and
-nothing runs once per member, it has told all that step 1 would; else the probe begins again with that one. Step 3 is
-left to a caller who compares outputs himself, with all rows and the first and the last member (:mod:`.first_time`).
+If no module's tensors differ by member, step 2 comes first. If then nothing is read outside of its module and nothing
+has to run once per member, step 1 could add nothing; otherwise the probe starts again with step 1. Step 3 is left to
+callers that compare outputs themselves, with all rows and the first and last member (:mod:`.first_time`).
 
 Why this is enough. The axis of every hidden value is followed from the inputs on, by operations and not by sizes, so
-lengths that happen to be equal are not confused. An operation that takes rows of several members together is found by
-what it is, whether or not it shows in these values; so is Python that branches on values. What the watched run cannot
-see, another structure of inputs, another branch by a number, is another key (:func:`.inputs.input_key`) and is probed
-anew; and each later call checks every size before it splits. Step 3 is evidence of another kind for the same claim:
-what hands rows on in either direction would change what the first or the last member gets.
+axes that happen to have equal sizes are not confused. An operation that combines rows of several members is recognised
+by what it is, whether or not that shows in these values; so is Python that branches on values. Anything that the
+watched run cannot see, such as another structure of inputs or another branch on a number, has another key
+(:func:`.inputs.input_key`) and is probed anew; and each later call checks every size before it splits. Step 3 is
+independent evidence for the same claim: anything that passes rows on in either direction would change the first or the
+last member's outputs.
 
-Dropout is off while a probe runs, and random numbers come from a generator of its own.
+Dropout is off while a probe runs, and random numbers come from a private generator.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,6 +49,7 @@ from .containers import is_cache
 from .fold import Folded
 from .layout import Ends, Hidden, Layout, MixedBackwardError, Run, close, scalar_message
 from .outputs import flatten
+from .outputs import names as names_of
 from .program import Program
 from .skeleton import Skeleton
 from .tracking import DRAWN, MIXED, Readings, Rows, Tracking
@@ -59,20 +62,18 @@ MEMBERS = 2
 OTHER_ENGINES = 'Use engine="auto", which takes the next one that can, or "loop".'
 
 UNCLEAR = (MIXED, DRAWN)
-"""Whose the rows of such a tensor are cannot be told."""
-
-Picked = Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]
-"""``pick(0)``: the inputs of one member, ``pick(0, 1)``: of two, folded; with the places of those that have rows."""
+"""Tags of tensors whose rows cannot be assigned to members."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of the inputs of a probe.
+    """What a probe is told about its inputs.
 
     Attributes:
-        axes: the axis of rows of every input leaf that has some, by position.
-        deciding: those that have none, and whose values Python may read.
-        rows: of each member; ``rows_are_members`` where each row is a member of its own.
+        axes: the axis of rows of every input leaf that has rows, by position.
+        deciding: the positions of leaves without rows whose values Python may read.
+        rows: how many rows each member has.
+        rows_are_members: whether each row has its own member.
         backward: whether the call may be differentiated.
     """
 
@@ -94,18 +95,22 @@ def learn(
     read: set[int],
     compare: bool,
 ) -> Layout:
-    """The layout of the inputs of two members: ``one[i]`` those of each alone, ``together`` those of both folded.
+    """The layout of a call of two members.
 
-    The module at ``entry`` is what is called. In ``read`` the places of inputs without rows are put whose values
-    Python reads: with other values the layout may be another, or none. Whether to ``compare`` outputs: a caller that
-    does so itself, with all rows at hand, spares two runs wherever nothing runs once per member.
+    Args:
+        one, together: the inputs of each member alone, and of both folded.
+        entry: the path of the module that is called.
+        read: receives the positions of inputs without rows whose values Python reads: with other values the layout may
+            be another, or none.
+        compare: whether to compare outputs. A caller that does so itself, with all rows at hand, saves two runs if
+            nothing runs once per member.
 
-    Raises :class:`FoldError` where the members cannot share a batch, with the place and the reason.
+    Raises :class:`FoldError` with the place and the reason if the members cannot share a batch.
     """
     skeleton = program.skeletons.get(program.training)
     with undisturbed():
         members = expand_stack(program.plan.shared, members)
-    clean, skeleton.clean = skeleton.clean, False
+    clean, skeleton.clean = skeleton.clean, False  # if the probe is interrupted, the skeleton is not used again
 
     def probed(one: Any, together: Any, alone_first: bool) -> Layout:
         probe = Probe(program.plan, skeleton, members, entry, facts, read)
@@ -113,17 +118,17 @@ def learn(
             return probe.learn(one, together, alone_first)
         finally:
             program.writes_inputs = program.writes_inputs or probe.writes
-            probe.tracking.storages.clear()  # the probe is in a circle, which would keep all of it for long
+            probe.tracking.storages.clear()  # the probe is part of a reference cycle: do not wait for the collector
 
     try:
         if not (compare or program.plan.owners(members)):
             try:
                 return probed(spare(one), spare(together), alone_first=False)
-            except (AloneFirst, Exception):  # said better, or done, with what a member's run alone tells
+            except (AloneFirst, Exception):  # with step 1 first it may succeed, or fail with a better message
                 skeleton.settle()
         return probed(one, together, alone_first=True)
     except FoldError as error:
-        # Rows that are routed run one after the other instead.
+        # No advice for routed rows, which simply run one after the other instead.
         advice = "" if entry or facts.rows_are_members or "engine=" in str(error) else f" {OTHER_ENGINES}"
         kind = MixedBackwardError if isinstance(error, MixedBackwardError) else FoldError
         stop = "" if str(error).rstrip().endswith(".") or not advice else "."
@@ -134,11 +139,17 @@ def learn(
 
 
 class AloneFirst(BaseException):
-    """What runs once per member can be told after a member has run alone; no model catches this."""
+    """The probe needs step 1 before step 2. A ``BaseException``, so that no model's ``except Exception`` catches it."""
 
 
 class Visit:
-    """One call of a module while the probe looks on."""
+    """One call of a module in a probe.
+
+    Attributes:
+        rowwise: whether its class is known to keep rows apart.
+        reason: why it cannot run on several members at once.
+        mixing: the first operation in it that mixed rows.
+    """
 
     __slots__ = ("mixing", "path", "reason", "rowwise")
 
@@ -148,7 +159,7 @@ class Visit:
 
 
 class Probe:
-    """What is seen of two members; its methods from ``axis`` on are what the skeleton tells (:class:`.call.Watch`)."""
+    """One run of the three steps, for two members; the skeleton calls the methods from ``called`` on (a ``Watch``)."""
 
     def __init__(
         self, plan: Any, skeleton: Skeleton, members: Params, entry: str, facts: Facts, read: set[int]
@@ -174,7 +185,7 @@ class Probe:
     # -- the three steps -------------------------------------------------------------------------------------------
 
     def learn(self, one: Any, together: Any, alone_first: bool) -> Layout:
-        """The layout; see :func:`learn`. Without ``alone_first`` step 2 is the only one."""
+        """The layout, see :func:`learn`; without ``alone_first`` by step 2 only."""
         once_more = [spare(own) for own in one] if self.facts.backward else []
         alone: list[Any] = []
         if alone_first:
@@ -197,7 +208,7 @@ class Probe:
             runs,
             dims,
             names,
-            # Within a module that runs once per member others act there; in the batch they would not.
+            # Owners inside a module that runs once per member act there; called in the batch, they could not.
             frozenset(path for path in (*self.idle, *self.plan.owners(self.members)) if path not in runs),
             self.tracking.drew or self.readings.count > 0,
             alone_first,
@@ -208,7 +219,7 @@ class Probe:
         return layout
 
     def _compare_backward(self, found: list[Any], once_more: list[Any], dims: tuple[int | None, ...]) -> None:
-        """Gradients of both in one batch with those of each, where the backward pass has something of Python's own."""
+        """Compare the gradients in one batch with those of each member, if Python takes part in the backward pass."""
         own = written_in_python(found)
         if not own and not self.tracking.hooked:
             return
@@ -258,7 +269,7 @@ class Probe:
         finally:
             self.folding = False
         _refuse_scalars(output)
-        found, names = flatten(output)[0], _names(output)
+        found, names = flatten(output)[0], names_of(output)
         dims: list[int | None] = []
         for name, leaf in zip(names, found, strict=True):
             tag = self.tracking.of(leaf) if isinstance(leaf, Tensor) else None
@@ -269,7 +280,7 @@ class Probe:
         return tuple(names), found, tuple(dims)
 
     def _marked(self, args: Any, kwargs: Any) -> tuple[Any, Any, Params]:
-        """Private copies of the inputs and the members, for a call may change the ones and notes are made on both."""
+        """Private copies of the inputs and members, marked with where their rows are: a call may change them."""
         leaves, tree = flatten((args, kwargs))
         leaves = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         for i, axis in self.facts.axes.items():
@@ -298,22 +309,19 @@ class Probe:
                 if isinstance(leaf, Tensor) and isinstance(expected, Tensor):
                     own = leaf if dim is None else leaf.unflatten(dim, (MEMBERS, -1)).select(dim, i)
                     if not close(own, expected) and self.unused:
-                        raise FoldError(
-                            f"{self.unused} differs by member and is used by the model itself, outside of any module "
-                            f"that could run once per member."
-                        )
+                        raise FoldError(_used_by_the_model(self.unused))
                     if not close(own, expected):
                         raise FoldError(
-                            f"Two members in one batch do not give what each gives alone (output {name}): rows are "
-                            f"mixed, or numbers are drawn, where it cannot be seen."
+                            f"Two members in one batch do not get what each gets alone (output {name}): rows are "
+                            f"mixed, or random numbers drawn, in a way that cannot be followed."
                         )
                 elif self.rows_are_members and is_cache(leaf):
                     self._compare_caches(name, leaf, expected, i)
                 elif not isinstance(leaf, Tensor) and unequal(leaf, expected):
-                    raise FoldError(f"The output {name} is {leaf!r} for two members and {expected!r} for one.")
+                    raise FoldError(f"The output {name} is {leaf!r} for two members but {expected!r} for one.")
 
     def _compare_caches(self, name: str, cache: Any, expected: Any, member: int) -> None:
-        """Rows of a cache stay together, so it is handed on as it is: each has to have what it has alone."""
+        """Compare a cache, which is returned unsplit where rows are members: each row has to be what it is alone."""
         for tensor, own in zip(tensors_in(cache), tensors_in(expected), strict=False):
             tag = self.tracking.of(tensor)
             if tag is None and tensor.shape == own.shape:
@@ -322,14 +330,14 @@ class Probe:
                 raise FoldError(f"The output {name} mixes rows of several members{self.reason()}.")
 
     def _is_used(self, keys: Sequence[str], given: Any, expected: Any) -> bool:
-        """Whether the first member's call depends on leaves of a module that it does not call: NaN there shows it."""
+        """Whether the output depends on these leaves, whose module is not called: NaN in them would spread."""
         params = {name: leaf[0] for name, leaf in self.members.items()}
         poison = {key: torch.full_like(params[key], torch.nan) for key in keys if params[key].is_floating_point()}
         args, kwargs = spare(given)
         try:
             with undisturbed():
                 found = self.skeleton.run(self.entry, {**params, **poison}, args, kwargs, Call({**params, **poison}))
-        except Exception:  # it fails on what it uses
+        except Exception:  # it fails because it uses them
             return True
         finally:
             self.skeleton.settle()
@@ -339,12 +347,12 @@ class Probe:
     def owners(self, is_used: Callable[[Sequence[str]], bool] = lambda keys: True) -> dict[str, Run]:
         """Modules that run once per member because a tensor that is used in them differs by member.
 
-        ``is_used`` is asked of the leaves of modules that are not called: another module may read them, or none.
+        ``is_used(keys)`` decides for leaves of modules that are not called: another module may read them, or none.
         """
         needed: dict[str, list[str]] = {}
         for owner, keys in self.plan.owners(self.members).items():
             if owner not in self.visited:
-                # A table that is read under another of its names. If it were read here too, the comparison fails.
+                # A tied tensor may be used under another of its names. If it is used here as well, step 3 fails.
                 ends = {key: [end.rpartition(".")[0] for end in self.plan.trained.get(key, ())] for key in keys}
                 keys = [key for key in keys if not any(end in self.visited for end in ends[key])]
             path = owner
@@ -354,7 +362,7 @@ class Probe:
                 self.idle.add(owner)
                 continue
             if keys and owner and not path:
-                # Not used in this call; or by the model itself, and then the comparison fails.
+                # Not used in this call, or else by the model itself; then step 3 fails.
                 self.unused = keys[0]
             elif keys:
                 needed.setdefault(path, []).extend(keys)
@@ -362,13 +370,10 @@ class Probe:
             keys = [key for a in self.plan.attachments[site] if a.among(self.members) for key in a.leaves.values()]
             needed.setdefault(reader, []).extend(keys)
         if self.entry:
-            # A part of the model that is called by itself uses nothing of what is outside of it.
+            # A part of the model that is called by itself uses nothing outside of it.
             needed = {path: keys for path, keys in needed.items() if within(path, self.entry) and path}
         elif "" in needed:
-            raise FoldError(
-                f"{needed[''][0]} differs by member and is used by the model itself, outside of any module that could "
-                f"run once per member."
-            )
+            raise FoldError(_used_by_the_model(needed[""][0]))
         outermost = [path for path in needed if not any(path != other and within(path, other) for other in needed)]
         found: dict[str, Run] = {}
         for path in outermost:
@@ -378,21 +383,21 @@ class Probe:
         return found
 
     def _is_inside_loop(self, path: str) -> bool:
-        """Whether a module above runs in turn; hooks of that one, or others, may still call this one in the batch."""
+        """Whether a module above ``path`` runs in a loop, so that no run of this one was noted."""
         return any(run.how == "loop" and other != path and within(path, other) for other, run in self.runs.items())
 
     def _acts_inside(self, attachment: Any, path: str, itself: bool = False) -> bool:
-        """Whether a delta acts within the module at ``path``; at the module itself, hidden values change outside."""
+        """Whether a delta acts inside the module at ``path``; at the module itself hidden values change outside it."""
         inside = [within(end, path) and (itself or end != path) for end in attachment.ends]
         if any(inside) and not all(inside):
             raise FoldError(
-                f"{path} runs once per member, and the span from {attachment.site.path} to {attachment.site.exit} has "
-                f"one end in it."
+                f"{path} runs once per member, but the span from {attachment.site.path} to {attachment.site.exit} has "
+                f"only one end in it."
             )
-        return all(inside) or (attachment.adds_keys and attachment.site.path == path)
+        return all(inside) or (attachment.in_attention and attachment.site.path == path)
 
     def reason(self) -> str:
-        """The first thing that mixed rows, for a message."""
+        """The first reason why rows were mixed, for a message."""
         return f" ({self.why})" if self.why else ""
 
     why = unused = ""
@@ -401,7 +406,7 @@ class Probe:
 
     @contextmanager
     def _watched_modules(self) -> Iterator[None]:
-        """Every module's forward tells when it is entered and left, for as long as the block lasts."""
+        """A block in which every module's forward is watched."""
         memory = self.skeleton.memory
         kinds: dict[type, bool] = {}
         changed: list[tuple[nn.Module, Any]] = []
@@ -434,7 +439,7 @@ class Probe:
         return watched
 
     def _visit(self, path: str, forward: Callable[..., Any], rowwise: bool, call: Call, args: Any, kwargs: Any) -> Any:
-        """One call of a module in the folded run: as it is, or, where it mixes rows, once per member."""
+        """One call of a module in the folded run: as it is or, if it mixes rows, once per member."""
         visit = Visit(path, rowwise)
         known = self.runs.get(path)
         if known is not None and known.how == "loop":
@@ -457,7 +462,7 @@ class Probe:
             output = forward(*args, **kwargs)
         except FuncdeltaError as failure:
             if not isinstance(failure, EngineError):
-                raise  # a method's or a caller's mistake
+                raise  # a mistake in a method or in the caller's inputs
             error, visit.reason = failure, visit.reason or str(failure)
         except Exception as failure:
             error = failure
@@ -473,6 +478,7 @@ class Probe:
             visit.reason = f"{path or 'the model'} mixes rows of several members ({visit.mixing})"
         self.why = self.why or visit.reason
         if path != self.entry and self._is_clean(args, kwargs):
+            # Undo what the failed attempt noted, and try this module once per member.
             for site in self.noted[noted:]:
                 self.sites[site].pop()
             del self.noted[noted:]
@@ -480,7 +486,7 @@ class Probe:
             self.runs.update(runs)
             try:
                 return self._each(path, forward, args, kwargs, output, visit.reason)
-            except Exception as failure:  # the next module around it may do
+            except Exception as failure:  # the next module around it may be able to
                 error = error or failure
         if self.stack and not self.stack[-1].reason:
             self.stack[-1].reason = visit.reason
@@ -491,7 +497,7 @@ class Probe:
         return output
 
     def _constant_rows(self, value: Tensor) -> Rows | None:
-        """The first axis of what nobody has marked, where it has one entry a row, all of them equal."""
+        """Rows on the first axis of an unmarked tensor that has one entry per row, all of them equal."""
         total = MEMBERS * self.rows
         if total == 1 or not value.ndim or value.shape[0] != total or value.layout != torch.strided:
             return None
@@ -506,7 +512,7 @@ class Probe:
         return any(self.tracking.of(t) in UNCLEAR for t in _tensors_of(output))
 
     def _mark_trusted(self, output: Any, args: Any, kwargs: Any) -> None:
-        """Of a module known to treat rows by themselves: outputs that are as long as its rows have them there."""
+        """Mark the outputs of a module that is known to keep rows apart: rows are on the first axis if it fits."""
         total = MEMBERS * self.rows
         for leaf in pytree.tree_leaves(output):
             if isinstance(leaf, Tensor):
@@ -514,7 +520,7 @@ class Probe:
                 self.tracking.mark(leaf, Rows(0) if has else MIXED)
 
     def _each(self, path: str, forward: Any, args: Any, kwargs: Any, whole: Any, why: str) -> Any:
-        """The module once per member, each with its own rows; noted as a run of the layout."""
+        """The output of a module that runs once per member on that member's rows; noted as a run of the layout."""
         if not self.knows_alone:
             self._begin_again()
         leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -549,7 +555,7 @@ class Probe:
     def _joined(
         self, path: str, outputs: list[Any], whole: Any, leaves: list[Any], tags: list[Any]
     ) -> tuple[Any, tuple[int | None, ...]]:
-        """The members' outputs in one batch, and the axis of rows of each tensor of them."""
+        """The members' outputs joined to one batch, and the axis of rows of each tensor."""
         flat = [pytree.tree_leaves(output) for output in outputs]
         spec = pytree.tree_structure(outputs[0])
         wholes = pytree.tree_leaves(whole) if whole is not None else []
@@ -564,12 +570,12 @@ class Probe:
                 joined.append(first)
                 continue
             if any(part.shape != first.shape for part in parts):
-                raise FoldError(f"What {path} returns differs in size by member.")
+                raise FoldError(f"The output of {path} has another size for one member than for another.")
             like = wholes[place] if len(wholes) == len(flat[0]) else None
             dim = _axis_of_rows(first, like, entered)
             if dim is None:
                 if not all(close(first, part) for part in parts[1:]):
-                    raise FoldError(f"What {path} returns has no axis of rows, and differs by member.")
+                    raise FoldError(f"The output of {path} differs by member, but has no axis that counts rows.")
                 joined.append(first)
             else:
                 joined.append(torch.cat(parts, dim))
@@ -578,19 +584,18 @@ class Probe:
         return pytree.tree_unflatten(joined, spec), tuple(dims)
 
     def _begin_again(self) -> None:
-        """End a run that lacks what a member's run alone tells; should the model catch even this, it is known."""
+        """End a run that needs step 1 first; ``ended`` says so even if the model catches every exception."""
         self.ended = True
         raise AloneFirst
 
     def _check_threads(self) -> None:
-        """What runs in another thread than the call cannot be followed."""
+        """Raise if a module ran in another thread, where operations are not followed."""
         if self.elsewhere is not None:
             raise FoldError(
-                f"{self.elsewhere} runs in a thread of its own within the call, where it cannot be seen which rows are "
-                f"whose."
+                f"{self.elsewhere} runs in another thread than the call, where its operations cannot be followed."
             )
 
-    # -- what the skeleton tells -----------------------------------------------------------------------------------
+    # -- what the skeleton calls -----------------------------------------------------------------------------------
 
     def _on_read(self, what: str) -> None:
         visit = self.stack[-1] if self.stack else None
@@ -602,41 +607,45 @@ class Probe:
             self.stack[-1].mixing = self.stack[-1].mixing or what
 
     def called(self, path: str) -> None:
-        """Noted by the watched forwards."""
+        """Nothing: the watched forwards note calls already."""
+
+    def paused(self) -> contextlib.AbstractContextManager[Any]:
+        """A block in which nothing is noted: what is computed there is no part of the model."""
+        return self.tracking.pause()
 
     def axis(self, site: str, value: Tensor) -> int | None:
-        """The axis of a hidden value that counts rows; also of a constant that has one entry for each."""
+        """The axis of a hidden value that counts rows; also for a constant with one entry per row."""
         tag = self.tracking.of(value) or self._constant_rows(value)
         if tag in UNCLEAR or (tag is not None and tag.outer != 1):
             raise FoldError(f"{site or 'the model'} is given or returns values that mix rows of several members")
         return None if tag is None else tag.axis
 
     def lifted(self, run: Callable[[], tuple[Tensor, int | None]]) -> tuple[Tensor, int | None]:
-        """What a method gives for all members: mapped over them, so each row is its own member's."""
+        """The output of a method for all members, not followed: it is mapped, so each row is its own member's."""
         with self.tracking.pause():
             out, dim = run()
         self.tracking.mark(out, None if dim is None else Rows(dim))
         return out, dim
 
     def site(self, site: str, x: int | None, y: int | None) -> None:
-        """One call of a site."""
+        """Note one call of a site."""
         self.sites.setdefault(site, []).append(Hidden(x, y))
         self.noted.append(site)
 
     def read(self, site: str) -> None:
-        """Who reads a tensor of a site outside of its own forward: the innermost module at work."""
+        """Note which module reads a tensor of a site outside of the site's forward: the innermost one running."""
         if not self.knows_alone and self.folding:
             self._begin_again()
         if not self.folding:
             reader = self.stack[-1].path if self.stack else ""
             if site in self.reads:
-                # Read in two places: by what holds both.
+                # Read in two places: the module around both has to run once per member.
                 while not within(self.reads[site], reader) and reader:
                     reader = reader.rpartition(".")[0]
             self.reads[site] = reader
 
     def run(self, path: str, call: Call, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A module with tensors that differ by member: mapped if torch can, else in turn."""
+        """A module with tensors that differ by member, once per member: under vmap if torch can, else in a loop."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         dims = tuple(self.axis(path, tensor) for tensor in tensors)
@@ -667,7 +676,6 @@ class Probe:
                 found = self.lift._mapped(member, params, split, dims)
                 out_dims = tuple(_where_grown(out[0], whole, path) for out, whole in zip(found, plain, strict=True))
             except Exception as failure:
-                # What torch cannot map runs in turn.
                 said = str(failure).splitlines()[0][:80]
                 why = said if isinstance(failure, FoldError) else f"torch.vmap cannot map it ({said})"
                 opened = self.skeleton.opened[path]
@@ -683,20 +691,23 @@ class Probe:
             self.tracking.mark(out, None if dim is None else Rows(dim))
         ends = Ends(dims, out_dims, tuple(t.dtype for t in plain), written)
         joined = [(out.to(dtype), dim) for (out, dim), dtype in zip(joined, ends.dtypes, strict=True)]
-        self.runs[path] = Run(run.keys, "map", run.why or "tensors of its own differ by member", (*run.visits, ends))
+        self.runs[path] = Run(run.keys, "map", run.why or "its tensors differ by member", (*run.visits, ends))
         results = iter([out for out, _ in joined])
         out_spec, others = shape_of_output
         return pytree.tree_unflatten([next(results) if other is TENSOR else other for other in others], out_spec)
 
 
 class _Called:
-    """A watch within a module that runs once per member: only calls are noted."""
+    """The watch inside a module that runs once per member: it notes only which modules are called."""
 
     def __init__(self, probe: Probe) -> None:
         self.probe = probe
 
     def called(self, path: str) -> None:
         self.probe.visited.add(path)
+
+    def paused(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
 
     def axis(self, site: str, value: Tensor) -> int | None:
         return None
@@ -714,6 +725,12 @@ class _Called:
         return forward(*args, **kwargs)
 
 
+def _used_by_the_model(key: str) -> str:
+    return (
+        f"{key} differs by member, and the model itself uses it, outside of any module that could run once per member."
+    )
+
+
 def _tensors_of(*values: Any) -> list[Tensor]:
     found: list[Tensor] = []
     for value in values:
@@ -725,27 +742,25 @@ def _tensors_of(*values: Any) -> list[Tensor]:
 
 
 def _refuse_scalars(output: Any) -> None:
-    for name, leaf in zip(_names(output), flatten(output)[0], strict=True):
+    for name, leaf in zip(names_of(output), flatten(output)[0], strict=True):
         if isinstance(leaf, Tensor) and leaf.ndim == 0:
             raise FoldError(scalar_message(name))
 
 
-def _names(output: Any) -> list[str]:
-    return [place or "of the model" for place in flatten(output)[1].places()]
-
-
 def _where_grown(part: Tensor, whole: Tensor, path: str) -> int | None:
-    """The same; ``None`` where both are of one size."""
+    """The axis along which ``whole`` has more blocks than ``part``; ``None`` if both have one shape."""
     if part.shape == whole.shape:
         return None
     axis = _grown(part, whole)
     if axis is None:
-        raise FoldError(f"{path} gives {tuple(part.shape)} for one member and {tuple(whole.shape)} for {MEMBERS}")
+        raise FoldError(
+            f"{path} returns a tensor {tuple(part.shape)} for one member and {tuple(whole.shape)} for {MEMBERS}"
+        )
     return axis
 
 
 def _grown(part: Tensor, whole: Tensor) -> int | None:
-    """The axis along which ``whole`` has as many blocks as there are members."""
+    """The one axis along which ``whole`` is as many times longer as there are members; ``None`` if there is none."""
     if part.ndim != whole.ndim:
         return None
     grown = [axis for axis in range(whole.ndim) if whole.shape[axis] != part.shape[axis]]
@@ -765,22 +780,22 @@ def _axis_of_rows(part: Tensor, whole: Any, entered: list[tuple[int, int]]) -> i
 
 
 def unequal(a: Any, b: Any) -> bool:
-    """Whether two leaves of outputs that are no tensors differ.
+    """Whether two leaves of outputs that are not tensors differ.
 
     >>> unequal(1, 1), unequal(1, True)
     (False, True)
     """
     try:
         return type(a) is not type(b) or bool(a != b)
-    except Exception:  # what cannot be compared is another thing
+    except Exception:  # a class's own __ne__ may raise anything
         return a is not b
 
 
 def _why_rows_mix(model: nn.Module, batch_dim: int) -> str:
-    """The two usual causes, with what to write, where the model shows them."""
+    """Advice for the two usual causes, if the model shows one of them."""
     for path, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
-            return f" ({path} normalises over the batch in training mode: delta.mode(train=False) does not.)"
+            return f" ({path} normalises over the batch in training mode; with delta.mode(train=False) it does not.)"
     if batch_dim == 0 and any(getattr(module, "batch_first", True) is False for module in model.modules()):
-        return " (Where inputs are sequence-first, axis 1 counts the rows: give batch_dim=1 in the config.)"
+        return " (If the inputs are sequence-first, axis 1 counts the rows: write batch_dim=1 in the config.)"
     return ""

@@ -1,11 +1,11 @@
 """Prompts: rows added before the embedded input, ``x' = [prompt; embed(ids)]``, without touching the caller's inputs.
 
-A method gives ``prompt(site, p) -> (P, d)``; its site is the module that the input embeddings enter. Shapes there:
-ids (b, s) become embeddings (b, P + s, d), and everything that counts positions is extended on copies: masks, token
-types, explicit position numbers, labels where the head above would compare them with longer logits, and the mask by
-which a decoder attends to the encoder. A row that is padded in front, ``[0; text]``, becomes ``[0; prompt; text]``,
-what the model computes for the padded text of a longer row; the text stays at its place from the end. With a filled
-cache nothing is inserted: the prompt is in the cache.
+A method defines ``prompt(site, p) -> (P, d)``; its site is the module that the input embeddings enter. There ids (b, s)
+become embeddings (b, P + s, d), and everything that counts positions is extended on copies: masks, token types,
+explicit position numbers, labels that the head above compares with the longer logits, and the mask by which a decoder
+attends to the encoder. A row padded in front, ``[0; text]``, becomes ``[0; prompt; text]``, as if prompt and text were
+one padded text; counted from the end, the text stays in its place. With a filled cache nothing is inserted, because
+the prompt is in the cache.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ from .text_model import inputs_of
 
 Act = Callable[..., tuple[Tensor, int | None]]
 MEMORIES = ("mems", "cache_params", "state")
-"""Memories of other kinds, which do not tell how many positions they hold."""
+"""Caches of other kinds, which do not tell how many positions they hold."""
 
 SPANS = ("start_positions", "end_positions")
 
 PROMPTED = "prompted"
-"""Where a call notes what was entered at an entrance."""
+"""The key under which a call keeps an :class:`Entered` for each entrance."""
 
 
 class Entered(NamedTuple):
-    """How many rows were added, how many positions the input then has, and the order in which its output leaves."""
+    """What entered: prompt rows, the input's length with them, and the order that puts the output's positions back."""
 
     rows: int = 0
     length: int = 0
@@ -62,7 +62,7 @@ class Entered(NamedTuple):
 
 
 class Prompts:
-    """The hooks by which the prompts at one site of a skeleton enter; ``act`` runs a member's function at a site.
+    """The hooks that add the prompts at one site of a skeleton; ``act`` runs a member's function at a site.
 
     >>> from transformers import BertConfig, BertModel
     >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
@@ -77,12 +77,12 @@ class Prompts:
         self.prompting = [Bound(a, functools.partial(_rows_before, a)) for a in attachments]
         self.entrance = Entrance(skeleton.module, path)
         self.counting = Counting(skeleton, path)
-        self.checked: float = 0  # the longest padded input that was compared with its row alone
+        self.checked: float = 0  # the length of the longest padded input that passed check_padding
         self.inputs = {id(m): inputs_of(m) for m in (*self.entrance.decoders, self.entrance.labelled) if m is not None}
         self.key = f"{path or 'the model'} (prompt)"
 
     def open(self) -> None:
-        """Register what has to run before everything else at the site, and above it and beside it."""
+        """Register the hooks that run before everything else at the site, and those on modules around it."""
         self.counting.open()
         if self.counting.caller is not None:
             self.counting.caller.register_forward_pre_hook(self._go_on, with_kwargs=True)
@@ -94,7 +94,7 @@ class Prompts:
             decoder.register_forward_pre_hook(self._cross, with_kwargs=True)
 
     def close(self) -> None:
-        """Register what has to run after everything else at the site."""
+        """Register the hook that runs after everything else at the site."""
         if not self.entrance.decoders:
             self.entrance.module.register_forward_hook(self._leave)
 
@@ -111,12 +111,12 @@ class Prompts:
         given = named(self.entrance.inputs, args, kwargs, self.path)
         ids, x = given.get("input_ids"), given.get("inputs_embeds")
         if (ids is None) == (x is None):
-            return None  # the model says what it expects
+            return None  # let the model raise its own error
         for name in MEMORIES:
             if given.get(name) is not None:
                 raise EngineError(
-                    f"{self.path or 'The model'} was given {name}, which does not tell whether the prompt was read "
-                    f"already: call it without, on the whole text (generate with use_cache=False)."
+                    f"{self.path or 'The model'} was given {name}, which does not tell whether it holds the prompt "
+                    f"already. Call it without {name}, on the whole text (generate with use_cache=False)."
                 )
         cached, rows = cached_length(given), _count(present)
         length = (ids if x is None else x).shape[1]  # pyright: ignore[reportOptionalMemberAccess]
@@ -148,7 +148,7 @@ class Prompts:
         return (), given
 
     def _go_on(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call that goes on from a cache has the prompt in it, which masks made further in have to count."""
+        """Extend the inputs above the entrance if a cache holds the prompt: masks built further in have to count it."""
         call = self.skeleton.under_way(self.path)
         present = self._present(call)
         given = self.counting.asked(call) if present else None
@@ -170,7 +170,7 @@ class Prompts:
         return output
 
     def _label(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Labels a token get ``-100`` for the prompt, and answers' positions move behind it."""
+        """Extend labels per token by ``-100`` for the prompt, and shift the positions of answers by its length."""
         present = self._present(self.skeleton.under_way(self.path))
         if not present or self._strips(present):
             return None
@@ -180,12 +180,12 @@ class Prompts:
             return None
         rows, changed = _count(present), {}
         labels = given.get("labels")
-        # A floating label is a value a class, not a token; (b,) is one label a row.
+        # Floating-point labels hold a value per class, not per token; labels (b,) hold one per row.
         if isinstance(labels, Tensor) and labels.shape == like.shape[:2] and not labels.is_floating_point():
             changed["labels"] = before(labels, rows, -100)
             mask = given.get("attention_mask")
             if self.entrance.causal and isinstance(mask, Tensor) and mask.shape == labels.shape:
-                # They move with the positions: the prompt's last row gives the first token.
+                # Labels move with the positions, so that the prompt's last row predicts the first token.
                 order = behind_padding(leading(mask), rows, rows + labels.shape[1])
                 changed["labels"] = reordered(changed["labels"], order)
         for name in SPANS:
@@ -194,7 +194,7 @@ class Prompts:
         return ((), {**given, **changed}) if changed else None
 
     def _cross(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The decoder sees the prompt's states too; those of an encoder run without it come with a mask that fits."""
+        """Let the decoder attend to the prompt's states; states of an encoder that ran without it fit their mask."""
         call = self.skeleton.under_way(self.path)
         given = named(self.inputs[id(module)], args, kwargs, self.path)
         states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
@@ -223,8 +223,8 @@ class Prompts:
         if call.lift is not None and getattr(call.lift, "present", None) is not None:
             raise EngineError(
                 f"{present[0].attachment.name} makes the input longer, so rows of the bare backbone (index -1) do not "
-                f"fit into one batch with the others: run them by themselves, delta.apply({{}}, ...). (Inside compiled "
-                f"code and transforms the index cannot be read, and every row counts as one that may be bare.)"
+                f"fit into one batch with the others. Run them separately: delta.apply({{}}, ...). (Compiled code and "
+                f"transforms cannot read the index, and treat every row as one that may be bare.)"
             )
         dim = None
         if call.lift is not None and call.watch is not None:
@@ -237,7 +237,7 @@ class Prompts:
         return x
 
     def _own_mask(self, call: Call, given: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-        """The inputs with the mask that the caller gave, and what a model around this one made of it, if one did."""
+        """The inputs with the caller's mask (b, s), and the mask that a model around this one built from it, if any."""
         mask, asked = given.get("attention_mask"), self.counting.asked(call)
         if mask is None or is_of_tokens(mask) or asked is None:
             return given, None
@@ -254,7 +254,7 @@ class Prompts:
     def _from_cache(
         self, call: Call, given: dict[str, Any], present: Sequence[Bound], cached: int, length: int
     ) -> dict[str, Any]:
-        """The inputs of a call that goes on from a cache, where the entrance gets them."""
+        """The entrance's inputs in a call that continues from a cache."""
         if self.counting.asked(call) is None:
             given = continued(given, _attachments(present), cached, length, self.entrance.behind_padding)
         lead = self.counting.lead(self.counting.mask(call, given))
@@ -266,7 +266,7 @@ class Prompts:
     def _check_padding(
         self, call: Call, given: dict[str, Any], lead: Tensor, rows: int, name: str, made: tuple[str, ...]
     ) -> None:
-        """Compare a padded row with itself alone, where the numbers of positions do not settle that they agree."""
+        """Compare a padded row with the same row alone, unless position numbers guarantee that they agree."""
         length, causal = given["inputs_embeds"].shape[1], self.entrance.causal
         settled = causal and self.counting.settles
         if settled or length <= self.checked or not checkable(self.skeleton, call, lead):
@@ -276,7 +276,7 @@ class Prompts:
         if check_padding(
             self.skeleton, self.entrance.module, given, lead, lambda n: slice(start, start + n), {}, what, made
         ):
-            # A window may be longer than this input; of what comes before alone the length changes nothing.
+            # A longer input may exceed a window, and is checked again; in a causal model the length changes nothing.
             self.checked = math.inf if causal else length
 
 
@@ -285,19 +285,19 @@ def _attachments(present: Sequence[Bound]) -> list[Attachment]:
 
 
 def _count(present: Sequence[Bound]) -> int:
-    """How many rows these prompts have together."""
+    """The number of rows of all these prompts."""
     return sum(attachment.prompt_rows for attachment in _attachments(present))
 
 
 def _of_text(mask: Any, length: int, rows: int) -> Tensor | None:
-    """The mask of the text alone, also where the caller counted the prompt."""
+    """The text's part of a mask, which may or may not cover the prompt."""
     if not is_of_tokens(mask):
         return None
     return mask[:, rows:] if mask.shape[1] == length + rows else mask
 
 
 def _rows_before(attachment: Attachment, acts: Acts) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
-    """The method's rows in the embeddings' dtype, before each row of the batch."""
+    """The act ``x -> [prompt(p); x]`` on every row of the batch, in the dtype of ``x``."""
     config, site, prompt = attachment.config, attachment.site, acts.prompt
     assert prompt is not None
 
@@ -305,8 +305,9 @@ def _rows_before(attachment: Attachment, acts: Acts) -> Callable[[dict[str, Tens
         rows = prompt(p)
         if rows.shape != (attachment.prompt_rows, x.shape[-1]):
             raise ConfigError(
-                f"{type(config).__name__}.prompt gave {tuple(rows.shape)} at {site.path or 'the model'}; expected "
-                f"{(attachment.prompt_rows, x.shape[-1])}: as many rows as at the start, as wide as the embeddings."
+                f"{type(config).__name__}.prompt returned {tuple(rows.shape)} at {site.path or 'the model'}; expected "
+                f"{(attachment.prompt_rows, x.shape[-1])}: as many rows as when the delta was built, and as wide as "
+                f"the embeddings."
             )
         return torch.cat([rows.to(x.dtype).expand(*x.shape[:-2], -1, -1), x], -2)
 

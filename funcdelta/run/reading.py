@@ -1,12 +1,12 @@
-"""Tensors of a site that are read outside of its own forward: they are given with the delta written into them.
+"""Reads of a site's parameters outside of its own forward: the reader gets them with the delta written in.
 
-A layer whose weight is passed to a function instead of being called (a table read for the logits, a convolution in
-decoding, attention's output projection) would leave a delta on its hidden values without effect. So the module at a
-site of a skeleton has properties in the place of its parameters. While its own forward runs, for which the formula on
-hidden values holds, it has the tensor itself; at any other time whoever reads it gets :class:`Rewritten`, which looks
-like the tensor and becomes the rewritten one when something is computed from it. Many models read a weight's dtype
-alone, which costs nothing. The table of the module's parameters is shown in the same way, for ``parameters()``,
-``state_dict()`` and ``torch.func.functional_call`` go through it.
+Some models do not call a layer but pass its weight to a function (a token table for the logits, a convolution in
+decoding, attention's output projection). A delta on the layer's hidden values would then have no effect. So the module
+at a site of a skeleton has properties in place of its parameters. While its own forward runs, they return the tensor
+itself, because the delta acts on hidden values there. At any other time they return a :class:`Rewritten`, which looks
+like the tensor and computes the rewritten one when an operation needs its numbers; models that only read a weight's
+dtype pay nothing. The module's table ``_parameters`` is replaced in the same way, because ``parameters()``,
+``state_dict()`` and ``torch.func.functional_call`` read it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ FACTS = {getattr(Tensor, name).__get__ for name in (*_GETTERS, "is_leaf", "is_me
 FACTS |= {getattr(Tensor, name) for name in (*_METHODS, "__len__", "get_device")}
 """What can be asked of a tensor without reading its numbers."""
 
-set_plainly = object.__setattr__  # a module's own looks for parameters first
+set_plainly = object.__setattr__  # nn.Module.__setattr__ would look for parameters first
 
 MARKS = FACTS | {Tensor.requires_grad_, Tensor.requires_grad.__set__, Tensor.grad.__set__}  # pyright: ignore
-"""What may also be done to one that stands for another: a call's own tensors train nothing."""
+"""What may be done to a stand-in without computing its numbers: asking facts and setting what autograd knows of it."""
 
 ALIASES = {Tensor.detach, Tensor.data.__get__}  # pyright: ignore[reportAttributeAccessIssue]
-"""What gives the same numbers at the same place."""
+"""Operations that return the same numbers in the same storage."""
 
 IN_PLACE = frozenset(
     f"__i{name}__"
@@ -47,7 +47,7 @@ K = TypeVar("K", bound=Tensor)
 
 
 def written(kind: type[K], func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> K | None:
-    """The tensor of the class ``kind`` that a call would change.
+    """The argument of class ``kind`` that the call ``func(*args, **kwargs)`` would write; ``None`` if there is none.
 
     >>> one = nn.Parameter(torch.ones(2))
     >>> written(nn.Parameter, Tensor.add_, (one, 1), {}) is one, written(nn.Parameter, Tensor.add, (one, 1), {})
@@ -57,19 +57,19 @@ def written(kind: type[K], func: Callable[..., Any], args: tuple[Any, ...], kwar
     targets: list[Any] = [kwargs.get("out")]
     if name in WRITES or (name.endswith("_") and not name.endswith("__")):
         given = [*args[1:], *kwargs.values()]
-        # To say once more that it does not train, or that it has no gradient, changes nothing.
+        # Setting requires_grad to False or grad to None again changes nothing.
         harmless = name in ("requires_grad_", "__set__") and all(value is None or value is False for value in given)
         targets += [] if harmless and given else [args[:1], *(kwargs.get(key) for key in ("input", "self", "tensor"))]
     return next((leaf for leaf in pytree.tree_leaves(targets) if isinstance(leaf, kind)), None)
 
 
 class Rewritten(Tensor):
-    """A parameter with a delta written into it, computed when its numbers are first needed.
+    """A stand-in for a parameter, which computes the rewritten one when an operation needs its numbers.
 
     Attributes:
-        place: its name, which errors say.
-        same: whether it computes as the tensor itself, and only tells that it did.
-        owner: the module, by its number, and the name under which that has the tensor.
+        place: its name, for errors.
+        same: whether it computes the parameter itself, and only records that it was read.
+        owner: the id of the module, and the name under which the module has the parameter.
 
     >>> table = rewritten_when_read(torch.zeros(2), lambda: torch.ones(2), "0.weight")
     >>> table.dtype, torch.add(table, 1)
@@ -91,8 +91,8 @@ class Rewritten(Tensor):
         wrote = written(Rewritten, func, args, kwargs or {})
         if wrote is not None and not wrote.same:
             raise StaleBackboneError(
-                f"{wrote.place} was written in place where it is read with the delta in it, and no call or view of a "
-                f"delta changes the backbone. Compute with a changed copy, .clone(), or train it: "
+                f"{wrote.place} was written in place by code outside of its module, but calls and views of a delta "
+                f"never change the backbone. Compute with a changed copy, .clone(), or train the tensor: "
                 f'unfrozen_modules=["deltas", "{wrote.place}"].'
             )
         if func in ALIASES:
@@ -103,9 +103,9 @@ class Rewritten(Tensor):
 
 
 def rewritten_when_read(tensor: Tensor, compute: Callable[[], Tensor], place: str, same: bool = False) -> Tensor:
-    """What looks like ``tensor``, the parameter at ``place``, and is ``compute()`` when it is used.
+    """A stand-in for ``tensor``, the parameter at ``place``, with the numbers of ``compute()``.
 
-    ``same`` tells that this is ``tensor`` itself.
+    With ``same``, ``compute()`` returns ``tensor`` itself.
 
     >>> rewritten_when_read(torch.zeros(3), lambda: torch.ones(3), "0.weight").shape
     torch.Size([3])
@@ -119,44 +119,38 @@ def rewritten_when_read(tensor: Tensor, compute: Callable[[], Tensor], place: st
 
 
 READ = "tensors read outside of their modules"
-"""What a call notes of tensors that were computed with there: by path and name, as their modules held them."""
+"""The key under which a call keeps the tensors that were read so, by path and name, as their modules held them."""
 
 
 def refuse_replaced(module: nn.Module, path: str, read: dict[tuple[str, str], Tensor]) -> None:
-    """Raise if the module at ``path`` now runs with another tensor than the one that was ``read`` with the delta in it.
+    """Raise ``MatchError`` if the module at ``path`` now holds another tensor than the one that was ``read``.
 
-    Whoever reads a weight, computes with it and has the site run with the result, as ``torch.func.functional_call``
-    does, would have the delta twice: in the weight, and on the hidden values.
-
-    >>> layer = nn.Linear(2, 2)
-    >>> refuse_replaced(layer, "0", {("0", "weight"): layer.weight})
+    Code that reads a weight, computes another from it and runs the site with the result, such as
+    ``torch.func.functional_call``, would apply the delta twice: in the weight, and on the hidden values.
     """
     for (at, name), tensor in read.items():
         if at == path and held(module, name) is not tensor:
             raise MatchError(
-                f"{path}.{name} is read by the model, and {path} then runs with another tensor in its place, as with "
-                f"torch.func.functional_call. The delta is in what was read, so at {path} it would count twice. Leave "
-                f'the site out, exclude_modules=["{path}"], or train the weight itself, '
+                f"The model reads {path}.{name}, and {path} then runs with another tensor in its place, as with "
+                f"torch.func.functional_call. What was read contains the delta already, so at {path} it would be "
+                f'applied twice. Leave the site out, exclude_modules=["{path}"], or train the weight itself, '
                 f'unfrozen_modules=["deltas", "{path}.{name}"].'
             )
 
 
 def refuse_written(root: nn.Module, path: str) -> None:
-    """Raise if a module above the site at ``path`` writes into its tensors: into which, the delta's or the site's own?
-
-    >>> refuse_written(nn.Sequential(nn.Linear(2, 2)), "0")
-    """
+    """Raise ``MatchError`` if the code of a module above the site at ``path`` writes into the site's tensors."""
     name = written_from_above(root, path)
     if name is not None:
         raise MatchError(
-            f"{name} may be written by the forward of a module above {path}, as a constraint on weights does. What it "
-            f"wrote would lack the delta, which acts on hidden values there. Let the forward of {path} itself do it, "
-            f'or leave the site out, exclude_modules=["{path}"].'
+            f"The forward of a module above {path} may write {name}, as a constraint on weights does. It would do so "
+            f"without the delta, which acts on hidden values there. Let the forward of {path} itself do it, or leave "
+            f'the site out, exclude_modules=["{path}"].'
         )
 
 
 Kinds = dict[tuple[type[nn.Module], tuple[str, ...], bool], type[nn.Module]]
-"""The class that takes the place of a module's own, by that one, the names of its parameters and who is answered."""
+"""The classes that replace modules' own, by original class, names of parameters and ``listed``."""
 
 
 def watch_reads(
@@ -166,10 +160,10 @@ def watch_reads(
     kinds: Kinds,
     listed: bool = False,
 ) -> None:
-    """Let ``outside(name, tensor)`` answer whoever reads a parameter of ``module`` while it is not ``inside``.
+    """Make reads of a parameter of ``module`` return ``outside(name, tensor)`` unless ``inside()`` is true.
 
-    With ``listed`` it also answers whoever lists them. Modules of one class get one class together, kept in ``kinds``:
-    Python finds the attributes of a few classes fast.
+    With ``listed`` this holds for its table of parameters as well. Modules of one class share one new class, kept in
+    ``kinds``: Python's attribute cache is fast for a few classes only.
 
     >>> layer = nn.Linear(2, 2)
     >>> watch_reads(layer, lambda: False, lambda name, tensor: torch.zeros_like(tensor), {})
@@ -188,11 +182,11 @@ def watch_reads(
 
 
 def _shown(module: nn.Module, name: str, tensor: Tensor, listed: bool) -> Tensor:
-    """What who reads the parameter from outside is given."""
+    """What code outside of the module gets for a parameter."""
     found = module.__dict__[WATCHED][1](name, tensor)
     if isinstance(found, Rewritten):
         found.owner = id(module), name
-        # ``get_parameter`` gives nothing but parameters, and those of a class of their own by a mark.
+        # Module.get_parameter accepts other classes than Parameter by this mark.
         found._is_param = listed  # pyright: ignore[reportAttributeAccessIssue]
     return found
 
@@ -212,18 +206,14 @@ def _property(name: str, listed: bool) -> property:
 
 
 def put_back(module: nn.Module, name: str, value: Any) -> Any:
-    """What a module gets for ``value``: the tensor itself, where what stood for it returns to its place.
-
-    >>> put_back(nn.Linear(2, 2), "weight", 3)
-    3
-    """
+    """What ``module`` should hold when ``value`` is assigned to ``name``: for its own stand-in, the tensor itself."""
     if isinstance(value, Rewritten) and value.owner != (id(module), name):
-        return value  # which another module has from here on, and computes with
+        return value  # another module's parameter, which this one is to compute with
     return getattr(value, STANDS_FOR, value)
 
 
 class Listed(dict[str, Any]):
-    """The parameters of a module as others read them; what is written goes into the module's own table.
+    """A module's table of parameters as code outside sees it; writes go into the module's own table.
 
     >>> layer = nn.Linear(2, 2, bias=False)
     >>> table = Listed(layer, {"weight": 2})
@@ -244,7 +234,7 @@ class Listed(dict[str, Any]):
         del own_table(self._module)[name]
         super().__delitem__(name)
 
-    # A dict's own pass by the two above.
+    # dict's own versions would bypass __setitem__ and __delitem__.
     pop, popitem, clear = MutableMapping.pop, MutableMapping.popitem, MutableMapping.clear
     update, setdefault = MutableMapping.update, MutableMapping.setdefault
 
@@ -263,7 +253,7 @@ def _listing() -> property:
 
 
 def _apply_to_own(module: Any, fn: Any, recurse: bool = True) -> nn.Module:
-    """``module.to(dtype)`` in a forward: the module's own tensors are converted, and not what stands for them."""
+    """``module._apply(fn)`` (as in ``module.to(dtype)``) on the module's own tensors instead of their stand-ins."""
     shown = type(module)
     set_plainly(module, "__class__", vars(shown)[ORIGINAL])
     try:
@@ -275,16 +265,16 @@ def _apply_to_own(module: Any, fn: Any, recurse: bool = True) -> nn.Module:
 # -- where a module holds its parameters -------------------------------------------------------------------------------
 
 KEPT = "_funcdelta_kept"
-"""Where a module of a view has the names of its parameters, of which it holds the frozen ones as plain attributes."""
+"""Attribute of a view's module: the names of all its parameters, of which frozen ones are plain attributes."""
 
 WATCHED = "_funcdelta_watched"
-"""Where it has who answers for them: whether its own forward runs, and what everybody else is given."""
+"""Attribute of a watched module: its functions ``inside`` and ``outside``, see :func:`watch_reads`."""
 
 ORIGINAL = "_funcdelta_original"
-"""Where a class that was made of a module's class has that one."""
+"""Attribute of a class made by :func:`watch_reads`: the module's original class."""
 
 STANDS_FOR = "_funcdelta_stands_for"
-"""Where what is shown instead of a tensor has the tensor itself."""
+"""Attribute of a stand-in: the tensor itself."""
 
 
 def held(module: nn.Module, name: str) -> Tensor | None:

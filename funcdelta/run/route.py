@@ -1,4 +1,4 @@
-"""Rows: each row of a batch with a member of its own."""
+"""``apply_rows``: each row of a batch runs with its own member."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def route_rows(
     kwargs: dict[str, Any],
     reached: set[str] | None,
 ) -> Any:
-    """Row i of the batch with member ``index[i]`` of the stack; -1 runs the bare backbone.
+    """The output whose row i is computed with member ``index[i]`` of the stack, or by the bare backbone for -1.
 
-    Where rows cannot share a batch, each runs by itself.
+    Rows that cannot share a batch run one after the other.
     """
     read, present = read_index(index, None if isinstance(stack, Resident) else n, first_of(expanded).device)
     inputs = Inputs(program.backbone, 1, args, kwargs, None, program.batch_dim, entries=read.shape[0])
     if read.shape[0] != inputs.b:
-        raise ParamsError(f"index has {read.shape[0]} entries for a batch of {inputs.b} rows: give one member a row.")
+        raise ParamsError(f"index has {read.shape[0]} entries for a batch of {inputs.b} rows; give one entry per row.")
     if inputs.b == 0:
         return call_single(program, {name: leaf[0] for name, leaf in expanded.items()}, args, kwargs)
     picked = stack.pick(read) if isinstance(stack, Resident) else None

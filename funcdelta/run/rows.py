@@ -1,8 +1,7 @@
-"""Rows of inputs: which axis of every input counts them, read off the inputs themselves; and picking them.
+"""The rows of a call's inputs: which axis of each input counts them, read off the inputs themselves; and picking rows.
 
-Every tensor has a say: the sizes of their rows' axes agree, but for single rows, which stand for all. Where they do
-not agree (fewer images than texts, tokens in one flat list) nothing is guessed: the reading says so, and only the fold
-needs to know.
+The axes of rows of all tensors must have one size, except that a single row may serve for all. If they disagree (fewer
+images than texts, tokens in one flat list), nothing is guessed: the reading says so, and only a fold has to refuse.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from ..transforms import concrete
 from ..trees.opaque import spare
 
 COUNT_POSITIONS = ("cache_position", "logits_to_keep")
-"""Inputs of Transformers that tell positions on their only axis, never rows."""
+"""Transformers' inputs whose only axis counts positions, never rows."""
 
 COUNTS = (torch.int64, torch.int32)
 
@@ -30,9 +29,10 @@ class Reading:
     """The rows of one call's inputs.
 
     Attributes:
-        count: the rows of one member; ``None`` where no input counts them.
-        axes: for every leaf with rows, by position: the axis that counts them, a member axis not included.
-        odd, first: the positions of inputs that count something else, and of the one that they differ from.
+        count: the rows of one member; ``None`` if no input counts them.
+        axes: the axis of rows of every leaf that has rows, by position; a member axis is not counted.
+        odd: the positions of inputs whose axis of rows has another size.
+        first: the position of the input that decided ``count``.
     """
 
     count: int | None
@@ -42,7 +42,7 @@ class Reading:
 
 
 def sizes(leaf: Any, mapped: bool = False) -> tuple[int, ...] | None:
-    """The shape of one member's tensor or array; ``None`` where rows cannot be chosen by an axis.
+    """The shape of one member's tensor or array; ``None`` if its rows cannot be picked along an axis.
 
     >>> sizes(torch.zeros(3, 4)), sizes(torch.zeros(5, 3, 4), mapped=True), sizes(torch.eye(2).to_sparse()), sizes(7)
     ((3, 4), (3, 4), None, None)
@@ -67,10 +67,10 @@ def read_rows(
     """The rows of these inputs: how many there are, and the axis of each input that counts them.
 
     Args:
-        whole: positions of inputs that all members share as they are, whatever their shape.
-        axis: where inputs count their rows (``batch_dim``).
-        entries: of an index that gives one member a row: there are as many rows, or a multiple.
-        main: the input that says how many, if it is among them and fits the index (``main_input_name``).
+        whole: positions of inputs that all members share as they are.
+        axis: the axis of rows (``batch_dim``).
+        entries: the length of an index with one member per row; there are as many rows, or a multiple.
+        main: the name of the input that decides if it is there and fits the index (``main_input_name``).
 
     >>> x, mask, scale = torch.zeros(4, 7), torch.ones(1, 7), torch.tensor(2.0)
     >>> read_rows([x, mask, scale], ["x", "mask", "scale"], [False] * 3).axes
@@ -79,9 +79,9 @@ def read_rows(
     shapes = [None if i in whole else sizes(leaf, is_mapped[i]) for i, leaf in enumerate(leaves)]
     able = [i for i, shape in enumerate(shapes) if shape is not None and len(shape) > axis]
     special = [i for i in able if _may_count_positions(places[i], leaves[i], shapes[i] or ())]
-    # What may count positions has a say only where nothing else has.
+    # Inputs that may count positions vote only if there are no others.
     votes = [i for i in able if i not in special] or able
-    # Numbers along one axis may count anything (where sequences end); those with more axes know their rows.
+    # A vector may count anything (where sequences end), so tensors with more axes take precedence.
     votes = [i for i in votes if len(shapes[i] or ()) > 1] or votes
     counts = [(i, (shapes[i] or ())[axis]) for i in votes]
     first, count = _decide(counts, entries, [i for i in votes if entries is not None and places[i] == main])
@@ -102,13 +102,13 @@ def read_rows(
 
 
 def _decide(counts: list[tuple[int, int]], entries: int | None, main: list[int]) -> tuple[int, int | None]:
-    """Who says how many rows there are, and how many."""
+    """The position of the input that decides, and the number of rows."""
     if not counts:
         return 0, None
     if entries == 1:
         return next((pair for pair in counts if pair[0] in main), counts[0])
     if entries:
-        # As many as the index has entries; or a multiple, as generate makes of each with several beams.
+        # As many rows as the index has entries, or a multiple: with beams, generate repeats each row.
         fitting = [pair for pair in counts if pair[1] > 1 and pair[1] % entries == 0]
         exact = [pair for pair in fitting if pair[1] == entries]
         for pair in (*[pair for pair in fitting if pair[0] in main], *exact, *fitting):
@@ -117,7 +117,7 @@ def _decide(counts: list[tuple[int, int]], entries: int | None, main: list[int])
 
 
 def _may_count_positions(place: str, leaf: Any, shape: tuple[int, ...]) -> bool:
-    """Positions stand in many shapes: (b, s) as any input, (3, b, s) for time, height and width, (s,) for all rows."""
+    """Whether these may be positions (3, b, s), for time, height and width, or (s,) for all rows; not (b, s)."""
     name = place.rpartition(".")[2]
     if name.endswith("position_ids") and len(shape) == 3:
         return True
@@ -134,14 +134,14 @@ def _axis_of_positions(
     mapped: bool,
     others: list[tuple[int, ...] | None],
 ) -> int | None:
-    """The axis of rows of what may count positions; ``None`` where it has none."""
+    """The axis of rows of an input that may count positions; ``None`` if it has no rows."""
     if len(shape) == 3:
-        # Where both axes fit, a short first one is that of time, height and width (and the text's own).
+        # If both axes fit, a first axis of 3 or 4 is time, height, width (and text).
         later = axis < 2 and shape[axis + 1] == count
         return axis + 1 if later and (shape[axis] != count or count in (3, 4)) else axis
     if place.rpartition(".")[2].endswith(COUNT_POSITIONS) or shape[0] != count:
         return None
-    # One number a row (where an answer starts), or one a token, counting up.
+    # Either one number per row (where an answer starts), or one per token, which then counts up.
     tokens = any(other is not None and len(other) > 1 and other[1] == shape[0] for other in others)
     return None if tokens and not mapped and _counts_up(leaf) else 0
 
@@ -153,11 +153,11 @@ def _counts_up(leaf: Tensor) -> bool:
     return bool((values.diff() == 1).all())
 
 
-# -- rows of one leaf: a tensor, a numpy array, a list with one entry a row, a cache -----------------------------------
+# -- rows of one leaf: a tensor, a numpy array, a list with one entry per row, a cache ---------------------------------
 
 
 def some_rows(leaf: Any, axis: int, b: int, which: Sequence[int]) -> Any:
-    """The rows ``which`` of the ``b`` rows on an axis; a single row that stands for all stays.
+    """The rows ``which`` of the ``b`` rows on an axis; a leaf with a single row, which serves for all, stays as it is.
 
     >>> some_rows(torch.tensor([5, 6, 7]), 0, 3, [2, 0])
     tensor([7, 5])
@@ -183,13 +183,13 @@ def some_members(leaf: Any, start: int, stop: int, place: str) -> Any:
         return leaf.index_select(0, torch.arange(start, stop, device=leaf.device))
     except RuntimeError as error:
         raise EngineError(
-            f"The input {place} has the layout {leaf.layout}, of which a part of the members cannot be taken: leave "
-            f"out chunk_size, or give a dense tensor."
+            f"The input {place} has the layout {leaf.layout}, which cannot be split into chunks of members. Leave out "
+            f"chunk_size, or give a dense tensor."
         ) from error
 
 
 def rows_of_cache(cache: Any, which: Sequence[int]) -> Any:
-    """A copy of a cache with these rows, in this order and as often as they are named.
+    """A copy of a cache with the rows ``which``, in this order; a row may occur several times.
 
     >>> from transformers import DynamicCache
     >>> cache = DynamicCache()

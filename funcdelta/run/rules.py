@@ -1,7 +1,7 @@
-"""What an operation does to the rows of its operands, where its name and the shapes tell.
+"""Where the rows of an operation's results are, as far as its name and the shapes tell.
 
 Views move an axis by arithmetic on shapes; products, reductions, look-ups and attention keep the rows that they do not
-sum over. What no rule here knows is run again on the blocks of single members (:mod:`.tracking`).
+sum over. Operations without a rule are run again on the blocks of single members (:mod:`.tracking`).
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from ..randomness import may_draw
 
 
 class Rows(NamedTuple):
-    """Axis ``axis`` is (outer, members, inner), flattened: ``outer`` is 1 nearly always."""
+    """A tensor's axis ``axis`` is (outer, members, inner), flattened; ``outer`` is nearly always 1."""
 
     axis: int
     outer: int = 1
 
 
 MIXED = Rows(-1)
-"""Depends on rows, and whose they are cannot be told."""
+"""The tag of a tensor that depends on rows which cannot be assigned to members."""
 
 DRAWN = Rows(-2)
-"""Random numbers: no two rows agree on them, and whose they are does not matter while each row has its own."""
+"""The tag of random numbers: every row has its own, and it does not matter which."""
 
 Tag = Rows | None
 
@@ -45,13 +45,13 @@ ALONG = {
     *("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort", "topk", "flip", "roll"),
     *("_softmax", "_log_softmax", "kthvalue", "median", "mode", "_cummax_helper", "_cummin_helper"),
 }
-"""Operations along one axis whose entries there depend on each other, also where these values do not show it."""
+"""Operations that make entries along an axis depend on each other, even if these values do not show it."""
 REDUCE = {
     *("sum", "mean", "prod", "amax", "amin", "max", "min", "argmax", "argmin", "any", "all", "logsumexp"),
     *("var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm"),
 }
 PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1}
-"""Products of two matrices, by the place of the first: each row of it, or each entry of a batch, gives one."""
+"""Matrix products, with the position of the first factor among their operands."""
 ATTENTION = {
     f"_scaled_dot_product_{kind}"
     for kind in (
@@ -66,7 +66,7 @@ ELEMENTWISE = {"copy_", "fill_", "masked_fill_", "masked_fill", "where"}
 
 @dataclass(slots=True)
 class Seen:
-    """One run of an operation: its tensors with what is known of them, its results, and how many members there are."""
+    """One run of an operation on ``n`` members: its operands ``given`` with their tags, and its results."""
 
     operator: Operator
     args: tuple[Any, ...]
@@ -78,7 +78,7 @@ class Seen:
 
     @property
     def one(self) -> Rows | None:
-        """The rows of the first tensor, where no other has any."""
+        """The tag of the first tensor, if no other has one."""
         return self.tags[0] if self.tags.count(None) == len(self.tags) - 1 else None
 
 
@@ -87,15 +87,18 @@ Rule = Callable[[Seen], Sequence[Tag] | None]
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """What is known of one overload of an operation, however it is called.
+    """What is known of one overload of an operation, independently of its arguments.
 
     Attributes:
-        func: itself, kept, so that its number in a table is no other's.
-        draws: whether it may draw random numbers; ``seeded``: whether its results are such.
-        written: the arguments that it writes into, by place and name.
-        views: whether its results lie in the memory of its operands, unwritten.
-        axis: the place of its argument ``dim``.
-        rule: tells where the rows of its results are, or ``None``.
+        func: the overload; kept here, so that its id is not reused.
+        draws: whether it may draw random numbers.
+        seeded: whether its results are random numbers.
+        written: the arguments that it writes into, by position and name.
+        views: whether its results are views of its operands.
+        pointwise: whether it is elementwise, with broadcasting.
+        dynamic: whether the shape of its results depends on values.
+        axis: the position of its argument ``dim``.
+        rule: returns the tags of its results, or ``None`` if it cannot tell.
     """
 
     func: Any
@@ -126,7 +129,7 @@ def operator_of(func: Any) -> Operator:
 
 
 def _read(func: Any) -> Operator:
-    if not isinstance(func, torch._ops.OpOverload):  # it calls functions of others, which may do anything
+    if not isinstance(func, torch._ops.OpOverload):  # a higher-order operator, which calls any functions
         return Operator(func, str(func), False, False, (), False, False, True, None, None)
     name, arguments, tags = func._overloadpacket.__name__, func._schema.arguments, func.tags
     writes = func._schema.is_mutable
@@ -163,7 +166,7 @@ def _viewed(seen: Seen) -> Sequence[Tag] | None:
 
 
 def reshaped(shape: Sequence[int], tag: Rows, n: int, new: Sequence[int]) -> Rows:
-    """Where the rows are when a tensor of ``shape`` is read, row-major, as one of the shape ``new``.
+    """The tag of a tensor of ``shape`` and ``tag`` when it is read, row-major, with the shape ``new``.
 
     >>> reshaped((6, 5, 4), Rows(0), 3, (30, 4)), reshaped((5, 6, 4), Rows(1), 3, (30, 4))
     (Rows(axis=0, outer=1), Rows(axis=0, outer=5))
@@ -215,11 +218,11 @@ def _cut(seen: Seen) -> Sequence[Tag] | None:
 
 
 def _along(seen: Seen) -> Sequence[Tag] | None:
-    """Of an operation along one axis: mixed if that is the axis of rows, else as before."""
+    """For operations along one axis: mixed if that is the axis of rows, otherwise unchanged."""
     tag = seen.one
     if tag is None:
         return None
-    # What counts entries comes before the axis, which is the last one where nothing says which.
+    # topk and kthvalue have a count before the axis; all but median default to the last axis.
     name, x, kwargs = seen.operator.name, seen.given[0], seen.kwargs
     places = seen.args[2:] if name in ("topk", "kthvalue") else seen.args[1:]
     numbers = [a for a in places if isinstance(a, (int, list, tuple)) and not isinstance(a, bool)]
@@ -232,7 +235,7 @@ def _along(seen: Seen) -> Sequence[Tag] | None:
 
 
 def _as_long(seen: Seen, tag: Rows) -> bool:
-    """Whether every result has the axes of the first tensor, and all of its rows."""
+    """Whether every result has as many axes as the first tensor, and as many rows."""
     x = seen.given[0]
     return all(r.ndim == x.ndim and r.shape[tag.axis] == x.shape[tag.axis] for r in seen.results)
 
@@ -266,7 +269,7 @@ def _multiplied(seen: Seen) -> Sequence[Tag] | None:
         return None
     (x, y), (one, other) = given[at:], tags[at:]
     if at and given[0].ndim > 1 and given[0].shape[0] != 1:
-        return None  # a constant with as many rows
+        return None  # an added matrix may hold a constant for each row
     if one is not None and other is None:
         return [one] if one.axis == x.ndim - 2 else None
     if one is not None and other is not None and x.ndim == 3 and one.axis == other.axis == 0:
@@ -275,7 +278,7 @@ def _multiplied(seen: Seen) -> Sequence[Tag] | None:
 
 
 def _joined(seen: Seen) -> Sequence[Tag] | None:
-    """Tensors joined on another axis than that of their rows."""
+    """For ``cat`` along another axis than that of the rows."""
     tag, x = seen.tags[0], seen.given[0]
     if tag is None or tag is DRAWN or any(other != tag for other in seen.tags):
         return None
@@ -284,12 +287,12 @@ def _joined(seen: Seen) -> Sequence[Tag] | None:
 
 
 def _looked_up(seen: Seen) -> Sequence[Tag] | None:
-    """Entries of a table that has no rows."""
+    """For look-ups in a table that has no rows."""
     return [seen.tags[1]] if len(seen.tags) == 2 and seen.tags[0] is None and seen.tags[1] is not DRAWN else None
 
 
 def _attended(seen: Seen) -> Sequence[Tag] | None:
-    """Attention over queries, keys and values of shape (rows, heads, tokens, width)."""
+    """For attention with queries, keys and values of shape (rows, heads, tokens, width)."""
     rows, first = seen.given[0].shape[0], Rows(0)
     if len(seen.given) < 3 or any(t.ndim != 4 or t.shape[0] != rows for t in seen.given[:3]):
         return None
@@ -298,7 +301,7 @@ def _attended(seen: Seen) -> Sequence[Tag] | None:
     for mask, tag in zip(seen.given[3:], seen.tags[3:], strict=True):
         own = mask.ndim == 4 and mask.shape[0] == rows
         if (tag != first or not own) if tag is not None else own:
-            return None  # as many entries as there are rows: one for each, or not
+            return None  # an unmarked mask with as many entries as rows may or may not have one per row
     return [first if result.ndim > 2 and result.shape[0] == rows else MIXED for result in seen.results]
 
 

@@ -1,10 +1,10 @@
 """The skeleton: a private structural copy of the backbone, opened at the sites of a plan.
 
 A *skeleton* is a deep copy of the backbone's module tree that shares the storage of every parameter and owns its
-buffers. What is opened in it does nothing until a *call* hands it params, so one skeleton serves every delta of a
-plan. A call swaps state in a skeleton, so each thread has its own and compiled code has one reserved for it.
-This file and what it installs (:mod:`.opened`, :mod:`.reading`, :mod:`.attention`, :mod:`.prompt`) are the only places
-where a delta touches a model.
+buffers. Its opened modules do nothing until a *call* hands them params, so one skeleton serves all params of a plan. A
+call swaps state in a skeleton, so each thread has its own, and one is reserved for compiled code. This file and what it
+installs (:mod:`.opened`, :mod:`.reading`, :mod:`.attention`, :mod:`.prompt`) are the only places where a delta touches
+a model.
 """
 
 from __future__ import annotations
@@ -27,29 +27,36 @@ from ..structures.modules.structure import copy_structure, forget_batch_statisti
 from ..transforms import inside_transform, outside_transforms
 from .attending import attention_of
 from .attention import open_attention
-from .bound import added_in_both_modes, bound_in_both_modes, rewritten
+from .bound import added_in_both_modes, around_in_both_modes, bound_in_both_modes, rewritten
 from .call import Call, Params, Prepare, read_mark
 from .checkpointing import check_runner, note_reentrant, recomputing, require_grad_outside_transforms
+from .conditions import Conditions
 from .fsdp import check_unit, units
 from .layout import LayoutMismatchError
+from .lookups import padded
 from .memory import Memory
 from .opened import Opened, act
 from .outputs import apart
 from .prompt import Prompts
 from .reading import READ, Kinds, own_parameters, refuse_written, rewritten_when_read, watch_reads
 
-# torch runs these by one kernel that calls no submodule and has few derivatives, unless they have hooks.
+# Unless these have hooks, torch runs them by one kernel that calls no submodule and lacks derivatives.
 FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
 Slot = tuple[dict[str, Any], str]
 
 
 class Skeleton:
-    """One copy of the backbone's structure, opened where the plan says; used by one call at a time.
+    """A copy of the backbone's structure, opened where the plan says; used by one call at a time.
 
-    ``call`` is the call under way; in a view it never ends. ``kept`` is one that has ended, whose checkpointed modules
-    may run again. ``training`` sets one mode, else ``flags`` tell each module's (by path). A ``view``'s skeleton is a
-    module that people hold, with a memory of its own.
+    Args:
+        training: the mode of all modules; with ``None``, ``flags`` gives each module's, by path.
+        prepare: a function of the copied module, such as ``fully_shard``.
+        view: whether users hold the module, which may then keep what calls change in it.
+
+    Attributes:
+        call: the running call; a view's never ends.
+        kept: a call that has ended, but whose checkpointed modules may run again.
     """
 
     def __init__(
@@ -61,9 +68,9 @@ class Skeleton:
         flags: Mapping[str, bool] = types.MappingProxyType({}),
         view: bool = False,
     ) -> None:
-        # Copies made in inference mode or in a transform would be spoilt for every other call.
+        # Tensors made in inference mode or in a transform could not be used by other calls.
         with torch.inference_mode(False), outside_transforms():
-            # Without a delta it is the backbone to the bit, and kernels are chosen by who requires grad.
+            # The bare backbone must be exact to the bit, and torch chooses kernels by what requires grad.
             self.module = copy_structure(backbone, trains=plan is None)
         for path, child in self.module.named_modules():
             child.training = flags.get(path, child.training) if training is None else training
@@ -74,6 +81,7 @@ class Skeleton:
         self.units = units(self.module)
         self.dtypes = {name: t.dtype for name, t in named_tensors(self.module)}
         self.plan, self._is_view = plan, view
+        self.reads = plan.read if plan is not None else frozenset[str]()
         self.call: Call | None = None
         self.kept: weakref.ref[Call] | None = None
         self.recomputing = recomputing(self.module)
@@ -81,6 +89,7 @@ class Skeleton:
         require_grad_outside_transforms(self.module)
         self.opened: dict[str, Opened] = {}
         self.sharing: set[str] = set()
+        self.conditions: Conditions | None = None
         self.read_outside: Callable[[str, str, Tensor], Tensor] = self._read_outside
         self._slots: dict[str, Slot] = {}
         self.kinds: Kinds = {}
@@ -94,12 +103,14 @@ class Skeleton:
             self._install(plan)
         self.memory = Memory(backbone, self.module)
         self._remembers = True
+        rewritten = plan is not None and bool(plan.trained or plan.rewriting)
+        self.pads = rewritten and padded(self.module.modules())
 
     # -- installation ----------------------------------------------------------------------------------------------
 
     def _install(self, plan: Plan) -> None:
         for path in self._fused:
-            # Real hooks, because torch's fused paths look for hooks and stand aside for them.
+            # torch's fused kernels are not used for modules that have hooks.
             self.module.get_submodule(path).register_forward_hook(_stand_aside)
         begun = [a for a in plan.all() if a.site.exit is not None]
         for path in dict.fromkeys([*plan.attachments, *(a.site.path for a in begun)]):
@@ -113,14 +124,16 @@ class Skeleton:
                 self._watch_reads(path)
             if any(a.has_two_forms for a in attachments):
                 refuse_written(self.module, path)
-            self._open_attention(path, [a for a in attachments if a.adds_keys])
+            self._open_attention(path, [a for a in attachments if a.in_attention])
             if prompts is not None:
                 prompts.close()
         for path in sorted(runner_candidates(plan)):
             self.open(path)
+        if plan.conditions:
+            self.conditions = Conditions(self, plan)
 
     def open(self, path: str) -> Opened:
-        """The module at ``path``, opened: it can act by values there and run once per member."""
+        """Open the module at ``path``, so that it can act by values and run once per member."""
         if path not in self.opened:
             module = self.module.get_submodule(path)
             self.opened[path] = Opened(self, path, module)
@@ -146,30 +159,31 @@ class Skeleton:
         def outside(name: str, tensor: Tensor) -> Tensor:
             return self.read_outside(path, name, tensor)
 
-        # A view lists what it holds, and shows more in its calls (:mod:`funcdelta.views.frozen`).
+        # A view has its own table of parameters and its own classes (:mod:`funcdelta.views.frozen`).
         watch_reads(opened.module, lambda: opened.running > 0, outside, self.kinds, listed=not self._is_view)
-        if not self._is_view:  # whose modules have classes of their own as well
+        if not self._is_view:
             opened.shown = type(opened.module)
 
     def _open_attention(self, path: str, attachments: list[Attachment]) -> None:
-        """Let keys and values be added to those of the attention module at ``path``."""
+        """Let methods act within the attention of the module at ``path``."""
         if attachments:
-            added = [added_in_both_modes(a) for a in attachments]
-            open_attention(path, self.module.get_submodule(path), attention_of(self, path, added))
+            added = [added_in_both_modes(a) for a in attachments if a.acts().attend is not None]
+            around = [around_in_both_modes(a) for a in attachments if a.acts().around is not None]
+            open_attention(path, self.module.get_submodule(path), attention_of(self, path, added, around))
 
-    # -- what opened modules ask -----------------------------------------------------------------------------------
+    # -- what opened modules call ----------------------------------------------------------------------------------
 
     def under_way(self, path: str) -> Call:
-        """The call that an opened module belongs to; without one it is being recomputed for a backward pass."""
+        """The call that an opened module runs in; raises ``RecomputeError`` if a backward pass runs it without one."""
         call = self.call or (self.kept and self.kept())
         if call is None:
             known, self.recomputing = self.recomputing, self.recomputing | {path}
             raise RecomputeError(
-                f"{path} runs again, as what is checkpointed does, and its call is gone: "
+                f"{path} runs again, as checkpointed modules do, but the state of its call is gone: "
                 + (
-                    "none of the call's outputs is held any more. Hold one until the backward pass is over."
+                    "none of the call's outputs is alive. Keep one until the backward pass is over."
                     if known
-                    else "that it is checkpointed was not seen before. It is known now: make the call again."
+                    else "it was not known to be checkpointed. It is known now: repeat the call."
                 )
             )
         if self.recomputing and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
@@ -177,20 +191,19 @@ class Skeleton:
         return call
 
     def _read_outside(self, path: str, name: str, tensor: Tensor) -> Tensor:
-        """The parameter ``name`` of a site, as whoever reads it outside of the site's own forward gets it."""
+        """The parameter ``name`` of a site for a reader outside of the site's own forward (see :mod:`.reading`)."""
         call = self.call or (self.kept and self.kept())
         plan = self.plan
         if call is None or plan is None or self.units:
             return tensor
-        # In a call that ends tensors are rewritten before it begins; a view rewrites them when they are read.
+        # A call rewrites tensors before it begins; a view, whose call never ends, when they are read.
         acting = [
             a
             for a in plan.attachments.get(path, ())
             if (a.has_two_forms or (a.by_weights and call.never_ends)) and a.among(call.params)
         ]
         if torch.compiler.is_compiling() and call.lift is not None:
-            # Who computes with it runs once per member, as the probe has seen to: only facts are asked here.
-            return tensor
+            return tensor  # the probe made the reader run once per member, so here only facts are asked
         reached, place = call.reached, f"{path}.{name}"
         if not acting:
             if reached is None:
@@ -216,19 +229,19 @@ class Skeleton:
                 own = self.own_tensors(path, changed)
                 changed.update(rewritten(attachment, attachment.of(call.params), own, self.training_at(path)))
             found = changed[below(path, name)]
-            # What a view shows of a tensor that its delta leaves as it is must not lead to the backbone's storage.
+            # A view must not hand out the backbone's storage, even if its delta leaves the tensor as it is.
             return tensor.clone() if found is tensor and call.never_ends else found
 
         return compute() if torch.compiler.is_compiling() else rewritten_when_read(tensor, compute, place)
 
     def check_unit(self, path: str, call: Call) -> None:
-        """Note that a module of a sharded backbone runs with tensors of the member's own; refuse where it cannot."""
+        """Note that a module of a sharded backbone runs with a member's tensors; raises if it cannot."""
         if self.units:
             check_unit(path, self.units)
             call.note("ran", set).add(path)
 
     def check_runner(self, path: str) -> None:
-        """Refuse to map a module that checkpoints inside of itself."""
+        """Raise if the module at ``path`` checkpoints something inside, and so cannot be mapped."""
         check_runner(self, path)
 
     # -- calls -----------------------------------------------------------------------------------------------------
@@ -236,14 +249,15 @@ class Skeleton:
     def run(
         self, entry: str, params: Params, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call | None = None
     ) -> Any:
-        """The module at ``entry`` called from outside, hooks and all, with one member's params, or those of ``call``.
+        """The output of the module at ``entry``, called with its hooks, for the ``params`` of one member.
 
-        Hidden values change where modules are opened, tensors by a swap; of a fold's params none is swapped.
+        Tensors of the module that ``params`` replace are swapped for the time of the call; deltas on hidden values act
+        in opened modules, by the params of ``call``. A fold passes no ``params``, for nothing can be swapped there.
         """
         call = call or Call(params)
         overrides = self.overrides(params, entry) if params and (entry or not self.units) else None
         if self.memory.writes_buffers and inside_transform():
-            # Transforms forbid writing to what they did not make.
+            # Transforms forbid writes to tensors from outside.
             buffers = self.module.named_buffers(remove_duplicate=False)
             overrides = {name: buffer.clone() for name, buffer in buffers} | (overrides or {})
         target = self.module.get_submodule(entry) if entry else self.module
@@ -259,10 +273,10 @@ class Skeleton:
             self.memory.put_back_traced()
             return output
         if self.nesting and inside_transform():
-            # Nested tensors save work on padding, and no transform knows them. The memory puts the mark back.
+            # Transforms do not support nested tensors, which only save work on padding. The memory resets the flag.
             for module in self.nesting:
                 module.use_nested_tensor = False
-        # An interrupt may come between any two lines. What it leaves half restored is never used again.
+        # A KeyboardInterrupt may come between any two lines. A skeleton that is not clean is never used again.
         clean, self.clean = self.clean, False
         lent = [] if self._is_view or self.units or not torch.is_grad_enabled() else self.memory.lend()
         restore = self.swap(overrides) if overrides else None
@@ -291,7 +305,7 @@ class Skeleton:
         kwargs: dict[str, Any],
         call: Call,
     ) -> Any:
-        """``forward`` of the module at ``path``, within a call, with tensors of one member."""
+        """The output of ``forward`` of the module at ``path`` with one member's tensors, inside a running call."""
         overrides = self.overrides(params, path)
         with self._during(call):
             if torch.compiler.is_compiling():
@@ -316,7 +330,7 @@ class Skeleton:
 
     @contextmanager
     def swapped(self, overrides: Mapping[str, Tensor]) -> Iterator[None]:
-        """``overrides`` in the place of the module's tensors inside the block."""
+        """A block in which ``overrides`` take the place of the module's tensors."""
         restore = self.swap(overrides)
         try:
             yield
@@ -324,7 +338,7 @@ class Skeleton:
             restore()
 
     def swap(self, overrides: Mapping[str, Tensor]) -> Callable[[], None]:
-        """Put ``overrides`` in the place of the module's tensors; the function that puts the module's own back."""
+        """Put ``overrides`` in place of the module's tensors; returns a function that puts these back."""
         before: list[tuple[Any, Any, Any]] = []
         for name, tensor in overrides.items():
             table, own = self._slot(name)
@@ -338,7 +352,7 @@ class Skeleton:
         return restore
 
     def _slot(self, name: str) -> Slot:
-        """Where the tensor ``name`` is held."""
+        """The table that holds the tensor ``name``, and its name in it."""
         if name not in self._slots:
             path, _, own = name.rpartition(".")
             owner = self.module.get_submodule(path)
@@ -347,7 +361,7 @@ class Skeleton:
         return self._slots[name]
 
     def overrides(self, params: Params, under: str = "") -> dict[str, Tensor]:
-        """The backbone's tensors that ``params`` replace or rewrite, below the path ``under``, by every name."""
+        """The tensors below the path ``under`` that ``params`` replace or rewrite, by each of their names."""
         plan = self.plan
         found: dict[str, Tensor] = {}
         if plan is None:
@@ -357,7 +371,7 @@ class Skeleton:
         for name, tensor in params.items():
             for end in plan.ends.get(name, ()):
                 own = self.dtypes.get(end)
-                if own is not None:  # in training a skeleton keeps no running statistics
+                if own is not None:  # a skeleton in training mode has no running statistics
                     found[end] = tensor if tensor.dtype == own else tensor.to(own)
         for path, attachments in plan.rewriting.items():
             for attachment in attachments:
@@ -367,7 +381,7 @@ class Skeleton:
         return {name: tensor for name, tensor in found.items() if not under or name.startswith(under + ".")}
 
     def own_tensors(self, path: str, replaced: Params) -> dict[str, Tensor]:
-        """The site's own tensors by their own names, as replaced so far."""
+        """The parameters of the module at ``path``, by their names in it, with those ``replaced`` so far."""
         module = self.module.get_submodule(path)
         return {name: replaced.get(below(path, name), tensor) for name, tensor in own_parameters(module).items()}
 
@@ -376,7 +390,7 @@ class Skeleton:
         return self.module.get_submodule(path).training
 
     def settle(self) -> None:
-        """A call is over: the skeleton is as it was."""
+        """Restore the skeleton after a call."""
         if self.units:
             self.memory.follow()
         else:
@@ -384,7 +398,7 @@ class Skeleton:
 
 
 def runner_candidates(plan: Plan) -> set[str]:
-    """Modules that may have to run once per member: owners of tensors that differ by member, and those above them."""
+    """The paths of modules that may run once per member: owners of tensors that differ by member, and modules above."""
     owners = {name.rpartition(".")[0] for ends in plan.trained.values() for name in ends}
     owners |= {a.site.path for a in plan.all() if a.by_weights}
     candidates: set[str] = set()
@@ -396,4 +410,4 @@ def runner_candidates(plan: Plan) -> set[str]:
 
 
 def _stand_aside(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """A hook that only has to exist: fused paths skip modules with hooks."""
+    """A hook that does nothing: torch's fused kernels are not used for modules that have hooks."""

@@ -1,7 +1,7 @@
-"""What is known of the memory behind tensors, so that another tensor object over it is not taken for a new one.
+"""Marks on the memory behind tensors, so that other tensor objects over the same memory are recognised.
 
-``as_subclass``, ``.data`` and views made before something was written give objects that nobody has marked, over
-memory that is. What is known of one place in a storage says, by strides, what another place in it holds.
+``as_subclass``, ``.data`` and views made before a write are objects without marks over memory that is marked. From what
+is known of one place in a storage follows, by strides, what another place in it holds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Place(NamedTuple):
 
 
 def same_axis(place: Place, axis: int, other: Place) -> int | None:
-    """The axis of ``other`` that goes through the same memory as ``axis`` of ``place``, entry by entry.
+    """The axis of ``other`` that runs through the same memory as ``axis`` of ``place``; ``None`` if there is none.
 
     >>> whole = Place.of(torch.zeros(5, 5, 4))
     >>> same_axis(Place.of(torch.zeros(5, 5, 4)[..., :2]), 1, whole), same_axis(whole, 0, Place.of(torch.zeros(5, 4)))
@@ -46,14 +46,14 @@ def same_axis(place: Place, axis: int, other: Place) -> int | None:
     fits = [i for i, (n, by) in enumerate(zip(other.shape, other.stride, strict=True)) if n == size and by == step]
     if len(fits) != 1 or size < 2 or step == 0:
         return None
-    # Both begin in the same row: what lies between their beginnings is less than a step along the rows.
+    # Both must begin in the same row: their offsets differ by less than one step along the rows.
     low, high = sorted((place.offset, other.offset))
     return fits[0] if (high - low) // step % size == 0 else None
 
 
 @dataclass(slots=True)
 class _Block(Generic[Known]):
-    """One storage; the weak reference keeps its address from being given to another."""
+    """One storage. The weak reference keeps its address from being reused, without keeping its memory."""
 
     reference: Any
     places: dict[Place, Known] = field(default_factory=dict)
@@ -62,10 +62,11 @@ class _Block(Generic[Known]):
 
 
 class Storages(Generic[Known]):
-    """What is known of tensors, by the place that they have in their storages.
+    """What is known of tensors, by their storage and their place in it.
 
     Attributes:
-        has_inputs, has_spoiled: whether any storage has numbers of inputs, or something unclear in it.
+        has_inputs: whether any storage holds numbers that come from inputs.
+        has_spoiled: whether any storage holds something unclear.
 
     >>> known = Storages[str]()
     >>> x = torch.zeros(4, 3)
@@ -96,14 +97,14 @@ class Storages(Generic[Known]):
         return found
 
     def note(self, tensor: Tensor, known: Known) -> None:
-        """Note what a tensor is."""
+        """Note what is known of a tensor."""
         with torch._C.DisableTorchFunction():
             block = self._block(tensor, new=True)
             if block is not None:
                 block.places[Place(int(tensor.storage_offset()), tensor.shape, tensor.stride())] = known
 
     def note_inputs(self, tensor: Tensor, inputs: frozenset[int]) -> None:
-        """Note which inputs numbers in a tensor's storage come from."""
+        """Note that numbers in a tensor's storage come from these inputs."""
         with torch._C.DisableTorchFunction():
             block = self._block(tensor, new=True)
             if block is not None:
@@ -111,7 +112,10 @@ class Storages(Generic[Known]):
                 self.has_inputs |= bool(inputs)
 
     def written(self, tensor: Tensor, spoils: bool) -> None:
-        """A tensor has been written: all of its storage is as new, or nothing is clear there from now on."""
+        """Note that a tensor was written; one that fills its storage replaces all that was known of it.
+
+        ``spoils`` says that what was written is unclear, so that everything in the storage is unclear from now on.
+        """
         with torch._C.DisableTorchFunction():
             block = self._block(tensor)
             if block is None:
@@ -124,13 +128,13 @@ class Storages(Generic[Known]):
             self.has_spoiled |= block.spoiled
 
     def inputs(self, tensor: Tensor) -> frozenset[int]:
-        """The inputs that anything in the storage comes from."""
+        """The inputs from which numbers in the tensor's storage come."""
         with torch._C.DisableTorchFunction():
             block = self._block(tensor)
             return frozenset() if block is None else block.inputs
 
     def spoiled(self, tensor: Tensor) -> bool:
-        """Whether something unclear was written into the storage."""
+        """Whether something unclear was written into the tensor's storage."""
         with torch._C.DisableTorchFunction():
             block = self._block(tensor)
             return block is not None and block.spoiled
@@ -142,7 +146,12 @@ class Storages(Generic[Known]):
         unclear: Known,
         matters: Callable[[Known], bool],
     ) -> Known | None:
-        """What an unmarked tensor is: as noted for its place, carried over from another one, or ``unclear``."""
+        """What is known of an unmarked tensor: as noted for its place, carried over from another place, or ``unclear``.
+
+        Args:
+            carry: a function of a noted place, what is known of it, and the tensor's place.
+            matters: whether something known is worth carrying over.
+        """
         with torch._C.DisableTorchFunction():
             block = self._block(tensor)
             if block is None:

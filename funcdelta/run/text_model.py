@@ -1,6 +1,6 @@
-"""What a model of text says of itself: what it takes, how it counts positions, and who sees whom.
+"""Facts about a model of text: what it takes, how it counts positions, and which positions attend to which.
 
-Read off its forward, its config and its tables; nothing is run.
+They are read off its forward, its config and its tables; nothing is run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ POSITION_TABLES = ("wpe", "position_embeddings", "position_embedding", "embed_po
 CACHES_TAKEN = frozenset({*CACHES, "use_cache"})
 
 COUNTS_FROM_IDS = "create_position_ids_from_input_ids"
-"""Transformers' function of the models whose positions skip padding."""
+"""Transformers' function in models whose positions skip padding."""
 
 
 def inputs_of(module: nn.Module) -> tuple[str, ...]:
@@ -33,7 +33,7 @@ def inputs_of(module: nn.Module) -> tuple[str, ...]:
 
 
 def input_embedding(module: nn.Module) -> nn.Embedding | None:
-    """The table of token embeddings that ``module`` reads; ``None`` where there is none.
+    """The table of token embeddings of ``module``; ``None`` if there is none.
 
     >>> from transformers import T5Config, T5EncoderModel
     >>> t5 = T5EncoderModel(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
@@ -42,25 +42,22 @@ def input_embedding(module: nn.Module) -> nn.Embedding | None:
     """
     try:
         found = getattr(module, "get_input_embeddings")()  # noqa: B009  (typed as a tensor or a module)
-    except (NotImplementedError, AttributeError):  # how Transformers says that there is none
+    except (NotImplementedError, AttributeError):  # Transformers raises these if there is none
         return None
     return found if isinstance(found, nn.Embedding) else None
 
 
 def takes_text(module: nn.Module) -> bool:
-    """Whether the module's forward takes tokens, or their embeddings, and a mask of them.
-
-    >>> takes_text(torch.nn.Linear(2, 2))
-    False
-    """
+    """Whether the module's forward takes token ids or embeddings, and a mask."""
     names = inputs_of(module)
     return "attention_mask" in names and ("input_ids" in names or "inputs_embeds" in names)
 
 
 def caller_of(model: nn.Module, path: str) -> nn.Module | None:
-    """The outermost module above ``path`` that takes the same text; above an encoder and its decoder nothing does.
+    """The outermost module above ``path`` that takes the same text; ``None`` if there is none.
 
-    Models of images and text hand positions and masks of their own on to the model of the text.
+    Models of images and text compute positions and masks and pass them to their text model. A module above an encoder
+    and a decoder takes other text than either.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2))
@@ -77,13 +74,7 @@ def caller_of(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def counts_from_mask(module: nn.Module) -> bool:
-    """Whether the module's forward counts positions by adding up the mask, where nobody tells their numbers.
-
-    >>> from transformers import OPTConfig, OPTModel
-    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 8}
-    >>> counts_from_mask(OPTModel(OPTConfig(vocab_size=20, word_embed_proj_dim=8, **sizes)).decoder)
-    True
-    """
+    """Whether the module's forward computes positions from the mask if it is given no ``position_ids``."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     if code is None or "cumsum" not in code.co_names:
         return False
@@ -91,7 +82,7 @@ def counts_from_mask(module: nn.Module) -> bool:
 
 
 def only_attends(module: nn.Module) -> bool:
-    """Whether positions meet in attention alone, which a mask closes; a convolution or recurrence sees what is hidden.
+    """Whether positions interact only in attention, so that a mask hides them; convolutions and recurrences ignore it.
 
     >>> only_attends(torch.nn.Linear(2, 2)), only_attends(torch.nn.Sequential(torch.nn.Conv1d(2, 2, 3)))
     (True, False)
@@ -100,14 +91,9 @@ def only_attends(module: nn.Module) -> bool:
 
 
 def is_causal(module: nn.Module) -> bool:
-    """Whether positions see those before them alone.
+    """Whether each position attends only to itself and earlier ones.
 
-    Its attention says so, by a flag or a triangle that it keeps; where it says nothing, taking a cache does.
-
-    >>> from transformers import BertConfig, BertModel
-    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    >>> is_causal(BertModel(BertConfig(vocab_size=20, **sizes)))
-    False
+    Read off a flag of its attention, or a triangular buffer; if there is neither, a model that takes a cache is causal.
     """
     said = [causal for part in module.modules() if isinstance(causal := getattr(part, "is_causal", None), bool)]
     if said:
@@ -123,7 +109,7 @@ def _is_triangle(tensor: Tensor) -> bool:
 
 
 def padding_position(module: nn.Module, embedding: nn.Module) -> int | None:
-    """The position number of padding, where positions are counted from ids.
+    """The position number of padding if positions are counted from ids, else ``None``.
 
     >>> from transformers import RobertaConfig, RobertaModel
     >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
@@ -139,7 +125,7 @@ def padding_position(module: nn.Module, embedding: nn.Module) -> int | None:
 
 
 def position_tables(module: nn.Module, embedding: nn.Module) -> list[tuple[nn.Module, nn.Embedding]]:
-    """Tables of absolute positions with the module that holds them: it holds the table of tokens too.
+    """The tables of absolute positions, each with the module that holds it and the token table ``embedding``.
 
     >>> from transformers import GPT2Config, GPT2Model
     >>> gpt2 = GPT2Model(GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=1, n_head=2))
@@ -156,14 +142,28 @@ def position_tables(module: nn.Module, embedding: nn.Module) -> list[tuple[nn.Mo
 
 
 def is_pair(module: nn.Module) -> bool:
-    """Whether the module is an encoder with its decoder.
+    """Whether the module is an encoder-decoder.
 
-    >>> is_pair(torch.nn.Linear(2, 2))
-    False
+    >>> from transformers import T5Config, T5ForConditionalGeneration
+    >>> t5 = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    >>> is_pair(t5), is_pair(t5.shared)
+    (True, False)
     """
     return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False)) and hasattr(
         module, "get_encoder"
     )
+
+
+def encoder_path(module: nn.Module) -> str | None:
+    """The path of an encoder-decoder's encoder, which ``generate`` calls by itself; ``None`` for other models.
+
+    >>> encoder_path(torch.nn.Linear(2, 2)) is None
+    True
+    """
+    if not is_pair(module):
+        return None
+    encoder = getattr(module, "get_encoder")()  # noqa: B009  (typed as a tensor or a module)
+    return next((path for path, child in module.named_modules() if child is encoder and path), None)
 
 
 def prefixes(path: str) -> list[str]:

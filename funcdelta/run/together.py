@@ -1,4 +1,4 @@
-"""One run of a model in which rows of several members share the batch."""
+"""One folded run of the model: rows of several members share the batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def folded_run(
     reached: set[str] | None = None,
     trunk: Trunk | None = None,
 ) -> Any:
-    """The model's output for rows of several members in one batch."""
+    """The model's output for a batch with rows of several members, lifted by ``lift`` at every site."""
     skeleton = program.skeletons.get(program.training)
     if trunk is not None:
         install(skeleton, trunk)
@@ -41,8 +41,8 @@ def folded_run(
     if skeleton.recomputing and needs_keeping(skeleton):
         if trunk is not None:
             raise FoldError(
-                f'engine="trunk": {min(skeleton.recomputing) or "the backbone"} checkpoints its activations, and what '
-                f'runs again there would not be shared. Use engine="fold".'
+                f'engine="trunk": {min(skeleton.recomputing) or "the backbone"} checkpoints its activations, and a '
+                f'recomputation would not be shared by the members. Use engine="fold".'
             )
         kept = program.skeletons.spare(program.training)
         for path in layout.runs:

@@ -1,18 +1,19 @@
-"""Where every member's rows are, told operation by operation.
+"""Follows every member's rows through a folded run, operation by operation.
 
-A fold is right if what it computes for a member depends on that member's rows alone. Comparing outputs cannot show it:
+A fold is right if what it computes for a member depends only on that member's rows. Comparing outputs cannot prove it:
 experts whose capacity is not reached, or a branch that these values do not take, look right until they are wrong. So
-the probe follows the rows themselves. Each tensor of a folded run is known as
+the probe follows the rows themselves. Each tensor of a folded run is one of
 
-* *shared*: made from parameters and constants alone, the same for all members;
+* *shared* (``None``): made only from parameters and constants, the same for all members;
 * :class:`Rows`: one axis has a block of equal size for each member, in order;
 * *mixed*: anything else that depends on rows.
 
-Views move an axis by arithmetic on shapes. Elementwise operations keep it. Any other operation is run again on the
-blocks of single members: if that gives the blocks of its result, the axis is known, else the result is mixed. So a sum
-over the batch, a running count of tokens, a sort or a shuffle is found where it happens, whatever its values are. What
-Python reads of a tensor's values (``if``, ``tolist``, numpy) is noted too: there, members decide for each other. Where
-it reads what comes from inputs without rows, all of them decide alike, and it is noted which inputs those are.
+Views move the axis by arithmetic on shapes, and elementwise operations keep it. Any other operation is run again on the
+blocks of single members: if that returns the blocks of its result, the axis is known, otherwise the result is mixed. A
+sum over the batch, a running count of tokens, a sort or a shuffle is thus found where it happens, for any values.
+Python that reads a tensor's values (``if``, ``tolist``, numpy) is noted as well, because there one member's values
+decide for another. If what it reads comes from inputs without rows, the decision is the same for all members, and the
+inputs are noted.
 """
 
 from __future__ import annotations
@@ -40,11 +41,17 @@ WITHOUT_ROWS = frozenset({None, DRAWN})
 
 
 class Tracking(ThreadMode):
-    """Follows the rows of ``n`` members through everything that is computed inside the block.
+    """Follows the rows of ``n`` members, ``rows`` each, through everything that is computed inside the block.
 
-    Each has ``rows`` rows. ``on_read`` is called where Python reads values that depend on rows, ``on_mix`` where an
-    operation first mixes them; both get its name. ``on_input`` is called where Python reads values that inputs without
-    rows decide, with the places of these. Random numbers come from ``generators``; ``drew`` tells whether any did.
+    Args:
+        on_read: called with the operation's name when Python reads values that depend on rows.
+        on_mix: called with the operation's name when one mixes rows that were not mixed before.
+        on_input: called with the positions of inputs without rows when Python reads values that come from them.
+
+    Attributes:
+        generators: where random numbers come from.
+        drew: whether any were drawn.
+        hooked: whether a tensor got a hook for the backward pass.
 
     >>> x = torch.arange(6.0).view(6, 1)
     >>> with Tracking(3, print, print) as tracking:
@@ -70,13 +77,13 @@ class Tracking(ThreadMode):
         self.storages = Storages[Tag]()
 
     def __deepcopy__(self, memo: Any) -> Tracking:
-        """Copies of tensors bear the same marks: what they are known by is not copied with them."""
+        """This object itself: marks refer to it, and copies of tensors keep their marks."""
         return self
 
     # -- marks -----------------------------------------------------------------------------------------------------
 
     def of(self, tensor: Tensor) -> Tag:
-        """What is known of a tensor, or of its memory."""
+        """The tag of a tensor: its own mark, or what is known of its memory."""
         if self.storages.has_spoiled and self.storages.spoiled(tensor):
             return MIXED
         mark = getattr(tensor, MARK, None)
@@ -85,25 +92,25 @@ class Tracking(ThreadMode):
         return self.storages.find(tensor, self._carried, MIXED, lambda tag: tag is not None)
 
     def inputs(self, tensor: Tensor) -> frozenset[int]:
-        """The inputs without rows that its numbers come from."""
+        """The inputs without rows that a tensor's numbers come from."""
         mark = getattr(tensor, MARK, None)
         return (mark[2] if mark is not None and mark[0] is self else NOTHING) | self.storages.inputs(tensor)
 
     def mark(self, tensor: Tensor, tag: Tag, memory: bool = True) -> None:
-        """Note what is known of a tensor, and of its ``memory``: there it is found by whatever else lies in it."""
+        """Tag a tensor, and with ``memory`` its memory, so that other tensors over the same memory are recognised."""
         setattr(tensor, MARK, (self, tag, NOTHING))
         if memory:
             self.storages.note(tensor, tag)
 
     def mark_input(self, tensor: Tensor, inputs: frozenset[int]) -> None:
-        """Note that a tensor's numbers come from these inputs without rows; what else is known of it stays."""
+        """Note that a tensor's numbers come from these inputs without rows; its tag stays."""
         mark = getattr(tensor, MARK, None)
         tag, before = mark[1:] if mark is not None and mark[0] is self else (None, NOTHING)
         setattr(tensor, MARK, (self, tag, before | inputs))
         self.storages.note_inputs(tensor, inputs)
 
     def _carried(self, place: Place, tag: Tag, other: Place) -> Tag:
-        """What ``other`` is, in whose storage ``place`` is known."""
+        """The tag of a tensor at ``other``, from that of ``place`` in the same storage."""
         if tag is None or tag is DRAWN:
             return tag
         if tag is MIXED or tag.outer != 1:
@@ -112,7 +119,7 @@ class Tracking(ThreadMode):
         return MIXED if axis is None else Rows(axis)
 
     def part(self, tensor: Tensor, tag: Rows, member: int) -> Tensor:
-        """The block of one member."""
+        """One member's block of a tensor."""
         axis, size = tag.axis, tensor.shape[tag.axis]
         if tag.outer == 1:
             return tensor.narrow(axis, member * (size // self.n), size // self.n)
@@ -120,7 +127,7 @@ class Tracking(ThreadMode):
         return split.select(axis + 1, member).flatten(axis, axis + 1)
 
     def pause(self, alone: bool = False) -> _Paused:
-        """A block whose operations are not followed; of members that run ``alone``, what Python reads of inputs is."""
+        """A block in which operations are not followed; with ``alone``, reads of inputs in Python still are."""
         return _Paused(self, alone)
 
     # -- operations ------------------------------------------------------------------------------------------------
@@ -137,7 +144,7 @@ class Tracking(ThreadMode):
         for tensor in given:
             if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
                 plain = False
-        # What is asked of tensors here is nothing that the model asks, and modes below have nothing to do with it.
+        # The questions asked of tensors here are not the model's, so no other mode may see them.
         with torch._C.DisableTorchFunction():
             if not plain:
                 return self._follow(operator, args, kwargs, given)
@@ -145,7 +152,7 @@ class Tracking(ThreadMode):
                 return self._follow(operator, args, kwargs, given)
 
     def _compute(self, operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The operation itself, with random numbers of one's own."""
+        """The operation itself, with random numbers from ``generators``."""
         if operator.draws:
             found = drawn(operator.func, args, kwargs, self.generators)
             if found is not NotImplemented:
@@ -159,7 +166,7 @@ class Tracking(ThreadMode):
             return self._of_inputs(operator, args, kwargs, inputs)
         name, tags = operator.name, [self.of(tensor) for tensor in given]
         if name == "set_" and any(isinstance(value, torch.UntypedStorage) for value in args):
-            return self._compute(operator, args, kwargs)  # what it is then is known of its storage
+            return self._compute(operator, args, kwargs)  # the tensor's tag is then that of the storage
         kinds = set(tags)
         if kinds <= WITHOUT_ROWS:
             out = self._of_inputs(operator, args, kwargs, inputs)
@@ -187,13 +194,13 @@ class Tracking(ThreadMode):
             if written:
                 self.storages.written(result, tag is MIXED)
             if tag is not None or self.of(result) is not None:
-                self.mark(result, tag, memory=not operator.views)  # of which it is known already
+                self.mark(result, tag, memory=not operator.views)  # a view's memory is marked already
             if written:
                 self._mark_base(result, tag)
         return out
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-        """``F.linear``, which torch takes apart, as one operation: each row gives one. ``None``: it is not told."""
+        """``F.linear`` as one operation that keeps rows apart, instead of its parts; ``None`` if that is unsure."""
         given = [t for t in (x, weight, bias) if t is not None]
         if self.paused or self.storages.has_inputs or any(type(t) not in (Tensor, nn.Parameter) for t in given):
             return None
@@ -206,7 +213,7 @@ class Tracking(ThreadMode):
         return out
 
     def _of_inputs(self, operator: Operator, args: Any, kwargs: Any, inputs: frozenset[int]) -> Any:
-        """An operation on what has no rows: is it a reading of inputs, and what does it make of them?"""
+        """An operation on tensors without rows: follow which inputs its results come from."""
         if not inputs:
             return self._compute(operator, args, kwargs)
         if operator.name in READS or operator.name in DYNAMIC or operator.dynamic:
@@ -218,17 +225,17 @@ class Tracking(ThreadMode):
         return out
 
     def read(self, what: str) -> None:
-        """Python reads values that depend on rows; known builders of masks do so harmlessly."""
+        """Note that Python reads values that depend on rows; Transformers' mask builders do so harmlessly."""
         if not _in_masks():
             self.on_read(what)
 
     def read_inputs(self, inputs: frozenset[int]) -> None:
-        """Python reads values that inputs without rows decide."""
+        """Note that Python reads values that come from inputs without rows."""
         if inputs and not _in_masks():
             self.on_input(inputs)
 
     def _tags(self, seen: Seen, before: dict[int, Tensor]) -> Sequence[Tag]:
-        """Where the rows of the results are; ``before``: what those tensors held that the operation has written."""
+        """The tags of the results; ``before`` holds copies of the tensors that the operation has written, by id."""
         operator, tags, results = seen.operator, seen.tags, seen.results
         if MIXED in tags:
             return [None if operator.name in NEW else MIXED] * len(results)
@@ -248,7 +255,7 @@ class Tracking(ThreadMode):
             return [MIXED] * len(results)
         if operator.pointwise:
             given, read = seen.given, [before.get(id(t), t) for t in seen.given]
-            if operator.name == "copy_":  # what was there before does not matter
+            if operator.name == "copy_":  # the target's former values do not matter
                 given, read, tags = given[1:], read[1:], tags[1:]
                 if not any(tags):
                     return [None]
@@ -256,7 +263,7 @@ class Tracking(ThreadMode):
         return self._by_parts(seen, before)
 
     def _pointwise(self, given: list[Tensor], read: list[Tensor], tags: list[Tag], result: Tensor) -> Tag:
-        """All that have rows have them on the same axis, counted from the last; the others say nothing of members."""
+        """The tag if all operands with rows have them on one axis of the result, and the others are equal for all."""
         tag, size = None, 0
         for t, own in zip(given, tags, strict=True):
             if own is None or own is DRAWN:
@@ -275,9 +282,9 @@ class Tracking(ThreadMode):
         return tag
 
     def uniform(self, tensor: Tensor, tag: Rows) -> bool:
-        """Whether all rows have the same numbers in a tensor that nobody has marked."""
+        """Whether all rows of an unmarked tensor hold the same numbers."""
         size, total = tensor.shape[tag.axis], self.n * self.rows
-        self.read_inputs(self.inputs(tensor))  # other numbers may be another answer
+        self.read_inputs(self.inputs(tensor))  # with other inputs the answer may differ
         if tag.outer == 1 and size % total == 0:
             split = tensor.unflatten(tag.axis, (total, size // total))
             first = split.narrow(tag.axis, 0, 1)
@@ -286,7 +293,7 @@ class Tracking(ThreadMode):
         return all(_equal(first, self.part(tensor, tag, i)) for i in range(1, self.n))
 
     def _indexed(self, args: Any) -> Tag:
-        """``x[arange(rows), ...]``: every row is asked for itself."""
+        """The tag of ``x[arange(rows), ...]``, which picks an entry of every row; ``None`` for other indices."""
         x, indices = args[0], list(args[1])
         tag = self.of(x)
         if tag is None or tag is MIXED or tag.outer != 1 or tag.axis >= len(indices):
@@ -316,15 +323,15 @@ class Tracking(ThreadMode):
         return Rows(positions[0] + at)
 
     def _by_parts(self, seen: Seen, before: dict[int, Tensor]) -> list[Tag]:
-        """The operation on the blocks of each member: do they give the blocks of its result?"""
+        """The tags of the results: known if the operation on each member's blocks returns the blocks of its results."""
         marked = [(t, tag) for t, tag in _marked(seen.given, seen.tags) if tag is not DRAWN]
         sizes = [(tag.outer, t.shape[tag.axis]) for t, tag in marked]
         found: list[Tag] = [MIXED] * len(seen.results)
-        # What is as long as the rows and the same for all of them may be one constant for each row, or not.
+        # A constant as long as the rows, and equal for all, may hold one entry per row or not: try both.
         for axes in ([], [(tag.axis, t.shape[tag.axis]) for t, tag in marked if tag.outer == 1]):
             try:
                 parts = [self._alone(seen, before, axes, member) for member in range(self.n)]
-            except Exception:  # the operation needs the rows of several members: that is the answer
+            except Exception:  # the operation cannot run on one member's rows, so it does not keep them apart
                 continue
             again = [self._match(result, [p[i] for p in parts], sizes) for i, result in enumerate(seen.results)]
             found = [tag if tag is not MIXED else other for tag, other in zip(found, again, strict=True)]
@@ -333,7 +340,7 @@ class Tracking(ThreadMode):
         return found
 
     def _alone(self, seen: Seen, before: dict[int, Tensor], axes: list[tuple[int, int]], member: int) -> list[Tensor]:
-        """What the operation gives for the blocks of one member."""
+        """The results of the operation on one member's blocks."""
 
         def own(t: Any) -> Any:
             if not isinstance(t, Tensor):
@@ -355,7 +362,7 @@ class Tracking(ThreadMode):
         grown = [axis for axis in range(whole.ndim) if whole.shape[axis] != parts[0].shape[axis]]
         if len(grown) != 1 or any(whole.shape[grown[0]] != self.n * part.shape[grown[0]] for part in parts):
             return MIXED
-        # Rows that were repeated, or joined with others like them, stand there as often as the axis is longer.
+        # Repeating rows, or joining them with others of their kind, adds an outer factor.
         size = whole.shape[grown[0]]
         often = [outer * (size // one) for outer, one in sizes if one and size % one == 0]
         for outer in dict.fromkeys([1, *(outer for outer, _ in sizes), *often]):
@@ -367,7 +374,7 @@ class Tracking(ThreadMode):
         return MIXED
 
     def _mark_base(self, view: Tensor, tag: Tag) -> None:
-        """What is written through a view is in its base, too."""
+        """Tag the base of a view that was written."""
         base = view._base
         if base is None or tag is None or tag is DRAWN:
             return
@@ -384,7 +391,7 @@ class Tracking(ThreadMode):
 
 
 class _Paused:
-    """Operations inside the block are not followed."""
+    """The block of :meth:`Tracking.pause`."""
 
     def __init__(self, tracking: Tracking, alone: bool) -> None:
         self.tracking, self.alone, self.before = tracking, alone, 0
@@ -399,9 +406,9 @@ class _Paused:
 
 
 class Readings(WithoutDropout):
-    """Turns dropout off, and notes what passes every dispatcher by.
+    """Turns dropout off, and notes what no dispatch mode sees.
 
-    That is where values leave torch, where objects are copied, and where the backward pass gets hooks.
+    That is: values that leave torch, tensor objects that are copied, and hooks for the backward pass.
     """
 
     AWAY: ClassVar = frozenset(
@@ -453,7 +460,7 @@ def _marked(given: list[Tensor], tags: list[Tag]) -> list[tuple[Tensor, Rows]]:
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    """The tensors among the arguments of an operation, which may be in lists."""
+    """The tensors among the arguments of an operation, and in lists among them."""
     found = []
     for value in values:
         if isinstance(value, Tensor):
@@ -464,7 +471,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _results(out: Any) -> list[Tensor]:
-    """The tensors that an operation gave."""
+    """The tensors that an operation returned."""
     return [out] if isinstance(out, Tensor) else [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
 
 
@@ -478,7 +485,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _in_masks() -> bool:
-    """Whether one of Transformers' builders of attention masks is at work."""
+    """Whether one of Transformers' builders of attention masks is on the call stack."""
     frame = sys._getframe(2)
     for _ in range(30):
         if frame.f_globals.get("__name__") in MASKS:

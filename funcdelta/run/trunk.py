@@ -1,10 +1,10 @@
-"""The trunk: what all members compute alike on one batch, run once with b rows instead of n·b.
+"""The trunk: modules that compute the same for all members of one batch, run once on b rows instead of n·b.
 
 Everything in a folded call has n·b rows, member by member. A module that runs before the first delta acts (or later, on
-values that no delta has touched) sees the same b rows n times over. Such a module is given the first b rows, and what
-it returns is repeated: (n·b, …) → (b, …) → module → (b, …) → (n·b, …). All other code of the model sees n·b rows as in
-any fold, so masks, positions and indices fit. With deltas on the last fraction q of the layers n members cost
-(1 − q) + q n forward passes instead of n.
+values that no delta has touched) sees the same b rows n times. It is given the first b rows, and its output is
+repeated: (n·b, …) → (b, …) → module → (b, …) → (n·b, …). All other code of the model sees n·b rows as in any fold, so
+masks, positions and indices fit. If deltas act in the last fraction q of the layers, n members cost (1 − q) + q n
+forward passes instead of n.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from .call import Call
 from .skeleton import Skeleton
 
 WORTH = 0.05
-"""The share of the arithmetic from which ``engine="auto"`` runs the trunk once: below, the copies cost as much."""
+"""The share of the arithmetic from which on ``engine="auto"`` uses the trunk; below, copying costs as much."""
 
 TRUNK, OPEN = "trunk", "modules of the trunk"
-"""Under these names a call notes its trunk, and which of its modules are running."""
+"""The keys under which a call keeps its trunk, and those of its modules that are running."""
 
 Axes = Mapping[str, int | None]
-"""By a tensor's place among the arguments or results of a module: the axis of its rows, ``None`` where it has none."""
+"""The axis of rows of every tensor among a module's arguments or results, by place; ``None`` if it has no rows."""
 
 
 @dataclass(frozen=True)
 class Ends:
-    """Where the rows are in what enters a module and in what leaves it."""
+    """Where the rows are in a module's inputs and outputs."""
 
     inputs: Axes
     outputs: Axes
@@ -45,9 +45,9 @@ class Trunk:
     """The modules that run once for all members.
 
     Attributes:
-        modules: by path, for every call of the module: where its rows are, or ``None`` for a call that stays as it is.
+        modules: for every call of a module, by path: where its rows are, or ``None`` for a call that is not shared.
         share: their share of the arithmetic of one forward pass.
-        refused: why nothing is shared; empty otherwise.
+        refused: why nothing is shared; otherwise empty.
     """
 
     modules: Mapping[str, tuple[Ends | None, ...]]
@@ -55,15 +55,10 @@ class Trunk:
     refused: str = ""
 
     def at(self, path: str, index: int | None) -> Ends | None:
-        """What to do at the ``index``-th call of the module at ``path``.
-
-        >>> trunk = Trunk({"0": (Ends({"0": 0}, {"": 0}), None)}, share=0.5)
-        >>> trunk.at("0", 1) is None
-        True
-        """
+        """Where the rows are at the ``index``-th call of the module at ``path``; ``None`` if it is not shared."""
         visits = self.modules[path]
         if index is None:
-            raise FoldError(f'{path} runs again in a backward pass, and its trunk was not kept. Use engine="fold".')
+            raise FoldError(f'{path} runs again in a backward pass, where a trunk cannot be used. Use engine="fold".')
         if index >= len(visits):
             raise FoldError(
                 f"{path} was called {index + 1} times, but {len(visits)} times when the shared modules were found: "
@@ -102,7 +97,7 @@ def _hook(skeleton: Skeleton, path: str) -> None:
 
 
 def places(values: Any) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:
-    """Every leaf of ``values`` with its place, and the structure to put others in.
+    """Every leaf of ``values`` with its place, and the structure that rebuilds ``values``.
 
     >>> [place for place, _ in places(((1,), {"mask": 2}))[0]]
     ['[0][0]', "[1]['mask']"]
@@ -121,25 +116,25 @@ def _replaced(values: Any, path: str, axes: Axes, call: Call, change: Any) -> An
 
 
 def _first_rows(value: Tensor, place: str, path: str, axes: Axes, call: Call) -> Tensor:
-    """(n·b, …) → (b, …): the first member's rows stand for all."""
+    """The first member's rows, (n·b, …) → (b, …), which are the same as all others'."""
     n, rows = _members(call)
     axis = axes[place] if place in axes else _axis_by_value(value, n, rows, place, path)
     if axis is None:
         return value
     if value.shape[axis] % n:
         raise FoldError(
-            f"{path} runs once for all {n} members, but what enters it at {place} has the shape {tuple(value.shape)}, "
+            f"{path} runs once for all {n} members, but its input at {place} has the shape {tuple(value.shape)}, "
             f'whose axis {axis} should count the rows of all of them. Use engine="fold".'
         )
     return value.narrow(axis, 0, value.shape[axis] // n)
 
 
 def _repeated(value: Tensor, place: str, path: str, axes: Axes, call: Call) -> Tensor:
-    """(b, …) → (n·b, …)"""
+    """The rows of one member repeated for all, (b, …) → (n·b, …)."""
     if place not in axes:
         raise FoldError(
-            f"{path} runs once for all members and returns a tensor at {place} that it did not return when the shared "
-            f'modules were found, so its rows are not known. Use engine="fold".'
+            f"{path} runs once for all members, but returns a tensor at {place} that it did not return when the shared "
+            f'modules were found, so its rows are unknown. Use engine="fold".'
         )
     axis = axes[place]
     if axis is None:
@@ -156,7 +151,7 @@ def _members(call: Call) -> tuple[int, int]:
 
 
 def _axis_by_value(value: Tensor, n: int, rows: int, place: str, path: str) -> int | None:
-    """The axis of a tensor that was not there when the trunk was found: a mask may come with the first padded row."""
+    """The axis of rows of an input that is new since the trunk was found, such as a mask for the first padded row."""
     if value.shape[0] == 1:
         return None
     if value.shape[0] == rows and not torch.compiler.is_compiling() and not is_wrapped(value):
@@ -164,6 +159,6 @@ def _axis_by_value(value: Tensor, n: int, rows: int, place: str, path: str) -> i
         if torch.equal(each, each[:1].expand_as(each)):
             return 0
     raise FoldError(
-        f"{path} runs once for all members, but is given a tensor at {place}, {tuple(value.shape)}, that was not there "
-        f'when the shared modules were found, and whose rows cannot be told. Use engine="fold".'
+        f"{path} runs once for all members, but gets a tensor {tuple(value.shape)} at {place} that was not there when "
+        f'the shared modules were found, and whose rows are unknown. Use engine="fold".'
     )

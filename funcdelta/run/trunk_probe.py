@@ -1,8 +1,9 @@
-"""Finds the trunk: one call on a watched skeleton tells which modules run on what no delta has touched yet.
+"""Finds the trunk: which modules run on values that no delta has touched, seen in one call on a watched skeleton.
 
-Modules that end before the first delta acts belong to it, and later ones whose every tensor is one of those that such
-modules took or gave (the encoder's states, which every layer of a decoder projects anew). The same rows once and twice
-over tell where each tensor has them. Then two members on the shared trunk have to give what each gives alone.
+Modules that end before the first delta acts belong to it, and later ones if each of their inputs is an input or output
+of such modules (every layer of a decoder projects the encoder's states). A call with the same rows twice shows, by the
+sizes that double, where each tensor has its rows. Finally two members on the shared trunk have to get what each gets
+alone.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ OTHER_ENGINES = 'Use engine="fold".'
 
 
 def trunk_for(program: Program, stack: Params, inputs: Inputs, layout: Layout, least: float) -> Trunk:
-    """The trunk of this input structure: remembered, or found from two rows.
+    """The trunk for these inputs: remembered, or found from two rows.
 
-    Where nothing can be shared, or less than ``least`` of the arithmetic, ``refused`` says why.
+    If nothing can be shared, or less than ``least`` of the arithmetic, its ``refused`` says why.
     """
     if torch.compiler.is_compiling():
-        return Trunk({}, 0.0, f"compiled code does not share a trunk. {OTHER_ENGINES}")
+        return Trunk({}, 0.0, f"compiled code cannot share a trunk. {OTHER_ENGINES}")
     key = key_of(program, stack, inputs)
     trunk = program.trunks.get(key)
     if trunk is None or (trunk.refused and trunk.share > least):
@@ -54,11 +55,11 @@ def trunk_for(program: Program, stack: Params, inputs: Inputs, layout: Layout, l
 def find(program: Program, present: frozenset[str], inputs: Inputs, layout: Layout, least: float) -> Trunk:
     """The trunk of a delta with the leaves ``present``.
 
-    Raises :class:`FoldError` where members on it would not give what they give alone.
+    Raises :class:`FoldError` if members on it do not get what they get alone.
     """
     dropout = CountedDropout()
     inputs, rows = inputs.concrete(), [0, inputs.b - 1]
-    # A private copy: its modules are hooked while it is watched.
+    # A private copy, because watching hooks its modules.
     skeleton = program.skeletons.build(program.training)
     with torch.inference_mode(False), outside_transforms(), torch.no_grad(), dropout:
         members = expand_stack(program.plan.shared, program.random_members(2, present))
@@ -81,7 +82,7 @@ def find(program: Program, present: frozenset[str], inputs: Inputs, layout: Layo
 
         single = Watch(skeleton, acting, dropout)
         first = single.run(lambda: once(0))
-        # Most deltas act in every layer: for them the search ends here.
+        # Most deltas act in every layer, and the search ends here.
         at_most = compare(single, None)
         if at_most.refused or at_most.share < least:
             few = f"only {at_most.share:.0%} of the arithmetic comes before a delta. {OTHER_ENGINES}"
@@ -106,7 +107,7 @@ def find(program: Program, present: frozenset[str], inputs: Inputs, layout: Layo
 
 
 def _where_deltas_act(program: Program, members: Params, layout: Layout, skeleton: Skeleton) -> set[int]:
-    """Modules at whose entrance members begin to differ."""
+    """The ids of the modules at whose inputs or outputs members may begin to differ."""
     paths = {end for a in program.plan.all() if a.among(members) for end in a.ends}
     paths |= set(layout.runs)
     return {id(skeleton.module.get_submodule(path)) for path in paths}
@@ -120,14 +121,14 @@ def _check(together: Any, alone: list[Any], layout: Layout) -> None:
         ):
             if isinstance(leaf, Tensor) and not close(members_of(leaf, dim, 2, 2)[i], expected):
                 raise FoldError(
-                    f"Two members on a shared trunk do not give what each gives alone (output {place}). {OTHER_ENGINES}"
+                    f"Two members on a shared trunk do not get what each gets alone (output {place}). {OTHER_ENGINES}"
                 )
 
 
 def compare(single: Watch, double: Watch | None) -> Trunk:
-    """The outermost calls that can be shared, with the axes that double when the same rows come twice.
+    """The trunk of the outermost calls that can be shared; their rows are on the axes that double.
 
-    Without ``double`` the most that they can be: where their rows are is not known.
+    Without ``double`` an upper bound: the axes are unknown, and some calls may turn out not to be shared.
     """
     if double is not None and [v.path for v in single.visits] != [v.path for v in double.visits]:
         return Trunk({}, 0.0, f"which modules run depends on the number of members. {OTHER_ENGINES}")
@@ -144,12 +145,12 @@ def compare(single: Watch, double: Watch | None) -> Trunk:
         modules.setdefault(one.path, []).append(ends)
     shared = {path: tuple(visits) for path, visits in modules.items() if any(visits)}
     if not shared:
-        return Trunk({}, 0.0, f"no module runs on what all members have in common. {OTHER_ENGINES}")
+        return Trunk({}, 0.0, f"no module runs on values that all members have in common. {OTHER_ENGINES}")
     return Trunk(shared, flops / single.flops.total if single.flops.total else 1.0)
 
 
 def _ends(one: Visit, two: Visit) -> Ends | None:
-    """Where the rows are; ``None`` where there are none on one side, or they cannot be told."""
+    """Where a call has its rows; ``None`` if its inputs or outputs have none, or it is unclear where."""
     if one is two:
         return Ends({}, {})
     if one.other != two.other:

@@ -1,4 +1,4 @@
-"""Runs besides the call itself: no transform, no dropout, no global random numbers, and whether any would be drawn."""
+"""Blocks for extra runs that the caller must not notice: no transform, no dropout, no global random numbers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ..transforms import outside_transforms
 
 
 class WithoutDropout(TorchFunctionMode):
-    """Turns dropout off inside the block: the probe compares values, and masks differ with the batch size.
+    """A block in which dropout is off: the probe compares values, and dropout masks depend on the batch size.
 
     Attributes:
-        count: how often it would have acted.
+        count: how often dropout would have acted.
     """
 
     OFF: ClassVar = frozenset(
@@ -46,11 +46,11 @@ class WithoutDropout(TorchFunctionMode):
             share, training = (*args[1:3], *(None, None))[:2]
             share = kwargs.get("p", 0.5) if share is None else share
             training = kwargs.get("training", kwargs.get("train", True)) if training is None else training
-            # A rate may be each member's own, a tensor.
+            # A rate may be a tensor, and differ by member.
             self.count += bool(training) and (isinstance(share, Tensor) or share > 0)
             return args[0] if args else kwargs["input"]
         if func is F.multi_head_attention_forward:
-            # Its chance stands eleventh.
+            # dropout_p is its eleventh argument.
             share = args[10] if len(args) > 10 else kwargs.get("dropout_p", 0.0)
             self.count += bool(kwargs.get("training", True)) and share > 0
             kwargs["training"] = False
@@ -65,7 +65,7 @@ class WithoutDropout(TorchFunctionMode):
 
 @contextmanager
 def beside() -> Iterator[None]:
-    """A block outside of all transforms; whether gradients are wanted stays as it is, for models may ask."""
+    """A block outside of all transforms and inference mode; grad mode stays as it is, because models may ask for it."""
     wanted = torch.is_grad_enabled()
     with torch.inference_mode(False), outside_transforms(), torch.set_grad_enabled(wanted):
         yield
@@ -73,10 +73,10 @@ def beside() -> Iterator[None]:
 
 @contextmanager
 def undisturbed(draws: bool = True) -> Iterator[None]:
-    """A block that runs beside everything else: no transform, no dropout, no global random numbers.
+    """A block without transforms, dropout and global random numbers.
 
     Args:
-        draws: whether anything in it may draw; where it is known that nothing does, torch is not watched for it.
+        draws: whether anything in it may draw; if nothing does, the modes that watch for it are saved.
     """
     with beside(), ExitStack() as modes:
         if draws:

@@ -1,7 +1,7 @@
-"""Inputs without rows whose values decide where the rows of others are: the values, as a part of the inputs' key.
+"""Values of inputs without rows, as a part of the inputs' key, if they may decide which layout holds.
 
-Python may branch on a flag that all members share. What was learned with one value of it says nothing of another, so
-the probe notes which inputs Python reads, and from then on their values belong to the key of the layout.
+Python may branch on a flag that all members share. A layout that was learned with one value of it may not hold for
+another, so the probe notes which inputs Python reads, and from then on their values belong to the key.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from ..trees.opaque import PLAIN, holds_tensors, tensors_in
 from .containers import is_cache
 
 SHORT = 32
-"""Values of as many bytes stand in a key as they are; of longer ones their digest does."""
+"""Values of up to this many bytes enter the key in full, longer ones by a digest."""
 
 MANY = 16
-"""With as many values of one input, each call brings another one, and learning a layout for each is no gain."""
+"""After this many values it is assumed that every call has another one, and no more layouts are learned."""
 
 
 @dataclass(frozen=True)
 class Deciding:
-    """In the place of a layout: the inputs, by position, whose values tell which layout it is.
+    """Stored in place of a layout if the values of some inputs decide which layout holds.
 
     Attributes:
-        learned: for how many values a layout has been learned.
+        places: the positions of these inputs.
+        learned: how many layouts were learned, one for each combination of values.
     """
 
     places: tuple[int, ...]
     learned: int = 1
 
     def with_more(self, places: Iterable[int]) -> Deciding:
-        """The same with the inputs that one more call was seen to read.
+        """This with the inputs that one more call was seen to read.
 
         >>> Deciding((1,)).with_more({3, 1})
         Deciding(places=(1, 3), learned=2)
@@ -46,12 +47,12 @@ class Deciding:
         return Deciding(tuple(sorted({*self.places, *places})), self.learned + 1)
 
     def values(self, leaves: list[Any]) -> tuple[str, ...]:
-        """The values of these inputs, in a form that a key can hold."""
+        """The values of the deciding inputs, as words for a key."""
         return tuple(written(leaves[place]) for place in self.places)
 
 
 def can_decide(leaf: Any) -> bool:
-    """Whether a leaf without rows is or holds tensors whose values Python may read; a cache changes with every call.
+    """Whether a leaf without rows is or holds tensors whose values Python may read; not caches, which always change.
 
     >>> can_decide(torch.zeros(())), can_decide(True)
     (True, False)
@@ -70,7 +71,7 @@ def held(leaf: Any) -> Iterator[Tensor]:
 
 
 def written(leaf: Any) -> str:
-    """The values of a leaf as a word: equal where the tensors are equal to the bit.
+    """The values of a leaf as a word, equal for tensors that are equal to the bit.
 
     >>> written(torch.tensor([1])) == written(torch.tensor([1])), written(torch.tensor([1])) == written(torch.tensor(1))
     (True, False)

@@ -1,4 +1,4 @@
-"""What happens in one call of a model: which modules run, on which tensors, and where members begin to differ."""
+"""Watches one call of a model: which modules run, on which tensors, and where members begin to differ."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .trunk import places
 from .undisturbed import WithoutDropout
 
 STATELESS = (*PLAIN, torch.dtype, torch.device, torch.Size)
-"""What a module may take or give besides tensors without hiding a state in it."""
+"""Types that a module may take or return besides tensors; other objects might carry state from one to another."""
 
 
 @dataclass
@@ -26,10 +26,11 @@ class Visit:
     """One call of a module.
 
     Attributes:
-        parent: the index of the call that it stands in.
-        alike: whether members do not differ in it.
-        sharable: ``alike``, and it changes nothing and takes and gives nothing but tensors and plain values.
-        inputs, outputs: shapes by place; ``flops`` of its arithmetic.
+        parent: the index of the call inside which it runs.
+        alike: whether all members compute the same in it.
+        sharable: ``alike``, and it writes none of its inputs and takes and returns only tensors and plain values.
+        inputs, outputs: the shapes of its tensors, by place.
+        flops: its floating-point operations.
     """
 
     path: str
@@ -43,7 +44,7 @@ class Visit:
 
 
 class Watch:
-    """Notes every module call of one run of a skeleton."""
+    """Notes every module call in one run of a skeleton, in which members differ from the modules ``acting`` on."""
 
     def __init__(self, skeleton: Skeleton, acting: set[int], dropout: CountedDropout) -> None:
         self.skeleton, self.acting, self.dropout = skeleton, acting, dropout
@@ -56,7 +57,7 @@ class Watch:
         self._alike: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     def run(self, call: Callable[[], Any]) -> Any:
-        """The output of ``call``, watched."""
+        """The output of ``call()``, during which module calls are noted."""
         handles = []
         for path, module in self.skeleton.module.named_modules():
             handles.append(module.register_forward_pre_hook(self._entering(path), with_kwargs=True))
@@ -71,7 +72,7 @@ class Watch:
                 handle.remove()
 
     def _note_randomness(self) -> None:
-        """Random numbers are drawn for each member's rows, so members differ from there on."""
+        """Count new random numbers as an event from which on members differ: each member's rows draw their own."""
         drawn = self.random.count, self.dropout.count
         self._events += drawn != self._drawn
         self._drawn = drawn
@@ -106,9 +107,9 @@ class Watch:
         visit.flops = self.flops.total - flops
         leaves, _ = places(output)
         visit.outputs = {place: tuple(leaf.shape) for place, leaf in leaves if isinstance(leaf, Tensor)}
-        # A module that writes its inputs would write the first member's rows alone.
+        # A shared module that writes its inputs would write the first member's rows only.
         visit.sharable &= visit.alike and [_version(tensor) for tensor in tensors] == versions
-        # What hands on its input (dropout that is off) has nothing to save.
+        # A module that returns its input (dropout that is off) saves nothing.
         handed_on = any(leaf is tensor for _, leaf in leaves for tensor in tensors)
         visit.sharable &= not handed_on and all(isinstance(leaf, STATELESS) for _, leaf in leaves)
         if visit.alike:
@@ -119,7 +120,7 @@ class Watch:
             self._alike[id(tensor)] = weakref.ref(tensor), _version(tensor)
 
     def _is_alike(self, tensor: Tensor) -> bool:
-        """Whether no delta has touched it: the very tensor, not written since."""
+        """Whether no delta has touched a tensor: it is one that was remembered, and was not written since."""
         known = self._alike.get(id(tensor))
         return known is not None and known[0]() is tensor and known[1] == _version(tensor)
 
@@ -152,7 +153,7 @@ class Flops(ThreadMode):
 
 
 class CountedDropout(WithoutDropout):
-    """Turns dropout off; what it would have acted on is another tensor, for masks are drawn for each member's rows."""
+    """Turns dropout off, but returns a clone where it would have acted: with it on, members would differ from there."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -163,7 +164,7 @@ class CountedDropout(WithoutDropout):
 
 
 class CountedRandom(PrivateRandom):
-    """Random numbers from a private generator, counted by the call.
+    """Random numbers from a private generator, with a count of the calls that draw.
 
     >>> with CountedRandom() as random:
     ...     numbers = torch.rand(3) + torch.rand(3)

@@ -1,4 +1,4 @@
-"""What weights do not tell of a site: measured by running an example through the backbone's structure once."""
+"""Widths and numbers of heads that cannot be read off a site's weights: measured by running an example once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import MatchError
 from ..methods.site import AttentionShape, Shapes
 from ..randomness import private_random
+from ..structures.modules.interface import uses_interface
 from .attention import open_attention, shape_of
 from .hidden import hidden_input, hidden_output
 from .skeleton import Skeleton
@@ -21,7 +22,7 @@ Example = Mapping[str, Any] | Sequence[Any] | None
 def measure_shapes(backbone: nn.Module, paths: list[str], example: Example) -> dict[str, Shapes]:
     """The shapes of the hidden input and output at each of ``paths``.
 
-    The first is ``None`` where no features enter: numbers of tokens, or no tensor at all.
+    The input's is ``None`` if no features enter: token ids, or no tensor at all.
     """
     shapes: dict[str, Shapes] = {}
 
@@ -34,17 +35,23 @@ def measure_shapes(backbone: nn.Module, paths: list[str], example: Example) -> d
     _run(backbone, paths, example, note, "The width")
     for path in paths:
         if path not in shapes:
-            raise MatchError(f"{path} was not called by the example: name a module that runs, or give another example.")
+            raise MatchError(f"{path} did not run on the example. Name a module that runs, or give another example.")
     return shapes
 
 
 def measure_attention(backbone: nn.Module, paths: list[str], example: Example) -> dict[str, AttentionShape]:
-    """Heads and sizes of the keys and values that the module at each of ``paths`` hands to its attention function."""
+    """Heads and sizes of the keys and values that the module at each of ``paths`` passes to its attention function."""
     shapes: dict[str, AttentionShape] = {}
+    closed = next((path for path in paths if not uses_interface(backbone.get_submodule(path))), None)
+    if closed is not None:
+        raise MatchError(
+            f"{closed} ({type(backbone.get_submodule(closed)).__name__}) does not go through Transformers' attention "
+            f"interface, so no method can act within its attention: leave it out with exclude_modules=."
+        )
 
     def note(path: str, module: nn.Module) -> None:
         def attention(original: Any, _: str, module: nn.Module, *args: Tensor, **kwargs: Any) -> Any:
-            shapes[path] = shape_of(args[1], args[2])
+            shapes[path] = shape_of(*args[:3])
             return original(module, *args, **kwargs)
 
         open_attention(path, module, attention)
@@ -54,8 +61,8 @@ def measure_attention(backbone: nn.Module, paths: list[str], example: Example) -
         if path not in shapes:
             raise MatchError(
                 f"{path} ({type(backbone.get_submodule(path)).__name__}) did not go through Transformers' attention "
-                f"interface when the example ran, so no keys can be added there: leave it out with exclude_modules=, "
-                f"or give another example."
+                f"interface when the example ran, so no method can act within its attention: leave it out with "
+                f"exclude_modules=, or give another example."
             )
     return shapes
 
@@ -63,15 +70,15 @@ def measure_attention(backbone: nn.Module, paths: list[str], example: Example) -
 def _run(
     backbone: nn.Module, paths: list[str], example: Example, note: Callable[[str, nn.Module], None], what: str
 ) -> None:
-    """Run the example with ``note(path, module)`` called for the module at each path first.
+    """Call ``note(path, module)`` for the module at each path of a private copy, then run the example on the copy.
 
-    Runs in evaluation mode, without gradients and random numbers, on a private copy of the structure.
+    It runs in evaluation mode, without gradients and global random numbers.
     """
     trials = _own_trials(backbone, paths) if example is None else {"": example}
     if not trials:
         raise MatchError(
             f"{what} of {paths[0]} ({type(backbone.get_submodule(paths[0])).__name__}) cannot be read off its "
-            f"weights: build the delta with example=inputs (a dict of keywords, or a tuple)."
+            f"weights. Build the delta with example=inputs (a dict of keyword inputs, or a tuple)."
         )
     skeleton = Skeleton(backbone, None, False, None)
     for path in paths:
@@ -94,7 +101,7 @@ def _run(
 
 
 def _own_trials(backbone: nn.Module, paths: Sequence[str]) -> dict[str, Any]:
-    """``{path of a model: its own inputs for a trial run}`` of the outermost models around ``paths`` that have some."""
+    """``{path of a model: its dummy inputs}`` of the outermost models around ``paths`` that have some."""
     found: dict[str, Any] = {}
     for path in paths:
         tokens = path.split(".")
@@ -107,7 +114,7 @@ def _own_trials(backbone: nn.Module, paths: Sequence[str]) -> dict[str, Any]:
 
 
 def _dummy_inputs(backbone: nn.Module) -> Any:
-    """What a model from Transformers offers for a trial run; an image where it reads images alone."""
+    """The dummy inputs of a Transformers model; an image, if it takes nothing else."""
     config = getattr(backbone, "config", None)
     if getattr(backbone, "main_input_name", None) == "pixel_values" and isinstance(
         getattr(config, "image_size", None), int
@@ -120,6 +127,6 @@ def _dummy_inputs(backbone: nn.Module) -> Any:
 def _shape_in(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
     try:
         x = hidden_input(path, args, kwargs)[0]
-    except MatchError:  # most methods look at what leaves only; one that needs the width says that it is not known
+    except MatchError:  # most methods need only the output's width; one that needs this one will say so
         return None
     return tuple(x.shape) if x.ndim and x.is_floating_point() else None

@@ -1,7 +1,7 @@
-"""What a model or one of its modules writes into the tensors that it is given.
+"""Which of its input tensors a model or a module writes.
 
-A state that is updated in place has in the end what each row's own run wrote into it. So whatever runs twice, with a
-delta and without it, or by another engine after the first one could not, has to begin from the same tensors.
+A state that is updated in place has to hold, for each row, what the row's own run wrote into it. So anything that runs
+twice (with a delta and without, or by a second engine after the first one failed) has to begin with the same tensors.
 """
 
 from __future__ import annotations
@@ -16,17 +16,13 @@ from ..transforms import is_wrapped
 
 
 def marks(tensors: Sequence[Tensor]) -> list[Any]:
-    """What tells later whether each was written: a count, or a copy where nobody counts, in inference mode.
-
-    >>> marks([torch.zeros(2)])
-    [0]
-    """
+    """Marks from which :func:`changed` can tell whether a tensor was written: its version, or a copy if it has none."""
     return [_mark(tensor) for tensor in tensors]
 
 
 def _mark(tensor: Tensor) -> Any:
     if is_wrapped(tensor):
-        return None  # what transforms have made they write into anew
+        return None  # a write into a transform's tensor does not reach the caller's
     return tensor.clone() if tensor.is_inference() else tensor._version
 
 
@@ -48,10 +44,13 @@ def changed(tensors: Sequence[Tensor], before: Sequence[Any]) -> tuple[int, ...]
 
 
 class Copies:
-    """Copies of ``values`` for the run that comes first; ``known`` are those that are written, by position.
+    """Tensors for two runs on the same ``values``, and what each run wrote into them.
+
+    Args:
+        known: the positions of the values that are known to be written.
 
     Attributes:
-        made: the copies.
+        made: copies of ``values`` for the first run.
 
     >>> state, x = torch.zeros(2), torch.ones(2)
     >>> copies = Copies([state, x], ())
@@ -65,18 +64,18 @@ class Copies:
     def __init__(self, values: Sequence[Tensor], known: Collection[int]) -> None:
         self.values, self.known = list(values), frozenset(known)
         self.made = [value.clone() for value in values]
-        # Compiled code counts nothing, and has what was learned.
+        # There are no versions while compiling, but what is written is known from the layout.
         self._traced = torch.compiler.is_compiling()
         self._before = ([], []) if self._traced else (marks(self.made), marks(self.values))
         self._first: frozenset[int] = frozenset()
 
     def apart(self) -> list[Tensor]:
-        """The tensors for the second run: further copies of what the first one has written."""
+        """The tensors for the second run: ``values``, or a copy of each that the first run has written."""
         self._first = self._changed()
         return [value.clone() if i in self._first else value for i, value in enumerate(self.values)]
 
     def written(self, own: Sequence[Tensor], dims: Sequence[Any]) -> Iterator[tuple[Tensor, Tensor, Tensor, Any]]:
-        """``(value, what the second run made of it, what the first did, dim)`` of all that either has written."""
+        """``(value, its copy after the second run, after the first, dim)`` for each value that either run wrote."""
         for i in sorted(self._first | self._changed()):
             yield self.values[i], own[i], self.made[i], dims[i]
 

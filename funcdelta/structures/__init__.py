@@ -1,6 +1,6 @@
-"""Backbone-independent names of modules (``attn@.q@``, ``ff@.w2@``): one table a family of Transformers models.
+"""Backbone-independent names of modules (``attn@.q@``, ``ff@.w2@``), with one table per family of Transformers models.
 
-Methods name their default sites in common names, so a family with a table has defaults for every method.
+Methods give their default sites as common names, so every method has defaults on every family with a table.
 """
 
 from .families import FAMILIES

@@ -1,4 +1,4 @@
-"""Tables of the decoders of text: GPT-2, GPT-J, GPT-NeoX, BLOOM, OPT, Llama and what is built like it, Phi."""
+"""Tables of text decoders: GPT-2, GPT-J, GPT-NeoX, BLOOM, OPT, Llama and similar models, Phi."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GPTJ: Table = {
     "wte": "embeddings@",
     "h": "decoder@.block@",
     "h.*": {
-        # One norm in front of both.
+        # One norm before both attention and feed-forward network.
         "ln_1": ("attn@.layer_norm@", "ff@.layer_norm@"),
         **attention("attn", "q_proj", "k_proj", "v_proj", "out_proj"),
         **feed_forward("mlp", "fc_in", "fc_out"),
@@ -75,7 +75,7 @@ OPT: Table = {
     "decoder.layers.*": {
         **attention("self_attn", "q_proj", "k_proj", "v_proj", "out_proj"),
         "self_attn_layer_norm": ("layer_norm@", "attn@.layer_norm@"),
-        # No module holds both: each answers to ff@.
+        # No module contains both, so each has the alias ff@.
         "fc1": ("ff@.w1@", "ff@"),
         "fc2": ("ff@.w2@", "ff@"),
         "final_layer_norm": ("layer_norm@", "ff@.layer_norm@"),
@@ -107,10 +107,10 @@ GEMMA2: Table = {
     },
 }
 GEMMA3: Table = {"lm_head": HEAD}
-"""What a Gemma 3 that sees has outside its towers."""
+"""The modules of a multimodal Gemma 3 outside its towers."""
 MIXTRAL: Table = {
     **_AROUND,
-    # The experts' projections are no modules: the routed network as a whole stands for what goes into it and comes out.
+    # The experts' projections are not modules, so the routed network as a whole has the names of both.
     "layers.*": {**_SELF_ATTENTION, **_TWO_NORMS, "mlp": ("ff@", "ff@.w1@", "ff@.w2@")},
 }
 PHI: Table = {

@@ -1,4 +1,4 @@
-"""Tables of the encoders of text: BERT and what is built like it, DeBERTa-v2, DistilBERT, ALBERT, ModernBERT."""
+"""Tables of text encoders: BERT and similar models, DeBERTa-v2, DistilBERT, ALBERT, ModernBERT."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _bert(q: str, k: str, v: str) -> dict[str, str | Table]:
             "attention.output.LayerNorm": "attn@.layer_norm@",
             **attention("crossattention", *inside, common="crossattn@"),
             "crossattention.output.LayerNorm": "crossattn@.layer_norm@",
-            # Two modules make the one network.
+            # Two modules make up the feed-forward network.
             "intermediate": "ff@",
             "intermediate.dense": "ff@.w1@",
             "output": "ff@",
@@ -63,12 +63,12 @@ DISTILBERT: Table = {
 ALBERT: Table = {
     "embeddings.word_embeddings": "embeddings@",
     "encoder": "encoder@",
-    # Layers stand in groups, and are counted within their group.
+    # Layers are in groups, and are numbered within their group.
     "encoder.albert_layer_groups.*.albert_layers": "encoder@.albert_layer_groups.*.block@",
     "encoder.albert_layer_groups.*.albert_layers.*": {
         **attention("attention", "query", "key", "value", "dense"),
         "attention.LayerNorm": "attn@.layer_norm@",
-        # No module holds both.
+        # No module contains both.
         "ffn": ("ff@.w1@", "ff@"),
         "ffn_output": ("ff@.w2@", "ff@"),
         "full_layer_layer_norm": "ff@.layer_norm@",

@@ -1,4 +1,4 @@
-"""Which table a model has, by Transformers' ``model_type``; a new family is one more table and one more line."""
+"""The table of each family, by Transformers' ``model_type``; a new family needs a table and a line here."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ FAMILIES: dict[str, Table] = {
     "clip_text_model": CLIP_TEXT,
     "clip_vision_model": CLIP_VISION,
 }
-"""The table of every family; a backbone's own can be added: ``FAMILIES["my_type"] = {...}``."""
+"""The table of every family; you can add your own: ``FAMILIES["my_type"] = {...}``."""
 
 _READ: dict[str, tuple[Table, Rows]] = {}
 
 
 def rows_of(kind: str) -> Rows:
-    """The rows of the family ``kind``, ready for look-ups.
+    """The rows of the family ``kind``, prepared for look-ups.
 
     >>> rows_of("gpt2").whole.longest(["wte"])[0].names
     ('embeddings@',)

@@ -1,4 +1,4 @@
-"""Where q, k and v (or the gate and what it gates) lie in the output of a fused projection."""
+"""Layouts of fused projections: where q, k and v (or a gate and its values) are in the output."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def by_head(config: Any, names: Sequence[str], width: int) -> tuple[Part, ...]:
 
 
 def grouped_query(config: Any, names: Sequence[str], width: int) -> tuple[Part, ...]:
-    """``[q; k; v]`` where keys and values have fewer heads than the queries.
+    """``[q; k; v]`` with fewer heads for keys and values than for queries.
 
     >>> from types import SimpleNamespace
     >>> heads = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2)

@@ -1,4 +1,4 @@
-"""What the names in a config mean on a backbone: common names, OpenDelta's older ones without ``@``, and its own."""
+"""Resolves names in a config on a backbone: common names, OpenDelta's older ones without ``@``, and the backbone's."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .parts import Part
 from .rows import Translation, translate
 
 Parts = tuple[Part, ...]
-"""Parts of a fused output; empty: the whole output."""
+"""Parts of a fused output; empty for the whole output."""
 
 
 class Names:
-    """Every name of every module of ``backbone``.
+    """All names of all modules of ``backbone``.
 
-    A module is translated by the table of the innermost Transformers model that it belongs to, below the path of
-    that model, so a BERT and a T5 inside one module each keep to their own.
+    A module's path is translated by the table of the innermost Transformers model that contains it, relative to that
+    model, so a BERT and a T5 inside one module each use their own table.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -38,17 +38,17 @@ class Names:
             kind = getattr(config, "model_type", None)
             if not isinstance(kind, str) or not kind:
                 kind, config = outer, self._config[above] if path else None
-            # Inside a model its own type says nothing new; another type begins another model.
+            # A module of the same type belongs to the enclosing model; another type starts a new model.
             self._region[path] = (start if kind == outer else path, kind)
             self._config[path] = config
 
     @property
     def families(self) -> list[str]:
-        """The families that are found, in the order of their first module."""
+        """The families found, in the order of their first modules."""
         return [kind for kind in dict.fromkeys(kind for _, kind in self._region.values()) if kind in FAMILIES]
 
     def of(self, path: str) -> Translation:
-        """What the module or parameter at ``path`` is called.
+        """The names of the module or parameter at ``path``.
 
         >>> Names(torch.nn.Sequential(torch.nn.Linear(2, 2))).of("0.weight").name
         '0.weight'
@@ -67,7 +67,7 @@ class Names:
         return known
 
     def parts(self, path: str) -> Parts:
-        """The parts of a fused output, if the module at ``path`` has one whose layout is known.
+        """The parts of the output of the module at ``path``, if it is fused and its layout is known.
 
         >>> Names(torch.nn.Sequential(torch.nn.Linear(2, 2))).parts("0")
         ()
@@ -77,14 +77,14 @@ class Names:
         if fused is None or width is None:
             return ()
         found = fused.layout(self._config[path], fused.names, width)
-        # A layer that was cut (by pruning, or over several devices) has rows of other meanings.
+        # In a layer that was cut (by pruning, or across devices) rows have other meanings.
         return found if sum(part.size for part in found) == width else ()
 
     def find(self, target: str, common: bool | None, among: Iterable[str] | None = None) -> dict[str, Parts]:
-        """The modules (or those ``among`` dotted names) that ``target`` means: ``{path: parts}``.
+        """``{path: parts}`` of the modules (or of the dotted names ``among``) that ``target`` matches.
 
-        A target with ``@`` is a common name. Without it, it is the backbone's own name; where ``common`` says that
-        names are common, it is OpenDelta's older name (``attn.q``), or the own name if that means nothing.
+        A target with ``@`` is a common name, one without ``@`` a name of the backbone. If ``common`` is true, a target
+        without ``@`` is OpenDelta's older common name (``attn.q``), or a name of the backbone if that matches nothing.
 
         >>> Names(torch.nn.Sequential(torch.nn.Linear(2, 2))).find("0", None)
         {'0': ()}
@@ -95,14 +95,14 @@ class Names:
         self._demand_family(target)
         if "@" in target and common is False:
             raise MatchError(
-                f"common_structure=False says that names are the backbone's own, but {target!r} is a common name: "
-                f"leave common_structure out."
+                f"common_structure=False means that names are the backbone's own, but {target!r} is a common name: "
+                f"leave out common_structure."
             )
         old = "@" not in target
         found: dict[str, Parts] = {}
         for path in paths:
             if isinstance(self._modules.get(path), nn.Identity):
-                continue  # holds the place of what this layer does without
+                continue  # a placeholder for something that this layer lacks
             called = self.of(path)
             if any(matches(_plain(name) if old else name, target) for name in called.names):
                 found[path] = ()
@@ -116,7 +116,7 @@ class Names:
         return found
 
     def nearest(self, target: str, common: bool | None, others: Iterable[str] = ()) -> str:
-        """A sentence with the names most like ``target``, to end an error message with."""
+        """A sentence with the names most similar to ``target``, for the end of an error message."""
         if "@" not in target and not common:
             return near(target, [*(path for path in self._modules if path), *others])
         known: dict[str, None] = {}
@@ -134,16 +134,16 @@ class Names:
         if not parts:
             module = self._modules[path]
             raise MatchError(
-                f"{path} ({type(module).__name__}) computes several projections at once, and where {', '.join(meant)} "
-                f"lie in its {_width(module)} outputs cannot be told: name the whole layer, {self.of(path).name!r}."
+                f"{path} ({type(module).__name__}) computes several projections at once, and it is unknown where "
+                f"{', '.join(meant)} are in its {_width(module)} outputs: name the whole layer, {self.of(path).name!r}."
             )
         return tuple(parts[name] for name in meant)
 
     def _demand_family(self, target: str) -> None:
         if not self.families:
             raise MatchError(
-                f"{type(self._backbone).__name__} is of no family with common names ({', '.join(FAMILIES)}), so "
-                f"{target!r} means nothing here: give names of the backbone's own, such as modified_modules=[...]."
+                f"{type(self._backbone).__name__} belongs to no family with common names ({', '.join(FAMILIES)}), so "
+                f"{target!r} matches nothing: give the backbone's own names, such as modified_modules=[...]."
             )
 
 
@@ -153,16 +153,16 @@ def _plain(name: str) -> str:
 
 
 def _width(module: nn.Module) -> int | None:
-    """How many features leave a linear layer; ``None`` for other modules."""
+    """The number of output features of a linear layer; ``None`` for other modules."""
     width = getattr(module, "out_features", None) or getattr(module, "nf", None)
     return width if isinstance(width, int) else None
 
 
 def common_names(model: nn.Module) -> dict[str, str]:
-    """The common name of every module of ``model``, by its path; ``MatchError`` if it is of no known family.
+    """``{path: common name}`` of every module of ``model``; ``MatchError`` if it belongs to no known family.
 
-    Tokens that end with ``@`` are common, the others are the model's own: what wraps the backbone, numbers of
-    layers, and what the family's table leaves out. The root has no name.
+    Tokens that end with ``@`` are common. The others are the model's own: wrappers, numbers of layers, and modules that
+    the family's table leaves out. The root has no name.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> names = common_names(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2)))
@@ -172,7 +172,7 @@ def common_names(model: nn.Module) -> dict[str, str]:
     names = Names(model)
     if not names.families:
         raise MatchError(
-            f"{type(model).__name__} is of no family with common names. The families are: {', '.join(FAMILIES)}."
+            f"{type(model).__name__} belongs to no family with common names. The families are: {', '.join(FAMILIES)}."
         )
     return {path: names.of(path).name for path, _ in model.named_modules(remove_duplicate=False) if path}
 
@@ -187,10 +187,9 @@ def families(model: nn.Module) -> list[str]:
 
 
 def resolve(backbone: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Targets in the backbone's own names for ``names``; names without ``@`` stay as they are.
+    """``names`` with common names replaced by the backbone's own; names without ``@`` stay as they are.
 
-    A target means the one module that it is made from. One for a fused layer means all of it, also where the common
-    name is that of a part.
+    Each resulting name matches exactly one module. The common name of a part becomes the name of the whole fused layer.
 
     >>> resolve(torch.nn.Sequential(), ("query",))
     ('query',)
@@ -204,7 +203,7 @@ def resolve(backbone: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
             continue
         found = known.find(name, None)
         if not found:
-            raise MatchError(f"{name!r} is no common name of {', '.join(known.families)}.{known.nearest(name, None)}")
+            raise MatchError(f"{', '.join(known.families)} has no common name {name!r}.{known.nearest(name, None)}")
         for path in found:
             alone = not any(other.endswith("." + path) for other in paths)
             targets.append(path if alone else f"[r]^{re.escape(path)}$")

@@ -1,4 +1,4 @@
-"""Tables of the encoder-decoder models: T5 (plain and gated), BART, Whisper."""
+"""Tables of encoder-decoder models: T5 (plain and gated), BART, Whisper."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .rows import Table
 
 
 def _t5_attention(layer: str, own: str, common: str) -> dict[str, str]:
-    """The attention of T5 is the whole sublayer, with its norm and its residual sum, as OpenDelta has it."""
+    """Rows of T5's attention: the whole sublayer with its norm and residual sum, as in OpenDelta."""
     rows = attention(f"{layer}.{own}", "q", "k", "v", "o", common)
     del rows[f"{layer}.{own}"]
     return {layer: common, **rows, f"{layer}.layer_norm": f"{common}.layer_norm@"}
@@ -50,7 +50,7 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 _BART_LAYER: dict[str, str | tuple[str, ...]] = {
     **attention("self_attn", *_PROJECTIONS),
     "self_attn_layer_norm": "attn@.layer_norm@",
-    # No module holds both: each answers to ff@.
+    # No module contains both, so each has the alias ff@.
     "fc1": ("ff@.w1@", "ff@"),
     "fc2": ("ff@.w2@", "ff@"),
     "final_layer_norm": "ff@.layer_norm@",

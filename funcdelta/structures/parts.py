@@ -1,8 +1,8 @@
-"""Parts of a fused output: which features of one projection are the queries, which the keys, which the values.
+"""Parts of a fused output: the features that are queries, keys or values.
 
-A layer may compute several projections at once. Its d features are seen as g equal groups (heads, or 1), and a part
-is the features ``start`` to ``stop`` of every group; so q, k and v side by side, of unlike sizes, and interleaved by
-head are all one thing.
+A layer may compute several projections at once. Its d features form g equal groups (heads, or 1), and a part is the
+features ``start`` to ``stop`` of every group. This covers q, k and v side by side, of different sizes, and interleaved
+by head.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Part:
     """Features ``start`` to ``stop`` of each of ``groups`` equal groups of an output.
 
     Attributes:
-        name: what the part is called (``q``).
+        name: the part's name (``q``).
         start, stop: the range within a group.
-        groups: how many groups the whole output has.
+        groups: the number of groups in the whole output.
 
     >>> q = Part("q", 0, 2, groups=2)
     >>> q.size, q.indices(12).tolist()
@@ -37,11 +37,11 @@ class Part:
 
     @property
     def size(self) -> int:
-        """How many features the part has in all."""
+        """The total number of features of the part."""
         return self.groups * (self.stop - self.start)
 
     def indices(self, width: int) -> Tensor:
-        """The part's features among all ``width`` of the output, in order.
+        """The indices of the part's features among all ``width`` features of the output, in order.
 
         >>> Part("v", 4, 6).indices(6)
         tensor([4, 5])
@@ -50,7 +50,7 @@ class Part:
 
 
 def equal_parts(names: Sequence[str], width: int) -> tuple[Part, ...]:
-    """``width`` features cut side by side into equal parts.
+    """``width`` features split into equal, adjacent parts.
 
     >>> equal_parts(("q", "k", "v"), 12)[1]
     Part(name='k', start=4, stop=8, groups=1)
@@ -60,10 +60,10 @@ def equal_parts(names: Sequence[str], width: int) -> tuple[Part, ...]:
 
 
 def place(pieces: Sequence[Tensor], parts: Sequence[Part], width: int, axis: int = -1) -> Tensor:
-    """The pieces in the places of their parts along ``axis``, which becomes ``width`` long, and zeros elsewhere.
+    """A tensor, ``width`` long along ``axis``, with each piece at the place of its part and zeros elsewhere.
 
-    Piece i has ``parts[i].size`` features along ``axis``, in the order of :meth:`Part.indices`; all parts have the
-    same number of groups. Nothing is written in place, so it maps and differentiates.
+    Piece i has ``parts[i].size`` features along ``axis``, in the order of :meth:`Part.indices`; all parts must have the
+    same number of groups. It works under transforms, because nothing is written in place.
 
     >>> place([torch.tensor([1, 2, 3, 4])], [Part("k", 1, 3, groups=2)], 6)
     tensor([0, 1, 2, 0, 3, 4])
@@ -71,7 +71,7 @@ def place(pieces: Sequence[Tensor], parts: Sequence[Part], width: int, axis: int
     axis %= pieces[0].ndim
     groups = parts[0].groups
     if any(part.groups != groups for part in parts):
-        raise MatchError(f"Parts of one output have the same groups; found {[part.groups for part in parts]}.")
+        raise MatchError(f"Parts of one output must agree in groups; found {[part.groups for part in parts]}.")
     given = sorted(zip(parts, pieces, strict=True), key=lambda pair: pair[0].start)
     columns: list[Tensor] = []
     end = 0

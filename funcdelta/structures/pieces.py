@@ -1,4 +1,4 @@
-"""Rows that many tables share: attention with four projections, a plain and a gated feed-forward network, norms."""
+"""Rows that many tables share: attention with four projections, plain and gated feed-forward networks, norms."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def gated(own: str, gate: str, up: str, w2: str, common: str = "ff@") -> dict[st
 
 
 def final_norm(stack: str) -> tuple[str, str]:
-    """The norm behind the last layer of a stack, by its name here and by OpenDelta's older one.
+    """The names of the norm after the last layer of a stack: ours, and OpenDelta's older one.
 
     >>> final_norm("decoder@")
     ('decoder@.layer_norm@', 'decoder@.final_layer_norm@')
@@ -46,4 +46,4 @@ def final_norm(stack: str) -> tuple[str, str]:
 
 
 HEAD = ("lm_head@.proj@", "lm_head@")
-"""A language model's head that is one layer: the head and its projection at once."""
+"""The names of a language model's head that is a single layer, both head and projection."""

@@ -1,12 +1,12 @@
-"""How a table of common names is written and read: one row a module of a family, with ``*`` for a layer's number.
+"""How a table of common names is written and read: one row per module of a family, with ``*`` for a layer's number.
 
-A table maps a module's own dotted name, as it stands below whatever wraps the model, to
+A table maps a module's own dotted name, without any wrapper's prefix, to
 
-* its common name, or several (``("ff@.w1@", "ff@")``): the first is its name, the others are names it answers to;
-* :class:`Fused`, where one layer computes several projections at once;
-* for a numbered layer (``"encoder.layer.*"``) a table of what is inside it, by names relative to the layer.
+* its common name, or several (``("ff@.w1@", "ff@")``): the first is its name, the others are aliases;
+* :class:`Fused`, if one layer computes several projections at once;
+* for a numbered layer (``"encoder.layer.*"``), a table of its contents, by names relative to the layer.
 
-What a table leaves out keeps its own name, below the common name of what contains it.
+Modules that a table leaves out keep their own names, below the common name of the module that contains them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from .parts import Part
 
 Layout = Callable[[Any, Sequence[str], int], tuple[Part, ...]]
-"""``layout(model config, names, width)``: where the named parts lie among ``width`` features."""
+"""``layout(model config, names, width)`` returns the named parts of ``width`` features."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Fused:
 
     Attributes:
         owner: common name of the module that the projections belong to.
-        names: what the parts are called, in their order.
-        layout: where they lie.
-        whole: common name of the layer itself; without one, the names of all parts (``attn@.q,k,v@``).
+        names: the names of the parts, in order.
+        layout: says where the parts are.
+        whole: common name of the layer itself; by default, the names of all parts (``attn@.q,k,v@``).
 
     >>> from funcdelta.structures.layouts import side_by_side
     >>> Fused("attn@", ("q", "k", "v"), side_by_side).common
@@ -52,7 +52,7 @@ Table = Mapping[str, "str | tuple[str, ...] | Fused | Table"]
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it is looked up: full common names with ``*`` for numbers, and what is fused there."""
+    """One row prepared for look-ups: full common names with ``*`` for numbers, and the fused layer, if any."""
 
     names: tuple[str, ...]
     fused: Fused | None = None
@@ -61,7 +61,7 @@ class Row:
 
 @dataclass
 class Node:
-    """Rows by the tokens of their own names."""
+    """A tree of rows by the tokens of their own names."""
 
     row: Row | None = None
     below: dict[str, Node] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class Node:
         node.row = row
 
     def longest(self, tokens: Sequence[str]) -> tuple[Row, int, list[str]] | None:
-        """The row of the longest name that ``tokens`` begin with, that name's length, and the numbers in it."""
+        """``(row, length, numbers)`` of the longest name that ``tokens`` begin with."""
         node, numbers, found = self, [], None
         for count, token in enumerate(tokens, 1):
             if token in node.below:
@@ -91,14 +91,14 @@ class Node:
 
 @dataclass(frozen=True)
 class Rows:
-    """A table made ready for look-ups: of a whole model, and of a stack of layers that is used without its model."""
+    """A table prepared for look-ups: of a whole model, and of a stack of layers used without its model."""
 
     whole: Node
     bare: Node
 
 
 def read(table: Table) -> Rows:
-    """A table made ready for look-ups.
+    """Prepare a table for look-ups.
 
     >>> rows = read({"decoder.h": "block@", "decoder.h.*": {"attn": "attn@"}})
     >>> rows.whole.longest(["decoder", "h", "3", "attn", "bias"])
@@ -113,14 +113,14 @@ def read(table: Table) -> Rows:
 
 
 def _stacks(table: Table) -> Table:
-    """The layers of each stack by the last token of its name, where all stacks of that name are built alike."""
+    """A table of stacks by the last token of their names, without names whose stacks are built differently."""
     merged: dict[str, dict[str, Any] | None] = {}
     for own, layer in table.items():
         if isinstance(layer, Mapping):
             name = own.removesuffix(".*").rpartition(".")[2]
             known = merged.setdefault(name, {})
             if known is not None and any(known.get(key, entry) != entry for key, entry in layer.items()):
-                merged[name] = None  # one name means this in the encoder and that in the decoder
+                merged[name] = None  # the name means different things in encoder and decoder
             elif known is not None:
                 known.update(layer)
     stacks: dict[str, Any] = {}
@@ -135,7 +135,7 @@ def _read(root: Node, table: Table, own_prefix: str, prefix: str) -> None:
         path = own_prefix + own
         if isinstance(entry, Mapping):
             container = table[own.removesuffix(".*")]
-            assert isinstance(container, str), f"{path}: what holds the layers has one common name"
+            assert isinstance(container, str), f"{path}: the container of layers needs exactly one common name"
             layer = f"{prefix}{container}.*"
             root.add(path, Row((layer,)))
             _read(root, entry, path + ".", layer + ".")
@@ -148,7 +148,7 @@ def _read(root: Node, table: Table, own_prefix: str, prefix: str) -> None:
 
 @dataclass(frozen=True)
 class Translation:
-    """What a module is called: its common name, the others it answers to, and the parts of its output.
+    """The names of a module, the common name first and then aliases, and the fused parts of its output.
 
     >>> Translation(("attn@.q@",)).name
     'attn@.q@'
@@ -160,11 +160,11 @@ class Translation:
 
     @property
     def name(self) -> str:
-        """The common name; tokens that no table knows stand as they are."""
+        """The common name; tokens that are in no table stay as they are."""
         return self.names[0]
 
     def under(self, path: str) -> Translation:
-        """The same below ``path``.
+        """The same translation with ``path`` in front of every name.
 
         >>> Translation(("attn@.q@",)).under("encoder").name
         'encoder.attn@.q@'
@@ -180,7 +180,7 @@ class Translation:
 
 
 def translate(tokens: Sequence[str], rows: Rows) -> Translation:
-    """The common names of a path: the leftmost stretch that a table knows is translated, the rest stays.
+    """The common names of a path, in which the leftmost stretch found in the table is translated.
 
     >>> rows = read({"h": "block@", "h.*": {"attn": "attn@"}})
     >>> translate(["transformer", "h", "3", "attn", "bias"], rows).name

@@ -1,4 +1,4 @@
-"""Buffers in which models keep what they learn from batches in training: running statistics, by their usual names."""
+"""The usual names of running statistics, the buffers that models update in training."""
 
 from __future__ import annotations
 

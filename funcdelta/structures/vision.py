@@ -1,4 +1,4 @@
-"""Tables of the encoders of images, and of images with text: ViT and the two towers of CLIP."""
+"""Tables of image and image-text encoders: ViT and the two towers of CLIP."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VIT: Table = {
         "layernorm_after": "ff@.layer_norm@",
         **feed_forward("mlp", "fc1", "fc2"),
     },
-    # As older releases of Transformers name the same.
+    # The names in older releases of Transformers.
     "encoder": "encoder@",
     "encoder.layer": "encoder@.block@",
     "encoder.layer.*": {

@@ -1,9 +1,9 @@
-"""Arithmetic on pytrees of tensors, leaf by leaf: gradients, updates, and params as points of factor space.
+"""Leafwise arithmetic on pytrees of tensors: gradients, updates, and params as points in factor space.
 
-Trees that meet need one structure and leaves of one shape and device; ``ParamsError`` names the leaf that differs. A
-leaf keeps its dtype: what would change it is an error, too. Results are new trees, and every function is differentiable
-and maps under ``torch.vmap``. A leaf that is not a tensor (a Python number, ``None``) is passed through from the first
-tree. With ``per_member=True`` the first axis of every leaf is the member axis n, and scalars are one value a member.
+Trees in one operation need the same structure, and leaves the same shape and device; ``ParamsError`` names the leaf
+that differs. Leaves keep their dtype: an operation that would change it raises. Results are new trees; all functions
+are differentiable and work under ``torch.vmap``. A leaf that is not a tensor (a Python number, ``None``) is copied from
+the first tree. With ``per_member=True`` the first axis of every leaf is the member axis, and scalars may be (n,).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TENSOR = object()
 
 
 def map(function: Callable[..., Any], tree: Tree, *others: Any) -> Tree:
-    """``function(leaf, other_leaf, ...)`` at every tensor leaf; shapes may differ between trees here.
+    """``function(leaf, other_leaf, ...)`` for every tensor leaf; unlike elsewhere, shapes may differ between trees.
 
     >>> map(lambda x, y: x * y, {"a": torch.tensor(2.0)}, {"a": torch.tensor(5.0)})
     {'a': tensor(10.)}
@@ -44,7 +44,7 @@ def map(function: Callable[..., Any], tree: Tree, *others: Any) -> Tree:
 
 
 def add(a: Tree, b: Any) -> Tree:
-    """a + b. New params are ``add(params, updates)``.
+    """a + b, for example the new params ``add(params, updates)``.
 
     >>> add({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([0.5, 0.5])})
     {'w': tensor([1.5000, 2.5000])}
@@ -64,7 +64,7 @@ def sub(a: Tree, b: Any) -> Tree:
 
 
 def scale(tree: Tree, s: float | Tensor, per_member: bool = False) -> Tree:
-    """s·tree. ``s`` is a number or a tensor (); with ``per_member=True`` a tensor (n,).
+    """s·tree, where ``s`` is a number or a tensor (); with ``per_member=True`` a tensor (n,).
 
     >>> scale({"w": torch.ones(2, 3)}, torch.tensor([1.0, 10.0]), per_member=True)["w"][:, 0]
     tensor([ 1., 10.])
@@ -73,7 +73,7 @@ def scale(tree: Tree, s: float | Tensor, per_member: bool = False) -> Tree:
 
 
 def lerp(a: Tree, b: Any, t: float | Tensor, per_member: bool = False) -> Tree:
-    """a + t·(b - a): ``a`` at t = 0, ``b`` at t = 1. ``t`` is as ``s`` of :func:`scale`.
+    """a + t·(b - a): ``a`` at t = 0, ``b`` at t = 1; ``t`` is like ``s`` of :func:`scale`.
 
     >>> lerp({"w": torch.tensor([0.0, 4.0])}, {"w": torch.tensor([4.0, 8.0])}, 0.25)
     {'w': tensor([1., 5.])}
@@ -89,13 +89,13 @@ def lerp(a: Tree, b: Any, t: float | Tensor, per_member: bool = False) -> Tree:
 
 
 def mean(stack: Tree) -> Tree:
-    """The mean over members: leaves (n, ...) give (...).
+    """The mean over members: leaves (n, ...) become (...).
 
     >>> mean({"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]])})
     {'w': tensor([2., 3.])}
     """
     if not leading(stack):
-        raise StackError("mean is over the members of a stack, and this one has none.")
+        raise StackError("mean averages over the members of a stack, but this stack has none.")
 
     def one(name: str, leaf: Tensor) -> Tensor:
         _real(name, leaf, "mean")
@@ -105,7 +105,7 @@ def mean(stack: Tree) -> Tree:
 
 
 def vdot(a: Any, b: Any, per_member: bool = False) -> Tensor:
-    """Σ over all leaves and entries of a·b, a tensor (); with ``per_member=True`` one sum a member, (n,).
+    """Σ a·b over all leaves and entries, a tensor (); with ``per_member=True`` one sum per member, (n,).
 
     >>> a = {"w": torch.tensor([1.0, 2.0]), "v": torch.tensor(3.0)}
     >>> vdot(a, {"w": torch.ones(2), "v": torch.tensor(2.0)})
@@ -142,11 +142,11 @@ def norm(a: Any, per_member: bool = False) -> Tensor:
 
 
 def ravel(tree: Tree, per_member: bool = False) -> tuple[Tensor, Callable[[Tensor], Tree]]:
-    """``(vector, unravel)``: all entries as one vector (d,), and the way back.
+    """``(vector, unravel)``: all entries as one vector (d,), and the inverse function.
 
-    The order is that of the leaves: dicts by insertion, each leaf row by row. With ``per_member=True`` the
-    vector is (n, d), and ``unravel`` takes (m, d) for any m. Leaves of unlike dtypes meet in their common
-    dtype and get their own back.
+    The order is that of the leaves: dicts in insertion order, each leaf row by row. With ``per_member=True`` the vector
+    is (n, d), and ``unravel`` takes (m, d) for any m. The vector has the common dtype of all leaves; ``unravel``
+    restores their own.
 
     >>> vector, unravel = ravel({"b": torch.tensor([1.0, 2.0]), "a": torch.tensor(3.0)})
     >>> vector
@@ -163,7 +163,7 @@ def ravel(tree: Tree, per_member: bool = False) -> tuple[Tensor, Callable[[Tenso
     dtypes = [leaf.dtype for leaf in tensors]
     sizes = [shape.numel() for shape in shapes]
     width = sum(sizes)
-    # Only the leaves that are not tensors are kept, so that a long-lived unravel holds no one's memory.
+    # Keep only leaves that are not tensors, so that a long-lived unravel does not hold the tensors' memory.
     kept = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     flat = [_flat(leaf, per_member) for leaf in tensors]
     vector = torch.cat(flat, dim=axes) if flat else torch.zeros(0, dtype=torch.float32)
@@ -181,10 +181,10 @@ def ravel(tree: Tree, per_member: bool = False) -> tuple[Tensor, Callable[[Tenso
 
 
 def randn_like(tree: Tree, seed: int | Sequence[int]) -> Tree:
-    """Standard normal entries; a leaf's value depends on (seed, leaf name) and its shape alone.
+    """Standard normal entries; a leaf's value depends only on the seed, its name and its shape.
 
-    Several seeds are one a member: the tree is a stack, and member i is the draw of a single member with
-    ``seed[i]``. Drawn on the CPU, so every device gets the same numbers. Draw outside ``torch.vmap``.
+    If there are several seeds, the tree is a stack, and member i is what ``seed[i]`` alone would draw. Numbers are
+    drawn on the CPU, so they are the same on every device. Call it outside ``torch.vmap``.
 
     >>> one = {"w": torch.zeros(3)}
     >>> two = randn_like({"w": torch.zeros(2, 3)}, [7, 8])
@@ -192,7 +192,7 @@ def randn_like(tree: Tree, seed: int | Sequence[int]) -> Tree:
     True
     """
     if isinstance(seed, Sequence) and leading(tree) != len(seed):
-        raise ParamsError(f"randn_like needs one seed a member: {len(seed)} seeds for {leading(tree)} members.")
+        raise ParamsError(f"randn_like needs one seed per member; found {len(seed)} for {leading(tree)} members.")
 
     def draw(name: str, leaf: Tensor) -> Tensor:
         _real(name, dense(name, leaf), "randn_like")
@@ -209,37 +209,37 @@ def randn_like(tree: Tree, seed: int | Sequence[int]) -> Tree:
 
 
 def _normal(shape: torch.Size, seed: int, name: str, dtype: torch.dtype) -> Tensor:
-    """One leaf of one member. The word keeps the draw apart from an init with the same seed and name."""
+    """One leaf of one member. The extra word makes it differ from an init with the same seed and name."""
     generator = torch.Generator().manual_seed(derive(seed, "randn_like", name))
     return torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
 
 
 def _map_named(function: Callable[..., Tensor], tree: Tree, *others: Any) -> Tree:
-    """As :func:`map`, with the leaf's name as first argument, of a function that makes new tensors."""
+    """As :func:`map`, for functions that make new tensors and take the leaf's name as their first argument."""
     names = iter([name for name, leaf in named(tree) if isinstance(leaf, Tensor)])
     return map(lambda leaf, *more: marked(function(next(names), leaf, *more), leaf), tree, *others)
 
 
 def _flat(leaf: Tensor, per_member: bool) -> Tensor:
-    """All entries in one axis, or those of each member; there may be no members."""
+    """All entries as one axis (d,), or (n, d) per member, where n may be 0."""
     return leaf.reshape(leaf.shape[0], leaf.shape[1:].numel()) if per_member else leaf.reshape(-1)
 
 
 def _together(tree: Any) -> list[tuple[str, Tensor]]:
-    """The tensor leaves with their names, which become one tensor: all dense and on one device."""
+    """The named tensor leaves, to be joined into one tensor: all must be dense and on one device."""
     check_tree(tree)
     pairs = [(name, dense(name, leaf)) for name, leaf in named(tree) if isinstance(leaf, Tensor)]
     place = pairs[0][1].device if pairs else None
     for name, leaf in pairs:
         if leaf.device != place:
             raise ParamsError(
-                f"Leaf {pairs[0][0]!r} is on {place}, {name!r} on {leaf.device}. Move one: leaf.to({str(place)!r})."
+                f"Leaf {pairs[0][0]!r} is on {place}, but {name!r} on {leaf.device}. Move one: leaf.to({str(place)!r})."
             )
     return pairs
 
 
 def _tensors(tree: Any, function: str) -> list[tuple[str, Tensor]]:
-    """The tensor leaves with their names; each must hold real numbers."""
+    """As :func:`_together`, for leaves that must hold real numbers."""
     pairs = _together(tree)
     for name, leaf in pairs:
         _real(name, leaf, function)
@@ -247,7 +247,7 @@ def _tensors(tree: Any, function: str) -> list[tuple[str, Tensor]]:
 
 
 def _stacked(numbers: list[Tensor]) -> Tensor:
-    """One number a leaf, in their common dtype."""
+    """Stack one number per leaf, in their common dtype."""
     dtype = functools.reduce(torch.promote_types, [number.dtype for number in numbers])
     return torch.stack([number.to(dtype) for number in numbers])
 
@@ -256,13 +256,13 @@ def _real(name: str, leaf: Tensor, function: str) -> None:
     """Raise unless the leaf holds real numbers."""
     if not leaf.is_floating_point():
         raise ParamsError(
-            f"{function} is of real numbers, and leaf {name!r} is {leaf.dtype}. Leave it out: "
+            f"{function} takes real numbers, but leaf {name!r} is {leaf.dtype}. Leave it out: "
             f"some, rest = fd.partition(params, lambda name, leaf: leaf.is_floating_point())."
         )
 
 
 def _alike(a: Any, b: Any, function: str) -> None:
-    """Raise unless ``b`` has the structure, shapes and devices of ``a``; torch would broadcast without a word."""
+    """Raise unless ``b`` has the structure, shapes and devices of ``a``; torch would silently broadcast."""
     check_tree(a)
     check_tree(b)
     others = align(a, b, first_is="the first tree", other_is="the second")
@@ -274,16 +274,16 @@ def _alike(a: Any, b: Any, function: str) -> None:
 
 
 def _unlike(x: Tensor, y: Any, function: str) -> str:
-    """What keeps ``function`` from ``x`` of the first tree and ``y`` of the second, or an empty string."""
+    """Why ``function`` cannot combine ``x`` of the first tree and ``y`` of the second, or an empty string."""
     if isinstance(y, Tensor) and (y.is_nested or y.is_quantized or x.is_nested or x.is_quantized):
         if x.is_nested or y.is_nested:
-            return "is nested in one of the trees, and leaves are dense. Write leaf.to_padded_tensor(0.0)."
-        return "is quantised in one of the trees, and leaves are plain numbers. Write leaf.dequantize()."
+            return "is nested in one of the trees, but leaves must be dense. Write leaf.to_padded_tensor(0.0)."
+        return "is quantised in one of the trees, but leaves must be plain numbers. Write leaf.dequantize()."
     if not isinstance(y, Tensor) or y.shape != x.shape:
         found = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else repr(y)
         return (
             f"has shape {tuple(x.shape)} in the first tree and {found} in the second. "
-            "For one member beside a stack write fd.broadcast(params, n)."
+            "To combine one member with a stack write fd.broadcast(params, n)."
         )
     if x.layout is not torch.strided or y.layout is not torch.strided or x.is_nested or y.is_nested:
         return f"is {x.layout} in the first tree and {y.layout} in the second. Write leaf.to_dense()."
@@ -299,12 +299,12 @@ def _unlike(x: Tensor, y: Any, function: str) -> str:
             f"Convert one: fd.tree.map(lambda leaf: leaf.to({x.dtype}), tree)."
         )
     if x.dtype == torch.bool and function == "sub":
-        return "is torch.bool, of which there is no difference. Leave it out with fd.partition."
+        return "is torch.bool, which cannot be subtracted. Leave it out with fd.partition."
     return ""
 
 
 def _factor(s: float | Tensor, name: str, leaf: Tensor, per_member: bool) -> float | Tensor:
-    """``s`` in the shape, dtype and place in which it multiplies ``leaf``."""
+    """``s`` with the shape, dtype and device that it needs to multiply ``leaf``."""
     kept = leaf.is_floating_point() or leaf.is_complex() or (leaf.dtype != torch.bool and _is_whole(s))
     if not kept or (_is_complex(s) and not leaf.is_complex()):
         factor = s.dtype if isinstance(s, Tensor) else repr(s)
@@ -315,22 +315,22 @@ def _factor(s: float | Tensor, name: str, leaf: Tensor, per_member: bool) -> flo
     if not per_member:
         if isinstance(s, Tensor) and s.ndim:
             raise ParamsError(
-                f"The factor is a number or a tensor (); found shape {tuple(s.shape)}. "
-                "For one value a member write per_member=True."
+                f"The factor must be a number or a tensor (); found shape {tuple(s.shape)}. "
+                "For one value per member write per_member=True."
             )
         return s.to(leaf.dtype) if isinstance(s, Tensor) and leaf.is_floating_point() else s
     if not isinstance(s, Tensor) or s.ndim != 1:
         found = f"shape {tuple(s.shape)}" if isinstance(s, Tensor) else repr(s)
-        raise ParamsError(f"With per_member=True the factor is a tensor (n,); found {found}.")
+        raise ParamsError(f"With per_member=True the factor must be a tensor (n,); found {found}.")
     if leaf.ndim == 0 or leaf.shape[0] != s.shape[0]:
         raise ParamsError(
-            f"The factor has {s.shape[0]} values, one a member; leaf {name!r} has shape {tuple(leaf.shape)}."
+            f"The factor has {s.shape[0]} values, one per member, but leaf {name!r} has shape {tuple(leaf.shape)}."
         )
     return s.to(dtype=leaf.dtype, device=leaf.device).reshape((-1, *[1] * (leaf.ndim - 1)))
 
 
 def _is_whole(s: float | Tensor) -> bool:
-    """Whether a factor is of an integer kind."""
+    """Whether a factor is an integer or a boolean."""
     return not (s.is_floating_point() or s.is_complex()) if isinstance(s, Tensor) else isinstance(s, int)
 
 

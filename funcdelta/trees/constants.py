@@ -1,10 +1,9 @@
-"""The mark of a constant, which the tensor itself carries: a leaf that stands in params and never trains.
+"""Marks constants, leaves of params that never train; the tensor itself carries the mark.
 
-``delta.init`` marks them (LoRA's ``scale``, a frozen base, a mask), and what funcdelta makes of a marked leaf is marked
-as well: ``fd.stack``, ``fd.take``, ``fd.tree.add``; copies and pickles have the mark, too. torch's own operations,
-transforms and compiled code give tensors without it. So nothing may rest on the mark alone: an optimiser that sees it
-spares the leaf its moments and its weight decay, and one that does not sees by the gradients what trains
-(:mod:`funcdelta.optim.moving`). No name is remembered anywhere.
+``delta.init`` marks them (LoRA's ``scale``, a frozen base, a mask), and whatever funcdelta makes of a marked leaf is
+marked as well (``fd.stack``, ``fd.take``, ``fd.tree.add``), as are copies and pickles. torch's own operations,
+transforms and compiled code drop the mark, so nothing may rely on it alone: an optimiser that sees it keeps no moments
+for the leaf and applies no weight decay; otherwise gradients show what trains (:mod:`funcdelta.optim.moving`).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ MARK = "_funcdelta_constant"
 
 
 def still(params: Mapping[str, Tensor], constants: Container[str]) -> dict[str, Tensor]:
-    """``params`` with a mark on those of its leaves that are ``constants``; each is another tensor on the same storage.
+    """``params`` whose ``constants`` are replaced by marked tensors that share their storage.
 
     >>> params = still({"q.lora_A": torch.ones(2), "q.scale": torch.ones(())}, ["q.scale"])
     >>> [is_constant(leaf) for leaf in params.values()]
@@ -40,7 +39,7 @@ def is_constant(leaf: Any) -> bool:
 
 
 def marked(made: Tensor, *of: Any) -> Tensor:
-    """``made``, a new tensor, with the mark if all tensors that it was made of carry it.
+    """``made``, a new tensor, which gets the mark if all tensors in ``of`` carry it.
 
     >>> params = still({"q.scale": torch.ones(3)}, ["q.scale"])
     >>> is_constant(marked(params["q.scale"] + 1, params["q.scale"])), is_constant(params["q.scale"] + 1)

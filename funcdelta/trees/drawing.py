@@ -1,8 +1,7 @@
-"""Leaves are drawn alike everywhere: torch's default dtype and default device have no say in them.
+"""Makes leaves independent of torch's default dtype and default device.
 
-A method's ``init`` writes ``torch.randn(shape, generator=rng)`` and ``torch.tensor(alpha / r)``, which torch fills in
-from the state of the process. :func:`own_defaults` fills it in from here, for one thread alone and without setting
-anything for others.
+A method's ``init`` writes ``torch.randn(shape, generator=rng)`` and ``torch.tensor(alpha / r)``, for which torch takes
+dtype and device from the state of the process. Inside :func:`own_defaults` they are fixed, for this thread alone.
 """
 
 from __future__ import annotations
@@ -25,31 +24,31 @@ FLOATING = frozenset(
         *("randn", "zeros", "bartlett_window", "blackman_window", "hamming_window", "hann_window", "kaiser_window"),
     )
 )
-"""What makes tensors of the default dtype whatever it is given."""
+"""Functions that make tensors of the default dtype whatever their arguments."""
 CONVERTING = frozenset({torch.as_tensor, torch.asarray, torch.scalar_tensor, torch.tensor})
 INFERRING = CONVERTING | {torch.arange, torch.full}
-"""What makes tensors of the default dtype from Python's floats; those that convert, of one number a tensor ()."""
+"""Functions that make tensors of the default dtype from Python floats; those of CONVERTING make () of one number."""
 
 
 @contextlib.contextmanager
 def own_defaults() -> Iterator[None]:
-    """A block in which new tensors are float32 and on the CPU where nobody says otherwise, whatever torch's defaults.
+    """A block in which new tensors are float32 on the CPU unless told otherwise, whatever torch's defaults are.
 
-    A single number is kept in float64, so that a leaf made of it can be of its own precision: 1/3 in a float64 model is
-    not 0.3333333433.
+    A single number is kept in float64, so that a leaf made of it has the precision of its own dtype: in a float64
+    model, 1/3 should not become 0.3333333433.
 
     >>> with own_defaults():
     ...     torch.ones(2).dtype, torch.tensor(1 / 3).dtype, (torch.ones(2) * torch.tensor(1 / 3)).dtype
     (torch.float32, torch.float64, torch.float32)
     """
-    # Every mode costs each call of torch a microsecond, and few programs have set another device.
+    # Each mode adds a microsecond to every call of torch, and few programs set another default device.
     aside = contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     with aside, _OwnDtype():
         yield
 
 
 class _OwnDtype(TorchFunctionMode):
-    """float32 in place of the default dtype."""
+    """Replaces the default dtype by float32."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -68,22 +67,22 @@ class _OwnDtype(TorchFunctionMode):
         if not isinstance(result, Tensor) or result.dtype not in (default, default.to_complex()):
             return result
         if any(not _whole(leaf) for leaf in given):
-            return result  # the dtype is that of an operand
+            return result  # the dtype comes from an operand
         if func in INFERRING and not given:
             wide = func in CONVERTING and result.ndim == 0
             real = torch.float64 if wide else torch.float32
             return func(*args, **{**kwargs, "dtype": real if result.is_floating_point() else torch.complex64})
         if result.is_floating_point() and torch.finfo(default).bits < 32:
-            # In half precision 1/7 is lost already: of integers as float32 it is not.
+            # 1/7 of integers has already been rounded to half precision, so compute it again in float32.
             result = func(*pytree.tree_map_only(Tensor, _real, args), **pytree.tree_map_only(Tensor, _real, kwargs))
         return result.to(torch.float32 if result.is_floating_point() else torch.complex64)
 
 
 def _real(leaf: Tensor) -> Tensor:
-    """An operand of integers as float32."""
+    """An operand, converted to float32 if it has integers."""
     return leaf.to(torch.float32) if _whole(leaf) and leaf.dtype != torch.bool else leaf
 
 
 def _whole(leaf: Any) -> bool:
-    """Whether an operand has integers or booleans, from which torch makes the default dtype."""
+    """Whether an operand has integers or booleans, whose quotients have the default dtype."""
     return isinstance(leaf, Tensor) and not (leaf.is_floating_point() or leaf.is_complex())

@@ -1,4 +1,4 @@
-"""Leaves of a pytree, their dotted names, and the check that two pytrees have one structure."""
+"""Leaves of a pytree: their dotted names, checks of their kind, and the alignment of two pytrees."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Tree = TypeVar("Tree")
 
 
 def named(tree: Any) -> list[tuple[str, Any]]:
-    """The leaves of ``tree`` with dotted names, in torch's order (dicts keep insertion order).
+    """``(name, leaf)`` of every leaf of ``tree``, in torch's order (dicts keep insertion order).
 
-    A flat dict's names are its keys; below that, keys, positions and field names are joined with dots.
+    A flat dict's names are its keys; in nested trees, keys, positions and field names are joined with dots.
 
     >>> [name for name, _ in named({"a.lora_A": torch.ones(1), "moments": ({"b": torch.ones(1)}, 3)})]
     ['a.lora_A', 'moments.0.b', 'moments.1']
@@ -31,7 +31,7 @@ def named(tree: Any) -> list[tuple[str, Any]]:
 
 
 def is_flat(tree: Any) -> bool:
-    """Whether ``tree`` is a dict of tensors and nothing else, as params are: torch's own walk costs more than a sum.
+    """Whether ``tree`` is a dict of tensors, like params, for which torch's general flattening would be slow.
 
     >>> is_flat({"a": torch.ones(1)}), is_flat({"a": [torch.ones(1)]})
     (True, False)
@@ -40,7 +40,7 @@ def is_flat(tree: Any) -> bool:
 
 
 def like(tree: Tree, leaves: Iterable[Any]) -> Tree:
-    """``leaves``, in the order of :func:`named`, in containers as ``tree`` has them.
+    """``leaves``, in the order of :func:`named`, in the structure of ``tree``.
 
     >>> like({"a": 1, "b": (2, 3)}, [10, 20, 30])
     {'a': 10, 'b': (20, 30)}
@@ -60,9 +60,9 @@ def _token(entry: Any) -> str:
 
 
 def check_tree(tree: Any, path: str = "") -> None:
-    """Raise ``ParamsError`` unless every key of every dict in ``tree`` is a string, for leaves go by their names.
+    """Raise ``ParamsError`` unless every key of every dict in ``tree`` is a string, because leaves go by names.
 
-    Arrays of numpy are no leaves either: they would be passed on as if they were settings.
+    It refuses numpy arrays, too, which would otherwise be passed on unchanged, like settings.
 
     >>> check_tree({0: torch.ones(1)})
     Traceback (most recent call last):
@@ -98,27 +98,34 @@ def dense(name: str, leaf: Tensor) -> Tensor:
     >>> dense("w", torch.eye(2).to_sparse())
     Traceback (most recent call last):
     ...
-    funcdelta.errors.ParamsError: Leaf 'w' is torch.sparse_coo, and params are dense tensors. Write leaf.to_dense().
+    funcdelta.errors.ParamsError: Leaf 'w' is torch.sparse_coo, but params are dense tensors. Write leaf.to_dense().
     """
-    if leaf.layout is not torch.strided:
-        raise ParamsError(f"Leaf {shown(name)} is {leaf.layout}, and params are dense tensors. Write leaf.to_dense().")
-    if leaf.is_nested:
-        raise ParamsError(
-            f"Leaf {shown(name)} is a nested tensor, and params are dense. Write leaf.to_padded_tensor(0.0)."
-        )
-    if leaf.is_quantized:
-        raise ParamsError(
-            f"Leaf {shown(name)} is quantised, {leaf.dtype}, and params are plain numbers. Write leaf.dequantize()."
-        )
+    problem = not_dense(leaf)
+    if problem:
+        raise ParamsError(f"Leaf {shown(name)} {problem}")
     return leaf
 
 
+def not_dense(leaf: Tensor) -> str:
+    """Why ``leaf`` cannot be a leaf of params, and what to write, to follow its name; empty for plain tensors.
+
+    >>> not_dense(torch.eye(2).to_sparse())
+    'is torch.sparse_coo, but params are dense tensors. Write leaf.to_dense().'
+    """
+    if leaf.layout is not torch.strided:
+        return f"is {leaf.layout}, but params are dense tensors. Write leaf.to_dense()."
+    if leaf.is_nested:
+        return "is a nested tensor, but params are dense. Write leaf.to_padded_tensor(0.0)."
+    if leaf.is_quantized:
+        return f"is quantised, {leaf.dtype}, but params are plain numbers. Write leaf.dequantize()."
+    return ""
+
+
 def check_leaves(params: Any, what: str) -> None:
-    """Raise ``ParamsError`` unless ``params`` is a flat dict of dense tensors that have numbers, by name.
+    """Raise ``ParamsError`` unless ``params`` is a flat dict ``{name: dense tensor with values}``.
 
     ``what`` begins the message.
 
-    >>> check_leaves({"a": torch.ones(2)}, "save")
     >>> check_leaves({"a": [1.0]}, "save")
     Traceback (most recent call last):
     ...
@@ -126,31 +133,31 @@ def check_leaves(params: Any, what: str) -> None:
     """
     if not isinstance(params, Mapping):
         raise ParamsError(
-            f"{what}: expected a dict of tensors by name, as delta.init gives it; found {type(params).__name__}."
+            f"{what}: expected a dict of tensors by name, as delta.init returns; found {type(params).__name__}."
         )
     for name, leaf in params.items():
         if not isinstance(name, str):
             raise ParamsError(
-                f"{what}: found the key {shown(name)} ({type(name).__name__}); keys are the names of leaves, as in "
+                f"{what}: found the key {shown(name)} ({type(name).__name__}); expected names of leaves, as in "
                 f"delta.names."
             )
         if not isinstance(leaf, Tensor):
             raise ParamsError(f"{what}: {shown(name)} is a {type(leaf).__name__}; expected a tensor.")
         if dense(name, leaf).is_meta:
-            raise ParamsError(f"{what}: {shown(name)} is on the device meta; expected a tensor with numbers.")
+            raise ParamsError(f"{what}: {shown(name)} is on the meta device; expected a tensor with values.")
 
 
 def align(first: Any, other: Any, *, first_is: str, other_is: str) -> list[Any]:
-    """The leaves of ``other`` in the order of ``first``; dicts are matched by key, whatever their order.
+    """The leaves of ``other`` in the order of ``first``; dicts are matched by key, in any order.
 
-    ``first_is`` and ``other_is`` say in the error what the trees are.
+    ``first_is`` and ``other_is`` are what the error calls the trees.
 
     >>> align({"a": 1, "b": 2}, {"b": 20, "a": 10}, first_is="params", other_is="updates")
     [10, 20]
     >>> align({"a": 1, "b": 2}, {"a": 10}, first_is="params", other_is="updates")
     Traceback (most recent call last):
     ...
-    funcdelta.errors.ParamsError: Leaf 'b' stands in params but not in updates. Both need the same keys.
+    funcdelta.errors.ParamsError: Leaf 'b' is in params but not in updates. Both need the same keys.
     """
     if is_flat(first) and is_flat(other) and list(first) == list(other):
         return list(other.values())
@@ -167,18 +174,18 @@ def align(first: Any, other: Any, *, first_is: str, other_is: str) -> list[Any]:
         if missing:
             name = next(name for name in names if name in missing)
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise ParamsError(f"Leaf {shown(name)}{more} stands in {here} but not in {there}. Both need the same keys.")
+            raise ParamsError(f"Leaf {shown(name)}{more} is in {here} but not in {there}. Both need the same keys.")
     try:
         return spec.flatten_up_to(other)
     except ValueError as error:
-        raise ParamsError(f"{first_is} and {other_is} are built of different containers: {error}") from error
+        raise ParamsError(f"{first_is} and {other_is} differ in their containers: {error}") from error
 
 
 def leading(tree: Any, names_of_interest: Sequence[str] | None = None) -> int:
-    """The length of the member axis, which all tensor leaves of ``tree`` must share.
+    """The length of the member axis, which must be the same for all tensor leaves of ``tree``.
 
-    ``names_of_interest`` limits the check to those leaves. Raises ``StackError`` naming the leaf that has no
-    member axis, or two leaves that disagree.
+    ``names_of_interest`` limits the check to those leaves. Raises ``StackError`` naming a leaf without a member axis,
+    or two leaves that disagree.
 
     >>> leading({"a": torch.ones(3, 2), "b": torch.ones(3)})
     3
@@ -190,16 +197,16 @@ def leading(tree: Any, names_of_interest: Sequence[str] | None = None) -> int:
         pairs = [pair for pair in pairs if pair[0] in wanted]
     if not pairs:
         raise StackError(
-            "A stack without tensor leaves has no number of members. Give it leaves: delta.init(seed, n=...)."
+            "A stack without tensor leaves has no number of members. Make one with leaves: delta.init(seed, n=...)."
         )
     first_name, first = pairs[0]
-    # Leaves without any axis come first: "this is one member" explains more than two shapes that disagree.
+    # Leaves without any axis come first: "one member, not a stack" explains more than two shapes that disagree.
     for name, leaf in sorted(pairs, key=lambda pair: pair[1].ndim > 0):
         if leaf.ndim == 0:
             raise StackError(
                 f"Leaf {shown(name)} has shape () and so no member axis; this is one member, not a stack. "
-                "Make a stack with fd.stack([params, ...]), delta.init(seed, n=...), or, for an optimiser's "
-                "state, opt.init(stack, n=...)."
+                "Make a stack with fd.stack([params, ...]), delta.init(seed, n=...) or, for an optimiser's state, "
+                "opt.init(stack, n=...)."
             )
         if leaf.shape[0] != first.shape[0]:
             raise StackError(

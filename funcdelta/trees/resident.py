@@ -1,11 +1,11 @@
-"""Resident stacks: a stack of fixed capacity whose members come and go, each by one copy in place.
+"""Resident stacks: stacks of fixed capacity whose members are added and removed by copying in place.
 
-A serving process keeps the members that it answers with in one stack, allocated once. Storage and shapes never change,
-so nothing that was compiled for the stack is compiled again, and a change costs one member's numbers.
+A serving process keeps its members in one stack that is allocated once. Storage and shapes never change, so code that
+was compiled for the stack is not compiled again, and a change copies one member.
 
-A member goes by its *slot*, a number that is never given again: the row where the member stands, plus ``capacity`` for
-each member that stood there before. So a request that still names a removed member raises, also when the row holds
-another one by then, and code that cannot look anything up finds the row all the same: ``slot % capacity``.
+A member is identified by its *slot*, a number that is never reused: its row, plus ``capacity`` for each member that the
+row held before. So a request that names a removed member raises even if another member has taken the row, and code
+without access to a table can compute the row as ``slot % capacity``.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from .stack import members, take
 
 
 class Delta(Protocol):
-    """What a resident stack needs of a delta: what one member looks like."""
+    """The part of a delta that a resident stack needs."""
 
     def init(
         self, seed: int, /, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> Mapping[str, Tensor]:
-        """The leaves of one member."""
+        """One member's params."""
         ...
 
 
 class Resident(Mapping[str, Tensor]):
     """A stack with room for ``capacity`` members of ``delta``, for :meth:`DeltaModel.apply_rows` and ``bind_rows``.
 
-    It is a mapping ``{name: (capacity, …)}`` as any stack is, over tensors of its own that never train. Where an index
-    names a slot that holds no member, a call raises.
+    Like any stack, it is a mapping ``{name: (capacity, …)}``; its tensors are its own and never train. A call whose
+    index names an empty slot raises.
 
-    One may be shared by any number of threads: each change, and each :meth:`pick` of the members of a batch, has it
-    for itself, so a batch runs with members as they were before a change or after it, never with a mixture. A change
-    that fails or is interrupted leaves the members as they were. What reads the leaves themselves (compiled code,
-    which cannot check an index either) holds the lock meanwhile, and says rows instead of slots:
+    Any number of threads may share it. Changes, and each :meth:`pick` of a batch's members, exclude one another, so a
+    batch sees the members before a change or after it, never a mixture. A change that fails or is interrupted leaves
+    the members as they were. Code that reads the leaves directly (such as compiled code, which cannot check an index
+    either) holds the lock and uses rows instead of slots:
 
         with resident.lock:
             out = compiled(resident.leaves, resident.rows(index), batch)
 
     Args:
-        delta: whose members they are.
-        capacity: how many members there may be at once.
+        delta: the delta whose members it holds.
+        capacity: the largest number of members at any time.
         names: the leaves that members have, if not all of the delta's.
-        dtype, device: of floating leaves, and where they stand; as in ``delta.init``.
+        dtype, device: of floating leaves and of all leaves, as in ``delta.init``.
 
     >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
     >>> resident = fd.Resident(delta, capacity=100)
@@ -81,20 +81,20 @@ class Resident(Mapping[str, Tensor]):
         capacity = count(capacity, "capacity", "members there may be at once", least=1)
         like = delta.init(0, dtype=dtype, device=device)
         if unknown := [name for name in names or () if name not in like]:
-            raise ParamsError(f"names: {shown(unknown[0])} is no leaf of this delta; its leaves are delta.names.")
+            raise ParamsError(f"names: {shown(unknown[0])} is not a leaf of this delta; its leaves are delta.names.")
         self.leaves = {
             name: _room(leaf, capacity, leaf.shape) for name, leaf in like.items() if names is None or name in names
         }
         self.capacity = capacity
         self.lock = fork_safe_lock()
-        # Row by row: the slot that its member goes by, and the one that its next member will go by. A row is in use
-        # where it has a slot, so that one assignment takes it into use: there is no moment in between.
+        # For each row: the slot of its member, and that of its next one. A row with a slot is in use, so a single
+        # assignment puts it into use, with no state in between.
         self._slots: list[int | None] = [None] * capacity
         self._next = list(range(capacity))
 
     @classmethod
     def of(cls, delta: Delta, stack: Mapping[str, Tensor], capacity: int) -> Resident:
-        """The members of ``stack`` in the first slots of a resident stack, of their dtype and where they are.
+        """A resident stack with the members of ``stack`` in its first slots, on their device and with their dtypes.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> fd.Resident.of(delta, delta.init(0, n=3), capacity=5).used
@@ -108,16 +108,16 @@ class Resident(Mapping[str, Tensor]):
         for name, leaf in stack.items():
             if leaf.shape[1:] != (shape := resident.leaves[name].shape[1:]):
                 expected = f"({', '.join(map(str, (n, *shape)))})"
-                raise ParamsError(f"Resident.of: {name} has the shape {tuple(leaf.shape)}; expected {expected}.")
+                raise ParamsError(f"Resident.of: {name} has shape {tuple(leaf.shape)}; expected {expected}.")
         resident.leaves = {name: _room(leaf, capacity, leaf.shape[1:]) for name, leaf in stack.items()}
         for slot in range(n):
             resident.put(take(dict(stack), slot))
         return resident
 
-    # -- members come and go ---------------------------------------------------------------------------------------
+    # -- changes ---------------------------------------------------------------------------------------------------
 
     def put(self, params: Mapping[str, Tensor]) -> int:
-        """Copy one member into the first free row; gives its slot, a number that no other member had or will have.
+        """Copy one member into the first free row; returns its slot, a number that is never reused.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> resident = fd.Resident(delta, capacity=1)
@@ -148,7 +148,7 @@ class Resident(Mapping[str, Tensor]):
         return slot
 
     def replace(self, slot: int, params: Mapping[str, Tensor]) -> None:
-        """Copy another member over the one in ``slot``, which goes by the same number.
+        """Replace the member in ``slot`` by a copy of another one, which keeps the slot's number.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> resident = fd.Resident.of(delta, delta.init(0, n=2), capacity=2)
@@ -160,7 +160,7 @@ class Resident(Mapping[str, Tensor]):
         with self.lock:
             row = self._row(slot)
             number, before = self._slots[row], self._copy(row)
-            self._slots[row] = None  # while it is neither the one nor the other
+            self._slots[row] = None  # while the row holds a mixture of both
             try:
                 self._write(row, member)
                 self._slots[row] = number
@@ -171,7 +171,7 @@ class Resident(Mapping[str, Tensor]):
                 raise
 
     def remove(self, slot: int) -> None:
-        """Take a member out: its numbers become zero, and an index that names its slot raises from now on.
+        """Remove a member: its leaves become zero, and an index that names its slot raises from now on.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> resident = fd.Resident.of(delta, delta.init(0, n=2), capacity=2)
@@ -185,7 +185,7 @@ class Resident(Mapping[str, Tensor]):
             self._clear(row)
 
     def _fitting(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The leaves of one member, all of them and no others: what does not fit raises before anything is written."""
+        """The leaves of one member, exactly those of this stack; raises, before anything is written, if they differ."""
         if not isinstance(params, Mapping):
             raise ParamsError(f"A member is a dict of tensors; found {type(params).__name__}.")
         given: dict[str, Any] = dict(params)
@@ -194,8 +194,8 @@ class Resident(Mapping[str, Tensor]):
             room = self.leaves[name].shape[1:] if name in self.leaves else None
             if (problem := _unlike(leaf, room)) is not None:
                 raise ParamsError(
-                    f"A member of this stack has {_short(name)} of {'no shape' if room is None else tuple(room)}; "
-                    f"found {problem}. Put one member at a time, with the leaves that the stack was made for."
+                    f"{_short(name)}: expected {'no such leaf' if room is None else tuple(room)} in a member of this "
+                    f"stack; found {problem}. Put one member at a time, with the leaves that the stack was made for."
                 )
         return {name: given[name] for name in self.leaves}
 
@@ -213,12 +213,12 @@ class Resident(Mapping[str, Tensor]):
                 leaf[row].zero_()
 
     def _settle(self) -> None:
-        """Wait for accelerators: threads may work on streams of their own, which the lock does not order."""
+        """Wait for accelerators, because threads may use different streams, which the lock does not order."""
         for device in {leaf.device for leaf in self.leaves.values()}:
             if device.type not in ("cpu", "meta"):
                 torch.accelerator.synchronize(device)
 
-    # -- what is there ---------------------------------------------------------------------------------------------
+    # -- reading ---------------------------------------------------------------------------------------------------
 
     @property
     def used(self) -> tuple[int, ...]:
@@ -230,18 +230,21 @@ class Resident(Mapping[str, Tensor]):
         return tuple(sorted(slot for slot in self._slots if slot is not None))
 
     def check(self, index: Index) -> None:
-        """Raise ``StackError`` if a row of ``index`` names a slot without a member; -1 is the bare backbone.
+        """Raise ``StackError`` if ``index`` names a slot without a member; -1 is the bare backbone.
 
-        Values that cannot be read, in compiled code and transforms, are not checked. Another thread may remove a
-        member right afterwards: :meth:`pick` checks and reads in one.
+        In compiled code and transforms values cannot be read, and are not checked. Another thread may remove a member
+        right afterwards; :meth:`pick` checks and reads in one step.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
-        >>> fd.Resident.of(delta, delta.init(0, n=2), capacity=9).check([1, 0, -1])
+        >>> fd.Resident.of(delta, delta.init(0, n=2), capacity=9).check([1, 5])
+        Traceback (most recent call last):
+        ...
+        funcdelta.errors.StackError: Slot 5 holds no member. The slots in use are 0, 1: ...
         """
         self.rows(index)
 
     def rows(self, index: Index) -> Tensor:
-        """Where the members of ``index`` stand in the leaves, checked as by :meth:`check`; -1 stays -1.
+        """The rows of the leaves that hold the members of ``index``, after :meth:`check`; -1 stays -1.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> resident = fd.Resident.of(delta, delta.init(0, n=3), capacity=3)
@@ -258,9 +261,9 @@ class Resident(Mapping[str, Tensor]):
         return torch.where(read < 0, read, read % self.capacity)
 
     def pick(self, index: Index, times: int = 1) -> dict[str, Tensor]:
-        """A copy of one member a row: that of ``index[i // times]`` for row i; for -1 any one, to be masked.
+        """A copy of each row's member, that of ``index[i // times]`` for row i; for -1 any member, to be masked.
 
-        It checks the index and copies all leaves while nothing can change in between.
+        It checks the index and copies all leaves in one step, so that nothing can change in between.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> resident = fd.Resident.of(delta, delta.init(0, n=2), capacity=9)
@@ -273,11 +276,11 @@ class Resident(Mapping[str, Tensor]):
             return pick_rows(self.leaves, self.rows(index), times)
 
     def _row(self, slot: int) -> int:
-        """The row of a slot in use; else raises ``StackError``."""
+        """The row of a slot in use; raises ``StackError`` for others."""
         try:
             number = operator.index(slot)
         except TypeError:
-            raise ParamsError(f"A slot is the number that put(params) gave; found {slot!r}.") from None
+            raise ParamsError(f"A slot is a number that put(params) returned; found {slot!r}.") from None
         row = number % self.capacity
         other = self._slots[row]
         if other == number and not isinstance(slot, bool):
@@ -287,8 +290,8 @@ class Resident(Mapping[str, Tensor]):
         used = self._used()
         listed = ", ".join(map(str, used[:20])) + (" ..." if len(used) > 20 else "")
         raise StackError(
-            f"Slot {slot} holds no member{why}. The slots in use are {listed or 'none'}: give the row one of them, or "
-            f"-1 for the bare backbone, or put the member there: slot = resident.put(params)."
+            f"Slot {slot} holds no member{why}. The slots in use are {listed or 'none'}: use one of them, or -1 for "
+            f"the bare backbone, or add the member: slot = resident.put(params)."
         )
 
     def member(self, slot: int) -> dict[str, Tensor]:
@@ -305,7 +308,7 @@ class Resident(Mapping[str, Tensor]):
         return {name: leaf[row].clone() for name, leaf in self.leaves.items()}
 
     def members(self) -> dict[str, Tensor]:
-        """A plain stack of the members in the order of :attr:`used`: what to save, or to train on.
+        """A plain stack of the members in the order of :attr:`used`, to save or to train further.
 
         >>> import tempfile
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
@@ -321,7 +324,7 @@ class Resident(Mapping[str, Tensor]):
             return take(self.leaves, [slot % self.capacity for slot in used])
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle is made of members as they are at one moment, and has a lock of its own."""
+        """The state for copies and pickles, taken at one moment under the lock; they have their own lock."""
         with self.lock:
             leaves = {
                 name: leaf.detach().clone().requires_grad_(leaf.requires_grad) for name, leaf in self.leaves.items()
@@ -342,7 +345,7 @@ class Resident(Mapping[str, Tensor]):
 
 
 def _room(like: Tensor, capacity: int, shape: Sequence[int]) -> Tensor:
-    """Zeros (capacity, …); what is made in inference mode could not be written later, outside of it."""
+    """Zeros (capacity, …), made outside inference mode so that they can be written later."""
     with torch.inference_mode(False), torch.no_grad():
         return torch.zeros(capacity, *shape, dtype=like.dtype, device=like.device)
 
@@ -352,15 +355,15 @@ def _short(name: Any) -> str:
 
 
 def _unlike(leaf: Any, room: torch.Size | None) -> str | None:
-    """What ``leaf`` is, where its numbers cannot be copied into ``room``; ``None`` where they can."""
+    """What ``leaf`` is, if it cannot be copied into ``room``; ``None`` if it can."""
     if leaf is None:
         return "nothing"
     if not isinstance(leaf, Tensor):
         return f"a {type(leaf).__name__}"
     if leaf.is_meta or leaf.layout != torch.strided:
-        return "a meta tensor, without numbers" if leaf.is_meta else f"the layout {leaf.layout}"
+        return "a meta tensor, without values" if leaf.is_meta else f"the layout {leaf.layout}"
     if leaf.is_nested or leaf.is_quantized:
         return "a nested tensor" if leaf.is_nested else f"quantised numbers, {leaf.dtype}"
     if leaf.shape != room:
         return str(tuple(leaf.shape))
-    return "a tensor of a transform that is under way" if is_wrapped(leaf) else None
+    return "a tensor of a running transform" if is_wrapped(leaf) else None

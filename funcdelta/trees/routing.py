@@ -1,7 +1,7 @@
-"""Which member runs each row of a batch: an index checked against a stack, and the members that it picks.
+"""Routes rows of a batch to members: checks an index against a stack, and picks the members that it names.
 
-Rows are numbered as they stand in the batch. Where a model's ``generate`` makes k rows of each (beams, several
-sequences), they stand side by side and change places only among themselves, so row i belongs to entry i // k.
+If a model's ``generate`` makes k rows of each (beams, several sequences), they are adjacent and are only reordered
+among themselves, so row i belongs to entry i // k of the index.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ Index = Sequence[int] | Tensor
 
 
 def read_index(index: Index, n: int | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """``index`` (b,) as a tensor, and which of its rows have a member; ``None``: all of them.
+    """``index`` (b,) as a tensor, and a mask of the rows that have a member, which is ``None`` if all do.
 
-    Raises ``ParamsError`` where an entry names none of the n members and is not -1; with ``n=None`` any number may
-    name one, as slots of a resident stack do, which knows its own. In compiled code and under transforms values cannot
-    be read, so every row counts as one that may be bare.
+    Raises ``ParamsError`` if an entry is neither -1 nor one of n members. ``n=None`` allows any number, for the slots
+    of a resident stack, which checks them itself. In compiled code and under transforms values cannot be read, so any
+    row may turn out to be bare.
 
     >>> read_index([2, -1], 3, torch.device("cpu"))
     (tensor([ 2, -1]), tensor([ True, False]))
@@ -32,20 +32,20 @@ def read_index(index: Index, n: int | None, device: torch.device) -> tuple[Tenso
     try:
         index = torch.as_tensor(index, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ParamsError(f"index is {index!r}; expected one integer a row, such as [0, 2, -1].") from error
-    index = index if index.numel() else index.long()  # an empty list says nothing of its type
+        raise ParamsError(f"index is {index!r}; expected one integer per row, such as [0, 2, -1].") from error
+    index = index if index.numel() else index.long()  # an empty list becomes a float tensor
     if index.layout is not torch.strided or index.is_nested or index.is_quantized:
         kind = "nested" if index.is_nested else f"{index.dtype}, {index.layout}"
         raise ParamsError(f"index is a tensor that is {kind}; expected (b,) integers in a dense tensor or a list.")
     if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
-        raise ParamsError(f"index has the shape {tuple(index.shape)} and dtype {index.dtype}; expected (b,) integers.")
+        raise ParamsError(f"index has shape {tuple(index.shape)} and dtype {index.dtype}; expected (b,) integers.")
     index = index.long()  # torch reads uint8 as a mask
     if torch.compiler.is_compiling() or is_wrapped(index):
         return index, index >= 0
     if index.shape[0] and (int(index.min()) < -1 or (n is not None and int(index.max()) >= n)):
-        there = "slots are 0 or more" if n is None else f"there are 0 to {n - 1}"
+        there = "slots are 0 or more" if n is None else f"expected 0 to {n - 1}"
         raise ParamsError(
-            f"index names the members {int(index.min())} to {int(index.max())}; {there}, and -1 for the bare backbone."
+            f"index names the members {int(index.min())} to {int(index.max())}; {there}, or -1 for the bare backbone."
         )
     bare = index < 0
     return index, ~bare if bool(bare.any()) else None
@@ -54,10 +54,10 @@ def read_index(index: Index, n: int | None, device: torch.device) -> tuple[Tenso
 def pick_rows(
     stack: Mapping[str, Tensor], index: Tensor, times: int = 1, some_bare: bool | None = None
 ) -> dict[str, Tensor]:
-    """One member a row: leaf[index[i // times]] for row i; a bare row (-1) gets numbers to be masked.
+    """The member of each row, leaf[index[i // times]] for row i; a bare row (-1) gets numbers that will be masked.
 
-    These are tame whatever the members are: a mask keeps NaN out of values, but not out of gradients. ``some_bare``
-    says whether there are such rows, where that is known.
+    Those are bounded even if members hold NaN: a mask keeps NaN out of values, but not out of gradients. ``some_bare``
+    says whether there are bare rows, if known.
 
     >>> pick_rows({"a": torch.tensor([5.0, 6.0])}, torch.tensor([1, 0]), times=2)
     {'a': tensor([6., 6., 5., 5.])}
@@ -74,7 +74,7 @@ def pick_rows(
 
 
 def _tame(leaf: Tensor, bare: Tensor) -> Tensor:
-    """``leaf`` (rows, ...) with numbers between -1 and 1, which have no gradient, in the rows that are ``bare``."""
+    """``leaf`` (rows, ...) whose ``bare`` rows have numbers between -1 and 1 without a gradient."""
     if not leaf.is_floating_point():
         return leaf
     numbers = leaf.detach().nan_to_num(1.0, 1.0, -1.0).clamp(-1.0, 1.0)

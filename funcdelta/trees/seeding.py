@@ -1,4 +1,4 @@
-"""Seeds from seeds: one integer and a path of words give another integer, the same on every machine."""
+"""Derives seeds from a seed and a path of words, the same on every machine."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ..kinds import count
 __all__ = ["derive", "seeds"]
 
 MOST = 2**24
-"""So many seeds are made at once; that takes half a minute."""
+"""The most seeds to make at once, which takes half a minute."""
 
 
 def derive(seed: int, *path: str | int) -> int:
     """The seed at ``path`` below ``seed``: sha256 of both, cut to 63 bits.
 
-    A leaf's random numbers come from ``derive(seed, name)``, so that they depend on the seed and the name
-    alone, never on how many other leaves were drawn before. Words are hashed with their lengths: ``("a",
-    "b")`` and ``("ab",)`` are different paths.
+    A leaf's random numbers come from ``derive(seed, name)``, so they depend on the seed and the name alone, and not on
+    how many other leaves were drawn before. Words are hashed with their lengths, so ``("a", "b")`` and ``("ab",)``
+    are different paths.
 
     >>> derive(0, "query.lora.lora_A")
     3858330526505661550
@@ -28,16 +28,16 @@ def derive(seed: int, *path: str | int) -> int:
     """
     try:
         words = [str(operator.index(seed)), *map(str, path)]
-    except (TypeError, ValueError):  # Python writes no very long numbers
-        raise ParamsError(f"A seed is an integer; found {shown(seed)} ({type(seed).__name__}).") from None
+    except (TypeError, ValueError):  # str() refuses very long integers
+        raise ParamsError(f"A seed must be an integer; found {shown(seed)} ({type(seed).__name__}).") from None
     coded = b"".join(b"%d:%b" % (len(word), word) for word in (text.encode() for text in words))
     return int.from_bytes(hashlib.sha256(coded).digest()[:8], "big") >> 1
 
 
 def seeds(seed: int, n: int) -> list[int]:
-    """``n`` member seeds; the i-th is ``derive(seed, "member", i)`` and does not depend on ``n``.
+    """Seeds of ``n`` members; the i-th is ``derive(seed, "member", i)`` and does not depend on ``n``.
 
-    Ranks of a distributed run may therefore share one sweep: ``fd.seeds(0, 64)[rank::world]``.
+    So the ranks of a distributed run can share a sweep: ``fd.seeds(0, 64)[rank::world]``.
 
     >>> seeds(0, 64)[:8] == seeds(0, 8)
     True

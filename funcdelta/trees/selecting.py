@@ -1,4 +1,4 @@
-"""Split a flat dict of leaves by name, and join the parts again."""
+"""Splits a flat dict of leaves by name, and joins the parts again."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ Selector = str | Iterable[str] | Callable[..., bool]
 def partition(params: Mapping[str, Any], targets: Selector) -> tuple[dict[str, Any], dict[str, Any]]:
     """``(some, rest)``: two flat dicts with disjoint keys; each keeps the order of ``params``.
 
-    ``targets`` is a predicate, ``keep(name)`` or ``keep(name, leaf)`` (two parameters without default), or
-    names. A name means every leaf whose dotted name has it as a run of whole tokens that starts anywhere and
-    ends at a dot or at the end: the leaf itself (``"lora_A"``) or a module that contains it (``"layer.0"``,
-    which is not ``layer.10``). ``"[r]pattern"`` is a regular expression over the same. A name that means no
-    leaf raises ``MatchError`` with near names; a predicate may select nothing.
+    ``targets`` is a predicate, ``keep(name)`` or ``keep(name, leaf)`` (two parameters without default), or names. A
+    name selects every leaf whose dotted name contains it as a run of whole tokens: the leaf itself (``"lora_A"``) or a
+    module that contains it (``"layer.0"``, which is not ``layer.10``). ``"[r]pattern"`` matches the same by a regular
+    expression. A name that selects no leaf raises ``MatchError`` with near names; a predicate may select nothing.
 
     >>> p = {"layer.0.q.lora_A": 1, "layer.0.q.lora_B": 2, "layer.10.q.lora_A": 3, "head.weight": 4}
     >>> partition(p, "layer.0")
@@ -40,7 +39,7 @@ def partition(params: Mapping[str, Any], targets: Selector) -> tuple[dict[str, A
 
 
 def select(params: Mapping[str, Any], targets: Selector) -> set[str]:
-    """The names that ``targets`` means; see :func:`partition`.
+    """The names that ``targets`` selects; see :func:`partition`.
 
     >>> sorted(select({"a.w": 1, "a.b": 2, "c.w": 3}, "a"))
     ['a.b', 'a.w']
@@ -53,18 +52,17 @@ def select(params: Mapping[str, Any], targets: Selector) -> set[str]:
     for target in as_names(targets):
         found = {name for name in params if any(matches(prefix, target) for prefix in _prefixes(name))}
         if not found:
-            raise MatchError(f"No leaf is called {target!r} or lies in a module of that name.{_near(target, params)}")
+            raise MatchError(f"No leaf is called {target!r} or is in a module of that name.{_near(target, params)}")
         chosen |= found
     return chosen
 
 
 def combine(*parts: Mapping[str, Any], order: Iterable[str] | None = None) -> dict[str, Any]:
-    """One dict of several with disjoint keys: the inverse of :func:`partition`.
+    """Join dicts with disjoint keys into one: the inverse of :func:`partition`.
 
-    Keys stand in the order given, first part first. ``combine(*partition(p, ...))`` therefore has the leaves
-    of ``p``, and equals it, but perhaps in another order, which matters to nothing that looks leaves up by
-    name, and does to ``fd.tree.ravel``. ``order=p`` (or ``delta.names``) restores an order; it may name more
-    than is there. Raises ``ParamsError`` for a key given twice.
+    Keys are in the order of the parts. So ``combine(*partition(p, ...))`` equals ``p``, but its order may differ, which
+    matters only where leaves are not looked up by name, as in ``fd.tree.ravel``. ``order=p`` (or ``delta.names``)
+    restores an order; it may contain further names. Raises ``ParamsError`` for a key given twice.
 
     >>> p = {"a": 1, "b": 2, "c": 3}
     >>> combine(*partition(p, ["b"]))
@@ -81,7 +79,7 @@ def combine(*parts: Mapping[str, Any], order: Iterable[str] | None = None) -> di
         check_tree(part)
         for name, leaf in part.items():
             if name in whole:
-                raise ParamsError(f"Leaf {shown(name)} is given twice; the second time in argument {index}.")
+                raise ParamsError(f"Leaf {shown(name)} is given twice, the second time in argument {index}.")
             whole[name] = leaf
     if order is None:
         return whole
@@ -93,7 +91,7 @@ def combine(*parts: Mapping[str, Any], order: Iterable[str] | None = None) -> di
 
 
 def _takes_leaf(predicate: Callable[..., Any]) -> bool:
-    """Whether ``predicate`` wants ``(name, leaf)``: it has two parameters without a default."""
+    """Whether ``predicate`` takes ``(name, leaf)``, that is, has two parameters without a default."""
     try:
         parameters = inspect.signature(predicate).parameters.values()
     except ValueError:
@@ -102,7 +100,7 @@ def _takes_leaf(predicate: Callable[..., Any]) -> bool:
     required = [one for one in parameters if one.default is one.empty and one.kind in places]
     if len(required) > 2:
         names = ", ".join(one.name for one in required)
-        raise ParamsError(f"A predicate takes (name) or (name, leaf); found one that takes ({names}).")
+        raise ParamsError(f"A predicate must take (name) or (name, leaf); found one that takes ({names}).")
     return len(required) == 2
 
 
@@ -113,5 +111,5 @@ def _prefixes(name: str) -> list[str]:
 
 
 def _near(target: str, params: Iterable[str]) -> str:
-    """The near names of ``target`` among the leaves and the modules that contain them."""
+    """A sentence with the names near ``target`` among the leaves and the modules that contain them."""
     return near(target, list(dict.fromkeys(prefix for name in params for prefix in _prefixes(name))))

@@ -1,7 +1,7 @@
-"""Members and their params: stack, take and join pytrees whose first axis may be the member axis.
+"""Stacks members, takes some of a stack, and joins stacks; the member axis is the first axis of every leaf.
 
-Every function takes any pytree of tensors (params, gradients, an optimiser's state). A leaf that is not a
-tensor (a Python number, ``None``) is one value shared by all members: it passes unchanged.
+Every function takes any pytree of tensors (params, gradients, an optimiser's state). A leaf that is not a tensor (a
+Python number, ``None``) is shared by all members and passes unchanged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..errors import ParamsError, shown
 from ..kinds import count
 from ..transforms import is_wrapped
 from .constants import marked
-from .leaves import align, check_tree, dense, leading, named
+from .leaves import align, check_tree, dense, leading, named, not_dense
 from .seeding import derive, seeds
 from .selecting import Selector, combine, partition, select
 
@@ -42,9 +42,9 @@ Tree = TypeVar("Tree")
 
 
 def stack(trees: Iterable[Tree]) -> Tree:
-    """Members side by side: leaf i of the result is ``torch.stack([tree_i, ...])`` with a leading axis n.
+    """Stack members: every leaf of the result is ``torch.stack`` of the members' leaves, with a leading axis n.
 
-    All trees need one structure (dict order does not matter), and leaves of one shape, dtype and device;
+    All trees must have the same structure (dict order does not matter), and leaves the same shape, dtype and device;
     ``ParamsError`` names the leaf that differs.
 
     >>> stack([{"a": torch.zeros(2)}, {"a": torch.ones(2)}])
@@ -69,10 +69,10 @@ def unstack(stack: Tree) -> list[Tree]:
 
 
 def take(stack: Tree, index: int | slice | Sequence[int] | Tensor) -> Tree:
-    """Some members of a stack: an int gives one member, a list, 1-D tensor or slice gives a smaller stack.
+    """Some members of a stack: one member for an int, a smaller stack for a list, 1-D tensor or slice.
 
-    A 0-d integer tensor gives one member too. A boolean mask keeps the members where it is true. An int and a
-    slice give views, the others copies. ``ParamsError`` where a member does not exist.
+    A 0-d integer tensor selects one member, too. A boolean mask selects the members where it is true. An int or a slice
+    returns views, other indices copies. Raises ``ParamsError`` if a member does not exist.
 
     >>> s = {"a": torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])}
     >>> take(s, -1)
@@ -91,7 +91,7 @@ def take(stack: Tree, index: int | slice | Sequence[int] | Tensor) -> Tree:
         if not isinstance(where, Tensor):
             return marked(leaf[where], leaf)
         chosen = where.to(leaf.device)
-        # A 0-d index goes through a list of one, for leaf[tensor] would read it as a number and break vmap.
+        # A 0-d index becomes a list of one, because leaf[tensor] would read it as a number, which fails under vmap.
         return marked(leaf[chosen] if chosen.ndim else leaf[chosen.reshape(1)].squeeze(0), leaf)
 
     try:
@@ -101,16 +101,16 @@ def take(stack: Tree, index: int | slice | Sequence[int] | Tensor) -> Tree:
 
 
 def _where(index: Any, n: int) -> int | slice | Tensor:
-    """``index`` as torch reads it, once every member that it means is known to be one of ``n``."""
+    """``index`` in a form that torch reads correctly, after checking that its members are among ``n``."""
     if isinstance(index, Tensor):
         return _rows(index, n)
     if isinstance(index, slice):
         try:
             chosen = range(n)[index]
         except (TypeError, ValueError) as error:
-            raise ParamsError(f"{index} cannot choose members: {error}.") from None
+            raise ParamsError(f"{index} cannot select members: {error}.") from None
         return index if chosen.step > 0 else torch.tensor(list(chosen), dtype=torch.long, device="cpu")
-    if hasattr(index, "tolist"):  # arrays and numbers of numpy
+    if hasattr(index, "tolist"):  # numpy arrays and numbers
         index = index.tolist()
     if not isinstance(index, Iterable):
         return _row(index, n)
@@ -121,20 +121,20 @@ def _where(index: Any, n: int) -> int | slice | Tensor:
 
 
 def _rows(index: Tensor, n: int) -> Tensor:
-    """An index tensor, or a mask, of which every member is one of ``n``."""
+    """An index tensor or mask, after checking that its members are among ``n``."""
     if index.layout is not torch.strided or index.is_nested or index.is_quantized:
         kind = "nested" if index.is_nested else f"{index.dtype}, {index.layout}"
-        raise ParamsError(f"An index tensor is dense; found one that is {kind}. Write a list of integers.")
+        raise ParamsError(f"An index tensor must be dense; found one that is {kind}. Write a list of integers.")
     if index.ndim > 1 or index.is_floating_point() or index.is_complex():
         raise ParamsError(
-            f"An index tensor has shape () or (k,) and integers or booleans; found shape {tuple(index.shape)}, "
+            f"An index tensor must have shape () or (k,) and integers or booleans; found shape {tuple(index.shape)}, "
             f"{index.dtype}."
         )
     if index.device.type == "meta":
-        raise ParamsError("An index tensor on the meta device has no values: nothing says which members are meant.")
+        raise ParamsError("An index tensor on the meta device has no values, so it selects no members.")
     if index.dtype == torch.bool:
         if tuple(index.shape) != (n,):
-            raise ParamsError(f"A mask over {n} members has shape ({n},); found {tuple(index.shape)}.")
+            raise ParamsError(f"A mask over {n} members must have shape ({n},); found {tuple(index.shape)}.")
         return index
     index = index.long()  # torch reads uint8 as a mask
     if not torch.compiler.is_compiling() and not is_wrapped(index):
@@ -146,7 +146,7 @@ def _rows(index: Tensor, n: int) -> Tensor:
 
 
 def cat(stacks: Iterable[Tree]) -> Tree:
-    """Stacks one after the other: member counts add up, n = n_0 + n_1 + ….
+    """Concatenate stacks; the numbers of members add up, n = n_0 + n_1 + ….
 
     >>> cat([{"a": torch.ones(2, 3)}, {"a": torch.zeros(1, 3)}])["a"].shape
     torch.Size([3, 3])
@@ -158,7 +158,7 @@ def cat(stacks: Iterable[Tree]) -> Tree:
 
 
 def broadcast(params: Tree, n: int) -> Tree:
-    """A stack of ``n`` equal members; leaves are expanded views, nothing is copied.
+    """A stack of ``n`` equal members, whose leaves are expanded views without copies.
 
     >>> broadcast({"a": torch.ones(3)}, 4)["a"].shape
     torch.Size([4, 3])
@@ -172,7 +172,7 @@ def broadcast(params: Tree, n: int) -> Tree:
 
 
 def members(stack: Any) -> int:
-    """The number of members n: the length of the first axis, which all leaves share.
+    """The number of members n: the length of the first axis of every leaf.
 
     Raises ``StackError`` naming a leaf without a member axis, or two leaves that disagree.
 
@@ -183,7 +183,7 @@ def members(stack: Any) -> int:
 
 
 def checked_chunk(chunk_size: int, of: str = "members") -> int:
-    """``chunk_size`` as an int; ``ParamsError`` where it is not a whole number of at least 1.
+    """``chunk_size`` as an int; raises ``ParamsError`` unless it is a whole number of at least 1.
 
     >>> checked_chunk(2)
     2
@@ -192,9 +192,9 @@ def checked_chunk(chunk_size: int, of: str = "members") -> int:
 
 
 def slices(n: int, chunk_size: int) -> list[slice]:
-    """The members 0 to n, ``chunk_size`` at a time; the last slice may be shorter.
+    """The slices of n members into chunks of ``chunk_size``; the last one may be shorter.
 
-    Raises ``ParamsError`` where ``chunk_size`` is not a whole number of at least 1.
+    Raises ``ParamsError`` unless ``chunk_size`` is a whole number of at least 1.
 
     >>> slices(5, 2)
     [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
@@ -204,7 +204,7 @@ def slices(n: int, chunk_size: int) -> list[slice]:
 
 
 def _join(trees: Iterable[Any], function: str, what: str, join: Callable[..., Tensor], skip: int) -> Any:
-    """Leafwise ``join([leaf_0, leaf_1, ...])``; shapes must agree after the first ``skip`` axes."""
+    """Apply ``join([leaf_0, leaf_1, ...])`` to every leaf; shapes must agree after the first ``skip`` axes."""
     if isinstance(trees, Mapping):
         raise ParamsError(f"{function} takes a list of pytrees; found one dict. Write fd.{function}([params, ...]).")
     if not isinstance(trees, Iterable) or isinstance(trees, str | Tensor):
@@ -230,20 +230,18 @@ def _join(trees: Iterable[Any], function: str, what: str, join: Callable[..., Te
 
 
 def _difference(first: Any, leaf: Any, first_is: str, skip: int) -> str:
-    """What keeps ``leaf`` from standing in one tensor with ``first``, or an empty string."""
+    """Why ``leaf`` cannot be joined with ``first``, or an empty string."""
     if not isinstance(first, Tensor) or not isinstance(leaf, Tensor):
         if type(first) is type(leaf) and first == leaf:
             return ""
         return f"is {_kind(leaf)}; {first_is} is {_kind(first)}. Only tensors may differ between members."
-    if leaf.layout is not torch.strided or leaf.is_nested:
-        return f"is {leaf.layout}, and params are dense tensors. Write leaf.to_dense()."
-    if leaf.is_quantized:
-        return f"is quantised, {leaf.dtype}, and params are plain numbers. Write leaf.dequantize()."
+    if problem := not_dense(leaf):
+        return problem
     if leaf.shape[skip:] != first.shape[skip:]:
         after = " after the member axis" if skip else ""
         return (
             f"has shape {tuple(leaf.shape)}; {first_is} has {tuple(first.shape)}. "
-            f"Members of one stack have equal shapes{after}: keep unlike ones in stacks of their own."
+            f"Members of one stack have equal shapes{after}: keep members of other shapes in other stacks."
         )
     if leaf.dtype != first.dtype:
         return f"is {leaf.dtype}; {first_is} is {first.dtype}. Convert one: leaf.to({first.dtype})."
@@ -254,17 +252,17 @@ def _difference(first: Any, leaf: Any, first_is: str, skip: int) -> str:
 
 
 def _kind(leaf: Any) -> str:
-    """How an error message calls a leaf."""
+    """What an error message calls a leaf."""
     return f"a tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
 
 
 def _row(row: Any, n: int) -> int:
-    """``row`` as an index of one of ``n`` members; negative ones count from the end."""
+    """``row`` as an index of one of ``n`` members; negative indices count from the end."""
     try:
         index = operator.index(row)
     except TypeError:
         raise ParamsError(
-            f"A member is chosen by an int, a list or 1-D tensor of ints, or a slice; found {row!r} "
+            f"Members are selected by an int, a list or 1-D tensor of ints, or a slice; found {row!r} "
             f"({type(row).__name__})."
         ) from None
     if isinstance(row, bool) or not -n <= index < n:

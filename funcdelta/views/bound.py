@@ -1,8 +1,8 @@
 """Views: a bound delta as an ordinary module of the backbone's class, for ``generate``, ``Trainer`` and pipelines.
 
-A view is a skeleton whose call never ends. Its leaves are parameters of its own, copied from params; everything else
-shares the backbone's storage and is held where nobody who iterates a module's parameters finds it (:mod:`.frozen`). So
-it holds what it trains and nothing else: in an optimiser, in a parent's state dict, in a copy, between processes.
+A view is a skeleton whose call never ends. Its leaves are its own parameters, copied from params. Everything else
+shares the backbone's storage and is hidden from code that iterates over a module's parameters (:mod:`.frozen`). An
+optimiser, a parent's state dict, a copy and another process therefore see only what the view trains.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ..run.skeleton import Skeleton
 from ..structures.modules.references import holders
 from ..trees.leaves import check_leaves
 from .calls import Calls, MemberCalls
+from .conditioned import Conditioned
 from .copies import Twin, attributes_of, give, given_since, hold, made_of, reduced_part, tensors_held
 from .frozen import ABOUT, Moved, building, dress, take_out
 from .held import About, Bindable, Held, Viewlike, learned, other_names, persistent, sharded, statistics
@@ -38,7 +39,7 @@ from .unbound import unbind
 
 
 class View(Viewlike, nn.Module):
-    """What a view has besides its backbone's class: what it holds, and how it is filled and copied."""
+    """What a view adds to its backbone's class: its state dict, and how it is loaded, copied and pickled."""
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The delta's leaves under their names in params, and the view's running statistics."""
@@ -72,7 +73,7 @@ class View(Viewlike, nn.Module):
         return nn.modules.module._IncompatibleKeys(missing, unexpected)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        """The same through a parent, whose own ``load_state_dict`` comes by here."""
+        """Load as above when a parent's ``load_state_dict`` reaches this view."""
         given = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
         buffers, registered, leaves = persistent(self), statistics(self), self._funcdelta.leaves
         if given and leaves and not any(name in leaves or name in buffers for name in given):
@@ -85,7 +86,7 @@ class View(Viewlike, nn.Module):
             state_dict.setdefault(prefix + name, shard)
         for name, buffer in buffers.items():
             if name in registered:
-                # What learned nothing is not saved, and what is not saved stays as it is.
+                # Statistics that equal the backbone's are not saved, so a missing one keeps its value.
                 state_dict.setdefault(prefix + name, buffer)
             elif name in given:
                 with torch.no_grad():
@@ -93,7 +94,7 @@ class View(Viewlike, nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _copied(self, memo: dict[int, Any]) -> nn.Module:
-        """Another view, with leaves and statistics of its own and the same share of the backbone."""
+        """Another view with its own leaves and statistics, sharing the same backbone."""
         own = self._funcdelta
         other: Any = _bound(own.delta, {name: leaf.detach() for name, leaf in own.leaves.items()}, own.skeleton.dtypes)
         memo[id(self)] = other
@@ -108,11 +109,11 @@ class View(Viewlike, nn.Module):
         return made_of(Twin(self._copied, self._reduced))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies share the backbone; pickles have all of it."""
+        """Copies share the backbone; pickles contain all of it."""
         return Twin(self._copied, self._reduced).reduce()
 
     def _reduced(self) -> tuple[Any, ...]:
-        """A view travels as its delta, with the whole backbone, and what it holds."""
+        """What a pickle contains: the delta with the whole backbone, and everything the view itself holds."""
         own = self._funcdelta
         fresh = dict(own.delta.program.backbone.named_parameters(remove_duplicate=False))
         moved, buffers = {}, {}
@@ -151,7 +152,7 @@ def _unpickled(
 
 
 def _tie_again(view: Any, _: Any) -> None:
-    """After a load that put other tensors in the places of leaves: all names of one are one."""
+    """Tie a leaf's names again after ``load_state_dict(assign=True)`` replaced the tensor under one of them."""
     for end, name in other_names(view).items():
         path, _, own = end.rpartition(".")
         table = view.get_submodule(path)._parameters
@@ -161,21 +162,21 @@ def _tie_again(view: Any, _: Any) -> None:
 
 def _nothing(given: list[str], leaves: list[str]) -> str:
     return (
-        f"Nothing of this state dict is the view's: it has {', '.join(given[:3]) or 'no keys'}, and the view holds "
-        f"{', '.join(leaves[:3])}. Give what view.state_dict() or fd.unbind(view) gave."
+        f"This state dict has nothing for the view: it has {', '.join(given[:3]) or 'no keys'}, while the view holds "
+        f"{', '.join(leaves[:3])}. Pass a state dict from view.state_dict() or fd.unbind(view)."
     )
 
 
 def bind(delta: Bindable, params: Params) -> nn.Module:
     """A module of the backbone's class that runs with ``params``; see :meth:`DeltaModel.bind`.
 
-    ``params`` may hold other tensors of the backbone's, trained ones and running statistics among them.
+    ``params`` may also hold tensors of the backbone, such as trained weights and running statistics.
     """
     return _bound(delta, params)
 
 
 def _bound(delta: Bindable, params: Params, dtypes: Mapping[str, torch.dtype] | None = None) -> nn.Module:
-    """The same, where the model's tensors have been converted to ``dtypes``."""
+    """As :func:`bind`, for a model whose tensors have been converted to ``dtypes``."""
     program = delta.program
     with torch.inference_mode(False), torch.no_grad():
         skeleton = program.skeletons.build(program.training, view=True)
@@ -211,9 +212,9 @@ def as_view(
     leaves: Mapping[str, Tensor],
     moved: Moved | None = None,
 ) -> nn.Module:
-    """The skeleton's module as a ``view`` of the backbone's class, which holds ``leaves`` and nothing else.
+    """Turn the skeleton's module into a ``view`` of the backbone's class that holds ``leaves`` and nothing else.
 
-    ``moved`` is asked where others' tensors may go; without it they and the running statistics are the view's own.
+    ``moved`` is called before tensors are converted or moved; without it the view owns its leaves and statistics.
     """
     module = skeleton.module
     aliases = take_out(module, leaves if moved is None else (), statistics=moved is None)
@@ -221,6 +222,9 @@ def as_view(
     dress(module, calls, moved or functools.partial(follow_dtypes, skeleton), reduced_part)
     kind: Any = type(module)
     bases = (view, *[mixin for mixin, method in MIXINS if hasattr(kind, method)], kind)
+    if skeleton.conditions is not None:
+        calls.conditioned = skeleton.conditions.entries
+        bases = (Conditioned, *bases) if hasattr(kind, "generate") else bases
     namespace = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     module.__class__ = type(kind.__name__, bases, {**namespace, "__init__": building(kind), ORIGINAL: kind})
     calls.shared = {name: alias for name, alias in aliases.items() if not alias.is_inference()}
@@ -236,17 +240,17 @@ def as_view(
 
 
 MIXINS: tuple[tuple[type, str], ...] = ((Saved, "save_pretrained"), (Counted, "num_parameters"))
-"""What a view has where its backbone's class has a method of that name."""
+"""Base classes that a view gets if its backbone's class has the method of that name."""
 
 
 def _verify(program: Program, call: Call) -> None:
-    """After the view's first call: which sites nothing has passed through, then or before."""
+    """After the view's first call, report the sites that no call has reached."""
     assert call.reached is not None
     tell_missed(program, call.params, call.reached)
 
 
 def _is_persistent(root: nn.Module, name: str) -> bool:
-    """Whether the backbone's tensor of that name is a buffer that a state dict has: learned, or not, but no leaf."""
+    """Whether ``name`` is a buffer that the backbone's state dict contains, and so not a leaf."""
     path, _, own = name.rpartition(".")
     module = root.get_submodule(path)
     return own in module._buffers and own not in module._non_persistent_buffers_set

@@ -1,8 +1,7 @@
-"""What the owner of a view has done to it since it was bound: what a copy or a pickle of it has besides the leaves.
+"""Changes made to a view since it was bound, which its copies and pickles carry besides its leaves.
 
-The hooks and functions in a view's modules belong to it: a plain copy of them would still compute with the leaves of
-the view that was copied. So a copy is bound anew, and is given the modes, converted tensors, attributes, settings of
-its config and hooks of the other.
+The hooks and functions in a view's modules belong to that view: a plain copy would still compute with the original's
+leaves. So a copy is bound anew, then given the original's modes, converted tensors, attributes, settings and hooks.
 """
 
 from __future__ import annotations
@@ -14,21 +13,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ParamsError
+from ..match import below
 from ..run.reading import KEPT, WATCHED
 from ..structures.modules.noted import FUNCTIONS, OWN, PLAIN
 from .frozen import ABOUT, BUFFERS, MOVED, PATH, Leaves, original_kind
 
 OF_VIEWS = {KEPT, WATCHED, BUFFERS, PATH, MOVED, ABOUT, "forward"} | OWN - {"training"}
-"""Attributes that every view has of its own."""
+"""Attributes that binding sets, so that no copy takes them over."""
 
 Born = dict[str, tuple[dict[str, Any], dict[str, frozenset[int]], frozenset[str]]]
-"""By path, a module's attributes, its hooks' keys and its parameters' names, as they were when the view was bound."""
+"""``{path: (attributes, keys of hooks, names of parameters)}`` of a view's modules when it was bound."""
 
 HOOKS = tuple(name for name in OWN if "hooks" in name)
 
 
 def attributes_of(root: nn.Module) -> Born:
-    """What the modules of a view are like when it is bound.
+    """Record the attributes, hooks and parameter names of a view's modules at binding.
 
     >>> sorted(attributes_of(nn.Linear(2, 2))[""][2])
     ['bias', 'weight']
@@ -44,7 +44,7 @@ def attributes_of(root: nn.Module) -> Born:
 
 
 def given_since(root: nn.Module, born: Born) -> dict[str, dict[str, Any]]:
-    """By path, what the modules of a view were given since: attributes, what objects there have become, hooks.
+    """``{path: what its owner set since}`` of a view: attributes, state of objects, hooks, children, parameters.
 
     >>> delta = fd.LoraModel(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), modified_modules=["0"])
     >>> view = delta.bind(delta.init(0))
@@ -57,7 +57,7 @@ def given_since(root: nn.Module, born: Born) -> dict[str, dict[str, Any]]:
     for path, module in root.named_modules():
         own = vars(module)
         if id(module) not in known or path not in born:
-            continue  # a module that the view was given: it goes with the one above it
+            continue  # a module that the owner added: it is copied with its parent
         before, hooks, registered = born[path]
         held = {*own.get(KEPT, ()), *own.get(BUFFERS, ()), *OF_VIEWS}
         named = {name: value for name, value in own.items() if name not in held}
@@ -76,7 +76,7 @@ def given_since(root: nn.Module, born: Born) -> dict[str, dict[str, Any]]:
 
 
 def is_of_view(module: nn.Module) -> bool:
-    """Whether a module is one that a view was made of.
+    """Whether a module is one of a view's own, and not added later by its owner.
 
     >>> is_of_view(nn.Linear(2, 2)), is_of_view(Leaves())
     (False, True)
@@ -92,14 +92,14 @@ def _others(children: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_object(value: Any) -> bool:
-    """Whether a value has settings of its own, as a config has."""
+    """Whether a value has a state of its own, as a config has."""
     if isinstance(value, (*PLAIN, *FUNCTIONS, Tensor, nn.Module)) or type(value).__module__.startswith("torch"):
         return False
     return isinstance(getattr(value, "__dict__", None), dict)
 
 
 def give(root: nn.Module, since: dict[str, dict[str, Any]]) -> None:
-    """Give the modules of another view the same."""
+    """Apply what :func:`given_since` found to the modules of another view."""
     done: set[int] = set()
     modules = dict(root.named_modules())
     for path, given in since.items():
@@ -120,7 +120,7 @@ def give(root: nn.Module, since: dict[str, dict[str, Any]]) -> None:
 
 
 def held_by(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor, bool]]:
-    """``(module, name, tensor, frozen)`` of what a module of a view holds beside leaves: frozen parameters, buffers."""
+    """``(module, name, tensor, frozen)`` of a module's frozen parameters and of its buffers; no leaves."""
     own = vars(module)
     for name in own.get(KEPT, ()):
         if isinstance(own.get(name), Tensor):
@@ -132,23 +132,23 @@ def held_by(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor, bool]]:
 
 
 def tensors_held(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor, bool]]:
-    """The same of all modules of a view, each after its full name."""
+    """``(full name, module, name, tensor, frozen)`` of everything that :func:`held_by` finds in a view."""
     for path, module in root.named_modules():
         for owner, name, tensor, frozen in held_by(module):
-            yield (f"{path}.{name}" if path else name), owner, name, tensor, frozen
+            yield below(path, name), owner, name, tensor, frozen
 
 
 def hold(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put a tensor where a module of a view holds the one of that name."""
+    """Replace the tensor that a module of a view holds as ``name``."""
     table: dict[str, Any] = module._buffers if name in module._buffers else vars(module)
     table[name] = tensor
 
 
 class Twin:
-    """Stands for a module of a view where it is copied or pickled: what its ``__reduce_ex__`` gives.
+    """Takes the place of a view's module while it is copied or pickled; see ``View.__reduce_ex__``.
 
-    Python asks objects, and not their classes, for ``__deepcopy__``, so whatever hands on what it does not have to a
-    view would be copied as that view. For ``__reduce_ex__`` it asks nobody else.
+    Python looks up ``__deepcopy__`` on the object rather than its class, so a wrapper that forwards unknown attributes
+    to a view would be copied as that view. A wrapper has a ``__reduce_ex__`` of its own, so the view's is not found.
 
     >>> class Wrapper(nn.Module):
     ...     def __init__(self, model):
@@ -179,7 +179,7 @@ class Twin:
 
 
 def made_of(twin: Any) -> Any:
-    """The module that a twin has become, in a deep copy or when it was read; another one of an untouched twin."""
+    """The module that a twin became in a deep copy or when unpickled; an untouched twin is built here."""
     if isinstance(twin, Twin):
         function, arguments = twin.reduced()
         return function(*arguments)
@@ -187,7 +187,7 @@ def made_of(twin: Any) -> Any:
 
 
 def part_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A copy of a part of a view: an ordinary module of the model's class, with tensors of its own.
+    """A copy of a part of a view: an ordinary module of the model's class with its own tensors.
 
     Raises `ParamsError` where the part holds leaves or a delta acts in it.
 
@@ -198,15 +198,15 @@ def part_of(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     >>> copy.deepcopy(view[0])
     Traceback (most recent call last):
     ...
-    funcdelta.errors.ParamsError: 0 is a part of a view in which a delta acts...
+    funcdelta.errors.ParamsError: 0 is part of a view, and a delta acts in it...
     """
     own = vars(module)
     kept = own.get(KEPT, ())
     acts = "forward" in own or any(isinstance(child, Leaves) for child in dict.values(module._modules))
     if acts or any(module._parameters.get(name) is not None for name in kept):
         raise ParamsError(
-            f"{own.get(PATH) or 'This'} is a part of a view in which a delta acts: copy the whole view, or take the "
-            f"part of a merged model, delta.merged(fd.unbind(view))."
+            f"{own.get(PATH) or 'This'} is part of a view, and a delta acts in it. Copy the whole view, or take the "
+            f"part of a merged model: delta.merged(fd.unbind(view))."
         )
     kind = original_kind(type(module))
     made = memo[id(module)] = kind.__new__(kind)

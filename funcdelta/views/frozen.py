@@ -1,9 +1,9 @@
-"""The modules of a view: those of the backbone's structure, with nothing registered in them but what the view owns.
+"""The modules of a view: the backbone's structure, in which only the view's own tensors are registered.
 
-Whoever iterates a view's parameters writes them: optimisers, averages, a reference model's synchronisation, a broadcast
-between processes, a parent's ``load_state_dict``. So tensors that belong to the backbone are taken out of the registers
-and held as plain attributes, where forwards find them all the same. While a thread is inside of a call its modules list
-them too, because forwards ask ``next(self.parameters()).dtype``. Outside they are shown guarded (:mod:`.guarded`).
+Code that iterates over a module's parameters usually writes them: optimisers, averages, the synchronisation of a
+reference model, a broadcast between processes, a parent's ``load_state_dict``. So the backbone's tensors are removed
+from the registers and kept as plain attributes, where forwards still find them. Inside a call the modules list them
+too, because forwards ask ``next(self.parameters()).dtype``. Outside they are shown guarded (:mod:`.guarded`).
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EngineError
+from ..match import below
 from ..run.reading import KEPT, ORIGINAL, held, put_back
 from ..structures.statistics import STATISTICS
 from .calls import Calls
 from .guarded import guarded
 
 BUFFERS = "_funcdelta_buffers"
-"""Where a module of a view has the names of its buffers, of which it holds those that learn nothing as attributes."""
+"""Attribute with the names of a module's buffers; those that learn nothing are held as plain attributes."""
 
 PATH, MOVED = "_funcdelta_path", "_funcdelta_moved"
-"""Where it has its path, and whom to tell when its tensors move."""
+"""Attributes with a module's path, and with the function to call before its tensors are converted or moved."""
 
 ABOUT_TENSORS = ("dtype", "device")
-"""Properties by which classes of modules tell what their parameters are."""
-
+"""Properties that some model classes compute from their parameters."""
 
 ABOUT = "_funcdelta"
-"""Where the root of a view has what the view knows of itself."""
+"""Attribute of a view's root that holds its :class:`About`."""
 
 Moved = Callable[[nn.Module, Callable[[Tensor], Tensor]], None]
 Part = Callable[[nn.Module], tuple[Any, ...]]
 
 
 class Leaves(nn.Module):
-    """Holds the leaves of one delta at one site, a module of a view by its name only."""
+    """Holds the leaves of one delta at one site; a module only so that the leaves get their names."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """A module that calls all of its children is not meant to call this one."""
+        """Raise; code that calls all children of a module is not meant to call this one."""
         if torch.compiler.is_compiling() and len(args) == 1 and not kwargs:
-            return args[0]  # what nn.Sequential hands to the next
+            return args[0]  # nn.Sequential, compiled, iterates over all children
         raise EngineError("This module holds the leaves of a delta and computes nothing: call the view.")
 
 
 class Children(dict[str, Any]):
-    """The children of a module that calls them in turn: without those that hold leaves, while it is called.
+    """The children of a module; inside a call, without those that hold leaves (for ``nn.Sequential`` and its like).
 
     >>> children = Children({"0": nn.ReLU(), "lora": Leaves()}, lambda: True)
     >>> list(children), "lora" in children
@@ -97,9 +97,9 @@ def learns(module: nn.Module, name: str) -> bool:
 
 
 def take_out(root: nn.Module, own: Iterable[str], statistics: bool) -> dict[str, Tensor]:
-    """Hold all tensors of ``root`` but those named ``own`` as plain attributes; gives the parameters among them.
+    """Hold all tensors of ``root`` except those named ``own`` as plain attributes; returns the parameters among them.
 
-    Running statistics stay registered if ``statistics`` are the view's own.
+    If ``statistics`` is true, running statistics stay registered: the view trains its own.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     >>> list(take_out(model, ["1.weight"], statistics=True))
@@ -114,17 +114,17 @@ def take_out(root: nn.Module, own: Iterable[str], statistics: bool) -> dict[str,
     found: dict[str, Tensor] = {}
     for path, module in root.named_modules():
         if isinstance(module, Leaves) or not isinstance(vars(module).get("_parameters"), dict):
-            continue  # the view's own; or a compiled script, which has copies
+            continue  # the view's leaves, or a TorchScript module, which holds copies
         attributes = vars(module)
         attributes[KEPT], attributes[BUFFERS] = tuple(module._parameters), tuple(module._buffers)
         for name, tensor in list(module._parameters.items()):
             if tensor is None or id(tensor) in kept or hasattr(tensor, "full_tensor"):
-                continue  # what fully_shard gathers it sets in the registers
-            # Plain tensors, for a parameter that is set again as an attribute would be registered again.
+                continue  # fully_shard puts gathered tensors into the registers
+            # A plain tensor: setting an nn.Parameter as an attribute would register it again.
             plain = type(tensor) is nn.Parameter
             alias = aliases.setdefault(id(tensor), tensor.detach() if plain else tensor)
             del module._parameters[name]
-            attributes[name] = found[f"{path}.{name}" if path else name] = alias
+            attributes[name] = found[below(path, name)] = alias
         for name, tensor in list(module._buffers.items()):
             if tensor is not None and id(tensor) not in kept and not (statistics and learns(module, name)):
                 attributes[name] = module._buffers.pop(name)
@@ -132,7 +132,7 @@ def take_out(root: nn.Module, own: Iterable[str], statistics: bool) -> dict[str,
 
 
 class _Whole:
-    """A module as the backbone's own would list its tensors; within a call as readers outside of it are shown them."""
+    """The registers that a module of the backbone would have, with every value taken from ``read``."""
 
     def __init__(self, module: nn.Module, read: Callable[[nn.Module, str], Any]) -> None:
         names, buffers = vars(module).get(KEPT, ()), vars(module).get(BUFFERS, ())
@@ -141,10 +141,10 @@ class _Whole:
 
 
 def dress(root: nn.Module, calls: Calls, moved: Moved, reduced_part: Part) -> None:
-    """Give every module of ``root`` a class of its own kind whose calls go through ``calls``.
+    """Give every module of ``root`` a subclass of its class whose calls go through ``calls``.
 
-    ``moved(module, function)`` is told before tensors of a module are converted or put elsewhere, and
-    ``reduced_part(module)`` tells how one module is copied without the others.
+    ``moved(module, function)`` is called before a module's tensors are converted or moved, and
+    ``reduced_part(module)`` says how one module is copied without the others.
     """
     kinds: dict[tuple[type, tuple[str, ...], bool], type] = {}
     for path, module in root.named_modules():
@@ -163,17 +163,17 @@ def dress(root: nn.Module, calls: Calls, moved: Moved, reduced_part: Part) -> No
 
 
 def _is_plain_layer(module: nn.Module) -> bool:
-    """Whether a module is a layer of torch's in which nothing is done but to compute: its calls need no care."""
+    """Whether a module is one of torch's layers with no children, whose calls need no special treatment."""
     return (
         type(module).__module__.startswith("torch.nn.modules.")
         and not module._modules
         and "forward" not in vars(module)
-        and not isinstance(module, nn.RNNBase)  # which keep their weights in a list as well
+        and not isinstance(module, nn.RNNBase)  # RNNs keep their weights in a list as well
     )
 
 
 def _namespace(kind: Any, names: tuple[str, ...], plain: bool, calls: Calls, reduced_part: Part) -> dict[str, Any]:
-    """What the modules of one class have besides it."""
+    """The namespace of the subclass that :func:`dress` makes of ``kind``."""
     enter, trace, inside, sees_all, own_call = calls.enter, calls.trace, calls.inside, calls.sees_all, kind.__call__
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -193,7 +193,7 @@ def _namespace(kind: Any, names: tuple[str, ...], plain: bool, calls: Calls, red
 
     def get_parameter(self: nn.Module, target: str) -> Any:
         path, _, own = target.rpartition(".")
-        # Frozen ones are plain attributes.
+        # Frozen parameters are plain attributes, which torch's get_parameter does not find.
         return getattr(self.get_submodule(path), own) if inside() else kind.get_parameter(self, target)
 
     def apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
@@ -206,7 +206,7 @@ def _namespace(kind: Any, names: tuple[str, ...], plain: bool, calls: Calls, red
     def register_buffer(self: nn.Module, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         own = self.__dict__
         if name in own.get(BUFFERS, ()) and name not in self._buffers:
-            own[name] = tensor  # a forward sets one anew, and it is held as the one before it
+            own[name] = tensor  # a forward replaces a buffer; the new one stays a plain attribute
             return
         kind.register_buffer(self, name, tensor, persistent)
 
@@ -225,7 +225,7 @@ def _namespace(kind: Any, names: tuple[str, ...], plain: bool, calls: Calls, red
     }
     if not plain:
         found["__call__"] = call
-    # Modules at sites have properties already.
+    # Modules at sites already have properties for their parameters.
     found |= {name: _shown(name, calls) for name in names if not isinstance(getattr(kind, name, None), property)}
     for name in ABOUT_TENSORS:
         if isinstance(getattr(kind, name, None), property):
@@ -234,14 +234,14 @@ def _namespace(kind: Any, names: tuple[str, ...], plain: bool, calls: Calls, red
 
 
 def _shallow(module: nn.Module) -> nn.Module:
-    """What ``copy.copy`` makes of a part of a view: another one with the same tensors."""
+    """``copy.copy`` of a part of a view: another module with the same tensors."""
     made = type(module).__new__(type(module))
     vars(made).update(vars(module))
     return made
 
 
 def building(kind: Any) -> Callable[..., None]:
-    """The ``__init__`` of a class made for a view: ``type(view)(config)`` builds another model, which is no view.
+    """The ``__init__`` of a view's class: ``type(view)(config)`` builds an ordinary model of the backbone's class.
 
     >>> kind = type("Linear", (nn.Linear,), {"__init__": building(nn.Linear)})
     >>> type(kind(2, 3)) is nn.Linear
@@ -258,7 +258,7 @@ def building(kind: Any) -> Callable[..., None]:
 
 
 def original_kind(kind: Any) -> Any:
-    """The backbone's class of which ``kind`` was made.
+    """The backbone's class that ``kind`` was derived from.
 
     >>> original_kind(nn.Linear)
     <class 'torch.nn.modules.linear.Linear'>
@@ -269,7 +269,7 @@ def original_kind(kind: Any) -> Any:
 
 
 def _shown(name: str, calls: Calls) -> property:
-    """A frozen parameter: as it is inside of a call, else guarded."""
+    """A property for a frozen parameter: the tensor itself inside a call, guarded outside."""
     sees_all = calls.sees_all
 
     def read(module: nn.Module) -> Any:
@@ -288,22 +288,21 @@ def _shown(name: str, calls: Calls) -> property:
 
 
 def show(tensor: Tensor, module: nn.Module, name: str, guards: dict[int, Tensor]) -> Tensor:
-    """What somebody outside of a call gets for a tensor that a module of a view holds.
+    """``tensor`` as code outside a call reads it from a module of a view: guarded if it is the backbone's.
 
     >>> show(nn.Parameter(torch.ones(2)), nn.Linear(2, 2), "weight", {})
     Parameter containing:
     tensor([1., 1.], requires_grad=True)
     """
     if type(tensor) is not Tensor or tensor.layout != torch.strided or name not in module.__dict__:
-        return tensor  # a leaf, or of a class of its own, whose operations are its own
+        return tensor  # a leaf, or a tensor subclass, which defines its own operations
     if id(tensor) not in guards:
-        path = module.__dict__.get(PATH)
-        guards[id(tensor)] = guarded(tensor, f"{path}.{name}" if path else name)
+        guards[id(tensor)] = guarded(tensor, below(module.__dict__.get(PATH, ""), name))
     return guards[id(tensor)]
 
 
 def _as_inside(about: property, calls: Calls) -> property:
-    """A property of the model's class, which is answered from all of its tensors."""
+    """A property of the model's class that sees all of the model's tensors."""
     read: Any = about.fget
 
     def inside(module: nn.Module) -> Any:
@@ -316,7 +315,7 @@ def _as_inside(about: property, calls: Calls) -> property:
 
 
 def _convert(module: nn.Module, fn: Callable[[Tensor], Tensor], known: dict[int, Any]) -> None:
-    """Put what ``fn`` makes of the tensors that a module holds as attributes in their place."""
+    """Replace the tensors that a module holds as attributes by ``fn`` of them."""
     attributes = vars(module)
     with torch.no_grad():
         for name in (*attributes[KEPT], *attributes[BUFFERS]):

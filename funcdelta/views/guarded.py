@@ -1,9 +1,9 @@
-"""What a view shows of the backbone's tensors to whoever reads them outside of a call: to compute with, not to write.
+"""Read-only tensors: what code outside a call gets when it reads the backbone's tensors from a view.
 
 A view shares the storage of everything that it does not train. A write through ``view.head.weight``, by an
-initialiser, a soft update or ``.data``, would be a write into the backbone and into every other view of it. So the
-attribute gives :class:`Guarded`, which is the tensor for every operation but those that change it; and so is whatever
-shares its storage (a slice, ``.data``, ``.detach()``).
+initialiser, a soft update or ``.data``, would write into the backbone and into every other view of it. So the
+attribute returns a :class:`Guarded`, which allows every operation except those that change it. Tensors that share its
+storage (a slice, ``.data``, ``.detach()``) are guarded as well.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Guarded(Tensor):
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # Operators called from C++ (a broadcast between processes): their schemas tell what they change.
+        # Operators called from C++ (such as a broadcast between processes): the schema says what they write.
         kwargs = kwargs or {}
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -50,7 +50,7 @@ class Guarded(Tensor):
 
 
 def guarded(tensor: Tensor, place: str) -> Tensor:
-    """What computes as ``tensor`` and raises where it would be written; ``place`` names it in the error.
+    """A tensor that computes like ``tensor`` and raises when written; the error calls it ``place``.
 
     >>> weight = torch.ones(2)
     >>> shown = guarded(weight, "head.weight")
@@ -59,9 +59,9 @@ def guarded(tensor: Tensor, place: str) -> Tensor:
     >>> shown.data.zero_()
     Traceback (most recent call last):
     ...
-    funcdelta.errors.StaleBackboneError: head.weight is the backbone's own, which a view shares and never writes. ...
+    funcdelta.errors.StaleBackboneError: head.weight belongs to the backbone, and a view must not write it. ...
     """
-    # A wrapper, without numbers of its own: nothing that passes by the operations finds any to write.
+    # A wrapper subclass has no data of its own, so code that bypasses the operators has nothing to write to.
     found = Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
         Guarded,
         tensor.shape,
@@ -80,20 +80,20 @@ def _refuse(written: Guarded | None) -> None:
     if written is not None:
         place = written._place
         raise StaleBackboneError(
-            f"{place} is the backbone's own, which a view shares and never writes. To train a copy of it name it in "
-            f'the config, unfrozen_modules=["deltas", "{place}"]; to compute with other numbers take a copy, .clone().'
+            f"{place} belongs to the backbone, and a view must not write it. To train a copy of it, name it in the "
+            f'config: unfrozen_modules=["deltas", "{place}"]. To compute with other numbers, write to a .clone().'
         )
 
 
 def _computed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The operation on the tensors themselves."""
+    """``func`` of the tensors themselves; results that share a guarded tensor's storage are guarded."""
     guards = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Guarded)]
     args, kwargs = pytree.tree_map_only(Guarded, lambda t: getattr(t, STANDS_FOR), (args, kwargs))
     return pytree.tree_map(lambda made: _guarded_too(made, guards), func(*args, **kwargs))
 
 
 def _guarded_too(made: Any, guards: list[Guarded]) -> Any:
-    """What shares a guarded tensor's storage is guarded as well."""
+    """``made``, guarded if it shares the storage of one of ``guards``."""
     for guard in guards:
         own = getattr(guard, STANDS_FOR)
         if made is own:
@@ -106,7 +106,7 @@ def _guarded_too(made: Any, guards: list[Guarded]) -> Any:
 
 
 def _place_of(tensor: Tensor) -> int | None:
-    """What identifies the storage of a tensor that has one."""
+    """An id of the tensor's storage; ``None`` if it has none that could be compared."""
     if tensor.layout != torch.strided or tensor.is_meta or is_wrapped(tensor) or isinstance(tensor, Guarded):
         return None
     return tensor.untyped_storage()._cdata

@@ -1,7 +1,7 @@
-"""What a view holds: the delta's leaves, and what it has learned beside them.
+"""What a view holds: the delta's leaves, and the running statistics that it has learned.
 
-Running statistics of the backbone are copies of the view's own, which training moves. They are a part of params where
-they have come to differ from the backbone's, under its names.
+A view has its own copies of the backbone's running statistics, and training updates them. Those that differ from the
+backbone's are part of params, under the backbone's names.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..match import below
 from ..run.program import Program
 from ..run.skeleton import Skeleton
 from .calls import Calls
@@ -33,7 +34,7 @@ class Bindable(Protocol):
 
 
 class Held(Mapping[str, Tensor]):
-    """The view's leaves by their key in params, looked up where they are now: ``view.to(...)`` replaces tensors."""
+    """The view's leaves by their keys in params, looked up at each access because ``view.to(...)`` replaces them."""
 
     def __init__(self, root: nn.Module, names: list[str]) -> None:
         self._owners = {name: (root.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names}
@@ -57,13 +58,13 @@ class Held(Mapping[str, Tensor]):
 
 
 class About:
-    """What a view knows of itself; without a ``__dict__``, for it is none of the things that models remember.
+    """A view's own bookkeeping, in slots so that it is not mistaken for state that a model remembers between calls.
 
     Attributes:
-        leaves: what it holds, by the names in params.
+        leaves: the tensors that the view holds, by their names in params.
         learns: whether its buffers are its own.
-        born: what its modules were like when it was bound.
-        params: gives its params as they are now.
+        born: the state of its modules when it was bound.
+        params: returns its current params.
     """
 
     __slots__ = ("born", "calls", "delta", "learns", "leaves", "params", "skeleton")
@@ -83,13 +84,13 @@ class About:
 
 
 class Viewlike:
-    """What every view has, whatever it holds."""
+    """Base class of all views."""
 
-    _funcdelta: Any  # an About; Transformers evaluates the annotations of its classes, where that name is unknown
+    _funcdelta: Any  # an About; Transformers evaluates annotations of its classes in places where About is undefined
 
 
 def other_names(view: Any) -> dict[str, str]:
-    """Every further name of a view's leaf that has several, with the one that it goes by.
+    """``{further name: first name}`` of a view's leaves that have several names (tied tensors).
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> model[1].weight = model[0].weight
@@ -103,7 +104,7 @@ def other_names(view: Any) -> dict[str, str]:
 
 
 def sharded(view: Any) -> dict[str, Tensor]:
-    """Shards of a sharded backbone, which are registered where they are and not the view's.
+    """The shards of a sharded backbone, which stay registered although they are not the view's.
 
     >>> delta = fd.BitFitModel(nn.Sequential(nn.Linear(2, 2)), modified_modules=["0"])
     >>> sharded(delta.bind(delta.init(0)))
@@ -114,16 +115,13 @@ def sharded(view: Any) -> dict[str, Tensor]:
 
 
 def refuse_views(backbone: nn.Module) -> None:
-    """Raise `ConfigError` if ``backbone`` is a view of a delta or holds one: it has no weights of its own to share.
-
-    >>> refuse_views(nn.Linear(2, 2))
-    """
+    """Raise `ConfigError` if ``backbone`` is a view of a delta or contains one, which has no weights to share."""
     for path, module in backbone.named_modules():
         if isinstance(module, Viewlike):
             raise ConfigError(
-                f"{path or 'backbone_model'} is a view of a delta, which shares its weights with a backbone: give that "
-                f"backbone, with the configs of both deltas, DeltaModel(delta.backbone, *delta.configs, config), or a "
-                f"model of its own, delta.merged(fd.unbind(view))."
+                f"{path or 'backbone_model'} is a view of a delta, whose weights belong to a backbone. Pass that "
+                f"backbone with the configs of both deltas: DeltaModel(delta.backbone, *delta.configs, config). Or "
+                f"pass an independent model: delta.merged(fd.unbind(view))."
             )
 
 
@@ -133,22 +131,22 @@ def _buffers(root: nn.Module, wanted: Callable[[nn.Module, str], bool]) -> dict[
         for own in vars(module).get(BUFFERS, ()):
             tensor = module._buffers.get(own, vars(module).get(own))
             if tensor is not None and wanted(module, own):
-                found[f"{path}.{own}" if path else own] = tensor
+                found[below(path, own)] = tensor
     return found
 
 
 def persistent(root: nn.Module) -> dict[str, Tensor]:
-    """The buffers of the backbone's structure that a state dict has, as the view has them now."""
+    """The view's current values of the buffers that the backbone's state dict contains."""
     return _buffers(root, lambda module, own: own not in module._non_persistent_buffers_set)
 
 
 def statistics(root: nn.Module) -> dict[str, Tensor]:
-    """Those of them that are registered, for they may learn."""
+    """Those of the :func:`persistent` buffers that are registered in the view, because they may learn."""
     return _buffers(root, lambda module, own: own in module._buffers and own not in module._non_persistent_buffers_set)
 
 
 def learned(view: Any) -> dict[str, Tensor]:
-    """What a view's buffers have become, by the backbone's names: those that differ from the backbone's.
+    """The view's buffers whose values differ from the backbone's, by the backbone's names.
 
     >>> delta = fd.LoraModel(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), modified_modules=["0"])
     >>> view = delta.bind(delta.init(0)).train()

@@ -1,4 +1,4 @@
-"""Leaves put into the modules of a view, and who finds them there."""
+"""Places leaves in the modules of a view, and arranges how the modules read them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..match import within
+from ..match import below, within
 from ..run.reading import Rewritten, watch_reads
 from ..run.skeleton import Skeleton
 from .calls import Calls
@@ -16,7 +16,7 @@ from .frozen import PATH, Leaves, show
 
 
 def replace(skeleton: Skeleton, ends: tuple[str, ...], value: Tensor, trains: bool, places: list[Any]) -> None:
-    """Put ``value`` in the place of one of the backbone's tensors, under all of its names and wherever it is held."""
+    """Put ``value`` in place of a tensor of the backbone: under all of its names (``ends``) and at ``places``."""
     made: Any = None
     for end in ends:
         path, _, own = end.rpartition(".")
@@ -34,7 +34,7 @@ def replace(skeleton: Skeleton, ends: tuple[str, ...], value: Tensor, trains: bo
 
 
 def place(module: nn.Module, name: str, value: Tensor, trains: bool) -> None:
-    """Register ``value`` under its dotted name, with modules for the tokens that the backbone does not have."""
+    """Register ``value`` under its dotted name, adding modules for the parts of the path that do not exist."""
     *path, own = name.split(".")
     owner = module
     for token in path:
@@ -48,17 +48,17 @@ def place(module: nn.Module, name: str, value: Tensor, trains: bool) -> None:
 
 
 def runners(skeleton: Skeleton, leaves: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    """Modules whose tensors are rewritten at each call, with the keys that say how."""
+    """``{path: keys of leaves}`` of the outermost modules whose tensors are rewritten at each call."""
     plan: Any = skeleton.plan
     found: dict[str, list[str]] = {}
     for attachment in plan.all():
         if attachment.by_weights and attachment.among(leaves):
             path = attachment.site.path
-            # What is read by the module above is rewritten when it is read; but shards are not whole outside of a call.
+            # A tensor that its parent reads is rewritten on reading; but a shard is incomplete until the parent runs.
             reader = path.rpartition(".")[0] if attachment.read_by_parent and skeleton.units else path
             found.setdefault(reader, []).extend(attachment.leaves.values())
     for name, ends in plan.trained.items():
-        # A leaf of another precision than its module is lowered at each call; others have taken its place.
+        # A leaf whose dtype differs from its module's is cast at each call; others were put in place for good.
         for end in ends if name in leaves and leaves[name].dtype != skeleton.dtypes[name] else ():
             found.setdefault(end.rpartition(".")[0], []).append(name)
     outermost = {path for path in found if not any(path != other and within(path, other) for other in found)}
@@ -71,7 +71,7 @@ def runners(skeleton: Skeleton, leaves: Mapping[str, Tensor]) -> dict[str, tuple
 
 
 def guard_sites(skeleton: Skeleton, calls: Calls) -> None:
-    """Show the tensors of sites guarded, too, where no delta is written into them."""
+    """Guard the tensors of sites, too, unless a delta has rewritten them."""
     read = skeleton.read_outside
 
     def outside(path: str, name: str, tensor: Tensor) -> Tensor:
@@ -84,13 +84,13 @@ def guard_sites(skeleton: Skeleton, calls: Calls) -> None:
 
 
 def lower_reads(skeleton: Skeleton, ends: Iterable[str]) -> None:
-    """Give leaves of another precision than their module in the module's, to whoever reads them outside of it."""
+    """Cast leaves to their module's dtype for code that reads them from outside the module."""
     lowered = [end for end in ends if skeleton.module.get_parameter(end).dtype != skeleton.dtypes[end]]
     for path in dict.fromkeys(end.rpartition(".")[0] for end in lowered):
         opened = skeleton.open(path)
 
         def outside(name: str, tensor: Tensor, path: str = path) -> Tensor:
-            dtype = skeleton.dtypes.get(f"{path}.{name}" if path else name, tensor.dtype)
+            dtype = skeleton.dtypes.get(below(path, name), tensor.dtype)
             found = skeleton.read_outside(path, name, tensor)
             return found if found.dtype == dtype else found.to(dtype)
 
@@ -98,10 +98,10 @@ def lower_reads(skeleton: Skeleton, ends: Iterable[str]) -> None:
 
 
 def follow_dtypes(skeleton: Skeleton, module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
-    """The precision that leaves are lowered to where they take the place of the backbone's tensors."""
+    """Update the dtypes that leaves in place of the backbone's tensors are cast to, after the view was converted."""
     path = vars(module)[PATH]
     for own in module._parameters:
-        name = f"{path}.{own}" if path else own
+        name = below(path, own)
         if module._parameters[own] is not None and name in skeleton.dtypes:
             like = torch.empty(0, dtype=skeleton.dtypes[name], device=module._parameters[own].device)  # pyright: ignore[reportOptionalMemberAccess]
             skeleton.dtypes[name] = fn(like).dtype

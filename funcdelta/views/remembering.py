@@ -1,9 +1,9 @@
-"""What the modules of a view keep from call to call, and for how long it holds.
+"""What the modules of a view keep between calls, and how long it stays valid.
 
-Models keep things in their modules: states of a text that is read token by token, a table made of their weights, what
-a batch has taught them. Of a view, the first belong to the thread that reads; the second are true for as long as the
-leaves are those that they were made of; the third are learned, and stay. So what a call leaves behind is taken out of
-the modules when it ends. It is there again in that thread's next call, unless something changed that it may depend on.
+Models keep three kinds of things in their modules. The state of a text that is read token by token belongs to the
+thread that reads it. A table computed from weights is valid until the leaves change. Running statistics are learned,
+and stay. So when a call ends, whatever it left in the modules is taken out. The same thread's next call finds it there
+again, unless something that it may depend on has changed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .frozen import learns
 class Remembered:
     """What calls leave in the modules of one view; see the module's docstring.
 
-    ``depends()`` tells what it may depend on. ``learns`` says whether buffers that modules write in training are the
-    view's to keep.
+    ``depends()`` returns what that may depend on. ``learns`` says whether the view keeps the buffers that modules
+    write in training.
     """
 
     def __init__(self, skeleton: Skeleton, depends: Callable[[], Any], learns: bool) -> None:
@@ -44,10 +44,10 @@ class Remembered:
         self.memory.note()
 
     def begin(self) -> None:
-        """A call begins: what its thread's last one left is there again, where it still holds."""
+        """Begin a call: put back what this thread's last call left, if it is still valid."""
         self.memory.note_changes()
         for at in self._written():
-            self._adopt(at)  # by the view's owner, for a call leaves none that is not known
+            self._adopt(at)  # the view's owner wrote it: end() accounts for everything that calls write
         left, self._own.left = getattr(self._own, "left", None), None
         if left is None and not self._dirty:
             return
@@ -61,7 +61,7 @@ class Remembered:
                 one.bring()
 
     def end(self, finished: bool) -> None:
-        """It ends: what modules learned stays, and the rest is taken out until the thread comes again."""
+        """End a call: keep what modules learned, and take the rest out until this thread's next call."""
         for at in self._written():
             if self.learns and any(m.training or learns(m, name) for m, name in self._places[at]):
                 self._adopt(at)
@@ -84,7 +84,7 @@ class Remembered:
         return table.get(name) if isinstance(table, dict) else table[name] if name < len(table) else None
 
     def _written(self) -> list[int]:
-        """Buffers in whose place others are, or that were written in place."""
+        """The indices of buffers that were replaced or written in place."""
         memory, copies = self.memory, self.memory.copies
         found = [at for at, copied in enumerate(copies) if self._held(at) is not copied.own]
         if list(map(VERSION, memory.tensors)) != memory.versions:
@@ -93,7 +93,7 @@ class Remembered:
         return list(dict.fromkeys(found))
 
     def _adopt(self, at: int) -> None:
-        """A buffer is meant to stay as it is now."""
+        """Keep a buffer's present value."""
         copied, now = self.memory.copies[at], self._held(at)
         if isinstance(now, Tensor) and not now.is_inference():
             copied.own, copied.source = now, now.detach().clone()
@@ -102,7 +102,7 @@ class Remembered:
         self._settle(at)
 
     def _renew(self, at: int) -> None:
-        """A buffer is what it was before calls that teach nothing wrote it."""
+        """Restore a buffer that was written by calls in which nothing is learned."""
         copied = self.memory.copies[at]
         with torch.inference_mode(False), torch.no_grad():
             copied.own = copied.source.clone()
@@ -119,5 +119,5 @@ class Remembered:
 
 
 def _table(module: nn.Module, name: str) -> dict[str, Any]:
-    """Where a module of a view holds a buffer, or a tensor that is a plain attribute."""
+    """The dict in which a module of a view holds ``name``: its buffers, or its attributes."""
     return module._buffers if name in module._buffers else vars(module)

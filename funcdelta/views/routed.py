@@ -1,9 +1,9 @@
-"""Routed views: a module of the backbone's class in which every row of the batch runs with a member of its own.
+"""Routed views: a module of the backbone's class in which each row of the batch runs with its own member.
 
-A routed view is a skeleton that takes its rows' members from a stack of the caller's. Members are picked once for many
+A routed view is a skeleton that picks the members of its rows from the caller's stack. They are picked once for many
 calls (a whole ``generate``), and again when the stack was written or a graph is needed. Each new kind of call (reading
-the text, going on from a cache, the encoder alone) is probed once for where its rows are, as a fold is. Where rows
-cannot share a batch each runs by itself.
+the text, continuing from a cache, the encoder alone) is probed once for where its rows are, as a fold is. Rows that
+cannot share a batch run one after the other.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from ..run.on_copies import on_copies
 from ..run.program import Program
 from ..run.single import tell_missed
 from ..run.skeleton import Skeleton, runner_candidates
+from ..run.text_model import encoder_path
 from ..transforms import eager
 from ..trees.opaque import holds_tensors
 from ..trees.resident import Resident
@@ -48,34 +49,34 @@ Picked = tuple[Mapping[str, Tensor], Tensor | None]
 
 
 class Idle:
-    """What a call has in the place of its layout and its lift while none is under way."""
+    """Takes the place of a call's layout and lift while no call is running: every use raises."""
 
     present = None
     unused: frozenset[str] = frozenset()
     sites: Mapping[str, Any] = types.MappingProxyType({})
 
     def site(self, path: str, index: int | None) -> Any:
-        """A site outside of a call raises."""
+        """Raise: a site ran outside a call."""
         raise EngineError(
-            f"{path} ran by itself, or again for a backward pass (gradient checkpointing). A routed view knows the "
-            f"rows' members while the whole model or its encoder is called: call those, and turn checkpointing off. "
-            f"What calls other parts of the model (a generate of its own may do) runs member by member: "
-            f"delta.bind(fd.take(stack, i)) with that member's rows."
+            f"{path} ran by itself, or was recomputed for a backward pass (gradient checkpointing). A routed view "
+            f"knows which member a row has only while the whole model or its encoder is called: call one of those, "
+            f"and turn checkpointing off. If the model's own generate calls other parts of it, run the members one by "
+            f"one: delta.bind(fd.take(stack, i)) with that member's rows."
         )
 
     def run(self, path: str, *_: Any) -> Any:
-        """So does a module with weights of each member's own."""
+        """Raise: a module whose weights differ by member ran outside a call."""
         return self.site(path, 0)
 
     def __call__(self, function: Any, p: Any, values: Any, dims: Any, site: str) -> Any:
-        """And the lift itself."""
+        """Raise: a method's function ran outside a call."""
         return self.site(site, 0)
 
 
 class RoutedCalls(Calls):
-    """The calls of a routed view, and whose the rows are.
+    """The calls of a routed view, and the member of each row.
 
-    Each thread that has said whose (:meth:`route`) has its own answer, with the members picked for it.
+    A thread that has called :meth:`route` has its own index, and the members picked for it.
 
     Attributes:
         leaves: the stack, by reference.
@@ -98,10 +99,10 @@ class RoutedCalls(Calls):
         self.home = threading.get_ident()
         self.everywhere = self._read(index)
 
-    # -- whose the rows are ----------------------------------------------------------------------------------------
+    # -- the members of the rows -----------------------------------------------------------------------------------
 
     def route(self, index: Index) -> None:
-        """The members of the rows of this thread's calls to come, and of threads that say nothing if it is home."""
+        """Set the members of the rows in this thread's next calls; see :meth:`RoutedView.route`."""
         read = self._read(index)
         self._own.index, self._own.picked = read, {}
         if threading.get_ident() == self.home:
@@ -116,19 +117,19 @@ class RoutedCalls(Calls):
         resident = isinstance(self.source, Resident)
         read, present = read_index(index, None if resident else like.shape[0], like.device)
         if not read.shape[0]:
-            raise ParamsError("index is empty: give one member a row, -1 for the bare backbone.")
+            raise ParamsError("index is empty: give one member per row, -1 for the bare backbone.")
         prompts = [a.name for a in self.program.plan.all() if a.prompt_rows and a.among(self.leaves)]
         if prompts and present is not None:
             raise EngineError(
-                f"{prompts[0]} makes the input longer, so rows of the bare backbone (index -1) do not fit into one "
-                f"batch with the others: run those rows with the backbone itself, or with delta.bind({{}})."
+                f"{prompts[0]} makes the input longer, so rows of the bare backbone (index -1) cannot share a batch "
+                f"with the others: run those rows with the backbone itself, or with delta.bind({{}})."
             )
         if isinstance(self.source, Resident):
             self.source.check(read)
         return read, present
 
     def _members(self, times: int) -> Picked:
-        """The members of ``times`` rows for each entry; picked once while nothing changes and no graph is wanted."""
+        """The members of ``times`` rows per entry; picked once while nothing changes and no graph is needed."""
         index, present = self.index()
         if present is not None and times != 1:
             present = present.repeat_interleave(times)
@@ -136,13 +137,13 @@ class RoutedCalls(Calls):
         if graph:
             return self._pick(index, times), present
         known = vars(self._own).setdefault("picked", {})
-        # Nothing changes between what is compared and what is picked.
+        # Nobody may write between the comparison of versions and the pick.
         with self.source.lock if isinstance(self.source, Resident) else contextlib.nullcontext():
             versions = [None if leaf.is_inference() else leaf._version for leaf in self.leaves.values()]
             at, found_for, params = known.get(times, (None, None, None))
-            # Writes into what was made in inference mode leave no trace.
+            # Inference tensors have no version, so a write to one goes unnoticed: pick again.
             if found_for is not index or at != versions or None in versions:
-                # What is picked in inference mode would be spoilt for calls outside of it.
+                # Inference tensors would be unusable in later calls outside inference mode.
                 with torch.inference_mode(False), torch.no_grad():
                     params = self._pick(index, times)
                 known[times] = versions, index, params
@@ -154,27 +155,28 @@ class RoutedCalls(Calls):
         return expand_stack(self.program.plan.shared, rows)
 
     def depends(self) -> Any:
-        """Which members of the stack the rows have, and how often it was written."""
+        """The mode, the members of the rows, and the version of every tensor of the stack."""
         written = [None if leaf.is_inference() else leaf._version for leaf in self.leaves.values()]
         return super().depends(), self._modules[0].training, id(self.index()[0]), written
 
     def reading(self) -> contextlib.AbstractContextManager[Any]:
-        """Whoever shares the stack may change it meanwhile."""
+        """Hold the stack's lock, because others share the stack and may change it."""
         return self.source.lock if isinstance(self.source, Resident) else self.lock
 
     # -- one call --------------------------------------------------------------------------------------------------
 
     def make(self, module: nn.Module, path: str, function: Function, args: Any, kwargs: Any) -> Any:
-        """A call of the whole model, or of its encoder, with members for its rows."""
+        """Run a call of the whole model, or of its encoder, with each row's member."""
         if path not in self.entries:
             return function(module, *args, **kwargs)
+        kwargs = self.with_conditions(path, kwargs)
         try:
             return self._entered(module, path, function, args, kwargs)
         except EngineError as error:
             said = without_engines(str(error))
             if said == str(error):
                 raise
-            raise type(error)(said) from error  # a view is not called with engine=
+            raise type(error)(said) from error  # a view's call takes no engine=
 
     def _entered(self, module: nn.Module, path: str, function: Function, args: Any, kwargs: Any) -> Any:
         inputs = self._inputs(args, kwargs)
@@ -187,13 +189,13 @@ class RoutedCalls(Calls):
                 self.remembered.begin()
             for norm, name, _ in learning:
                 if isinstance(norm, nn.modules.batchnorm._NormBase):
-                    self._put(norm, name, None)  # torch's need none in training, and cannot be mapped with them
+                    self._put(norm, name, None)  # torch's norms need none in training, and vmap fails with them
             output = self._rows(module, path, function, params, present, inputs)
             finished = True
         finally:
             self.skeleton.call = self.idle
             with torch.no_grad():
-                # What rows of several members teach belongs to none; batch norms write without a trace.
+                # Statistics of rows of several members belong to none. Batch norms write them without a new version.
                 for (norm, name, tensor), value in zip(learning, before, strict=True):
                     self._put(norm, name, tensor.copy_(value))
             if self.remembered is not None:
@@ -209,17 +211,17 @@ class RoutedCalls(Calls):
 
     @eager
     def trace(self, module: nn.Module, path: str, function: Function, args: Any, kwargs: Any) -> Any:
-        """Compiled code cannot look up members: the call is plain Python there."""
+        """Run the call as plain Python, because compiled code cannot look up members."""
         return self.enter(module, path, function, args, kwargs)
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-        """The inputs, with their rows: one for each entry of the index, or several."""
+        """The inputs, whose rows must be one per entry of the index or a multiple."""
         m = len(self.index()[0])
         inputs = Inputs(self.program.backbone, 1, args, kwargs, None, self.program.batch_dim, entries=m)
         if inputs.b % m or not inputs.b:
             raise ParamsError(
-                f"This batch has {inputs.b or 'no'} rows, and this view runs {m} rows, one for each entry of its "
-                f"index, or a multiple where generate makes several of each. Bind other rows: view.route(index), or "
+                f"This batch has {inputs.b or 'no'} rows, but this view runs {m}, one per entry of its index, or a "
+                f"multiple of that if generate repeats rows. Give other members: view.route(index), or "
                 f"delta.bind_rows(stack, index)."
             )
         return inputs
@@ -236,11 +238,11 @@ class RoutedCalls(Calls):
             return self._together(program, module, path, function, params, present, inputs, layout)
         except LayoutMismatchError as error:
             if _caches(inputs):
-                # What was learned does not hold, and the cache that it could be learned from is written.
+                # The layout is wrong, and no second attempt can correct it because the call has written the cache.
                 program.layouts.pop(key[2], None)
                 raise EngineError(
-                    f"{error} The cache among the inputs has been written by now, so this call cannot be made again: "
-                    f"start anew, or generate with use_cache=False."
+                    f"{error} The call has already written to the cache among its inputs, so it cannot be repeated: "
+                    f"start over with a new cache, or generate with use_cache=False."
                 ) from error
             refused: FoldError = error
         except FoldError as error:
@@ -250,7 +252,7 @@ class RoutedCalls(Calls):
         if str(refused) not in program.warned:
             program.warned.add(str(refused))
             warnings.warn(
-                f"The rows of this view run one after the other, which is slower: they cannot share a batch. "
+                f"The rows of this view cannot share a batch, so they run one after the other, which is slower. "
                 f"{without_engines(str(refused))}",
                 EngineWarning,
                 stacklevel=7,
@@ -268,7 +270,7 @@ class RoutedCalls(Calls):
         inputs: Inputs,
         layout: Layout,
     ) -> Any:
-        """All rows in one batch; learned anew where the call goes another way than the one that was probed."""
+        """Run all rows in one batch; the layout is learned again if this call differs from the one probed."""
         for attempt in range(ATTEMPTS):
             for inner in layout.runs:
                 self.skeleton.open(inner)
@@ -297,12 +299,12 @@ class RoutedCalls(Calls):
         inputs: Inputs,
         why: str,
     ) -> Any:
-        """Row by row, outputs joined where the rows of the whole are; ``why`` they do not run together."""
+        """Run row by row and join the outputs; ``why`` says what keeps the rows from sharing a batch."""
         opaque = [place for leaf, place in zip(inputs.leaves, inputs.places, strict=True) if _is_opaque(leaf)]
         why = f"{why.rstrip('. ')}. Nor can the rows run one after the other"
-        instead = "Run each member's rows by themselves: delta.bind(fd.take(stack, i))"
+        instead = "Run each member's rows separately: delta.bind(fd.take(stack, i))"
         if opaque:
-            raise FoldError(f"{why}: {opaque[0]} holds tensors that cannot be taken apart by rows. {instead}.")
+            raise FoldError(f"{why}: {opaque[0]} holds tensors that cannot be split by row. {instead}.")
         index, times = self.index()[0], inputs.b // len(self.index()[0])
 
         def run(row: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -325,7 +327,7 @@ class RoutedCalls(Calls):
     # -- modes -----------------------------------------------------------------------------------------------------
 
     def _program(self) -> Program:
-        """The delta's program in the view's present mode, whose modules' modes may differ."""
+        """The delta's program in the view's present mode, which may differ by module."""
         flags = tuple([module.training for module in self._modules])
         if flags not in self._programs:
             self._programs[flags] = self._in_mode(flags)
@@ -341,7 +343,7 @@ class RoutedCalls(Calls):
 
 
 def _caches(inputs: Inputs) -> bool:
-    """Whether a call writes into objects among its inputs, so that it cannot be made again."""
+    """Whether a call writes into objects among its inputs, so that it cannot be repeated."""
     return any(inputs.is_cache(i) or _is_opaque(leaf) for i, leaf in enumerate(inputs.leaves))
 
 
@@ -349,26 +351,14 @@ def _is_opaque(leaf: Any) -> bool:
     return not is_cache(leaf) and holds_tensors(leaf)
 
 
-def encoder_path(module: nn.Module) -> str | None:
-    """Where the encoder of an encoder-decoder is, which ``generate`` calls by itself; ``None`` if there is none.
-
-    >>> encoder_path(torch.nn.Linear(2, 2)) is None
-    True
-    """
-    if not getattr(getattr(module, "config", None), "is_encoder_decoder", False) or not hasattr(module, "get_encoder"):
-        return None
-    encoder = getattr(module, "get_encoder")()  # noqa: B009  (typed as a tensor or a module)
-    return next((path for path, child in module.named_modules() if child is encoder and path), None)
-
-
 class RoutedView(Viewlike, nn.Module):
-    """What a routed view has besides its backbone's class."""
+    """What a routed view adds to its backbone's class."""
 
     def route(self, index: Index) -> Self:
-        """Other members for the rows of the calls to come; gives the view.
+        """Set the members of the rows in the next calls; returns the view.
 
-        Threads may share a view: what one says of its rows is for its own calls, and where the thread is the one that
-        bound the view, for those of threads that have said nothing.
+        Threads may share a view: the index applies to calls of the thread that gave it. Threads that gave none use the
+        index of the thread that bound the view.
 
         >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
         >>> view = delta.bind_rows(delta.init(0, n=5), [4, -1, 0])
@@ -386,16 +376,16 @@ class RoutedView(Viewlike, nn.Module):
         return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Refused: the stack is the caller's."""
+        """Raise: the stack belongs to the caller."""
         raise ParamsError(NOTHING_OF_ITS_OWN)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        """So through a parent."""
+        """Refuse as well when a parent's ``load_state_dict`` reaches this view."""
         if any(key.startswith(prefix) for key in state_dict):
             (args[-1] if args else kwargs["error_msgs"]).append(NOTHING_OF_ITS_OWN)
 
     def _copied(self, memo: dict[int, Any]) -> nn.Module:
-        """Another view of the same stack and rows."""
+        """Another view of the same stack with the same rows."""
         other = bind_rows(self._funcdelta.delta, self._funcdelta.calls.source, self._funcdelta.calls.index()[0])
         memo[id(self)] = other
         modules = dict(other.named_modules())
@@ -407,11 +397,11 @@ class RoutedView(Viewlike, nn.Module):
         return made_of(Twin(self._copied, self._reduced))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies share the stack and the backbone; pickles have both."""
+        """Copies share the stack and the backbone; pickles contain both."""
         return Twin(self._copied, self._reduced).reduce()
 
     def _reduced(self) -> tuple[Any, ...]:
-        """A routed view travels with its stack, its delta and the whole backbone."""
+        """What a pickle contains: the stack, and the delta with the whole backbone."""
         return _unpickled, (
             self._funcdelta.delta,
             self._funcdelta.calls.source,
@@ -421,7 +411,7 @@ class RoutedView(Viewlike, nn.Module):
 
 
 NOTHING_OF_ITS_OWN = (
-    "A routed view holds no params of its own, it reads the stack that it was bound to: bind another, "
+    "A routed view holds no params; it reads the stack that it was bound to. Bind another one, "
     "delta.bind_rows(stack, index), or write into the stack."
 )
 
@@ -436,34 +426,34 @@ class RoutedGenerator(RoutedView):
     """A routed view of a model that generates."""
 
     def _supports_mm_encoder_outputs(self) -> bool:
-        """Transformers would have images read before the text, where nobody knows which row is whose."""
+        """False: otherwise Transformers encodes images before the text, where the rows' members are unknown."""
         return False
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
-        """What is read with the text cannot be repeated: which of the images belong to a row nobody knows."""
+        """Refuse to repeat rows with images, because it is unknown which images belong to which row."""
         expand: Any = super()._expand_inputs_for_generation  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
         before: Any = getattr(super(), "_supports_mm_encoder_outputs", lambda: False)
         shown = [name for name in kwargs if name.startswith(("pixel", "image", "video")) and kwargs[name] is not None]
         if expand_size > 1 and shown and before():
             raise EngineError(
-                f"{shown[0]} cannot be repeated for {expand_size} sequences a row where rows have members of their "
-                f"own: generate one sequence a row (no beams), or member by member, delta.bind(fd.take(stack, i))."
+                f"{shown[0]} cannot be repeated for {expand_size} sequences per row in a routed view. Generate one "
+                f"sequence per row (no beams), or run the members one by one: delta.bind(fd.take(stack, i))."
             )
         return expand(expand_size, *args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own; guidance that puts a second batch behind the first is refused, for rows would be mistaken.
+        """The model's ``generate``; refuses guidance that appends a second batch, whose rows have no members.
 
-        Transformers' general guidance runs that batch by itself, which keeps the rows.
+        Transformers' general guidance runs the second batch separately, which keeps the rows.
         """
         generate = super().generate  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
         config = kwargs.get("generation_config") or getattr(self, "generation_config", None)
         scale = kwargs.get("guidance_scale", getattr(config, "guidance_scale", None))
         if scale not in (None, 1) and not generate.__module__.startswith("transformers.generation"):
             raise EngineError(
-                f"{type(self).__name__} has a generate of its own, which may put a batch without the text behind the "
-                f"one with it, so that rows would run with other rows' members: write guidance_scale=None, or "
-                f"generate member by member, delta.bind(fd.take(stack, i)).generate(...)."
+                f"{type(self).__name__} has its own generate, which may append a batch without the text for guidance, "
+                f"so that rows would run with other rows' members. Write guidance_scale=None, or generate member by "
+                f"member: delta.bind(fd.take(stack, i)).generate(...)."
             )
         return generate(*args, **kwargs)
 
@@ -478,11 +468,11 @@ def bind_rows(delta: Bindable, stack: Mapping[str, Tensor], index: Index) -> nn.
 
 
 def _stay(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
-    """``view.to(...)`` to where and what it is; elsewhere the backbone and the stack have to go first."""
+    """Refuse ``view.to(...)`` unless it changes nothing: the backbone and the stack have to move first."""
     with torch.no_grad():
         if all(fn(tensor) is tensor for _, _, tensor, _ in held_by(module)):
             return
     raise ParamsError(
-        "A routed view reads the caller's stack, which would stay behind: move the backbone and the stack, then "
-        "delta.refresh() and delta.bind_rows(stack, index)."
+        "A routed view reads the caller's stack, which would not move with it. Move the backbone and the stack, then "
+        "call delta.refresh() and delta.bind_rows(stack, index)."
     )

@@ -1,8 +1,8 @@
-"""``view.save_pretrained``: the delta's folder, from which Transformers' Trainer can resume as well.
+"""``view.save_pretrained`` writes the delta's folder, from which Transformers' Trainer can also resume.
 
-A view's class is the backbone's, so whatever saves a model (Trainer, SentenceTransformer, a pipeline) calls its
-``save_pretrained``. It has the delta's leaves only, and Transformers would write them as if they were the model, under
-names that some classes rename. So the folder is the one of :meth:`DeltaModel.save_finetuned`, which says what it is.
+A view's class is the backbone's, so Trainer, SentenceTransformer and pipelines call its ``save_pretrained``.
+Transformers' own would write the leaves as if they were a whole model, under names that some classes change. So a view
+writes the folder of :meth:`DeltaModel.save_finetuned`, which is marked as a delta.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class Saved:
-    """Of views whose backbone has ``save_pretrained``."""
+    """``save_pretrained`` for views whose backbone has it."""
 
     _funcdelta: Any
 
@@ -26,8 +26,8 @@ class Saved:
     ) -> None:
         """Write the delta's folder, for :meth:`AutoDeltaModel.from_finetuned` and for resuming with a Trainer.
 
-        ``state_dict`` holds the leaves' values where a trainer has gathered them from several processes. What else
-        ``options`` say of a model's files does not concern a delta's. ``from_pretrained`` refuses the folder.
+        ``state_dict`` holds the leaves if a trainer has gathered them from several processes. Of ``options``, those
+        about creating a repository count; the others concern model files. ``from_pretrained`` refuses the folder.
         """
         if not is_main_process:
             return
@@ -39,12 +39,12 @@ class Saved:
 
 
 class Counted:
-    """Of views whose backbone counts its parameters."""
+    """``num_parameters`` for views whose backbone has it."""
 
     _funcdelta: Any
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """The numbers of the backbone and of the delta, as of a model with both; the delta's that train."""
+        """The number of parameters of backbone and delta together; ``only_trainable``: of the delta's that train."""
         counts: Any = super()
         own = counts.num_parameters(only_trainable=only_trainable, exclude_embeddings=exclude_embeddings)
         if only_trainable:

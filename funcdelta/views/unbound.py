@@ -1,4 +1,4 @@
-"""Params taken out of a view again, wherever it stands."""
+"""Reads the params back out of a view, wrapped or not."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .held import Viewlike, learned
 
 
 def unbind(view: nn.Module) -> dict[str, Tensor]:
-    """The params of a view as they are now, detached copies in the delta's order.
+    """The current params of a view: detached copies, in the delta's order.
 
-    Running statistics that it has learned are among them, under the backbone's names. ``view`` may stand in a wrapper
-    that has one module (``DistributedDataParallel``, ``torch.compile``, an average of models).
+    They include running statistics that the view has learned, under the backbone's names. ``view`` may be inside a
+    wrapper of one module (``DistributedDataParallel``, ``torch.compile``, an average of models).
 
     >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 3))
     >>> delta = fd.LoraModel(backbone, lora_r=2, modified_modules=["0"])
@@ -25,7 +25,7 @@ def unbind(view: nn.Module) -> dict[str, Tensor]:
     """
     found = within_wrappers(view) if isinstance(view, nn.Module) else view
     if not isinstance(found, Viewlike):
-        raise ParamsError(f"{type(view).__name__} is not a view: unbind takes what delta.bind(params) returned.")
+        raise ParamsError(f"unbind takes a view, as delta.bind(params) returns it, but got {type(view).__name__}.")
     about = found._funcdelta
     with about.calls.reading():
         held = {**about.leaves, **(learned(found) if about.learns else {})}
@@ -34,7 +34,7 @@ def unbind(view: nn.Module) -> dict[str, Tensor]:
 
 
 def within_wrappers(module: nn.Module) -> nn.Module:
-    """The view inside of modules that wrap one other; ``module`` itself where there is none.
+    """The view inside wrappers of one module each; ``module`` itself if there is none.
 
     >>> within_wrappers(nn.Linear(2, 2))
     Linear(in_features=2, out_features=2, bias=True)

@@ -336,9 +336,9 @@ def test_ends_that_do_not_pair_are_named() -> None:
 
     with raises_saying(fd.errors.ConfigError, "['up', 'down', 'mid'] has 3 names", "pairs", "['up', 'up']"):
         build("up", "down", "mid")
-    with raises_saying(fd.errors.MatchError, "ends at blocks.1.down begins nowhere", "blocks.0.up", "exclude_modules"):
+    with raises_saying(fd.errors.MatchError, "ends at blocks.1.down has no entry", "blocks.0.up", "exclude_modules"):
         build("0.up", "down")
-    with raises_saying(fd.errors.MatchError, "begins at blocks.1.up ends nowhere", "blocks.0.down"):
+    with raises_saying(fd.errors.MatchError, "begins at blocks.1.up has no exit", "blocks.0.down"):
         build("up", "0.down")
     with raises_saying(fd.errors.MatchError, "begins at blocks.0.up could end at blocks.0.mid or blocks.0.down"):
         build("up", r"[r](mid|down)")
@@ -360,7 +360,7 @@ def test_ends_that_do_not_pair_are_named() -> None:
     with raises_saying(fd.errors.MatchError, "from depthwise (Conv2d) to hidden (Linear)", "axis 1", "axis -1"):
         build("depthwise", "hidden", model=ZOO["conv2d"].build())
     for names in (["tokens"], ["tokens", "project"]):
-        with raises_saying(fd.errors.MatchError, "cannot act at tokens", "token numbers"):
+        with raises_saying(fd.errors.MatchError, "cannot act at tokens", "token ids"):
             build(*names, model=ZOO["embedding"].build())
     with raises_saying(fd.errors.MatchError, "what enters bert.embeddings", "without a tensor of features"):
         build("bert.embeddings", model=bert)
@@ -401,7 +401,7 @@ def test_what_a_span_cannot_mean_is_told() -> None:
     with raises_saying(fd.errors.FuncdeltaError, "a was called twice before b was called once"):
         call(EntersTwice(), x, "a", "b")
     in_place = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4))
-    with raises_saying(fd.errors.FuncdeltaError, "at 1 was changed in place before it ended at 2"):
+    with raises_saying(fd.errors.FuncdeltaError, "at 1 was changed in place before the span ended at 2"):
         fd.DeltaModel(in_place, fd.ParallelAdapterConfig(modified_modules=["1", "2"]), example=(x,))
         delta = fd.ParallelAdapterModel(in_place.eval(), modified_modules=["1", "2"], example=(x,))
         with torch.no_grad():

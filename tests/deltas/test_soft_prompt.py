@@ -328,7 +328,7 @@ def test_found_inside_wrappers() -> None:
     ):
         prompted(Wrapped(one, two))
     assert prompted(Wrapped(one, two), modified_modules=["models.1.model"])[0].sites == ("models.1.model",)
-    with pytest.raises(fd.errors.MatchError, match="exclude_modules leaves out 'transformer'"):
+    with pytest.raises(fd.errors.MatchError, match="exclude_modules excludes 'transformer'"):
         prompted(one, exclude_modules=["transformer"])
     with pytest.raises(fd.errors.MatchError, match=r"cannot act at .*c_attn: Conv1D has no get_input_embeddings"):
         prompted(one, modified_modules=["c_attn"])
@@ -428,7 +428,7 @@ def test_the_config_is_hashable_data() -> None:
     for fields, message in [
         ({"soft_token_num": 0}, "write at least 1"),
         ({"init_range": -1.0}, "write at least 0"),
-        ({"batch_dim": 1}, "rows have to be axis 0"),
+        ({"batch_dim": 1}, "write batch_dim=0"),
         ({"other_expand_ids": ("attention_mask",)}, "write pairs of an input's name and a number"),
     ]:
         with pytest.raises(fd.errors.ConfigError, match=message):
@@ -444,11 +444,11 @@ def test_what_cannot_be_extended_is_refused() -> None:
     ids = tokens(2)
     prepared = torch.zeros(2, 1, 6, 6)
     with pytest.raises(
-        fd.errors.ParamsError, match=r"attention_mask has the shape \(2, 1, 6, 6\).*one of two axes only"
+        fd.errors.ParamsError, match=r"attention_mask has the shape \(2, 1, 6, 6\).*can only be added to a mask"
     ):
         delta.apply(params, ids, attention_mask=prepared)
     with pytest.raises(
-        fd.errors.ParamsError, match=r"attention_mask has the shape \(2, 5\) beside an input of 6 positions"
+        fd.errors.ParamsError, match=r"attention_mask has the shape \(2, 5\), but the input has 6 positions"
     ):
         delta.apply(params, ids, attention_mask=torch.ones(2, 5))
     with pytest.raises(

@@ -112,7 +112,7 @@ def test_conjugate_gradients_map_and_rest_when_done() -> None:
 
 
 def test_messages(case: Case) -> None:
-    with pytest.raises(fd.ParamsError, match=r"one length, found \[\(5,\), \(3,\)\]"):
+    with pytest.raises(fd.ParamsError, match=r"the same length for all, found \[\(5,\), \(3,\)\]"):
         fd.per_sample_grads(case.loss)(case.params, case.tokens, case.labels[:3])
     with pytest.raises(fd.ParamsError, match=r"one loss, \(\).*found shape \(1, 3\)"):
         fd.per_sample_grads(lambda p, t: case.delta.apply(p, input_ids=t).logits)(case.params, case.tokens)
@@ -244,7 +244,7 @@ def test_more_messages(case: Case) -> None:
             fd.grad.jacobian(case.loss, case.params, case.tokens, case.labels, chunk_size=chunk_size)
     with pytest.raises(fd.errors.ParamsError, match=r"hvp needs a loss that is one number, \(\); found shape \(5, 3\)"):
         fd.grad.hvp(lambda p: case.delta.apply(p, input_ids=case.tokens).logits, case.params, case.params)
-    with pytest.raises(fd.errors.ParamsError, match="matvec of conjugate_gradient gives"):
+    with pytest.raises(fd.errors.ParamsError, match=r"conjugate_gradient.s matvec"):
         fd.grad.conjugate_gradient(lambda x: {"v": x["w"]}, {"w": torch.ones(2)}, steps=1)
     with pytest.raises(fd.errors.ParamsError, match="the tangent of jvp"):
         fd.grad.jvp(case.loss, case.params, {}, case.tokens, case.labels)
@@ -363,7 +363,7 @@ def test_what_cannot_be_a_direction_is_named() -> None:
         return params["w"].sum()
 
     for t, words in (
-        ({"w": torch.ones(2)}, "Leaf 'b' stands in params but not in the tangent of jvp"),
+        ({"w": torch.ones(2)}, "Leaf 'b' is in params but not in the tangent of jvp"),
         (
             {"w": torch.ones(3), "b": torch.ones(1)},
             r"Leaf 'w' of the tangent of jvp is \(3,\), torch.float32; expected",
@@ -377,9 +377,9 @@ def test_what_cannot_be_a_direction_is_named() -> None:
             fd.grad.hvp(f, p, t)
     with pytest.raises(fd.errors.ParamsError, match=r"found the key 0 \(int\)"):
         fd.grad.jvp(lambda params: params[0], {0: torch.ones(1)}, {0: torch.ones(1)})
-    with pytest.raises(fd.errors.ParamsError, match="no leaf to differentiate in"):
+    with pytest.raises(fd.errors.ParamsError, match="nothing to differentiate: no leaf"):
         fd.grad.jacobian(lambda params: params["n"], {"n": torch.tensor(3)})
     with pytest.raises(fd.errors.ParamsError, match=r"'w' is torch\.sparse_coo"):
         fd.grad.vjp(f, {"w": torch.eye(2).to_sparse()}, torch.ones(()))
-    with pytest.raises(fd.errors.ParamsError, match=r"jacobian is of real numbers, and leaf 'w' is torch\.complex64"):
+    with pytest.raises(fd.errors.ParamsError, match=r"jacobian takes real leaves, but leaf 'w' is torch\.complex64"):
         fd.grad.jacobian(f, {"w": torch.ones(2) * 1j})

@@ -133,7 +133,7 @@ def test_a_leaf_that_acts_otherwise_too_has_no_tap() -> None:
 
 
 def test_messages(case: Case) -> None:
-    with pytest.raises(fd.errors.ParamsError, match=r"one loss a row, \(6,\); found shape \(\).*reduction="):
+    with pytest.raises(fd.errors.ParamsError, match=r"one loss per row, \(6,\); found shape \(\).*reduction="):
         fd.grad.taps(case.loss, case.params, case.x, case.y)
     with pytest.raises(fd.errors.StackError, match=r"fd.grad.taps takes one member's params"):
         fd.grad.taps(case.losses, fd.stack([case.params] * 2), case.x, case.y)
@@ -142,7 +142,7 @@ def test_messages(case: Case) -> None:
         logits = case.delta.apply(params, x)
         return (logits - logits.mean(0)).square().sum(1)
 
-    with pytest.raises(fd.errors.ParamsError, match=r"even rows depend on what .* makes of odd ones"):
+    with pytest.raises(fd.errors.ParamsError, match=r"loss of one row depends on the output of .* in other rows"):
         fd.grad.taps(mixed, case.params, case.x)
     assert fd.grad.taps(mixed, case.params, case.x, check=False)
 
@@ -150,7 +150,7 @@ def test_messages(case: Case) -> None:
         logits = case.delta.apply(params, x)
         return (logits - logits.roll(1, 0)).square().sum(1)
 
-    with pytest.raises(fd.errors.ParamsError, match=r"even rows depend on"):
+    with pytest.raises(fd.errors.ParamsError, match=r"loss of one row depends on"):
         fd.grad.taps(before, case.params, case.x)
     with pytest.raises(fd.errors.ParamsError, match="at least one tap"):
         fd.grad.ghost_norms({})

@@ -361,7 +361,7 @@ def test_paths_that_cannot_be_swapped(tmp_path, monkeypatch):
     inside.mkdir(parents=True)
     monkeypatch.chdir(inside)
     for folder in (".", "..", inside, inside.parent):
-        with pytest.raises(OSError, match=r"is the current folder or contains it; give a folder inside it"):
+        with pytest.raises(OSError, match=r"is the current folder or contains it; choose a folder inside it"):
             atomic.replace_folder(folder, writer(NEW))
     with pytest.raises(OSError, match="mount point"):
         atomic.replace_folder("/", writer(NEW))

@@ -368,21 +368,21 @@ def test_leaves_without_values(tmp_path):
     delta = lora(backbone())
     params = delta.init(0)
     name = delta.names[0]
-    with pytest.raises(ParamsError, match=rf"'{name}' is on the device meta"):
+    with pytest.raises(ParamsError, match=rf"'{name}' is on the meta device"):
         save(delta, params | {name: params[name].to("meta")}, tmp_path / "run")
 
     def inside(leaf: Tensor) -> Tensor:
         save(delta, params | {name: leaf}, tmp_path / "run")
         return leaf
 
-    with pytest.raises(ParamsError, match=rf"the leaf '{name}' is inside a torch\.func transform"):
+    with pytest.raises(ParamsError, match=rf"The leaf '{name}' is inside a torch\.func transform"):
         torch.vmap(inside)(params[name].expand(2, *params[name].shape))
     assert not list(tmp_path.iterdir())
 
 
 def test_config_that_json_cannot_hold(tmp_path):
     delta = lora(backbone(), lora_alpha=numpy.float32(3))
-    with pytest.raises(ConfigError, match=r"LoraConfig\.lora_alpha=.*3\.0.* cannot be saved: JSON has no such value"):
+    with pytest.raises(ConfigError, match=r"LoraConfig\.lora_alpha=.*3\.0.* cannot be saved as JSON"):
         save(delta, delta.init(0), tmp_path / "run")
     assert not list(tmp_path.iterdir())
 
@@ -391,7 +391,7 @@ def test_config_that_json_cannot_hold(tmp_path):
 
 
 def test_paths_without_a_delta(tmp_path, saved):
-    with pytest.raises(CheckpointError, match=r"there is no such folder"):
+    with pytest.raises(CheckpointError, match=r"There is no folder"):
         load(tmp_path / "nothing", backbone())
     with pytest.raises(CheckpointError, match=r"is a file: give the folder"):
         load(saved / "config.json", backbone())
@@ -399,7 +399,10 @@ def test_paths_without_a_delta(tmp_path, saved):
     with pytest.raises(CheckpointError, match=r"has no config\.json and no delta\.safetensors: .* found nothing"):
         load(tmp_path / "empty", backbone())
     (saved / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"has no config\.json: expected both in it, found delta\.safetensors"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"has no config\.json: expected .* and delta\.safetensors, found delta\.safetensors",
+    ):
         load(saved, backbone())
 
 
@@ -428,7 +431,7 @@ def test_opendelta_fixture(opendelta_fixtures):
 def test_cut_off_tensors(saved, keep):
     file = saved / "delta.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=r"delta\.safetensors' is damaged or cut off \(\d+ bytes\)"):
+    with pytest.raises(CheckpointError, match=r"delta\.safetensors' is damaged or truncated \(\d+ bytes\)"):
         load(saved, backbone())
 
 
@@ -444,10 +447,10 @@ def test_a_flipped_bit(saved):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"delta_type": "lo', r"config\.json' is no JSON"),
-        ("[]", r"describes no delta: expected an object with a \"delta_type\""),
-        ("{}", r"describes no delta"),
-        ("\ufffd", r"is no JSON"),
+        ('{"delta_type": "lo', r"config\.json' is not JSON"),
+        ("[]", r"does not describe a delta: expected an object with a \"delta_type\""),
+        ("{}", r"does not describe a delta"),
+        ("\ufffd", r"is not JSON"),
     ],
 )
 def test_damaged_config(saved, text, message):
@@ -471,13 +474,13 @@ def test_unknown_method_or_field(saved):
 
 def test_newer_format(saved):
     edit_tensors(saved, lambda tensors: None, {"funcdelta_format": "2"})
-    with pytest.raises(CheckpointError, match=r"has format 2 of a newer funcdelta, this one reads format 1"):
+    with pytest.raises(CheckpointError, match=r"has format 2 of a newer funcdelta; this one reads format 1"):
         load(saved, backbone())
 
 
 def test_files_of_two_saves(saved):
     edit_config(saved, lora_alpha=32)
-    with pytest.raises(CheckpointError, match=r"(?s)not of the same save:\nlora_alpha: 32 against 16\n.*when loading"):
+    with pytest.raises(CheckpointError, match=r"(?s)not from the same save:\nlora_alpha: 32 against 16\n.* loading"):
         load(saved, backbone())
     edit_config(saved, lora_alpha=16, members=4)
     with pytest.raises(CheckpointError, match=r"members: 4 against 3"):
@@ -508,7 +511,7 @@ def test_members_that_disagree_with_the_config(saved):
             tensors[name] = tensor[:2].clone()
 
     edit_tensors(saved, take_two)
-    with pytest.raises(CheckpointError, match=r"members: config\.json says 3, the leaves have 2"):
+    with pytest.raises(CheckpointError, match=r"members: config\.json says 3, but the leaves have 2"):
         load(saved, backbone())
 
 
@@ -543,7 +546,7 @@ def test_another_dtype_and_class(saved):
         pass
 
     load(saved, Net(*backbone()))
-    with pytest.raises(CheckpointError, match=r"its class was Sequential, this one is a Net"):
+    with pytest.raises(CheckpointError, match=r"its class was Sequential, but this one is a Net"):
         load(saved, Net(*backbone(seed=1)))
 
 
@@ -590,7 +593,7 @@ def test_overrides_of_several_configs(tmp_path):
     )
     delta = fd.DeltaModel(model, *configs)
     folder = save(delta, noisy(delta.init(0)), tmp_path / "run")
-    with pytest.raises(CheckpointError, match=r"2 configs, so it is not clear in which of them to change lora_alpha"):
+    with pytest.raises(CheckpointError, match=r"2 configs, so it is unclear which .* should get the new lora_alpha"):
         load(folder, model, lora_alpha=4)
     loaded, params = load(folder, model, delta_config=[configs[0].replace(lora_alpha=4), configs[1]])
     assert loaded.configs[0].lora_alpha == 4
@@ -665,12 +668,12 @@ def test_to_the_hub_and_back(tmp_path, hub):
 def test_hub_failures(tmp_path, hub):
     model = backbone()
     delta = lora(model)
-    with pytest.raises(CheckpointError, match=r"'me/no' is no folder here, .* failed: no repository me/no$"):
+    with pytest.raises(CheckpointError, match=r"'me/no' is not a local folder, .* failed: no repository me/no$"):
         load("me/no", model)
-    with pytest.raises(CheckpointError, match=r"is saved, but the hub did not take it as 'forbidden/x': not yours"):
+    with pytest.raises(CheckpointError, match=r"is saved, but the hub did not accept it as 'forbidden/x': not yours"):
         save(delta, delta.init(0), tmp_path / "run", push_to_hub="forbidden/x")
     load(tmp_path / "run", model)
-    with pytest.raises(CheckpointError, match=r'is no name of a hub repository: write "user/name"'):
+    with pytest.raises(CheckpointError, match=r'is not the name of a hub repository: write "user/name"'):
         save(delta, delta.init(0), tmp_path / "run", push_to_hub="a/b/c")
 
 
@@ -692,6 +695,6 @@ def test_missing_hub_package(tmp_path, monkeypatch):
 def test_the_real_hub_package_when_nothing_is_there(tmp_path):
     pytest.importorskip("huggingface_hub")
     with pytest.raises(
-        CheckpointError, match=r"'nobody/nothing' is no folder here, and fetching it from the hub failed"
+        CheckpointError, match=r"'nobody/nothing' is not a local folder, and fetching it from the hub failed"
     ):
         load("nobody/nothing", backbone(), local_files_only=True, cache_dir=tmp_path)

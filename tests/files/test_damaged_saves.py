@@ -46,7 +46,7 @@ def load_without_metadata(folder: Path) -> None:
 
 @contextmanager
 def warns_of_version(version: str) -> Iterator[None]:
-    words = f"written by funcdelta {version}, and {INSTALLED} is installed: pip install --upgrade"
+    words = f"written by funcdelta {version}, but {INSTALLED} is installed: pip install --upgrade"
     with pytest.warns(UserWarning, match=rf"run.*{re.escape(words)}") as caught:
         yield
     assert len(caught) == 1
@@ -64,7 +64,7 @@ LOADERS = pytest.mark.parametrize("loader", [load_all, load_without_metadata, lo
 def test_facts_that_are_no_text(saved: Path, loader: Any, key: str, value: Any) -> None:
     edit_config(saved, **{key: value})
     with raises_saying(
-        fd.errors.CheckpointError, "config.json'", f"{key}={value!r}: write a text or None (null in JSON)"
+        fd.errors.CheckpointError, "config.json'", f"{key}={value!r}: write a string or None (null in JSON)"
     ):
         loader(saved)
 
@@ -78,7 +78,7 @@ def test_members_that_are_no_number(saved: Path, loader: Any, value: Any) -> Non
 
 
 FIELDS = {
-    "name": (5, "name=5: write a text or None"),
+    "name": (5, "name=5: write a string or None"),
     "common_structure": ("yes", "common_structure='yes': write True, False or None"),
     "use_rslora": ("no", "use_rslora='no': write True or False"),
     "lora_r": ("2", "lora_r='2': write a whole number"),
@@ -100,7 +100,7 @@ def test_fields_of_a_wrong_type(saved: Path, loader: Any, key: str) -> None:
 @pytest.mark.parametrize("key", FIELDS)
 def test_fields_of_a_wrong_type_beside_their_tensors(saved: Path, key: str) -> None:
     edit_config(saved, **{key: FIELDS[key][0]})
-    with raises_saying(fd.errors.CheckpointError, "not of the same save", f"{key}: {FIELDS[key][0]!r} against"):
+    with raises_saying(fd.errors.CheckpointError, "not from the same save", f"{key}: {FIELDS[key][0]!r} against"):
         load_all(saved)
 
 
@@ -117,7 +117,7 @@ def test_data_and_fields_from_code() -> None:
         fd.AutoDeltaConfig.from_dict({"delta_type": "lora", 5: 1})  # pyright: ignore[reportArgumentType]
     with raises_saying(fd.errors.ConfigError, "There is no delta type ['lora']"):
         fd.AutoDeltaConfig.from_dict({"delta_type": ["lora"]})
-    with raises_saying(fd.errors.ConfigError, "backbone_hash=5: write a text or None"):
+    with raises_saying(fd.errors.ConfigError, "backbone_hash=5: write a string or None"):
         fd.LoraConfig(backbone_hash=5)  # pyright: ignore[reportArgumentType]
 
 
@@ -201,7 +201,7 @@ NEWER = {
 def test_errors_of_a_newer_version_say_so_and_do_not_warn(saved: Path, loader: Any, what: str) -> None:
     changes, named = NEWER[what]
     edit_config(saved, funcdelta_version="999.0", **changes)
-    with raises_saying(fd.errors.CheckpointError, named, "written by funcdelta 999.0", f"and {INSTALLED} is installed"):
+    with raises_saying(fd.errors.CheckpointError, named, "written by funcdelta 999.0", f"but {INSTALLED} is installed"):
         loader(saved)
 
 

@@ -70,7 +70,7 @@ def test_members_over_two_processes_started_by_torchrun(tmp_path: Path) -> None:
         assert one["odd"]["pairs"][:, 2].tolist() == [0, 1, 2, 3, 4]
         assert one["odd"]["nothing"].shape == (5, 0)
         assert one["mean"]["w"].tolist() == [0.5, 0.5]
-        assert "the leaves of process 1 are unlike those of process 0" in one["unlike"]
+        assert "the leaves of process 1 differ from those of process 0" in one["unlike"]
         assert "start at most 1 processes" in one["few"]
 
 
@@ -84,8 +84,8 @@ def test_a_backbone_over_two_processes(folder: Path) -> None:
         own, whole = one["part"]
         assert own < 0.6 * whole
         assert "is a trained leaf of a backbone that is sharded" in one["bind"]
-        assert "attention has to run with tensors of the member's own, and blocks.0.attention.out_proj" in one["below"]
-        assert "Give the plain backbone" in one["already"]
+        assert "attention has to run with the member's own tensors, but blocks.0.attention.out_proj" in one["below"]
+        assert "Pass the plain backbone" in one["already"]
 
 
 def test_members_and_backbone_over_four_processes(folder: Path) -> None:
@@ -127,12 +127,12 @@ def test_parts_are_joined_cut_and_missed(tmp_path: Path) -> None:
     assert all(torch.equal(leaf, stack[name][5:7]) for name, leaf in part.items())
     with pytest.raises(fd.errors.CheckpointError, match="overlaps members-1-4"):
         fd.distributed.save_shard(delta, fd.take(stack, slice(1, 5)), tmp_path, slice(1, 5))
-    with pytest.raises(fd.errors.ParamsError, match="are not 10 members"):
+    with pytest.raises(fd.errors.ParamsError, match="has 10 members, but mine"):
         fd.distributed.save_shard(delta, stack, tmp_path, slice(0, 3))
     with pytest.raises(fd.errors.CheckpointError, match="does not fit like="):
         fd.distributed.load_shards(delta, tmp_path, slice(0, 2), like={"count": torch.zeros(1)})
     other = fd.DeltaModel(worker.Tiny(), worker.LORA.replace(lora_r=3))
-    with pytest.raises(fd.errors.CheckpointError, match="is of another delta"):
+    with pytest.raises(fd.errors.CheckpointError, match="holds another delta"):
         fd.distributed.load_shards(other, tmp_path, slice(0, 2))
 
 

@@ -84,7 +84,7 @@ def test_b03_exclude_modules_of_every_method(kind: type[MethodModel]) -> None:
     model, first = bert(), "encoder.layer.0."
     every = {a.site.path for a in kind(model).plan.all()}
     if not any(path.startswith(first) for path in every):  # one site, not in a layer
-        with raises_saying(fd.errors.MatchError, "exclude_modules", "the one site"):
+        with raises_saying(fd.errors.MatchError, "exclude_modules", "the only site"):
             kind(model, exclude_modules=["embeddings", *every])
         return
     kept = {a.site.path for a in kind(model, exclude_modules=["encoder.layer.0"]).plan.all()}

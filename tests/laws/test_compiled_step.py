@@ -122,8 +122,8 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a parameter": (lambda model: setattr(model.a, "weight", nn.Parameter(torch.ones(4, 4))), "a.weight"),
     "a hook": (lambda model: model.b.register_forward_hook(lambda module, given, y: 2 * y), "hook was added to b"),
     "storage": (lambda model: setattr(model.a.bias, "data", torch.ones(4)), "a.bias has other storage"),
-    "a buffer": (lambda model: setattr(model, "scale", 2 * torch.ones(4)), "buffers are others, or numbers"),
-    "a number": (lambda model: setattr(model, "factor", 2.0), "buffers are others, or numbers"),
+    "a buffer": (lambda model: setattr(model, "scale", 2 * torch.ones(4)), "a buffer was replaced, or a number"),
+    "a number": (lambda model: setattr(model, "factor", 2.0), "a buffer was replaced, or a number"),
 }
 
 COMPILED: dict[str, Callable[[fd.DeltaModel, dict[str, Tensor], Tensor], Tensor]] = {

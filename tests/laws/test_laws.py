@@ -179,7 +179,7 @@ def test_law_4_rows_are_members_picked_row_by_row(method: str, name: str) -> Non
             return
         if refusal:
             # A prompt makes outputs longer than those of the bare backbone.
-            assert "run such rows by themselves, delta.apply({}, ...)" in refusal
+            assert "separately: delta.apply({}, ...)" in refusal
             index = [2, 1, 0, 2]
             found = routed()
         expected = torch.cat(

@@ -144,7 +144,7 @@ CALLS: dict[str, Case] = {
     "a member too near": (fd.errors.ParamsError, lambda w: w.rows([0, 0, 0, 0, -2]), ("-2", "0 to 2", "-1")),
     "too few rows": (fd.errors.ParamsError, lambda w: w.rows([0, 1]), ("2", "5")),
     "no integers": (fd.errors.ParamsError, lambda w: w.rows([0.0] * 5), ("float32", "integers")),
-    "no index": (fd.errors.ParamsError, lambda w: w.rows(None), ("None", "one integer a row")),
+    "no index": (fd.errors.ParamsError, lambda w: w.rows(None), ("None", "one integer per row")),
     "an index of two axes": (fd.errors.ParamsError, lambda w: w.rows([[0] * 5]), ("(1, 5)", "(b,)")),
     "a member that is not there": (fd.errors.ParamsError, lambda w: fd.take(w.stack, 3), ("3", "0 to 2")),
     "losses with two axes": (

@@ -41,13 +41,13 @@ BAD: list[tuple[Any, str]] = [
     ([0, 5], "no member 5"),
     (range(9), "no member 3"),
     (np.array([0, 9]), "no member 9"),
-    (np.array([True]), r"A mask over 3 members has shape \(3,\); found \(1,\)"),
-    ([True, False], r"A mask over 3 members has shape \(3,\); found \(2,\)"),
-    (torch.tensor([True, False]), r"A mask over 3 members has shape \(3,\); found \(2,\)"),
-    (torch.tensor(True), r"A mask over 3 members has shape \(3,\)"),
+    (np.array([True]), r"A mask over 3 members must have shape \(3,\); found \(1,\)"),
+    ([True, False], r"A mask over 3 members must have shape \(3,\); found \(2,\)"),
+    (torch.tensor([True, False]), r"A mask over 3 members must have shape \(3,\); found \(2,\)"),
+    (torch.tensor(True), r"A mask over 3 members must have shape \(3,\)"),
     (True, "no member True"),
     ([0, True], "no member True"),
-    (2.0, "chosen by an int, a list .* found 2.0"),
+    (2.0, "selected by an int, a list .* found 2.0"),
     ([0.5], "found 0.5"),
     (np.float64(1), "found 1.0"),
     (None, "found None"),
@@ -56,8 +56,8 @@ BAD: list[tuple[Any, str]] = [
     (torch.tensor([0.5]), r"integers or booleans; found shape \(1,\), torch.float32"),
     (torch.tensor([[0]]), r"shape \(\) or \(k,\) .* found shape \(1, 1\)"),
     (torch.tensor([0], device="meta"), "on the meta device has no values"),
-    (slice(0, 1.5), r"slice\(0, 1.5, None\) cannot choose members"),
-    (slice(None, None, 0), "cannot choose members: slice step cannot be zero"),
+    (slice(0, 1.5), r"slice\(0, 1.5, None\) cannot select members"),
+    (slice(None, None, 0), "cannot select members: slice step cannot be zero"),
 ]
 
 
@@ -95,7 +95,7 @@ def test_stacks_of_no_members() -> None:
     for call, words in (
         (lambda: fd.take(empty, 0), "no member 0: the stack has no members"),
         (lambda: fd.take(empty, torch.tensor([0])), "no member 0: the stack has no members"),
-        (lambda: fd.tree.mean(empty), "mean is over the members of a stack, and this one has none"),
+        (lambda: fd.tree.mean(empty), "mean averages over the members of a stack, but this stack has none"),
         (lambda: fd.members({}), r"without tensor leaves .* delta\.init\(seed, n=\.\.\.\)"),
         (lambda: fd.unstack({}), "without tensor leaves"),
         (lambda: fd.stack([]), "at least one member; found an empty list"),
@@ -194,10 +194,10 @@ def test_integers_and_booleans_keep_their_dtype() -> None:
         (lambda: tree.scale(counts, torch.tensor([0.5, 1, 1]), per_member=True), "'count' is torch.int64"),
         (lambda: tree.scale(STACK, 1j), r"'a\.w' is torch\.float32, and its product with 1j is not"),
         (lambda: tree.scale({"m": whole["mask"]}, 2), r"'m' is torch\.bool"),
-        (lambda: tree.lerp(counts, counts, 0.5), r"lerp is of real numbers, and leaf 'count' is torch\.int64"),
-        (lambda: tree.sub(whole, whole), r"Leaf 'mask' is torch\.bool, of which there is no difference"),
-        (lambda: tree.norm(whole), "norm is of real numbers, and leaf 'count'"),
-        (lambda: tree.randn_like(whole, 0), "randn_like is of real numbers, and leaf 'count'"),
+        (lambda: tree.lerp(counts, counts, 0.5), r"lerp takes real numbers, but leaf 'count' is torch\.int64"),
+        (lambda: tree.sub(whole, whole), r"Leaf 'mask' is torch\.bool, which cannot be subtracted"),
+        (lambda: tree.norm(whole), "norm takes real numbers, but leaf 'count'"),
+        (lambda: tree.randn_like(whole, 0), "randn_like takes real numbers, but leaf 'count'"),
     ):
         with pytest.raises(fd.errors.ParamsError, match=words):
             call()
@@ -227,7 +227,7 @@ def test_leaves_of_other_dtypes_and_devices_are_named() -> None:
     vector, unravel = tree.ravel(mixed)
     assert {name: leaf.dtype for name, leaf in unravel(vector).items()} == {"a": torch.float32, "b": torch.float64}
     for function in (tree.norm, tree.ravel):
-        with pytest.raises(fd.errors.ParamsError, match=r"Leaf 'w' is on cpu, 'v' on meta\. Move one"):
+        with pytest.raises(fd.errors.ParamsError, match=r"Leaf 'w' is on cpu, but 'v' on meta\. Move one"):
             function({**single, "v": meta["w"]})
     assert fd.stack([meta, meta])["w"].shape == (2, 2)
     assert tree.norm(meta).device.type == "meta"
@@ -239,11 +239,11 @@ def test_labels_that_are_no_classes_are_named() -> None:
     for metric in (metrics.accuracy, metrics.negative_log_likelihood, metrics.calibration_error):
         assert torch.equal(metric(p, torch.tensor([0, 1], dtype=torch.int32)), metric(p, torch.tensor([0, 1])))
         for labels, words in (
-            (torch.tensor([0, -100]), r"2 classes lie in 0 to 1; found -100\. Leave such rows out"),
+            (torch.tensor([0, -100]), r"With 2 classes, labels go from 0 to 1; found -100\. Leave such rows out"),
             (torch.tensor([2, 0]), "found 2"),
             (torch.tensor([0.0, 1.0]), r"found torch\.float32\. Write labels\.long\(\)"),
             (torch.tensor([True, False]), r"found torch\.bool"),
-            (torch.zeros(2, dtype=torch.long, device="meta"), "Labels are on meta, probabilities on cpu"),
+            (torch.zeros(2, dtype=torch.long, device="meta"), "Labels are on meta, but probabilities on cpu"),
         ):
             with pytest.raises(fd.errors.FuncdeltaError, match=words):
                 metric(p, labels)
@@ -255,11 +255,14 @@ def test_changes_that_are_none_are_named() -> None:
     algebra, change = fd.algebra, {"w": torch.ones(2)}
     for call, words in (
         (lambda: algebra.ties("abc"), "list of dicts .* found str"),
-        (lambda: algebra.ties([torch.ones(2)]), "A change is a dict .* found Tensor"),
-        (lambda: algebra.prune(None, 0.5), "A change is a dict .* found NoneType"),
+        (lambda: algebra.ties([torch.ones(2)]), "A change must be a dict .* found Tensor"),
+        (lambda: algebra.prune(None, 0.5), "A change must be a dict .* found NoneType"),
         (lambda: algebra.dare({"w": torch.tensor([1])}, 0.5, 0), r"The change of 'w' is torch\.int64"),
         (lambda: algebra.dare({"w": 3}, 0.5, 0), "The change of 'w' is int"),
-        (lambda: algebra.task_arithmetic([change, change], ["a", "b"]), r"one weight a change, 2 numbers; found \['a'"),
+        (
+            lambda: algebra.task_arithmetic([change, change], ["a", "b"]),
+            r"one weight per change, 2 numbers; found \['a'",
+        ),
     ):
         with pytest.raises(fd.errors.ParamsError, match=words):
             call()
@@ -269,9 +272,9 @@ def test_changes_that_are_none_are_named() -> None:
     pair = (*pair, pair[0].init(0, n=2))
     for call, words in (
         (lambda: algebra.sum_exact(pair, weights=["a", "b"]), "a number or a tensor; found 'a'"),
-        (lambda: algebra.sum_exact(pair, weights=3), "one weight a summand, a list of 2; found 3"),
-        (lambda: algebra.soup(*pair, weights=["a", "b"]), "soup needs one weight a member, 2 numbers"),
-        (lambda: algebra.knots(pair, merge=lambda aligned: {}), r"gives a dict with the names .* no '0\.weight'"),
+        (lambda: algebra.sum_exact(pair, weights=3), "one weight per summand, a list of 2; found 3"),
+        (lambda: algebra.soup(*pair, weights=["a", "b"]), "soup needs one weight per member, 2 numbers"),
+        (lambda: algebra.knots(pair, merge=lambda aligned: {}), r"must return a dict with the names .* no '0\.weight'"),
         (lambda: algebra.knots(pair, merge=lambda aligned: None), "found NoneType"),
     ):
         with pytest.raises(fd.errors.ParamsError, match=words):

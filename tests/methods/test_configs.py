@@ -131,25 +131,25 @@ def test_urls_that_give_no_config(saved: Path, site: str, delta: fd.DeltaModel) 
     with raises_saying(fd.errors.CheckpointError, f"{site}/nothing.json", "404"):
         read(f"{site}/nothing.json")
     (saved.parent / "page.html").write_text("<html>")
-    with raises_saying(fd.errors.CheckpointError, f"{site}/page.html", "no JSON"):
+    with raises_saying(fd.errors.CheckpointError, f"{site}/page.html", "not JSON"):
         read(f"{site}/page.html")
     (saved.parent / "long.json").write_bytes(b" " * ((1 << 20) + 1))
     with raises_saying(fd.errors.CheckpointError, f"{site}/long.json", "1048576 bytes"):
         read(f"{site}/long.json")
     with raises_saying(fd.errors.CheckpointError, "local_files_only=True", "give a file"):
         read(f"{site}/run/config.json", local_files_only=True)
-    with raises_saying(fd.errors.CheckpointError, "a url gives a config alone", "hub id"):
+    with raises_saying(fd.errors.CheckpointError, "only a config can be read from a url", "hub id"):
         fd.AutoDeltaModel.from_finetuned(f"{site}/run", backbone_model=delta.backbone)
 
 
 def test_files_that_hold_no_config(tmp_path: Path) -> None:
-    for text, piece in (("{", "no JSON"), ("[]", "delta_type"), ('{"lora_r": 2}', "delta_type")):
+    for text, piece in (("{", "not JSON"), ("[]", "delta_type"), ('{"lora_r": 2}', "delta_type")):
         (tmp_path / "config.json").write_text(text)
         for place in (tmp_path, tmp_path / "config.json"):
             with raises_saying(fd.errors.CheckpointError, str(tmp_path / "config.json"), piece):
                 fd.AutoDeltaConfig.from_finetuned(place)
     (tmp_path / "config.json").write_bytes(b"\xff\xfe")
-    with raises_saying(fd.errors.CheckpointError, "is no text"):
+    with raises_saying(fd.errors.CheckpointError, "is not a text file"):
         fd.AutoDeltaConfig.from_finetuned(tmp_path)
     (tmp_path / "config.json").unlink()
     with raises_saying(fd.errors.CheckpointError, "has no config.json", "found nothing"):
@@ -269,10 +269,10 @@ def test_pushing_keeps_nothing_here(
     assert all(torch.equal(found[name], stack[name]) for name in stack)
     calls = len(hub.calls)
     with raises_saying(
-        fd.errors.CheckpointError, "Nothing is saved here, and the hub did not take it as 'forbidden/x': not"
+        fd.errors.CheckpointError, "Nothing is saved here, and the hub did not accept it as 'forbidden/x': not"
     ):
         delta.push_to_hub(stack, "forbidden/x")
-    with raises_saying(fd.errors.CheckpointError, "'a/b/c' is no name of a hub repository"):
+    with raises_saying(fd.errors.CheckpointError, "'a/b/c' is not the name of a hub repository"):
         delta.push_to_hub(stack, "a/b/c")
     with raises_saying(fd.errors.ParamsError, 'delta.push_to_hub(params, "user/name")'):
         delta.push_to_hub("me/members")  # pyright: ignore[reportArgumentType]
@@ -300,7 +300,7 @@ def test_options_of_fetching_reach_the_hub(delta: fd.DeltaModel, hub: FakeHub, t
     def load(**more: Any) -> dict[str, torch.Tensor]:
         return fd.AutoDeltaModel.from_finetuned("me/lora", delta.backbone, **options, **more)[1]
 
-    with raises_saying(fd.errors.CheckpointError, "'me/lora' is no folder here", "not in the cache"):
+    with raises_saying(fd.errors.CheckpointError, "'me/lora' is not a local folder", "not in the cache"):
         load(local_files_only=True)
     first = load()
     assert cache.is_dir()

@@ -216,7 +216,7 @@ def test_messages() -> None:
         register("test_bad")(lambda site, name="x": nn.Linear(1, 1))
     with raises_saying(fd.errors.ConfigError, "sizes=[1]", "tuple"):
         register("test_bad")(lambda site, sizes=[1]: nn.Linear(1, 1))
-    with raises_saying(fd.errors.ConfigError, "takes nothing", "site"):
+    with raises_saying(fd.errors.ConfigError, "takes no argument", "site"):
         register("test_bad")(lambda: nn.Linear(1, 1))
     with raises_saying(fd.errors.ConfigError, "'lora'", "already"):
         register("lora")(After.make)

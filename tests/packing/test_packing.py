@@ -549,5 +549,5 @@ def test_refusals_say_what_differs_and_what_to_write() -> None:
     with raises_saying(fd.errors.ParamsError, "was not made by fd.pack", "fd.unstack(stack)"):
         fd.unpack(first, fd.stack([params]))
     sizes = [fd.PrefixModel(subject("lora", "gpt2").model, prefix_token_num=p, reparameterize=False) for p in (1, 2)]
-    with raises_saying(fd.errors.ParamsError, "prefix", "no zeros can make equal", 'padding="auto"'):
+    with raises_saying(fd.errors.ParamsError, "prefix", "cannot be padded with zeros", 'padding="auto"'):
         fd.pack([(one, one.init(0)) for one in sizes], padding="pad")

@@ -192,7 +192,7 @@ def test_what_the_code_does_not_show_is_known_from_the_second_call_on() -> None:
     model.around = functools.partial(checkpoint, use_reentrant=False)
     delta = fd.LoraModel(model, lora_r=2, modified_modules=["one.0", "two.0"])
     params = random_params(delta)
-    with raises_saying(fd.errors.RecomputeError, "two.0", "make the call again"):
+    with raises_saying(fd.errors.RecomputeError, "two.0", "repeat the call"):
         gradients(delta, params, lambda p: delta.apply(p, x))
     found = gradients(delta, params, lambda p: delta.apply(p, x))
     plain = Checkpointed().eval()

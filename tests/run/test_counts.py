@@ -84,7 +84,7 @@ def test_what_is_no_count_is_refused(what: str, value: str) -> None:
 
 
 def test_a_seed_longer_than_python_writes_is_refused() -> None:
-    with pytest.raises(fd.ParamsError, match="A seed is an integer"):
+    with pytest.raises(fd.ParamsError, match="A seed must be an integer"):
         fd.seeds(10**5000, 3)
 
 

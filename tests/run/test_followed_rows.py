@@ -316,7 +316,7 @@ def test_parts_in_threads_run_alone() -> None:
     delta, x = lora(Threads()), torch.randn(2, 6)
     stack = random_params(delta, N)
     expected = one_by_one(delta, stack, x)
-    with raises_saying(fd.errors.FoldError, "a runs in a thread of its own"):
+    with raises_saying(fd.errors.FoldError, "a runs in another thread"):
         delta.apply_many(stack, x, engine="fold")
     assert_close(delta.apply_many(stack, x), expected)
     assert_close(delta.apply_rows(stack, [1, 2], x), torch.stack([expected[1, 0], expected[2, 1]]))

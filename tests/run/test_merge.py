@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 import funcdelta as fd
-from funcdelta.merge import merged_module, merged_state
+from funcdelta.merge import merge, merged
 
 
 @pytest.fixture
@@ -227,15 +227,15 @@ def test_running_statistics_among_params_are_written(x: Tensor) -> None:
     delta = fd.LoraModel(model, lora_r=2, modified_modules=["0"])
     params = random_params(delta)
     seen = {"1.running_mean": torch.randn(6), "1.running_var": torch.rand(6) + 1, "scratch": torch.ones(2)}
-    state = merged_state(model, delta.plan, params | seen)
+    state = merge(delta, params | seen)
     assert all(torch.equal(state[name], seen[name]) for name in ("1.running_mean", "1.running_var"))
     assert state.keys() == model.state_dict().keys()
     hand = copy.deepcopy(model)
     hand.load_state_dict(state)
-    merged = merged_module(model, delta.plan, params | seen)
-    assert_close(merged(x), hand(x))
-    assert_acts(merged(x), delta.merged(params)(x))
-    assert torch.equal(merged.scratch, seen["scratch"])
+    module = merged(delta, params | seen)
+    assert_close(module(x), hand(x))
+    assert_acts(module(x), delta.merged(params)(x))
+    assert torch.equal(module.scratch, seen["scratch"])
     assert not model.scratch.any()
 
 
@@ -245,7 +245,7 @@ def test_a_changed_backbone_leaf_among_params_is_written(x: Tensor) -> None:
     assert delta.merge(full).keys() == delta.merge(random_params(delta)).keys()
     full["b.weight"] = full["b.weight"] + 1.0
     expected = delta.apply(full, x)
-    assert_close(merged_module(delta.backbone, delta.plan, full)(x), expected)
+    assert_close(merged(delta, full)(x), expected)
 
 
 def test_merging_is_differentiable(x: Tensor) -> None:

@@ -253,7 +253,7 @@ def cache() -> DynamicCache:
     [
         ({"use_cache": True}, "leave out use_cache=True", "Write"),
         ({}, "Write use_cache=False", "leave out"),
-        ({"use_cache": False}, "although use_cache=False was given", "Write use_cache"),
+        ({"use_cache": False}, "despite use_cache=False", "Write use_cache"),
         ({"past_key_values": cache(), "use_cache": False}, "past_key_values=", "although"),
     ],
     ids=["asked for", "said nothing", "said no", "gave one"],

@@ -308,7 +308,9 @@ REFUSED = {
     ("prefix", "deberta-v2"): ("deberta.encoder.layer.0.attention", "attention interface"),
     ("prefix", "bloom"): ("transformer.h.0.self_attention", "attention interface"),
     # What sees prepares the mask outside the language model.
-    **{("soft_prompt", name): ("not embedded by a table of tokens",) for name in ("whisper", "vit", "clip")},
+    **{
+        ("soft_prompt", name): ("does not embed its input by a table of tokens",) for name in ("whisper", "vit", "clip")
+    },
 }
 
 

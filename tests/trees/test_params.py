@@ -143,17 +143,17 @@ def test_members_work_under_vmap_grad_and_compile() -> None:
         (
             lambda: params.stack([{"a": torch.ones(2)}, {"a": {"x": torch.ones(2)}}]),
             ParamsError,
-            r"Leaf 'a' stands in member 0 but not in member 1",
+            r"Leaf 'a' is in member 0 but not in member 1",
         ),
         (
             lambda: params.stack([{"a": torch.ones(2)}, {"a": torch.ones(2), "b": torch.ones(1)}]),
             ParamsError,
-            "Leaf 'b' stands in member 1 but not in member 0",
+            "Leaf 'b' is in member 1 but not in member 0",
         ),
         (
             lambda: params.stack([[torch.ones(2)], (torch.ones(2),)]),
             ParamsError,
-            "member 0 and member 1 are built of different containers",
+            "member 0 and member 1 differ in their containers",
         ),
         (
             lambda: params.cat([{"a": torch.ones(2, 3)}, {"a": torch.ones(2, 4)}]),
@@ -182,7 +182,7 @@ def test_members_work_under_vmap_grad_and_compile() -> None:
         (
             lambda: params.take({"a": torch.ones(2)}, [True, False, True]),
             ParamsError,
-            r"A mask over 2 members has shape \(2,\); found \(3,\)",
+            r"A mask over 2 members must have shape \(2,\); found \(3,\)",
         ),
         (lambda: params.broadcast({"a": torch.ones(2)}, 0), ParamsError, "n=0: write how many"),
     ],
@@ -233,11 +233,11 @@ def test_partition_and_combine_errors() -> None:
         params.partition(FLAT, "ayer.1")
     with pytest.raises(ParamsError, match=r"flat dict .* found list"):
         params.partition([torch.ones(1)], "a")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ParamsError, match=r"takes .name. or .name, leaf."):
+    with pytest.raises(ParamsError, match=r"take .name. or .name, leaf."):
         params.partition(FLAT, lambda name, leaf, more: True)
     with pytest.raises(ParamsError, match="found the key 3"):
         params.partition({3: torch.ones(1)}, "a")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ParamsError, match=r"'classifier\.weight' is given twice; the second time in argument 1"):
+    with pytest.raises(ParamsError, match=r"'classifier\.weight' is given twice, the second time in argument 1"):
         params.combine(FLAT, {"classifier.weight": torch.ones(1)})
     with pytest.raises(ParamsError, match=r"argument 0 is a tuple\. Write fd\.combine\(some, rest\)"):
         params.combine(params.partition(FLAT, "bert"))  # pyright: ignore[reportArgumentType]

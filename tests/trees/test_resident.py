@@ -98,7 +98,7 @@ def test_an_empty_slot_raises_wherever_it_is_named(delta: fd.DeltaModel, x: Tens
             resident.remove(slot)
     with raises_saying(fd.errors.ParamsError, "-2 to 0", "slots are 0 or more"):
         resident.check([0, -2])
-    with raises_saying(fd.errors.ParamsError, "the number that put(params) gave", "'anna'"):
+    with raises_saying(fd.errors.ParamsError, "a number that put(params) returned", "'anna'"):
         resident.member("anna")  # type: ignore[arg-type]
 
 
@@ -107,19 +107,23 @@ def test_what_does_not_fit(delta: fd.DeltaModel) -> None:
     resident = fd.Resident(delta, 1)
     with raises_saying(fd.errors.StackError, "no member yet", "put(params)"):
         resident.members()
-    with raises_saying(fd.errors.ParamsError, "a.lora.lora_A of (8, 4); found (3, 8, 4)", "one member at a time"):
+    with raises_saying(
+        fd.errors.ParamsError,
+        "a.lora.lora_A: expected (8, 4) in a member of this stack; found (3, 8, 4)",
+        "one member at a time",
+    ):
         resident.put(delta.init(0, n=3))
     missing = {name: leaf for name, leaf in params.items() if name != "head.bias"}
-    with raises_saying(fd.errors.ParamsError, "head.bias of (3,); found nothing"):
+    with raises_saying(fd.errors.ParamsError, "head.bias: expected (3,) in a member of this stack; found nothing"):
         resident.put(missing)
-    with raises_saying(fd.errors.ParamsError, "head.weights of no shape"):
+    with raises_saying(fd.errors.ParamsError, "head.weights: expected no such leaf"):
         resident.put(params | {"head.weights": torch.zeros(1)})
     for leaf, found in (
         ([0.0] * 3, "a list"),
         (torch.zeros(3, device="meta"), "a meta tensor"),
         (torch.zeros(3).to_sparse(), "the layout torch.sparse_coo"),
     ):
-        with raises_saying(fd.errors.ParamsError, f"head.bias of (3,); found {found}"):
+        with raises_saying(fd.errors.ParamsError, f"head.bias: expected (3,) in a member of this stack; found {found}"):
             resident.put(params | {"head.bias": leaf})  # type: ignore[dict-item]
     with raises_saying(fd.errors.ParamsError, "a dict of tensors; found int"):
         resident.put(3)  # type: ignore[arg-type]
@@ -130,7 +134,7 @@ def test_what_does_not_fit(delta: fd.DeltaModel) -> None:
         resident.put(params)
     with raises_saying(fd.errors.ParamsError, "capacity=0", "at least 1"):
         fd.Resident(delta, 0)
-    with raises_saying(fd.errors.ParamsError, "'head.weights' is no leaf", "delta.names"):
+    with raises_saying(fd.errors.ParamsError, "'head.weights' is not a leaf", "delta.names"):
         fd.Resident(delta, 2, names=["head.weights"])
     with raises_saying(fd.errors.ParamsError, "3 members does not fit into capacity=2"):
         fd.Resident.of(delta, delta.init(0, n=3), 2)

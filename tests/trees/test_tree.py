@@ -162,10 +162,10 @@ W = {"l.w": torch.ones(2, 3), "l.b": torch.ones(2)}
 @pytest.mark.parametrize(
     ("action", "words"),
     [
-        (lambda: tree.add(W, {"l.w": W["l.w"]}), "Leaf 'l.b' stands in the first tree but not in the second"),
+        (lambda: tree.add(W, {"l.w": W["l.w"]}), "Leaf 'l.b' is in the first tree but not in the second"),
         (
             lambda: tree.map(torch.add, W, {**W, "x": W["l.b"]}),
-            "Leaf 'x' stands in tree 1 but not in the first tree",
+            "Leaf 'x' is in tree 1 but not in the first tree",
         ),
         (
             lambda: tree.sub(W, {**W, "l.w": torch.ones(3)}),
@@ -173,20 +173,20 @@ W = {"l.w": torch.ones(2, 3), "l.b": torch.ones(2)}
         ),
         (lambda: tree.vdot(W, {**W, "l.b": 2.0}), r"Leaf 'l\.b' has shape \(2,\) in the first tree and 2\.0"),
         (lambda: tree.scale(W, torch.ones(2)), r"found shape \(2,\).*write per_member=True"),
-        (lambda: tree.scale(W, 2.0, per_member=True), r"the factor is a tensor \(n,\); found 2\.0"),
+        (lambda: tree.scale(W, 2.0, per_member=True), r"the factor must be a tensor \(n,\); found 2\.0"),
         (
             lambda: tree.lerp(W, W, torch.ones(3), per_member=True),
-            r"3 values, one a member; leaf 'l\.w' has shape",
+            r"3 values, one per member, but leaf 'l\.w' has shape",
         ),
         (
             lambda: tree.norm({"step": torch.tensor(3)}),
-            "norm is of real numbers, and leaf 'step' is torch.int64",
+            "norm takes real numbers, but leaf 'step' is torch.int64",
         ),
-        (lambda: tree.mean({"step": torch.tensor([3])}), "mean is of real numbers, and leaf 'step'"),
+        (lambda: tree.mean({"step": torch.tensor([3])}), "mean takes real numbers, but leaf 'step'"),
         (lambda: tree.ravel(W)[1](torch.ones(7)), r"unravel expects shape \(8,\); found \(7,\)"),
         (lambda: tree.ravel(W)[1](torch.ones(2, 8)), r"torch\.vmap\(unravel\)"),
         (lambda: tree.ravel(W, per_member=True)[1](torch.ones(4)), r"expects shape \(m, 4\); found \(4,\)"),
-        (lambda: tree.randn_like(W, [1, 2, 3]), "3 seeds for 2 members"),
+        (lambda: tree.randn_like(W, [1, 2, 3]), "found 3 for 2 members"),
     ],
 )
 def test_errors_say_where_and_what(action: Any, words: str) -> None:

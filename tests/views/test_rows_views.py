@@ -198,9 +198,9 @@ def test_what_a_view_holds() -> None:
         assert list(found) == list(stack) == list(view.state_dict())
         assert all(torch.equal(found[key], leaf) and found[key] is not leaf for key, leaf in stack.items())
         assert view.to("cpu")(x).equal(expected)
-    with raises_saying(fd.errors.ParamsError, "would stay behind", "delta.refresh()"):
+    with raises_saying(fd.errors.ParamsError, "would not move with it", "delta.refresh()"):
         view.double()
-    with raises_saying(fd.errors.ParamsError, "holds no params of its own", "delta.bind_rows(stack, index)"):
+    with raises_saying(fd.errors.ParamsError, "holds no params", "delta.bind_rows(stack, index)"):
         view.load_state_dict(stack)
 
 
@@ -220,9 +220,9 @@ def test_modes_of_a_view() -> None:
 def test_what_cannot_be_routed_says_what_to_write() -> None:
     delta, stack = subject("llama")
     inputs = padded("llama")
-    with raises_saying(fd.errors.ParamsError, "4 rows", "runs 3 rows", "view.route(index)"):
+    with raises_saying(fd.errors.ParamsError, "4 rows", "runs 3, one per entry", "view.route(index)"):
         delta.bind_rows(stack, [0, 1, 2]).generate(**inputs, **GREEDY)
-    with raises_saying(fd.errors.ParamsError, "0 to 4", "0 to 3, and -1"):
+    with raises_saying(fd.errors.ParamsError, "0 to 4", "0 to 3, or -1"):
         delta.bind_rows(stack, [0, 4])
     with raises_saying(fd.errors.ParamsError, "index is empty"):
         delta.bind_rows(stack, [])

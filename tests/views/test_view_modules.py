@@ -338,7 +338,7 @@ def test_a_part_of_a_view_is_copied_as_an_ordinary_module() -> None:
     assert torch.equal(part.weight, delta.backbone.b.weight)
     assert part.weight.data_ptr() != delta.backbone.b.weight.data_ptr()
     for acting in (view.a, view.head):
-        with raises_saying(fd.errors.ParamsError, "a delta acts", "copy the whole view"):
+        with raises_saying(fd.errors.ParamsError, "a delta acts", "Copy the whole view"):
             copy.deepcopy(acting)
 
 
@@ -485,16 +485,16 @@ def test_unbind_looks_into_wrappers() -> None:
     view = delta.bind(params)
     for wrapped in (torch.compile(view, backend="eager"), nn.DataParallel(view), torch.compile(nn.DataParallel(view))):
         assert all(torch.equal(leaf, params[name]) for name, leaf in fd.unbind(wrapped).items())
-    with raises_saying(fd.errors.ParamsError, "Parent is not a view"):
+    with raises_saying(fd.errors.ParamsError, "but got Parent"):
         fd.unbind(Parent(view))
 
 
 def test_a_load_that_would_load_nothing_raises() -> None:
     delta, params = _head_of_an_mlp()
     view, nothing = delta.bind(params), {"model.a.lora.lora_A": torch.zeros(8, 4)}
-    with raises_saying(fd.errors.ParamsError, "Nothing of this state dict", "model.a.lora.lora_A", "a.lora.lora_A"):
+    with raises_saying(fd.errors.ParamsError, "This state dict has nothing", "model.a.lora.lora_A", "a.lora.lora_A"):
         view.load_state_dict(nothing, strict=False)
-    with pytest.raises(RuntimeError, match="Nothing of this state dict"):
+    with pytest.raises(RuntimeError, match="This state dict has nothing"):
         Parent(view).load_state_dict({f"net.{key}": value for key, value in nothing.items()}, strict=False)
     Parent(view).load_state_dict({"scale": torch.zeros(())}, strict=False)  # nothing is meant for the view
     with raises_saying(fd.errors.ParamsError, "Missing: ['a.lora.lora_B'"):

@@ -1,4 +1,4 @@
-"""Folders that OpenDelta wrote, read; and folders that it reads back, written."""
+"""Reads folders that OpenDelta wrote, and writes folders that it can read."""
 
 from .reading import load_opendelta
 from .writing import save_opendelta

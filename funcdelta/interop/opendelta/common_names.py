@@ -1,9 +1,9 @@
-"""Which modules OpenDelta meant: its common names (``attn@.q@``) of the classes that it knows, and its exclusion.
+"""Resolves names in OpenDelta's files to modules: common names (``attn@.q@``) of known classes, and exclusion.
 
 A row maps a path inside a module of that class to common tokens (``$`` is a number). The longest row that a path
-starts with is translated, each token with an ``@`` behind it, and the rest of the path stays. These tables stand apart
-from those of :mod:`funcdelta.structures` on purpose: they say what the names in old files meant, which a table that
-grows (norms on OPT, DeBERTa's ``intermediate``) must not change. Before 0.3 the names had no ``@``.
+starts with is translated, each token with an ``@`` appended, and the rest of the path stays. These tables are separate
+from those of :mod:`funcdelta.structures` on purpose: they record what the names in old files meant, which must not
+change when the other tables grow (norms on OPT, DeBERTa's ``intermediate``). Before 0.3 the names had no ``@``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from ...match import find_key
 
 EXCLUDED = ("lm_head",)
-"""What OpenDelta leaves out when no ``exclude_modules`` are given."""
+"""The modules that OpenDelta leaves out if ``exclude_modules`` is not given."""
 
 BERT = {
     "embeddings.word_embeddings": "embeddings",
@@ -71,7 +71,7 @@ OPT = {
 
 
 def _t5_stack(stack: str, parts: Sequence[str]) -> dict[str, str]:
-    """The rows of one stack whose layers have sub-layers ``parts`` in their order."""
+    """The rows of one stack whose layers have the sub-layers ``parts``, in this order."""
     rows = {
         stack: stack,
         f"{stack}.embed_tokens": f"{stack}.embeddings",
@@ -105,16 +105,16 @@ TABLES: Mapping[str, Mapping[str, str]] = {
     "T5ForConditionalGeneration": T5,
     "T5EncoderModel": T5,
 }
-"""The tables by the exact name of a class; it may stand anywhere inside the backbone."""
+"""The tables by the exact name of a class, which may be anywhere inside the backbone."""
 
 VIRTUAL = {"decoder.layers.$.fc1": "decoder.block.$.ff", "decoder.layers.$.fc2": "decoder.block.$.ff"}
-"""Second names of OPT's modules: its feed-forward part is no module."""
+"""Second names of OPT's modules, because its feed-forward part is not a module of its own."""
 
 
 def named_sites(
     backbone: nn.Module, names: Iterable[str], excluded: Iterable[str], common: bool
 ) -> tuple[str, ...] | None:
-    """The paths that OpenDelta takes for ``names``; ``None`` where it has no table for the backbone.
+    """The paths that OpenDelta selects by ``names``; ``None`` if it has no table for the backbone.
 
     >>> backbone = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> named_sites(backbone, ["0", "1"], ["1"], common=False)
@@ -132,17 +132,17 @@ def named_sites(
         called |= known
         if not any("@" in target for target in targets):
             called = {path: tuple(name.replace("@", "") for name in every) for path, every in called.items()}
-    # Its exclusion compares the beginnings of paths, without regard to the dots.
+    # Its exclusion compares the beginnings of paths, ignoring the dots.
     taken = [path for path in modules if not path.startswith(tuple(excluded))]
     return tuple(path for path in taken if any(find_key(name, targets) for name in called[path]))
 
 
 def _translations(backbone: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The common names, a virtual one too, of every module below one of a known class."""
+    """The common names, virtual ones included, of every module inside a module of a known class."""
     found: dict[str, tuple[str, ...]] = {}
     roots: list[tuple[str, Mapping[str, str]]] = []
     for path, module in backbone.named_modules():
-        # Inside a known class no other is looked for.
+        # OpenDelta does not look for further classes inside a known one.
         if type(module).__name__ in TABLES and not any(not root or path.startswith(f"{root}.") for root, _ in roots):
             roots.append((path, TABLES[type(module).__name__]))
     for root, rows in roots:
@@ -160,11 +160,11 @@ def _pattern(path: str) -> str:
 
 
 def _translate(path: str, rows: Mapping[str, str]) -> str:
-    """``path`` with the longest beginning that is a row in common tokens."""
+    """``path`` whose longest beginning that is a row is replaced by common tokens."""
     tokens = path.split(".")
     for end in range(len(tokens), 0, -1):
         start = ".".join(tokens[:end])
-        # T5's sub-layers have numbers of their own, which a row spells out.
+        # T5's sub-layers are numbered, too, and rows spell these numbers out.
         for row in (start, *_with_first_number_open(tokens[:end]), _pattern(start)):
             if row in rows:
                 return ".".join([_with_marks(rows[row], start), *tokens[end:]])
@@ -172,7 +172,7 @@ def _translate(path: str, rows: Mapping[str, str]) -> str:
 
 
 def _with_first_number_open(tokens: Sequence[str]) -> list[str]:
-    """The path with its first number, that of the layer, as ``$``."""
+    """The path with its first number, the layer's, replaced by ``$``; as a list, which is empty without a number."""
     for position, token in enumerate(tokens):
         if token.isdigit():
             return [".".join([*tokens[:position], "$", *tokens[position + 1 :]])]
@@ -180,6 +180,6 @@ def _with_first_number_open(tokens: Sequence[str]) -> list[str]:
 
 
 def _with_marks(common: str, path: str) -> str:
-    """Common tokens with an ``@`` each, and the layer's number from ``path`` in the place of ``$``."""
+    """Common tokens, each with an ``@``, and the layer's number from ``path`` in place of ``$``."""
     number = next((token for token in path.split(".") if token.isdigit()), "")
     return ".".join(number if token == "$" else f"{token}@" for token in common.split("."))

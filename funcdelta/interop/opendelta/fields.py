@@ -1,4 +1,4 @@
-"""The fields of an OpenDelta ``config.json`` as those of a config here, and back."""
+"""Converts the fields of an OpenDelta ``config.json`` to a config, and back."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ def spelling_of(data: Mapping[str, Any]) -> tuple[str, Spelling]:
     delta_type = data.get("delta_type") or ""
     if delta_type not in SPELLINGS:
         known = near(str(delta_type), list(SPELLINGS)) if delta_type else f" It is one of {', '.join(SPELLINGS)}."
-        what = (
-            f"delta_type={delta_type!r} is no delta of OpenDelta." if delta_type else "config.json has no delta_type."
-        )
+        what = f"OpenDelta has no delta_type={delta_type!r}." if delta_type else "config.json has no delta_type."
         raise CheckpointError(f"{what}{known} Pass it: load_opendelta(path, backbone_model, delta_type=...).")
     return delta_type, SPELLINGS[delta_type]
 
@@ -36,7 +34,7 @@ def spelling_of(data: Mapping[str, Any]) -> tuple[str, Spelling]:
 def config_of(data: Mapping[str, Any], compat: str | None, changes: Mapping[str, Any]) -> BaseDeltaConfig:
     """The config that ``data`` describes, without its sites and trained backbone modules.
 
-    Fields that OpenDelta's models never read are left out; a field that nobody knows is an error.
+    Fields that OpenDelta's models never read are left out; an unknown field is an error.
 
     >>> data = {"delta_type": "parallel_adapter", "scaled": None, "bottleneck_dim": 4, "opendelta_version": "9"}
     >>> config_of({**data, "delta_type": "adapter"}, None, {"non_linearity": "relu", "scaled": None})
@@ -52,8 +50,8 @@ def config_of(data: Mapping[str, Any], compat: str | None, changes: Mapping[str,
     for name in data:
         if name not in known | passed_over | left_out:
             raise CheckpointError(
-                f"config.json has a field {name!r} that no {delta_type} of OpenDelta has.{near(name, sorted(known))} "
-                f"If it changes nothing, write load_opendelta(path, backbone_model, {name}=None)."
+                f"config.json has a field {name!r}, which OpenDelta's {delta_type} lacks.{near(name, sorted(known))} "
+                f"To ignore it, write load_opendelta(path, backbone_model, {name}=None)."
             )
     given = {name: data[name] for name in known if name in data}
     if compat is not None and spelling.inexact is not None:
@@ -63,7 +61,7 @@ def config_of(data: Mapping[str, Any], compat: str | None, changes: Mapping[str,
 
 
 def data_of(config: BaseDeltaConfig, spelling: Spelling, changed: Mapping[str, Any]) -> dict[str, Any]:
-    """What OpenDelta writes for ``config``: its method's fields, and of the common ones those that differ.
+    """The fields that OpenDelta writes for ``config``: its method's, and those common ones that are not at default.
 
     >>> data_of(fd.LoraConfig(lora_r=4, modified_modules=["q"]), SPELLINGS["lora"], {})["exclude_modules"]
     ['lm_head']
@@ -76,7 +74,7 @@ def data_of(config: BaseDeltaConfig, spelling: Spelling, changed: Mapping[str, A
 
 
 def refuse_fields(config: BaseDeltaConfig, spelling: Spelling) -> str | None:
-    """The field of ``config`` that OpenDelta lacks and that is not at its default, in words; ``None``: it has all.
+    """A message about a field of ``config`` that OpenDelta lacks and that is not at its default; ``None`` if none is.
 
     >>> refuse_fields(fd.LoraConfig(enable_lora=(True, False, True)), SPELLINGS["lora"])
     'enable_lora=(True, False, True) has no counterpart'

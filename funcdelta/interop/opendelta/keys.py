@@ -1,4 +1,4 @@
-"""Every key of a file, accounted for: whose leaf it is and at which module, or the backbone's tensor that it names."""
+"""Classifies every key of a file: a leaf of some delta at some module, a tensor of the backbone, or unknown."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from ...match import below
 from .spelling import SPELLINGS, attribute_name, attribute_of, owners_of
 
 OLD_BUFFERS = ("position_ids", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias", "inv_freq")
-"""Ends of the names of constant buffers that Transformers once kept in state dicts."""
+"""Suffixes of constant buffers that old versions of Transformers kept in state dicts."""
 
 
 @dataclass
 class Group:
-    """The keys of one delta in the file, by module path and leaf; ``shared`` ones under the first site's path."""
+    """The keys of one delta in the file, by module path and leaf; ``shared`` leaves are under the first site's path."""
 
     own: dict[str, dict[str, str]] = field(default_factory=dict)
     shared: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -23,13 +24,13 @@ class Group:
 
 @dataclass
 class Keys:
-    """The keys of a file by what they are.
+    """The keys of a file, classified.
 
     Attributes:
-        deltas: by delta type and number of the delta among those of its kind.
-        backbone: those that name a tensor of the backbone.
-        fresh: ``{module path: {own name: key}}`` of tensors that a module of the backbone could have but has not.
-        unused: what no output depends on.
+        deltas: leaves of deltas, by delta type and the delta's number among those of its type.
+        backbone: keys that name a tensor of the backbone.
+        fresh: ``{module path: {own name: key}}`` of tensors that a module of the backbone could have but lacks.
+        unused: keys of tensors that no output depends on.
         unknown: the rest.
     """
 
@@ -40,12 +41,12 @@ class Keys:
     unknown: list[str] = field(default_factory=list)
 
     def names(self) -> dict[str, tuple[str, int]]:
-        """The deltas by the name that they have in the file."""
+        """``{name in the file: (delta type, number)}``."""
         return {attribute_name(*which): which for which in self.deltas}
 
 
 def sort_keys(keys: Iterable[str], backbone: nn.Module) -> Keys:
-    """Sort ``keys`` by what they mean on ``backbone``.
+    """Classify ``keys`` for ``backbone``.
 
     >>> backbone = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     >>> found = sort_keys(["0.lora.lora_A", "1.lora_B", "0.weight", "2.weight"], backbone)
@@ -72,7 +73,7 @@ def sort_keys(keys: Iterable[str], backbone: nn.Module) -> Keys:
 
 
 def only_kind(keys: Iterable[str], backbone: nn.Module) -> str | None:
-    """The delta type whose leaves stand among ``keys``, where all are of one.
+    """The delta type of the leaves among ``keys``, if there is exactly one.
 
     >>> only_kind(["0.adapter.modulelist.up_proj.bias", "0.bias"], nn.Sequential(nn.Linear(2, 2)))
     'adapter'
@@ -82,16 +83,16 @@ def only_kind(keys: Iterable[str], backbone: nn.Module) -> str | None:
 
 
 def _add_leaf(found: Keys, key: str, modules: set[str]) -> bool:
-    """Whether ``key`` is a delta's leaf at one of the ``modules``; it is added to its group."""
+    """Add ``key`` to its delta's group if it is a leaf at one of ``modules``; returns whether it is."""
     tokens = key.split(".")
     for position, token in enumerate(tokens[:-1]):
         which, path = attribute_of(token), ".".join(tokens[:position])
-        if which is None or path not in modules or f"{path}.{token}".lstrip(".") in modules:
+        if which is None or path not in modules or below(path, token) in modules:
             continue
         delta_type, attribute, number = which
         spelling = SPELLINGS[delta_type]
         if not path and spelling.sites:
-            continue  # the backbone as a whole is no site
+            continue  # the backbone as a whole is not a site
         leaf = ".".join(tokens[position + 1 :])
         if leaf in spelling.unused:
             found.unused.append(key)
@@ -114,10 +115,10 @@ def _add_leaf(found: Keys, key: str, modules: set[str]) -> bool:
 
 
 def moved(keys: Iterable[str], backbone: nn.Module) -> dict[str, str]:
-    """``{key: key on backbone}`` where every path only lacks, or has too much of, one and the same beginning.
+    """``{key: key on backbone}``, with one beginning added to or removed from all paths, if that makes them fit.
 
-    A delta that was made on a model inside a wrapper, or on a wrapper around the model, is found so if there is one
-    way alone; where nothing has to move, or it is not clear, the keys stay as they are.
+    This finds a delta that was made on a model inside a wrapper, or on a wrapper around the model. If the keys already
+    fit, or there are several ways to make them fit, they stay as they are.
 
     >>> wrapped = nn.ModuleDict({"inner": nn.ModuleDict({"query": nn.Linear(2, 2)})})
     >>> moved(["query.lora.lora_A"], wrapped)
@@ -138,16 +139,16 @@ def moved(keys: Iterable[str], backbone: nn.Module) -> dict[str, str]:
 
 
 def _beginnings(key: str, paths: Iterable[str]) -> set[tuple[str, str]]:
-    """Pairs of a beginning to take away from ``key`` and one to put before it so that it may stand in the backbone."""
+    """Pairs ``(beginning to remove, beginning to add)`` with which ``key`` may fit the backbone."""
     tokens = key.split(".")
     found: set[tuple[str, str]] = set()
     for start in range(len(tokens) - 1):
         if any(token.isdigit() for token in tokens[:start]):
-            break  # a layer's number is no wrapper
+            break  # a wrapper's name is not a layer's number
         less = "".join(f"{token}." for token in tokens[:start])
         found.add((less, ""))
         for path in paths:
-            # The first tokens that stay name a module that stands somewhere else here.
+            # The first remaining token is the name of a module that is elsewhere in this backbone.
             before, _, last = path.rpartition(".")
             if last == tokens[start] and before:
                 found.add((less, f"{before}."))
@@ -155,7 +156,7 @@ def _beginnings(key: str, paths: Iterable[str]) -> set[tuple[str, str]]:
 
 
 def repeats(tensors: Mapping[str, Tensor], group: Group, known: Mapping[str, Mapping[str, str]]) -> bool:
-    """Whether all that ``group`` has are the leaves in ``known`` again, tensor for tensor.
+    """Whether ``group`` only repeats leaves of ``known``, tensor for tensor.
 
     >>> tensors = {"a": torch.ones(2), "b": torch.ones(2)}
     >>> repeats(tensors, Group({"w2": {"bias": "b"}}), {"w1": {"bias": "a"}})

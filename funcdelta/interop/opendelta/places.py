@@ -1,4 +1,4 @@
-"""The sites that names and modules in OpenDelta's files stand for, and the names that mean exactly given sites."""
+"""Converts names and modules in OpenDelta's files to sites, and sites to names that match exactly those."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .common_names import EXCLUDED, named_sites
 from .spelling import Spelling
 
 Sites = dict[str, str]
-"""``{site: module where its delta ends}``; both are one but for spans."""
+"""``{site: module where its delta ends}``; the two differ only for spans."""
 
 
 def sites_of(delta: DeltaModel) -> Sites:
-    """The sites of a delta.
+    """The sites of a delta, each with its end.
 
     >>> sites_of(fd.LoraModel(nn.Sequential(nn.Linear(2, 2)), modified_modules=["0"]))
     {'0': '0'}
@@ -27,7 +27,7 @@ def sites_of(delta: DeltaModel) -> Sites:
 
 
 def sites_at(backbone: nn.Module, config: BaseDeltaConfig, spelling: Spelling, paths: Iterable[str]) -> list[str]:
-    """The sites that OpenDelta's modules ``paths`` stand for here, in the backbone's order.
+    """The sites that correspond to OpenDelta's modules ``paths``, in the backbone's order.
 
     >>> backbone = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> from .spelling import SPELLINGS
@@ -43,10 +43,10 @@ def sites_at(backbone: nn.Module, config: BaseDeltaConfig, spelling: Spelling, p
 
 
 def named(backbone: nn.Module, config: BaseDeltaConfig, spelling: Spelling, data: Mapping[str, object]) -> Sites | None:
-    """The sites that the fields of a ``config.json`` name by OpenDelta's rules; ``None`` where they cannot be told.
+    """The sites that the fields of a ``config.json`` name by OpenDelta's rules; ``None`` if they cannot be determined.
 
-    OpenDelta finds the ends of a span by counting modules. Here the ends in one block belong together, which is the
-    same where it counted right; where it did not, the keys of the file stand at other sites than these.
+    OpenDelta pairs the ends of spans by counting modules; here the ends in one block form a pair. The result is the
+    same if OpenDelta counted correctly; if not, the keys of the file are at other sites than these.
 
     >>> from .spelling import SPELLINGS
     >>> data = {"modified_modules": ["0", "1"], "exclude_modules": ["1"]}
@@ -81,7 +81,7 @@ def module_paths(backbone: nn.Module) -> list[str]:
 
 
 def flat(sites: Sites, spans: bool) -> list[str]:
-    """The sites one after the other; with ``spans``, each beginning followed by its end.
+    """The sites as a list; with ``spans``, each beginning is followed by its end.
 
     >>> flat({"w1": "w2"}, spans=True), flat({"q": "q"}, spans=False)
     (['w1', 'w2'], ['q'])

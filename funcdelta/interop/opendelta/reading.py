@@ -1,4 +1,4 @@
-"""Reads a delta that OpenDelta saved: every key of the file accounted for, every leaf of the delta found in it."""
+"""Reads a delta that OpenDelta saved; every key of the file and every leaf of the delta is accounted for."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ def load_opendelta(
     fetching: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> tuple[DeltaModel, dict[str, Tensor]]:
-    """``(delta, params)`` of a folder (or hub id) that OpenDelta wrote, of any version.
+    """``(delta, params)`` from a folder (or hub id) that any version of OpenDelta wrote.
 
-    The keys of the file say where the delta acts; ``config.json`` has to agree with them. Backbone tensors in the
-    file that differ from the backbone's, or were unfrozen, are trained leaves of the params; BitFit's biases become
-    offsets. Pickles are read as plain tensors only. OpenDelta's ``backbone_hash`` covers its own patched model and
+    The keys of the file say where the delta acts, and ``config.json`` has to agree with them. Backbone tensors in the
+    file that differ from the backbone's, or were unfrozen, become trained leaves of the params; BitFit's biases become
+    offsets. Of a pickle, only plain tensors are read. OpenDelta's ``backbone_hash`` covers its own patched model and
     cannot be compared; it is kept in the config.
 
     Args:
-        compat: ``"opendelta"`` gives the original's number where that is a mistake (T5's prefix loses the position
-            bias of all layers but the first); by default the delta is computed right.
+        compat: ``"opendelta"`` reproduces the original's outputs even if they are wrong (T5's prefix loses the position
+            bias of all layers but the first); by default they are right.
         others: configs of the other deltas in the file, ``{name there: config}``: OpenDelta saves the leaves of all
-            deltas on a backbone beside the config of one.
-        device: where the leaves go; by default, where the backbone's tensors at their site are.
+            deltas on a backbone with the config of only one.
+        device: the device of the leaves; by default, that of their sites.
         fetching: arguments of ``huggingface_hub.snapshot_download`` for a hub id.
-        changes: fields that override those of ``config.json``; ``modified_modules`` overrides its sites too.
+        changes: fields that override those of ``config.json``; ``modified_modules`` overrides its sites, too.
 
     Raises `CheckpointError` listing what is missing, left over or of another shape.
 
@@ -82,7 +82,7 @@ def load_opendelta(
 
 
 class _Reader:
-    """One reading of one folder."""
+    """Reads one folder and collects what does not fit."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class _Reader:
     def read(
         self, config: BaseDeltaConfig, others: Mapping[str, BaseDeltaConfig], device: torch.device | str | None
     ) -> tuple[DeltaModel, dict[str, Tensor]]:
-        """The delta and its params, or one error with all that does not fit."""
+        """The delta and its params; or one error that lists everything that does not fit."""
         meant = named(self.backbone, config, self.spelling, self.data)
         self._take_own(config, meant)
         self._drop_repeats(config, meant)
@@ -123,7 +123,7 @@ class _Reader:
         self._check(delta, params)
 
         def settled(name: str) -> Tensor:
-            # OpenDelta copies a file of another precision into leaves of its own.
+            # As in OpenDelta, leaves keep their own dtype whatever the file's is.
             leaf = params[name].to(device or home(self.backbone, name), fresh[name].dtype)
             return leaf.clone(memory_format=torch.contiguous_format)
 
@@ -132,7 +132,7 @@ class _Reader:
     # -- which keys ------------------------------------------------------------------------------------------------
 
     def _take_own(self, config: BaseDeltaConfig, meant: Sites | None) -> None:
-        """Put the backbone's own tensors that are leaves of the delta into its group."""
+        """Move those of the backbone's tensors that are leaves of the delta (BitFit's) into its group."""
         if not self.spelling.own:
             self.keys.unknown += [key for at in self.keys.fresh.values() for key in at.values()]
             return
@@ -148,7 +148,7 @@ class _Reader:
                 group.own.setdefault(path, {}).update(at)
 
     def _drop_repeats(self, config: BaseDeltaConfig, meant: Sites | None) -> None:
-        """Leave out the second names that the leaves of a span have in a model that was saved whole."""
+        """Remove the second names of a span's leaves, which a file has if the whole model was saved."""
         group = self.keys.deltas.get((config.delta_type, 0))
         if not config.gives("spans") or group is None or meant is None:
             return
@@ -163,27 +163,25 @@ class _Reader:
     def _groups(
         self, config: BaseDeltaConfig, others: Mapping[str, BaseDeltaConfig]
     ) -> list[tuple[BaseDeltaConfig, Group]]:
-        """The deltas of the file, each a config and its keys: the one of ``config.json``, then ``others``."""
+        """The deltas of the file, each a config and its keys: first that of ``config.json``, then ``others``."""
         names = self.keys.names()
         for name in others:
             if name not in names:
-                raise CheckpointError(
-                    f"others: no delta in '{self.folder}' is called {name!r}.{near(name, list(names))}"
-                )
+                raise CheckpointError(f"others: '{self.folder}' has no delta called {name!r}.{near(name, list(names))}")
         left = [name for name in names if name not in others]
         mine = [name for name in left if names[name][0] == config.delta_type]
         if not mine:
             found = f"the tensors of {', '.join(names)}" if names else "no tensor of a delta"
             wanted = attribute_name(config.delta_type, 0)
             raise CheckpointError(
-                f"'{self.folder}' has {found}, and config.json describes {config.delta_type} ({wanted!r} in keys). Not "
+                f"'{self.folder}' has {found}, but config.json describes {config.delta_type} ({wanted!r} in keys). Not "
                 f"known to {type(self.backbone).__name__}: {_some(self.keys.unknown) or 'nothing'}.{self._hint()}"
             )
         if len(left) > 1:
             example = next(name for name in left if name != mine[0])
             raise CheckpointError(
-                f"'{self.folder}' has the tensors of several deltas ({', '.join(names)}) and the config of one. Say "
-                f"what the others are, in the order in which they act after it: load_opendelta(path, backbone_model, "
+                f"'{self.folder}' has the tensors of several deltas ({', '.join(names)}), but the config of one. Give "
+                f"the others' configs, in the order in which they act after it: load_opendelta(path, backbone_model, "
                 f"others={{{example!r}: fd.AutoDeltaConfig.from_dict({{'delta_type': {names[example][0]!r}, ...}})}})."
             )
         chosen = {mine[0]: config, **others}
@@ -194,20 +192,20 @@ class _Reader:
     def _placed(
         self, config: BaseDeltaConfig, group: Group, meant: Sites | None, data: Mapping[str, Any]
     ) -> BaseDeltaConfig:
-        """``config`` with names of exactly the sites that the keys show, the given ones if they mean these."""
+        """``config`` with names of exactly the sites that have keys; the names of the file, if they match these."""
         spelling = SPELLINGS[config.delta_type]
         paths = sites_at(self.backbone, config, spelling, group.own)
         if group.shared:
-            # Shared leaves stand under the first site alone; the config has to say which the others are.
+            # Shared leaves are saved under the first site only; the config has to name the other sites.
             first = sites_at(self.backbone, config, spelling, group.shared)
             paths = list(meant) if meant is not None and first[:1] == list(meant)[:1] else paths or first
         if meant is not None:
             modules = dict(self.backbone.named_modules())
             missing = [path for path in meant if path not in paths and not spelling.unsaved(modules[path])]
             extra = [path for path in paths if path not in meant and not spelling.own]
-            hint = " To say which sites are meant, pass modified_modules=[...] with the backbone's own names."
-            self._note("named by config.json and not in the file", missing, hint)
-            self._note("in the file and not named by config.json", extra, hint)
+            hint = " To name the sites yourself, pass modified_modules=[...] with the backbone's own names."
+            self._note("named by config.json but not in the file", missing, hint)
+            self._note("in the file but not named by config.json", extra, hint)
             self._stop()
         names = (config.modified_modules or data.get("modified_modules")) if spelling.sites else None
         excluded = config.exclude_modules or tuple(data.get("exclude_modules") or ())
@@ -222,7 +220,7 @@ class _Reader:
             try:
                 delta = DeltaModel(self.backbone, placed, **self.options)
             except MatchError:
-                # Names of OpenDelta's that mean nothing here, or something else: the sites themselves come next.
+                # OpenDelta's names match nothing here, or something that does not fit: try the sites themselves next.
                 if number == len(tries) - 1:
                     raise
                 continue
@@ -230,14 +228,14 @@ class _Reader:
             if set(found) == set(paths) and (not spans or meant is None or all(found[p] == meant[p] for p in paths)):
                 return placed
         raise CheckpointError(
-            f"'{self.folder}': {config.delta_type} acts at {_some(list(found))}, and the file has leaves at "
+            f"'{self.folder}': {config.delta_type} would act at {_some(list(found))}, but the file has leaves at "
             f"{_some(paths)}. Pass modified_modules=[...] with the backbone's own names."
         )
 
     def _unfrozen(
         self, configs: Sequence[BaseDeltaConfig], trained: Mapping[str, Tensor], kept: Sequence[str]
     ) -> BaseDeltaConfig:
-        """The first config with names of exactly the trained leaves, those of ``config.json`` if they mean these."""
+        """The first config, unfreezing exactly the trained leaves, by the names of ``config.json`` if they match."""
         if not trained:
             return configs[0]
         tries: list[Iterable[str]] = [kept, dict.fromkeys(name.rpartition(".")[0] for name in trained)]
@@ -250,14 +248,12 @@ class _Reader:
                 continue  # a name that had no effect in OpenDelta
             if delta.plan.trained.keys() == trained.keys():
                 return config
-        raise CheckpointError(
-            f"'{self.folder}': the backbone's tensors {_some(list(trained))} cannot be trained leaves."
-        )
+        raise CheckpointError(f"'{self.folder}': tensors {_some(list(trained))} of the backbone cannot be trained.")
 
     # -- what ------------------------------------------------------------------------------------------------------
 
     def _leaves(self, delta: DeltaModel, groups: Sequence[Group], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The leaves in the file by their name here; those that the config determines, from the config."""
+        """The leaves by their names in params: from the file, or from the config if that determines them."""
         by_name = dict(zip(delta.plan.names, zip(delta.configs, groups, strict=True), strict=True))
         params: dict[str, Tensor] = {}
         used: set[str] = set()
@@ -284,7 +280,7 @@ class _Reader:
         return params
 
     def _offset(self, key: str) -> Tensor:
-        """The tensor of ``key`` less that of the backbone, which counts as zero where there is none."""
+        """The tensor of ``key`` minus the backbone's, if it has one."""
         value, before = self.tensors[key], self.parameters.get(key)
         if before is None or before.shape != value.shape:
             return value
@@ -299,12 +295,12 @@ class _Reader:
             for name in delta.names
             if name in params and tuple(params[name].shape) != delta.shapes[name]
         ]
-        lost = " OpenDelta does not save leaves that do not train, so their values are lost."
+        lost = " OpenDelta does not save constants, so their values are lost."
         self._note("missing", missing, lost if any(name in delta.constants for name in missing) else "")
         self._note(
             "of another shape than config.json says",
             wrong,
-            " Fields of the config can be given: load_opendelta(path, backbone_model, field=value).",
+            " You can override fields of the config: load_opendelta(path, backbone_model, field=value).",
         )
         self._stop()
 
@@ -319,14 +315,14 @@ class _Reader:
             )
 
     def _hint(self) -> str:
-        """What the first key that nobody knows may have meant."""
+        """A guess at what the first unknown key means."""
         if not self.keys.unknown:
             return ""
         known = [path for path, _ in self.backbone.named_modules() if path] + list(self.parameters)
         made_on = self.data.get("backbone_class")
         other = f" It was made on a {made_on}." if made_on and made_on != type(self.backbone).__name__ else ""
         tokens = self.keys.unknown[0].split(".")
-        # Up to the first token at which the path leaves the backbone.
+        # Up to the first token that is not in the backbone.
         end = next((i for i in range(1, len(tokens)) if ".".join(tokens[:i]) not in known), len(tokens))
         return other + near(".".join(tokens[:end]), known)
 

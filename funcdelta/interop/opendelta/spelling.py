@@ -1,8 +1,8 @@
 """How OpenDelta spells each method: attribute names in keys, fields in ``config.json``, and what it cannot hold.
 
-A key is ``<module>.<attribute>.<inner><leaf>``. The second delta of a kind on a module has ``_1`` behind its attribute;
-the third and those after it lose all but the attribute's first word: ``low_rank_adapter``, ``low_rank_adapter_1``,
-``low_2``. This file is the only one here that names methods.
+A key is ``<module>.<attribute>.<inner><leaf>``. The second delta of a kind on a module has ``_1`` after its attribute;
+from the third on, only the attribute's first word remains: ``low_rank_adapter``, ``low_rank_adapter_1``, ``low_2``.
+This is the only file of the package that names methods.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ Leaves = dict[str, dict[str, Tensor]]
 BASE_FIELDS = ("modified_modules", "exclude_modules", "unfrozen_modules", "common_structure")
 PROVENANCE = ("backbone_class", "backbone_checkpoint_name", "backbone_hash")
 DEAD_FIELDS = ("sequential", "backend", "interactive_modify")
-"""Fields of some version that never changed a number."""
+"""Fields of some versions that never had an effect on outputs."""
 
 FORMAT_VERSION = "0.3.0"
-"""What the last OpenDelta writes as its version."""
+"""The version that the last OpenDelta writes."""
 
 
 @dataclass(frozen=True)
 class Inexact:
-    """A field of ours whose one value gives what OpenDelta computes, where a module of ``classes`` is a site's."""
+    """A field of ours and its ``value`` that reproduces what OpenDelta computes at sites of ``classes``."""
 
     field: str
     value: Any
@@ -44,21 +44,21 @@ class Spelling:
     """One method in OpenDelta's files.
 
     Attributes:
-        attribute: the child's name at a site, before the site's own leaves.
-        shared: the child's name at the first site, before leaves that all sites share.
-        inner: what stands between attribute and leaf.
-        bare: leaves that once stood under the module itself, without an attribute.
-        own: leaves that are kept as new values of the module's own tensors, not as offsets.
-        unsaved: whether OpenDelta left a site of that module out of its files though the config names it.
-        derived: leaves that the config determines; no file has them.
+        attribute: name of the child at a site that has the site's own leaves.
+        shared: name of the child at the first site that has the leaves shared by all sites.
+        inner: the part of a key between attribute and leaf.
+        bare: leaves that old versions kept in the module itself, without an attribute.
+        own: leaves that are saved as new values of the module's own tensors, not as offsets.
+        unsaved: whether OpenDelta leaves a module out of its files although the config names it.
+        derived: leaves that the config determines, so that no file has them.
         unused: leaves in files that no output depends on.
-        sites: OpenDelta's default sites; none: the backbone alone decides.
-        fields: fields of ``config.json``, with what is written for those that no config here has.
-        covered: fields of ours that OpenDelta lacks and :attr:`settle` writes into the others.
+        sites: OpenDelta's default sites; if empty, the backbone alone determines the sites.
+        fields: fields of ``config.json``, with the value to write for those that no config here has.
+        covered: fields of ours that OpenDelta lacks and :attr:`settle` expresses by others.
         heeds_exclusion: whether ``exclude_modules`` has an effect.
-        hosts: classes of the modules that carry the attribute, where those are not the sites.
-        inexact: what OpenDelta computes in another way.
-        settle: fields and leaves as OpenDelta takes them, from a config and the leaves of its sites.
+        hosts: classes of the modules that carry the attribute, if those are not the sites.
+        inexact: what OpenDelta computes differently.
+        settle: converts a config and the leaves of its sites to OpenDelta's fields and leaves.
         refuse: why OpenDelta cannot hold the delta at a site.
     """
 
@@ -81,7 +81,7 @@ class Spelling:
 
 
 OURS = object()
-"""Stands for a field that a config here has too."""
+"""Marks a field that our config has, too."""
 
 
 def _ours(*names: str, **written: Any) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def _ours(*names: str, **written: Any) -> dict[str, Any]:
 
 
 def _lora_scale(config: Any, leaves: Leaves) -> tuple[dict[str, Any], Leaves]:
-    """The scales as ``lora_alpha / lora_r``; those that differ from site to site go into ``lora_B``."""
+    """Express the scales as ``lora_alpha / lora_r``; if they differ by site, multiply them into ``lora_B``."""
     scales = {path: float(p["scale"]) for path, p in leaves.items()}
     alpha: float = config.lora_alpha
     if len(set(scales.values())) == 1:
@@ -107,19 +107,19 @@ def _lora_scale(config: Any, leaves: Leaves) -> tuple[dict[str, Any], Leaves]:
 def _lora_refusal(config: Any, site: Site) -> str | None:
     if site.parts:
         return f"its LoRA acts on whole layers, not on {', '.join(part.name for part in site.parts)} alone"
-    return None if site.kind == "linear" else f"its LoRA acts on nn.Linear alone, not on {site.module_type}"
+    return None if site.kind == "linear" else f"its LoRA acts on nn.Linear only, not on {site.module_type}"
 
 
 # -- others ------------------------------------------------------------------------------------------------------------
 
 
 def _has_no_bias(module: nn.Module) -> bool:
-    """Its offset is made in the first forward pass, after everything that saving looks at."""
+    """Whether OpenDelta would create the bias in the first forward pass, too late for saving."""
     return not isinstance(module, nn.Linear) and getattr(module, "bias", None) is None
 
 
 def _scale_of_parallel(config: Any, leaves: Leaves) -> tuple[dict[str, Any], Leaves]:
-    """The scale, which OpenDelta's model cannot be given, multiplied into the second layer."""
+    """Multiply the scale, which OpenDelta's model does not take, into the second layer."""
     last = ("up_proj.weight", "up_proj.bias")
     return {}, {
         path: p | {leaf: p[leaf] * p["scaled"] for leaf in last} if p["scaled"] != 1 else p
@@ -131,13 +131,12 @@ def _compacter_refusal(config: Any, site: Site) -> str | None:
     for name in ("shared_phm_rule", "shared_W_phm"):
         if getattr(config, name):
             return f"{name} is not implemented there"
-    return None if config.learn_phm else "learn_phm=False is, but the rule is not saved, so it would be drawn anew"
+    return None if config.learn_phm else "with learn_phm=False the rule is not saved, so it would be drawn anew"
 
 
 def _low_rank_refusal(config: Any, site: Site) -> str | None:
-    return (
-        None if config.low_rank_rank == 1 else "it multiplies the factors elementwise, which is right for rank 1 alone"
-    )
+    right = config.low_rank_rank == 1
+    return None if right else "it multiplies the factors elementwise, which is correct for rank 1 only"
 
 
 SPELLINGS: dict[str, Spelling] = {
@@ -197,14 +196,14 @@ SPELLINGS: dict[str, Spelling] = {
         fields=_ours("prefix_token_num", "reparameterize", "embed_dim", "mid_dim"),
         shared="reparams",
         unused=("input_tokens",),
-        # mT5 and XLM-R had the modules of T5 and RoBERTa in the releases of Transformers that OpenDelta runs on.
+        # In the releases of Transformers that OpenDelta supports, mT5 and XLM-R use the modules of T5 and RoBERTa.
         hosts=(
             *("T5Attention", "MT5Attention", "BertAttention", "RobertaAttention", "XLMRobertaAttention"),
             *("GPT2Attention", "BartAttention"),
         ),
         inexact=Inexact(
             *("position_bias", "first_layer_only", ("T5Attention", "MT5Attention")),
-            what="position bias in the first layer alone",
+            what="position bias in the first layer only",
         ),
     ),
     "soft_prompt": Spelling(
@@ -215,7 +214,7 @@ SPELLINGS: dict[str, Spelling] = {
 
 
 def attribute_of(token: str) -> tuple[str, str, int] | None:
-    """``(delta type, attribute, how many of a kind came before it)`` of one token of a key.
+    """``(delta type, attribute, number of earlier deltas of the type)`` of one token of a key.
 
     >>> attribute_of("low_rank_adapter_1"), attribute_of("low_2"), attribute_of("compactor"), attribute_of("query")
     (('low_rank_adapter', 'low_rank_adapter', 1), ('low_rank_adapter', 'low_rank_adapter', 2), \
@@ -244,5 +243,5 @@ def attribute_name(delta_type: str, number: int) -> str:
 
 
 def owners_of(leaf: str) -> Iterable[str]:
-    """The methods whose leaf of that name may stand under the module itself."""
+    """The methods whose leaf of that name may be in the module itself."""
     return (delta_type for delta_type, spelling in SPELLINGS.items() if leaf in spelling.bare)

@@ -1,4 +1,4 @@
-"""The backbone's tensors in a file: which of them are trained leaves, and which only repeat the backbone."""
+"""Separates the backbone's tensors in a file into trained leaves and copies of the backbone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...match import matches
 from .keys import Keys
 
 Problem = tuple[str, list[str], str]
-"""What is wrong, with which names, and what to do."""
+"""What is wrong, the names concerned, and what to do."""
 
 
 def trained_leaves(
@@ -18,8 +18,8 @@ def trained_leaves(
 ) -> tuple[dict[str, Tensor], list[Problem]]:
     """``(trained leaves, problems)``: leaves under the first name of their tensor in the backbone.
 
-    OpenDelta saves what requires grad, so what is in a file was trained. A model that was never frozen is saved whole:
-    of that, what equals the backbone and is not named by ``kept`` (``unfrozen_modules``) is dropped.
+    OpenDelta saves what requires grad, so the tensors in a file were trained. But a model that was never frozen is
+    saved whole; then tensors that equal the backbone's are dropped, unless ``kept`` (``unfrozen_modules``) names them.
 
     >>> from .keys import sort_keys
     >>> backbone = nn.Linear(2, 1)
@@ -50,10 +50,10 @@ def trained_leaves(
             ends += [] if found[name].equal(value) else [key]
         elif not (whole and same and not _named(name, kept)):
             found[name] = value
-    load = " Put them into the backbone first: backbone_model.load_state_dict(those, strict=False)."
+    load = " Load them into the backbone first: backbone_model.load_state_dict(those, strict=False)."
     problems: list[Problem] = [
         ("of another shape than the backbone's", shapes, ""),
-        ("that name one tied tensor and differ", ends, ""),
+        ("that name the same tied tensor but differ", ends, ""),
         ("buffers that differ from the backbone's", buffers, load),
     ]
     ordered = {name: found[name] for name, _ in backbone.named_parameters() if name in found}
@@ -61,7 +61,7 @@ def trained_leaves(
 
 
 def _named(name: str, targets: Iterable[str]) -> bool:
-    """Whether one of ``targets`` means ``name`` or a module that holds it."""
+    """Whether one of ``targets`` matches ``name`` or a module that contains it."""
     tokens = name.split(".")
     paths = [".".join(tokens[:end]) for end in range(1, len(tokens) + 1)]
     return any(matches(path, target) for target in targets for path in paths)

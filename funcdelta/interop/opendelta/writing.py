@@ -1,4 +1,4 @@
-"""Writes a delta as a folder that OpenDelta reads back, and refuses what it would read as something else."""
+"""Writes a delta as a folder that OpenDelta can read, and refuses what it would misread."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError, MatchError, ParamsError
 from ...files.checkpoint import backbone_facts
-from ...match import explicit, within
+from ...match import below, explicit, within
 from ...model import DeltaModel
 from ...packing.packed import Packed
 from ...plan.attachment import Attachment
@@ -22,20 +22,20 @@ from .folder import write_folder
 from .places import Sites, flat, module_paths, named, sites_of
 from .spelling import FORMAT_VERSION, SPELLINGS, Leaves, Spelling
 
-ELSEWHERE = "Save it here: delta.save_finetuned(params, path)."
+ELSEWHERE = "Save it in funcdelta's format: delta.save_finetuned(params, path)."
 
 
 def save_opendelta(
     delta: DeltaModel, params: Mapping[str, Tensor], path: str | os.PathLike[str], *, compat: str | None = None
 ) -> Path:
-    """The folder ``path`` with ``config.json`` and ``pytorch_model.bin`` as OpenDelta writes them, for one member.
+    """Write one member to the folder ``path`` as OpenDelta does: ``config.json`` and ``pytorch_model.bin``.
 
-    Sites keep the names of the config where OpenDelta takes them for the same modules, and are spelt out where not.
-    Scales that OpenDelta cannot be told are multiplied into the leaves. BitFit's offsets become biases, rounded to the
-    backbone's precision. The delta's own name is not kept.
+    The names of sites are those of the config if OpenDelta matches them to the same modules; otherwise all sites are
+    listed. Scales that OpenDelta has no field for are multiplied into the leaves. BitFit's offsets become biases,
+    rounded to the backbone's precision. The delta's name is not kept.
 
     Args:
-        compat: ``"opendelta"`` writes also what OpenDelta computes in another way than this delta (T5's prefix).
+        compat: ``"opendelta"`` also writes what OpenDelta computes differently from this delta (T5's prefix).
 
     Raises `CheckpointError` for what OpenDelta cannot hold, saying what to write instead.
 
@@ -50,25 +50,23 @@ def save_opendelta(
     """
     if any(isinstance(config, Packed) for config in delta.configs):
         raise CheckpointError(
-            "This delta holds unlike members in one stack, which OpenDelta cannot read: save the pairs that "
-            "fd.unpack(delta, stack) gives, each in a folder of its own."
+            "This delta packs different members into one stack, which OpenDelta cannot read: save each pair of "
+            "fd.unpack(delta, stack) in a separate folder."
         )
     if len(delta.configs) != 1:
         kinds = ", ".join(config.delta_type for config in delta.configs)
         raise CheckpointError(
-            f"OpenDelta has one config a folder, and this delta has {len(delta.configs)} ({kinds}): save each in a "
-            f"folder of its own, fd.save_opendelta(fd.DeltaModel(backbone, config), its_params, path)."
+            f"OpenDelta has one config per folder, but this delta has {len(delta.configs)} ({kinds}): save each in a "
+            f"separate folder, fd.save_opendelta(fd.DeltaModel(backbone, config), its_params, path)."
         )
     checks_of(delta).member(params)
     lacking = [name for name in delta.names if name not in params]
     if lacking:
-        raise ParamsError(
-            f"save_opendelta: {len(lacking)} leaves are missing, first {lacking[0]}: give all of the delta."
-        )
+        raise ParamsError(f"save_opendelta: params lack {len(lacking)} leaves of the delta, first {lacking[0]}.")
     config = delta.configs[0]
     spelling = SPELLINGS.get(config.delta_type)
     if spelling is None:
-        raise CheckpointError(f"OpenDelta has no {config.delta_type!r}; it has {', '.join(SPELLINGS)}. {ELSEWHERE}")
+        raise CheckpointError(f"OpenDelta has no {config.delta_type!r}, only {', '.join(SPELLINGS)}. {ELSEWHERE}")
     _refuse(delta, spelling, compat)
     changed, leaves = spelling.settle(config, {a.site.path: a.of(params) for a in _owning(delta)})
     places = {site: _place(delta.backbone, spelling, site) for site in delta.sites}
@@ -78,12 +76,12 @@ def save_opendelta(
 
 
 def _owning(delta: DeltaModel) -> list[Attachment]:
-    """The attachments with leaves of their own."""
+    """The attachments that have their own leaves."""
     return [a for a in delta.plan.all() if a.shapes]
 
 
 def _refuse(delta: DeltaModel, spelling: Spelling, compat: str | None) -> None:
-    """Raise for what OpenDelta has no field, no module or another formula for."""
+    """Raise if OpenDelta lacks a field or a module for this delta, or uses another formula."""
     config = delta.configs[0]
     reason = refuse_fields(config, spelling)
     if reason is not None:
@@ -99,13 +97,13 @@ def _refuse(delta: DeltaModel, spelling: Spelling, compat: str | None) -> None:
             continue
         if type(modules[site.path]).__name__ in other.classes:
             raise CheckpointError(
-                f"OpenDelta has {other.what}, so it would compute other outputs than this delta, which has "
-                f'{other.field}={getattr(config, other.field)!r}. To write it all the same: compat="{COMPAT}".'
+                f"OpenDelta has {other.what}, so its outputs would differ from this delta's, which has "
+                f'{other.field}={getattr(config, other.field)!r}. To write it anyway, pass compat="{COMPAT}".'
             )
 
 
 def _place(backbone: nn.Module, spelling: Spelling, site: str) -> str:
-    """The module that carries the leaves of ``site`` in OpenDelta: the site, or one above it."""
+    """The module that carries the leaves of ``site`` in OpenDelta: the site, or a module that contains it."""
     if spelling.sites and not spelling.hosts:
         return site
     if not spelling.sites:
@@ -114,7 +112,7 @@ def _place(backbone: nn.Module, spelling: Spelling, site: str) -> str:
     while type(backbone.get_submodule(path)).__name__ not in spelling.hosts:
         if not path:
             raise CheckpointError(
-                f"OpenDelta has no {spelling.attribute} for {site}: neither it nor a module around it is a "
+                f"OpenDelta has no {spelling.attribute} for {site}: neither it nor a module that contains it is one of "
                 f"{', '.join(spelling.hosts)}. {ELSEWHERE}"
             )
         path = path.rpartition(".")[0]
@@ -122,11 +120,11 @@ def _place(backbone: nn.Module, spelling: Spelling, site: str) -> str:
 
 
 def _entrance(backbone: nn.Module, spelling: Spelling, site: str) -> str:
-    """Where OpenDelta itself puts what has no sites: the encoder of an encoder-decoder, or the backbone as a whole."""
+    """Where OpenDelta puts a delta without sites: the encoder of an encoder-decoder, else the backbone as a whole."""
     config: Any = getattr(backbone, "config", None)
     if config is None or not hasattr(backbone, "get_input_embeddings"):
         raise CheckpointError(
-            f"OpenDelta takes the model itself for {spelling.attribute}, and {type(backbone).__name__} is a wrapper "
+            f"OpenDelta's {spelling.attribute} needs the model itself, but {type(backbone).__name__} is a wrapper "
             f"around it: make the delta on the model inside. {ELSEWHERE}"
         )
     place = ""
@@ -139,7 +137,7 @@ def _entrance(backbone: nn.Module, spelling: Spelling, site: str) -> str:
 
 
 def _names(delta: DeltaModel, spelling: Spelling, places: Mapping[str, str]) -> dict[str, Any]:
-    """``modified_modules`` and ``common_structure`` by which OpenDelta finds the sites."""
+    """The fields ``modified_modules``, ``common_structure`` and so on with which OpenDelta finds the sites."""
     if not spelling.sites:
         return {"modified_modules": ["root"]}
     config, backbone = delta.configs[0], delta.backbone
@@ -150,12 +148,12 @@ def _names(delta: DeltaModel, spelling: Spelling, places: Mapping[str, str]) -> 
 
     given = config.modified_modules or config.default_names()
     excluded = list(config.exclude_modules or EXCLUDED)
-    # Common names, where they mean the same, say more than a list of paths.
+    # Prefer common names, if they match the same modules, to a list of paths.
     for names in sorted((given, spelling.sites), key=lambda names: not any("@" in name for name in names)):
         where = {"modified_modules": list(names), "common_structure": any("@" in name for name in names)}
         try:
             found = named(backbone, config, spelling, {**where, "exclude_modules": excluded})
-        except MatchError:  # ends of spans that have no partner there
+        except MatchError:  # an end of a span without a partner
             continue
         if found is not None and saved(found) == saved(sites_of(delta)):
             return where
@@ -164,8 +162,8 @@ def _names(delta: DeltaModel, spelling: Spelling, places: Mapping[str, str]) -> 
     order = {path: position for position, path in enumerate(modules)}
     if [order[path] for path in paths] != sorted(order[path] for path in paths):
         raise CheckpointError(
-            f"OpenDelta pairs the ends of {config.delta_type} in the order of the modules, and these do not stand in "
-            f"it: {', '.join(paths[:4])}. {ELSEWHERE}"
+            f"OpenDelta pairs the ends of {config.delta_type} in the order of the modules, but these are in another "
+            f"order: {', '.join(paths[:4])}. {ELSEWHERE}"
         )
     listed = list(explicit(paths, module_paths(backbone)))
     return {"modified_modules": listed, "common_structure": False, "exclude_modules": []}
@@ -184,7 +182,7 @@ def _tensors(
     places: Mapping[str, str],
     where: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """The tensors under OpenDelta's keys, module by module as its state dict has them."""
+    """The tensors under OpenDelta's keys, in the order of the modules, as in its state dicts."""
     modules = dict(delta.backbone.named_modules())
     parameters = dict(delta.backbone.named_parameters())
     found: dict[str, Tensor] = {name: params[name] for name in delta.plan.trained}
@@ -193,14 +191,14 @@ def _tensors(
             if leaf in spelling.derived:
                 continue
             if leaf not in spelling.own:
-                found[f"{places[site]}.{spelling.attribute}.{spelling.inner}{leaf}".lstrip(".")] = tensor
+                found[below(places[site], f"{spelling.attribute}.{spelling.inner}{leaf}")] = tensor
             elif not spelling.unsaved(modules[site]):
                 key = f"{places[site]}.{leaf}"
                 found[key] = _absolute(tensor, found.get(key, parameters.get(key)))
             elif tensor.count_nonzero():
                 raise CheckpointError(
-                    f"OpenDelta cannot hold {site}.{leaf}: {type(modules[site]).__name__} has none, and what OpenDelta "
-                    f"adds there is not loaded. Leave the site out: exclude_modules=[{site!r}]."
+                    f"OpenDelta cannot hold {site}.{leaf}: {type(modules[site]).__name__} has none, and OpenDelta does "
+                    f"not load what it adds there. Leave the site out: exclude_modules=[{site!r}]."
                 )
     for group in delta.plan.shared:
         first = named_sites(delta.backbone, where["modified_modules"], EXCLUDED, where["common_structure"]) or ()
@@ -219,7 +217,7 @@ def _absolute(offset: Tensor, before: Tensor | None) -> Tensor:
 
 
 def _position(key: str, order: Mapping[str, int]) -> int:
-    """Where the module that ``key`` lies in stands in the backbone."""
+    """The position in the backbone of the module that ``key`` belongs to."""
     path = key
     while path and path not in order:
         path = path.rpartition(".")[0]

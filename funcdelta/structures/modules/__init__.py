@@ -1,1 +1,1 @@
-"""What is known of a backbone's modules from their code and their state, and the structural copy of a backbone."""
+"""Analyses a backbone's modules by their code and state, and makes structural copies of a backbone."""

@@ -1,9 +1,8 @@
-"""What the code of forwards reads and writes, by names: told from its instructions, without running it.
+"""Finds the names that the code of forwards reads and writes, from its instructions, without running it.
 
-Whether an attribute that changed matters, and whether it is a model's own state, is a question about code: a forward
-that writes ``self.steps`` changes it in every call, and nobody's forward reads ``config.architectures``. Code is
-followed from the forwards of all classes to whatever they call by name. Names are all that is compared, so two
-attributes of one name are not told apart.
+Code decides whether a changed attribute matters and whether it is the model's own state: a forward that writes
+``self.steps`` changes it in every call, and no forward reads ``config.architectures``. Calls by name are followed from
+the forwards of all classes. Only names are compared, so two attributes of the same name are not distinguished.
 """
 
 from __future__ import annotations
@@ -22,23 +21,23 @@ from torch import Tensor, nn
 STARTS = ("forward", "__call__")
 _ENDS = ("append", "appendleft", "extend", "extendleft", "pop", "popleft", "popitem", "rotate")
 FILLS = frozenset((*_ENDS, "add", "clear", "discard", "insert", "remove", "reverse", "setdefault", "sort", "update"))
-"""What changes containers; of other objects they are methods by which an object changes itself."""
+"""Methods that change containers, or other objects that change themselves."""
 IN_PLACE = frozenset(name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__"))
 OF_TENSORS = frozenset(dir(Tensor))
 
 
 @dataclass
 class Reach:
-    """What is reached from some functions.
+    """The names that some functions, and everything they call, read and write.
 
     Attributes:
-        reads: every name that is read: attributes, globals, and strings, by which attributes are asked for as well.
-        pairs: attributes that are read, each with the name that they are read from: ``("config", "dtype")``.
+        reads: every name that is read: attributes, globals, and strings, which may be names for ``getattr``.
+        pairs: attributes that are read, each with the name that it is read from: ``("config", "dtype")``.
         writes: attributes that are set or deleted.
-        fills: names that are read where containers are changed.
+        fills: names that are read in code that changes containers.
         stores: attributes that may have been read to set an entry: ``self.table[0] = x``.
         writes_tensors: whether some function writes into the ``data`` of a tensor.
-        codes: the code objects, those of functions inside of functions too.
+        codes: the code objects, including those of nested functions.
     """
 
     reads: set[str] = field(default_factory=set)
@@ -50,18 +49,18 @@ class Reach:
     codes: set[types.CodeType] = field(default_factory=set)
 
     def may_read(self, owner: str, name: str) -> bool:
-        """Whether the attribute ``name`` of what ``owner`` names is read.
+        """Whether the attribute ``name`` of an object called ``owner`` is read.
 
-        Names that tensors have as well are read everywhere, and count only where they are read from that name.
+        Names that tensors have, too, are read everywhere, so they count only if they are read from ``owner``.
         """
         return (owner, name) in self.pairs if name in OF_TENSORS else name in self.reads
 
     def in_place(self, name: str) -> bool:
-        """Whether a method that writes into a tensor is called on what ``name`` names."""
+        """Whether a method that writes into a tensor is called on something called ``name``."""
         return any((name, method) in self.pairs for method in IN_PLACE)
 
     def take(self, other: Reach) -> None:
-        """Add what another one reaches."""
+        """Add everything in ``other``."""
         self.reads |= other.reads
         self.pairs |= other.pairs
         self.writes |= other.writes
@@ -73,7 +72,7 @@ class Reach:
 
 @functools.lru_cache(maxsize=256)
 def reach_of(kinds: frozenset[type]) -> Reach:
-    """What the forwards of these classes reach, in their own methods and in functions that they name.
+    """The reach of these classes' forwards, through their own methods and functions that they call by name.
 
     >>> class Counts(nn.Module):
     ...     def forward(self, x):
@@ -93,7 +92,7 @@ def reach_of(kinds: frozenset[type]) -> Reach:
 
 
 def reach_of_functions(functions: Iterable[Any]) -> Reach:
-    """The same for functions that are given, such as hooks and patched forwards."""
+    """The reach of given functions, such as hooks and patched forwards."""
     return _reach(functions, {})
 
 
@@ -116,7 +115,7 @@ def _reach(starts: Iterable[Any], pool: dict[str, list[Any]]) -> Reach:
 
 @functools.lru_cache(maxsize=8192)
 def facts_of(code: types.CodeType) -> Reach:
-    """What one function's code itself reads and writes, with the functions that are written inside of it.
+    """The names that one function's code itself reads and writes, including nested functions.
 
     >>> def forward(self, x):
     ...     self.cache["last"] = x
@@ -135,18 +134,18 @@ def facts_of(code: types.CodeType) -> Reach:
         if step.opname.startswith("LOAD_") and isinstance(step.argval, str) and step.opname != "LOAD_CONST":
             names = (step.argval,)
             if step.opname == "LOAD_FAST" and step.argval in same:
-                # What is given several values may have another one than the last above.
+                # A variable that is assigned several times may hold another value than the last one above.
                 names = (same[step.argval], *(names if stored.count(step.argval) > 1 else ()))
             found.pairs.update((owner, name) for owner in before for name in names)
             before = names
             attribute = step.argval if step.opname in ("LOAD_ATTR", "LOAD_METHOD") else attribute
         elif step.opname == "STORE_FAST":
-            # Another name for what was read: w = self.weight.
+            # An alias: w = self.weight.
             same[step.argval] = before[0] if last.startswith("LOAD_") else step.argval
         elif step.opname in ("STORE_ATTR", "DELETE_ATTR"):
             writes.add(step.argval)
             if augmented:
-                found.pairs.add((step.argval, "copy_"))  # self.total += 1 writes a tensor first
+                found.pairs.add((step.argval, "copy_"))  # self.total += 1 writes into a tensor in place
         elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE"):
             changes = True
             found.stores.add(attribute)
@@ -168,7 +167,7 @@ def facts_of(code: types.CodeType) -> Reach:
 
 
 def _functions(value: Any) -> Iterator[types.FunctionType]:
-    """The Python functions behind what stands in a class, or is held by an object."""
+    """The Python functions behind an attribute of a class or an object."""
     if isinstance(value, types.FunctionType):
         yield value
     elif isinstance(value, (staticmethod, classmethod, types.MethodType)):
@@ -182,11 +181,11 @@ def _functions(value: Any) -> Iterator[types.FunctionType]:
 
 
 def _held(function: types.FunctionType, names: set[str]) -> Iterator[Any]:
-    """What a function may call: what it closes over, and functions that it knows by name; torch's own end here."""
+    """What a function may call: its closure, and functions that it names; torch's own functions are not followed."""
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents
-        except ValueError:  # it is not filled
+        except ValueError:  # an empty cell
             continue
     if _is_torchs(function.__globals__.get("__name__")):
         return
@@ -199,5 +198,5 @@ def _held(function: types.FunctionType, names: set[str]) -> Iterator[Any]:
 
 
 def _is_torchs(name: str | None) -> bool:
-    """Whether code belongs to torch or to Python itself, which keep nothing of a model's."""
+    """Whether code belongs to torch or the standard library, which keep no state of a model."""
     return name is not None and name.partition(".")[0] in ("torch", *sys.stdlib_module_names)

@@ -1,9 +1,9 @@
-"""What a layer's forward computes: known by the function itself, shown on a private copy, or not known at all.
+"""Finds out what a layer's forward computes: from the function object, or by running a private copy.
 
-A formula on activations holds for one forward, so a class name, ``in_features`` or ``isinstance`` is not enough: a
-subclass may scale its output, pad its input or return a tuple. Torch's own forwards are known by the function object.
-A class that is not a layer of torch's is asked what it computes: a copy of it runs on random inputs, large ones and in
-both modes, because that is where clipped, gated and noisy layers differ from a linear one.
+A formula on activations holds for one forward only, so a class name, ``in_features`` or ``isinstance`` is not enough: a
+subclass may scale its output, pad its input or return a tuple. Torch's own forwards are recognised by the function
+object. For other classes a copy runs on random inputs, including large ones, and in both modes, because that is where
+clipped, gated and noisy layers differ from a linear one.
 """
 
 from __future__ import annotations
@@ -49,27 +49,27 @@ LAYERS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     _BatchNorm: ("norm", ()),
     _InstanceNorm: ("norm", ("_apply_instance_norm", "_handle_no_batch_input")),
 }
-"""Torch's layers: the kind of each, and the methods that its forward calls, which a subclass may replace as well."""
+"""Torch's layers: ``{class: (kind, methods that its forward calls and a subclass may override)}``."""
 
 ELSEWHERE = {("transformers.pytorch_utils", "Conv1D"): "transposed_linear"}
-"""Layers of other packages, looked up only where the package has been imported: no model has one otherwise."""
+"""Layers of other packages, looked up only if the package has been imported, as it must be for a model to have one."""
 
 WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
-"""Hooks that compute the weight before the forward reads it, and leave input and output alone."""
+"""Hooks that compute the weight before the forward reads it, and do not change input or output."""
 
 MOVING_HOOKS = (("accelerate.hooks", "AlignDevicesHook"),)
-"""Patches of a layer's forward that move tensors between devices around it, and compute nothing."""
+"""Patches of a layer's forward that only move tensors between devices."""
 
 PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 EXACT = 2**22
-"""Layers up to this many numbers are looked at in double precision."""
+"""Layers with up to this many numbers are examined in double precision."""
 
 ASKED = 4
-"""So many inputs a layer is tried with: of two shapes, and of two sizes."""
+"""The number of inputs that a layer is tried with: two shapes at two scales."""
 
 
 def _original(layer: type[nn.Module]) -> Forward | None:
-    """The forward that torch defines, if nobody has patched the class before."""
+    """The forward that torch defines; ``None`` if the class has been patched."""
     forward = layer.forward
     own = getattr(forward, "__module__", "").startswith("torch.nn.") and not hasattr(forward, "__wrapped__")
     return forward if own else None
@@ -82,7 +82,7 @@ FORWARDS: dict[Forward, type[nn.Module]] = {
 
 
 def family(module: nn.Module) -> str | None:
-    """The kind of layer that ``module`` is or derives from: how its weight is laid out, whatever its forward does.
+    """The kind of layer that ``module`` is or derives from, which says how its weight is laid out.
 
     >>> class Doubled(nn.Linear):
     ...     def forward(self, x):
@@ -97,7 +97,7 @@ def family(module: nn.Module) -> str | None:
 
 
 def forward_of(module: nn.Module) -> Forward:
-    """The function that computes the module's output: its class's, unless the instance has one of its own.
+    """The function that computes the module's output: its class's, unless the instance has its own.
 
     >>> layer = nn.Linear(2, 2)
     >>> forward_of(layer) is nn.Linear.forward
@@ -114,12 +114,12 @@ def forward_of(module: nn.Module) -> Forward:
     if moving and isinstance(own.get("_hf_hook"), moving):
         forward = own.get("_old_forward", forward)
     forward = getattr(forward, COMPILED, forward)
-    # Its own method, set on the instance, is still that method.
+    # A bound method that was set on the instance is still the class's function.
     return forward.__func__ if isinstance(forward, types.MethodType) and forward.__self__ is module else forward
 
 
 def is_known(module: nn.Module) -> bool:
-    """Whether what ``module`` computes is torch's own function of its input and weight, and nothing else.
+    """Whether ``module`` computes exactly torch's own function of its input and weight.
 
     >>> is_known(nn.Linear(2, 2)), is_known(nn.Sequential())
     (True, False)
@@ -135,7 +135,7 @@ def is_known(module: nn.Module) -> bool:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether hooks may change what enters or leaves ``module``.
+    """Whether hooks may change the input or output of ``module``.
 
     >>> layer = nn.Linear(2, 2)
     >>> handle = layer.register_forward_hook(lambda module, args, output: 2 * output)
@@ -147,7 +147,7 @@ def hooked(module: nn.Module) -> bool:
 
 
 def is_plain(tensor: Any) -> bool:
-    """Whether ``tensor`` holds the numbers that it stands for, in a dtype that can take a change of them.
+    """Whether ``tensor`` stores its own values, in a dtype to which a change can be added.
 
     >>> is_plain(nn.Parameter(torch.zeros(2))), is_plain(torch.zeros(2, dtype=torch.int8)), is_plain(None)
     (True, False, False)
@@ -160,15 +160,15 @@ def is_plain(tensor: Any) -> bool:
 
 @dataclass(frozen=True)
 class Shown:
-    """What runs of a private copy show of a layer.
+    """What running a private copy shows about a layer.
 
     Attributes:
-        kind: ``linear``, ``transposed_linear``, ``norm``, or ``None``: none of them.
-        exact: whether formulas on activations hold; if not, the weight has the kind's layout all the same.
-        packed: whether the layer is affine, but its weight does not hold the matrix's own numbers.
-        features: width of what enters and of what leaves.
-        channel_axis: axis of the output that holds the features.
-        why: what was found instead of the kind.
+        kind: ``linear``, ``transposed_linear``, ``norm``, or ``None`` for other layers.
+        exact: whether formulas on activations hold; if not, the weight still has the kind's layout.
+        packed: whether the layer is affine but its weight does not store the matrix's entries.
+        features: widths of input and output.
+        channel_axis: axis of the output that has the features.
+        why: why the layer has no kind.
     """
 
     kind: str | None = None
@@ -180,7 +180,7 @@ class Shown:
 
 
 def shown(module: nn.Module) -> Shown:
-    """What a class that is not a layer of torch's computes.
+    """Examine a layer whose class is not one of torch's.
 
     >>> class Own(nn.Module):
     ...     def __init__(self):
@@ -209,17 +209,17 @@ def _linear(module: nn.Module, weight: Tensor, features: tuple[int, int] | None)
     asked = [(kind, sizes) for kind, sizes in layouts if features in (None, sizes)]
     if features is not None and not asked:
         told = f"in_features={features[0]} and out_features={features[1]}"
-        return Shown(why=f"its weight {tuple(weight.shape)} has another shape than {told} say")
+        return Shown(why=f"its weight has shape {tuple(weight.shape)}, which does not fit {told}")
     try:
         copied = _private(module)
-    except Exception as error:  # whatever a class refuses to have copied
+    except Exception as error:  # copying runs the class's own code, which may raise anything
         return Shown(why=f"it cannot be copied ({_first_line(error)})")
     why = ""
     for kind, sizes in asked:
         evaluating, why_not = _is_linear(copied.eval(), kind, sizes[0])
         if evaluating:
-            # A forward that does something else in training, or that is seen in low precision or as shapes alone,
-            # where a factor near 1 would be missed, shows how its weight is laid out and no more.
+            # If the forward differs in training, or runs in low precision or on meta, where a factor near 1 would go
+            # unnoticed, only the layout of the weight is certain.
             precise = copied.weight.dtype == torch.float64 and not copied.weight.is_meta
             training, _ = _is_linear(copied.train(), kind, sizes[0])
             return Shown(kind, evaluating == training == ASKED and precise and not hooked(module), features=sizes)
@@ -228,7 +228,7 @@ def _linear(module: nn.Module, weight: Tensor, features: tuple[int, int] | None)
 
 
 def _is_linear(copied: Any, kind: str, width: int) -> tuple[int, str]:
-    """How many inputs of ``width`` get ``F.linear`` of them; 0 and why where one gets something else."""
+    """``(number of inputs that yield F.linear, reason)``; the number is 0 if any yields something else."""
     matrix = copied.weight if kind == "linear" else copied.weight.mT
     close = 1e-5 if matrix.dtype == torch.float64 else 4 * torch.finfo(matrix.dtype).eps
     answered, why = 0, ""
@@ -244,11 +244,11 @@ def _is_linear(copied: Any, kind: str, width: int) -> tuple[int, str]:
 
 
 def _affine(module: nn.Module, features: tuple[int, int]) -> Shown:
-    """Whether the module is affine, of the widths that it tells: a weight that is packed or computed acts so."""
+    """Whether the module is affine with the widths that it states, as one with a packed or computed weight is."""
     try:
         copied = copy_structure(module).eval()
         _without_hooks(copied)
-    except Exception as error:  # whatever a class refuses to have copied
+    except Exception as error:  # copying runs the class's own code, which may raise anything
         return Shown(why=f"it cannot be copied ({_first_line(error)})")
     own = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
     device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
@@ -267,9 +267,9 @@ def _affine(module: nn.Module, features: tuple[int, int]) -> Shown:
         if len(answers) < 5:
             continue
         if any(tuple(y.shape) != (4, features[1]) for y in answers):
-            return Shown(why=f"its output has the shape {tuple(answers[0].shape)}, not (4, {features[1]})")
+            return Shown(why=f"its output has shape {tuple(answers[0].shape)}, not (4, {features[1]})")
         zero, of_one, of_two, of_sum, of_double = (y.float() for y in answers)
-        # Layers that quantise what enters them are affine up to that.
+        # Layers that quantise their input are affine only up to that error.
         sums = _alike(of_sum - zero, of_one + of_two - 2 * zero, 5e-2)
         if sums and _alike(of_double - zero, 2 * (of_one - zero), 5e-2):
             return Shown("linear", packed=True, features=features)
@@ -278,10 +278,10 @@ def _affine(module: nn.Module, features: tuple[int, int]) -> Shown:
 
 
 def _norm(module: nn.Module, width: int) -> Shown:
-    """Whether the module divides by a norm over the features that its weight counts, and where those are."""
+    """Whether the module divides by a norm over as many features as its weight has, and on which axis."""
     try:
         copied = _private(module)
-    except Exception as error:  # whatever a class refuses to have copied
+    except Exception as error:  # copying runs the class's own code, which may raise anything
         return Shown(why=f"it cannot be copied ({_first_line(error)})")
     axis = channel_axis(copied, width)
     if axis is None:
@@ -301,7 +301,7 @@ def _norm(module: nn.Module, width: int) -> Shown:
 
 
 def _adds_bias(copied: nn.Module, x: Tensor, y: Tensor, bias: Tensor, axis: int) -> bool:
-    """Whether an offset of the bias is one of the output, feature by feature."""
+    """Whether an offset added to the bias is added to the output, feature by feature."""
     step = torch.arange(1, len(bias) + 1, device=bias.device, dtype=bias.dtype)
     copied._parameters["bias"] = nn.Parameter(bias + step, requires_grad=False)
     moved, _ = _answer(copied, x)
@@ -310,7 +310,7 @@ def _adds_bias(copied: nn.Module, x: Tensor, y: Tensor, bias: Tensor, axis: int)
 
 
 def channel_axis(module: nn.Module, width: int) -> int | None:
-    """The axis of a norm's output along which its weight, or else its bias, acts: -1 or 1; ``None``: neither.
+    """The axis of a norm's output along which its weight, or else its bias, acts: -1, 1 or ``None``.
 
     >>> channel_axis(nn.LayerNorm(5), 5), channel_axis(nn.GroupNorm(1, 5), 5), channel_axis(nn.Tanh(), 5)
     (-1, 1, None)
@@ -329,7 +329,7 @@ def channel_axis(module: nn.Module, width: int) -> int | None:
 
 
 def _acts_at(copied: nn.Module, name: str, x: Tensor, y: Tensor, axis: int) -> bool:
-    """Whether each number of the tensor ``name`` changes that feature of the output alone."""
+    """Whether each entry of the tensor ``name`` changes only that feature of the output."""
     own = copied._parameters[name]
     assert own is not None
     for k in {0, len(own) - 1}:
@@ -347,7 +347,7 @@ def _acts_at(copied: nn.Module, name: str, x: Tensor, y: Tensor, axis: int) -> b
 
 
 def reads_bias(module: nn.Module, inputs: list[Tensor]) -> bool:
-    """Whether a module that has no bias would add one that it were given; ``inputs`` are tried in turn.
+    """Whether a module without a bias would add one if it had one; ``inputs`` are tried in turn.
 
     >>> reads_bias(nn.Linear(2, 3, bias=False), [torch.zeros(1, 2)]), reads_bias(nn.RMSNorm(2), [torch.ones(1, 2)])
     (True, False)
@@ -362,7 +362,7 @@ def reads_bias(module: nn.Module, inputs: list[Tensor]) -> bool:
         bare = _run(copied, given)[0]
         if bare is None:
             continue
-        # A plain attribute would be found as well, so only what a forward reads under that name counts.
+        # Registered as a parameter, so that only a forward that reads it under that name is affected.
         copied._parameters["bias"] = nn.Parameter(copied.weight.new_full((width,), 3.0), requires_grad=False)
         moved = _run(copied, given)[0]
         copied._parameters["bias"] = None
@@ -370,7 +370,7 @@ def reads_bias(module: nn.Module, inputs: list[Tensor]) -> bool:
             continue
         pairs = list(zip(pytree.tree_leaves(bare), pytree.tree_leaves(moved), strict=True))
         if any(isinstance(a, Tensor) and a.is_meta for a, _ in pairs):
-            continue  # no numbers to tell by
+            continue  # no values to compare
         return any(isinstance(a, Tensor) and not torch.equal(a, b) for a, b in pairs)
     return False
 
@@ -379,16 +379,16 @@ def reads_bias(module: nn.Module, inputs: list[Tensor]) -> bool:
 
 
 def _private(module: nn.Module) -> Any:
-    """A copy with a weight and a bias of its own, in double precision where that costs little.
+    """A copy with its own weight and bias, in double precision if that is cheap, and without hooks.
 
-    It has no hooks, which may have effects elsewhere.
+    Hooks could have effects elsewhere.
     """
     copied = copy_structure(module).eval()
     _without_hooks(copied)
     tensors = [*copied.parameters(), *copied.buffers()]
     if all(is_plain(t) or not t.is_floating_point() for t in tensors) and sum(t.numel() for t in tensors) <= EXACT:
         copied.double()
-    # Zeros, as fresh tensors often are, would hide what becomes of them.
+    # Initial zeros would hide what the forward does with them.
     rng = torch.Generator().manual_seed(1)
     for name in ("weight", "bias"):
         own = copied._parameters.get(name)
@@ -406,7 +406,7 @@ def _without_hooks(module: nn.Module) -> None:
 
 
 def _inputs(like: Tensor, width: int) -> Iterator[Tensor]:
-    """Rows and rows of tokens, of usual size and so large that whatever is clipped shows."""
+    """Rows, and rows of tokens, of normal scale and so large that any clipping shows."""
     rng = torch.Generator().manual_seed(0)
     large = 1e4 if like.dtype in (torch.float32, torch.float64) else 16.0
     for shape in ((2, width), (2, 3, width)):
@@ -415,7 +415,7 @@ def _inputs(like: Tensor, width: int) -> Iterator[Tensor]:
 
 
 def _activations(like: Tensor, width: int, axis: int) -> Tensor:
-    """Hidden values with ``width`` features on ``axis``, so large that no epsilon of a norm shows."""
+    """Hidden values with ``width`` features on ``axis``, so large that a norm's epsilon does not matter."""
     rng = torch.Generator().manual_seed(0)
     shape = (2, 3, width) if axis == -1 else (2, width, 3, 5)
     return (torch.randn(shape, generator=rng) * 100).to(like)
@@ -426,7 +426,7 @@ def _own(module: nn.Module, name: str) -> Tensor | None:
 
 
 def _answer(module: nn.Module, x: Tensor) -> tuple[Tensor | None, str]:
-    """The module's output, if it is a tensor; else ``None`` and why there is none."""
+    """``(output, "")`` if the module returns a tensor, else ``(None, reason)``."""
     y, why = _run(module, x)
     if y is None or isinstance(y, Tensor):
         return y, why
@@ -434,19 +434,19 @@ def _answer(module: nn.Module, x: Tensor) -> tuple[Tensor | None, str]:
 
 
 def _run(module: nn.Module, x: Tensor) -> tuple[Any, str]:
-    """What the module gives for ``x``; ``None`` and why where it gives nothing."""
+    """``(output, "")`` of the module for ``x``, or ``(None, reason)`` if there is none."""
     quiet = torch.autocast(x.device.type, enabled=False) if x.device.type != "meta" else contextlib.nullcontext()
-    # A copy made in inference mode or in a transform would be spoilt; and no build draws from a global generator.
+    # Outside inference mode and transforms, which would affect the copy's tensors, and without drawing random numbers.
     with torch.inference_mode(False), torch.no_grad(), outside_transforms(), quiet, _Undrawn():
         try:
             y = module(x)
-        except Exception as error:  # any failure is the answer to the question asked
+        except Exception as error:  # the module is foreign code, and any failure answers the question
             return None, f"its forward cannot be called with one tensor ({_first_line(error)})"
     return (y, "") if y is not None else (None, "its forward returns nothing")
 
 
 class _Undrawn(ThreadMode):
-    """Refuses whatever would draw random numbers, before it does."""
+    """A block in which operators that draw random numbers raise before they draw."""
 
     supports_higher_order_operators = False
 
@@ -471,6 +471,6 @@ def _first_line(error: Exception) -> str:
 
 
 def _loaded(table: dict[tuple[str, str], str]) -> list[tuple[Any, str]]:
-    """The entries of ``table`` whose module has been imported, each as the class itself."""
+    """The entries of ``table`` whose package has been imported, as ``(class, kind)``."""
     found = ((getattr(sys.modules.get(module), name, None), kind) for (module, name), kind in table.items())
     return [(cls, kind) for cls, kind in found if cls is not None]

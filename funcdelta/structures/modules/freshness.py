@@ -1,9 +1,9 @@
-"""Whether a backbone is still the one that was copied: its modules, parameters, storage, hooks and forwards.
+"""Detects changes to a backbone since it was copied: to modules, parameters, storage, hooks and forwards.
 
-A copy shares the storage of parameters, so values that are written in place are seen by it. A replaced layer, another
-parameter object, tensors that moved, a hook, a patched forward or another value of an attribute are not. Every call
-asks, so the question is put by a few passes in C over all modules; only where one of them differs is it looked for in
-Python. An attribute counts if some forward reads its name and none writes it: what forwards write is a model's state.
+A copy shares the storage of parameters, so it sees values that are written in place. It does not see a replaced layer,
+another parameter object, tensors that moved, a hook, a patched forward or a new value of an attribute. The check runs
+at every call, so it is a few passes in C over all modules; only if one of them differs does Python look for the change.
+An attribute counts if some forward reads its name and none writes it: what forwards write is the model's state.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import StaleBackboneError
+from ...match import below
 from .code import Reach, reach_of, reach_of_functions
 from .noted import FUNCTIONS, OWN, Noted, Owner, copied
 
@@ -28,14 +29,14 @@ HOOKS = {
 }
 PARTS = ("_parameters", "_buffers", "_modules", *HOOKS)
 SHOWN = 3
-"""So many changes an error names."""
+"""The number of changes that an error lists."""
 LOOKED_AFTER = frozenset(("training", "forward", *OWN))
-"""Attributes that have a comparison of their own, or belong to the mode, which is the delta's."""
+"""Attributes that are compared separately, or belong to the mode, which the delta chooses."""
 FOLLOWED = frozenset(("gradient_checkpointing", "_gradient_checkpointing_func"))
-"""Attributes by which no output changes: whoever copied them copies them again."""
+"""Attributes that do not affect outputs: a change of them is copied, not reported."""
 NOTHING = object()
 NONE: dict[Any, Any] = {}
-"""The copy of every table that is empty."""
+"""The copy of any empty table."""
 LONGEST_TEXT = 60
 
 _flat = chain.from_iterable
@@ -44,7 +45,7 @@ _pointer, _strides, _numbers = Tensor.data_ptr, Tensor.stride, Tensor.numel
 
 @dataclass
 class _Facts:
-    """One module as it was."""
+    """One module's former state."""
 
     path: str
     module: nn.Module
@@ -55,11 +56,11 @@ class _Facts:
 
 
 class Fingerprint:
-    """A backbone as it was when this was made; :meth:`check` compares it with what it is now.
+    """A record of a backbone's state; :meth:`check` compares it with the present one.
 
-    ``aliases`` are tensors by the names of the backbone's parameters that share their storage, such as a skeleton's
-    parameters; without them the fingerprint keeps its own. They tell storage that was put elsewhere together with all
-    that uses it (shared memory, for another process) from a tensor that was given other storage.
+    ``aliases`` maps names of the backbone's parameters to tensors that share their storage, such as a skeleton's
+    parameters; without it the fingerprint makes its own. They distinguish storage that moved with everything that uses
+    it (into shared memory, for another process) from a tensor that got another storage.
 
     >>> backbone = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> fingerprint = Fingerprint(backbone)
@@ -84,7 +85,7 @@ class Fingerprint:
         self._parameters = list(named.values())
         self._names = list(named)
         given = aliases or {}
-        # While an alias lives, its storage does, so that no other tensor can come to lie at the same place.
+        # An alias keeps its storage alive, so that no other tensor can get the same address.
         self._aliases = [given.get(name, _alias(parameter)) for name, parameter in named.items()]
         self._attributes_noted = Noted()
         self._seen = set(map(id, backbone.modules()))
@@ -95,24 +96,24 @@ class Fingerprint:
         self._settle()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy, here or in another process, is of a copied backbone, where nothing lies at the same places.
+        # A copied backbone, here or in another process, has other addresses, so take a new record.
         return Fingerprint, (self.backbone,)
 
     def check(self) -> bool:
-        """Raises `StaleBackboneError` where the backbone is another, with what changed.
+        """Raises `StaleBackboneError`, with what changed, if the backbone is not the recorded one.
 
-        ``True`` says that it is the same but for buffers that were replaced by others of their kind, as some models do
-        in their forward: whoever copies from buffers has to look them up again.
+        Returns ``True`` if only buffers were replaced by others of their kind, as some models do in their forward;
+        callers that copy buffers then have to look them up again.
         """
         try:
-            # In C, and without a look at what tensors hold: identical ones are equal.
+            # In C, and without comparing the values of tensors, because identical objects count as equal.
             differs = self._before != self._attributes_noted.now or self._now() != self._then
-        except Exception:  # another object that cannot be compared, as tensors cannot
+        except Exception:  # a new object whose comparison fails, such as a tensor
             differs = True
         return differs and self._look()
 
     def differs_by_hooks(self, name: str) -> bool:
-        """Whether nothing changed but forward hooks of that name, which came or went.
+        """Whether the only change is that forward hooks of that name were added or removed.
 
         >>> backbone = nn.Sequential(nn.Linear(2, 2))
         >>> fingerprint = Fingerprint(backbone)
@@ -132,7 +133,7 @@ class Fingerprint:
         return True
 
     def _now(self) -> tuple[list[Any], ...]:
-        """What is compared: lists, because those are made and compared in C."""
+        """The present values of what is compared, as lists because C code makes and compares those."""
         return (
             list(map(type, self._modules)),
             list(map(id, _flat(map(dict.values, map(operator.getitem, self._owners, self._parts))))),
@@ -145,12 +146,12 @@ class Fingerprint:
         )
 
     def _settle(self) -> None:
-        """Take what the backbone is now for what it has to be."""
+        """Record the backbone's present state as the one to compare with."""
         self._buffers = list(self.backbone.buffers())
         self._without_storage = [p for p in self._parameters if p.data_ptr() == 0]
         noted = self._attributes_noted
         self._before = [_copied(*pair) for pair in zip(noted.now, noted.owners, strict=True)]
-        # Equal is not enough where another object may be, or the same ones in another order.
+        # Compare by identity where a different object could be equal, and where the order matters.
         tables = [(vars(facts.module), part) for facts in self._facts for part in PARTS]
         tables = [(own, part) for own, part in tables if len(own[part]) > 1 or any(map(_may_equal, own[part].values()))]
         self._owners, self._parts = [own for own, _ in tables], [part for _, part in tables]
@@ -188,14 +189,14 @@ class Fingerprint:
     # -- what changed, in words ------------------------------------------------------------------------------------
 
     def _changes(self) -> Iterator[str]:
-        # What is below a replaced module is gone with it.
+        # Do not report the descendants of a replaced module.
         gone: set[int] = set()
         for facts in self._facts:
             if id(facts.module) in gone:
                 continue
             for name, was, found in _differences(facts.parts["_modules"], facts.module._modules):
                 gone |= {id(child) for child in was.modules()} if was is not None else set()
-                yield _of_module(_joined(facts.path, name), was, found)
+                yield _of_module(below(facts.path, name), was, found)
         for name, parameter, alias in zip(self._names, self._parameters, self._aliases, strict=True):
             if not _is_one(parameter, alias):
                 yield f"{name} has other storage (it was {_words(alias)}, is {_words(parameter)})"
@@ -213,7 +214,7 @@ class Fingerprint:
 
     @property
     def reach(self) -> Reach:
-        """What forwards, hooks and functions that modules hold read and write, by name."""
+        """The names that forwards, hooks and functions held by modules read and write."""
         if self._reach is None:
             held = [value for now in self._attributes_noted.now if isinstance(now, dict) for value in now.values()]
             kinds = {type(module) for module in self.backbone.modules()}
@@ -225,7 +226,7 @@ class Fingerprint:
         return self._reach
 
     def _changes_inside(self, now: Any, before: Any, owner: Owner) -> Iterator[str]:
-        """What changed in attributes, or in a container that one holds."""
+        """The changes of attributes, or of a container in one of them."""
         reach = self.reach
         if not isinstance(now, dict):
             if not isinstance(now, (list, tuple)):
@@ -242,7 +243,7 @@ class Fingerprint:
             if not read or name in (reach.writes if owner.attributes else reach.fills):
                 continue
             if owner.module and was is NOTHING and not self._shadows(owner.path, name):
-                continue  # what nobody had to be given at the start is a note of somebody's
+                continue  # a new attribute that shadows nothing is a note of the user's
             rates = owner.module and _are_rates(was, found) and not self._has_matrix(owner.path)
             tensors = isinstance(was, Tensor) and isinstance(found, Tensor) and _kind(was) == _kind(found)
             inside = not owner.module and not self._formula_reads(name)
@@ -252,38 +253,38 @@ class Fingerprint:
                 yield f"{owner.word(key)} {_told(was, found)}"
 
     def _has_matrix(self, path: str) -> bool:
-        """Whether a module has a weight of its own, for whose product the formulas of a delta were found."""
+        """Whether a module has a weight matrix, for whose product a delta's formulas were determined."""
         tensors = (t for facts in self._facts if facts.path == path for t in facts.module._parameters.values())
         return any(tensor is not None and tensor.ndim > 1 for tensor in tensors)
 
     def _formula_reads(self, name: str) -> bool:
-        """Whether a forward that is not torch's own, of a module with a weight, reads what has that name.
+        """Whether the forward of a module with a weight matrix, if it is not torch's own, reads ``name``.
 
-        For it a formula may have been found by trying, which held for what it read then.
+        Its formula may have been determined by running it with the former value.
         """
         kinds = {facts.kind for facts in self._facts if self._has_matrix(facts.path)}
         own = [_forward(kind) for kind in kinds if not _forward(kind).__module__.startswith("torch.")]
         return name in reach_of_functions(own).reads
 
     def _shadows(self, path: str, name: str) -> bool:
-        """Whether an attribute stands before one of the module's class."""
+        """Whether an attribute shadows one of the module's class."""
         return any(facts.path == path and hasattr(facts.kind, name) for facts in self._facts)
 
 
 def _changes_of(facts: _Facts, is_its_own: Callable[[Any], bool]) -> Iterator[str]:
-    """What changed at one module itself, but for hooks that are its own."""
+    """The changes of one module itself, except hooks that forwards install."""
     path, module = facts.path, facts.module
     if type(module) is not facts.kind:
         yield f"{path or 'it'} became a {type(module).__name__}"
     elif _forward(facts.kind) is not facts.class_forward:
         yield f"{facts.kind.__name__}.forward is another function"
     if vars(module).get("forward") is not facts.forward:
-        yield f"{_joined(path, 'forward')} was patched on the instance"
+        yield f"{below(path, 'forward')} was patched on the instance"
     for name, was, found in _differences(facts.parts["_parameters"], module._parameters):
-        yield _of_parameter(_joined(path, name), was, found)
+        yield _of_parameter(below(path, name), was, found)
     for name, was, found in _differences(facts.parts["_buffers"], module._buffers):
         if not _is_followed(module, name, was, found):
-            yield _of_parameter(_joined(path, name), was, found)
+            yield _of_parameter(below(path, name), was, found)
     for attribute, word in HOOKS.items():
         was, found = facts.parts[attribute], vars(module)[attribute]
         if any(found.get(key) is not hook for key, hook in was.items()):
@@ -293,9 +294,9 @@ def _changes_of(facts: _Facts, is_its_own: Callable[[Any], bool]) -> Iterator[st
 
 
 def _is_followed(module: nn.Module, name: str, was: Tensor | None, found: Tensor | None) -> bool:
-    """Whether a buffer is another of its kind, or a table that forwards make anew: longer, or of their own precision.
+    """Whether a replaced buffer is of the same kind, or a table that forwards recompute with another size or dtype.
 
-    What no state dict has is computed from something else.
+    A buffer that is not in the state dict is computed from something else.
     """
     if was is not None and found is not None and _kind(was) == _kind(found):
         return True
@@ -324,7 +325,7 @@ def _of_parameter(name: str, was: Tensor | None, found: Tensor | None) -> str:
 
 
 def _differences(was: Mapping[Any, Any], found: Mapping[Any, Any]) -> Iterator[tuple[Any, Any, Any]]:
-    """Every key whose value is another object, or is in one mapping alone."""
+    """``(key, was, found)`` of every key whose value is another object, or that is in only one of the mappings."""
     for key in dict.fromkeys((*was, *found)):
         if was.get(key) is not found.get(key):
             yield key, was.get(key), found.get(key)
@@ -340,7 +341,7 @@ def _facts_of(path: str, module: nn.Module) -> _Facts:
 
 
 def _copied(container: Any, owner: Owner) -> Any:
-    """A copy of a container; that of a module's attributes has copies of the module's tables, whichever it has then."""
+    """A copy of a container; of a module's attributes, its tables (parameters, hooks, ...) are copied as well."""
     found = copied(container)
     if owner.module:
         found.update((part, dict(container[part]) or NONE) for part in PARTS if isinstance(container.get(part), dict))
@@ -348,14 +349,14 @@ def _copied(container: Any, owner: Owner) -> Any:
 
 
 def _may_equal(value: Any) -> bool:
-    """Whether another object may be equal to this one: a tensor of one number, what has an equality of its own."""
+    """Whether another object could be equal to this one: a tensor with one entry, or a type with its own equality."""
     if type(value) in (Tensor, nn.Parameter, nn.Buffer):
         return value.numel() == 1
     return isinstance(value, Tensor) or type(value).__eq__ is not object.__eq__
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether the module keeps its parts as other modules do; compiled scripts do not."""
+    """Whether the module keeps its parts in ordinary dicts; TorchScript modules do not."""
     own = vars(module)
     return all(isinstance(own.get(name), dict) for name in PARTS)
 
@@ -368,7 +369,7 @@ _forward: Callable[[type[nn.Module]], Any] = operator.attrgetter("forward")
 
 
 def _is_one(tensor: Tensor, alias: Tensor) -> bool:
-    """Whether both are the same numbers at the same place."""
+    """Whether both have the same storage, layout and kind."""
     same = tensor.data_ptr() == alias.data_ptr() and tensor.stride() == alias.stride()
     return same and _kind(tensor) == _kind(alias)
 
@@ -381,12 +382,8 @@ def _words(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
-def _joined(path: str, name: Any) -> str:
-    return f"{path}.{name}" if path else str(name)
-
-
 def _other(now: Any, before: Any) -> bool:
-    """Whether a container has other entries: other objects, for equal ones may be changed by themselves."""
+    """Whether a container has other entries, compared by identity because equal objects may change separately."""
     if isinstance(now, dict):
         return len(now) != len(before) or any(before.get(key, NOTHING) is not value for key, value in now.items())
     if isinstance(now, (set, bytearray)):
@@ -395,7 +392,7 @@ def _other(now: Any, before: Any) -> bool:
 
 
 def _are_rates(was: Any, found: Any) -> bool:
-    """Whether both are real numbers, by which no forward takes another way: probabilities, factors, an epsilon."""
+    """Whether both are real numbers, such as a rate or an epsilon, which do not change a forward's control flow."""
     return {type(was), type(found)} in ({float}, {float, int})
 
 
@@ -404,7 +401,7 @@ def _equal(was: Any, found: Any) -> bool:
         return False
     try:
         return type(was) is type(found) and bool(was == found or (was != was and found != found))
-    except Exception:  # what cannot be compared is another object
+    except Exception:  # objects that cannot be compared count as different
         return False
 
 
@@ -415,7 +412,7 @@ def _told(was: Any, found: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value in an error: what identifies it, in few letters."""
+    """A short description of a value for an error."""
     if isinstance(value, Tensor):
         return f"a tensor {_words(value)}"
     name = getattr(value, "__name__", None)

@@ -1,7 +1,7 @@
-"""What modules hold beside their parameters, noted so that it can be compared with what it is later, and put back.
+"""Records what modules hold besides their parameters, to compare it later and to restore it.
 
-Modules hold dicts, lists and objects with more of them inside. All are compared in one pass in C: identical values are
-equal without a look at them, and no tensor is compared by its numbers.
+Modules hold dicts, lists and objects, which may hold further ones. All are compared in one pass in C: identical objects
+count as equal without being compared, so tensors are not compared by value.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from torch import Tensor, nn
 from .references import LONGEST
 
 OWN = frozenset(vars(nn.Module()))
-"""The dicts that every module has: parameters are swapped and hooks belong to the skeleton itself."""
+"""The dicts of every module, left out because parameters are swapped and hooks belong to the skeleton."""
 PLAIN = (type(None), enum.Enum, bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size)
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
 CONTAINERS = (dict, list, set, collections.deque, bytearray)
-"""What can be emptied and filled again."""
+"""Types that can be emptied and filled again."""
 DEPTH = 12
-"""How deep objects are followed."""
+"""How deep to follow objects."""
 PRIVATE = ("torch", "funcdelta", "logging", "threading", "_thread", "weakref", "_weakref", "concurrent", "asyncio")
-"""Packages whose objects are nobody's state: handles, locks, loggers, process groups."""
+"""Packages whose objects are not a model's state: handles, locks, loggers, process groups."""
 
 
 class Owner(NamedTuple):
-    """Whose a container is: the path of the module, the attribute, and what of it the entries are."""
+    """The owner of a container: the module's path, the attribute, and whether entries are attributes or items."""
 
     path: str
     name: str = ""
@@ -51,7 +51,7 @@ class Owner(NamedTuple):
 
     @property
     def base(self) -> str:
-        """The name of the attribute."""
+        """The attribute's own name."""
         return self.name.rpartition(".")[2]
 
     def word(self, key: Any) -> str:
@@ -64,7 +64,7 @@ class Owner(NamedTuple):
         return (f"{at}.{key}" if at else str(key)) if self.attributes else f"{at}[{key!r}]"
 
     def inner(self, key: Any) -> Owner:
-        """The owner of what the entry ``key`` holds."""
+        """The owner of the container in the entry ``key``."""
         name = f"{self.name}.{key}" if self.name and self.attributes else str(key) if self.attributes else self.name
         return Owner(self.path, name)
 
@@ -73,7 +73,7 @@ NOBODY = Owner("")
 
 
 class Other(NamedTuple):
-    """State that no container has: how it reads now and read before, and what puts it back."""
+    """State outside containers: a function that reads it, its former value, and a function that restores it."""
 
     read: Callable[[], Any]
     before: Any
@@ -81,7 +81,7 @@ class Other(NamedTuple):
 
 
 class Noted:
-    """The containers that hold what modules remember, each with what was in it.
+    """The containers in which modules keep state, each with its recorded content.
 
     >>> cache, noted = {}, Noted()
     >>> noted.follow(cache, set())
@@ -100,7 +100,7 @@ class Noted:
 
     @classmethod
     def together(cls, parts: Iterable[Noted]) -> Noted:
-        """All that is noted in several."""
+        """The union of several records."""
         found = cls()
         for part in parts:
             found.now += part.now
@@ -111,14 +111,14 @@ class Noted:
         return found
 
     def keep(self, container: Any, owner: Owner = NOBODY) -> Any:
-        """Note what is in a container; gives what was noted."""
+        """Record the content of a container; returns the record."""
         self.now.append(container)
         self.before.append(copied(container))
         self.owners.append(owner)
         return self.before[-1]
 
     def keep_module(self, module: nn.Module, path: str, seen: set[int], tables: bool = True) -> None:
-        """Note the attributes of a module, and what they hold; its tables of buffers and children with ``tables``."""
+        """Record a module's attributes and what they hold, with ``tables`` also its tables of buffers and children."""
         seen.add(id(module))
         own = vars(module)
         self.keep(own, Owner(path, "", True, True))
@@ -138,7 +138,7 @@ class Noted:
         place: tuple[Any, Any] | None = None,
         tables: bool = True,
     ) -> None:
-        """Note the containers that ``value`` is or holds; ``place`` is the container and the key that has it."""
+        """Record the containers that ``value`` is or holds; ``place`` is the container and key that it is at."""
         if isinstance(value, (*PLAIN, *FUNCTIONS, Tensor)) or id(value) in seen or not depth:
             return
         if isinstance(value, nn.Module):
@@ -151,7 +151,7 @@ class Noted:
     def _inside(
         self, value: Any, owner: Owner, place: tuple[Any, Any] | None
     ) -> Iterator[tuple[Owner, Any, Any, tuple[Any, Any] | None]]:
-        """Note ``value`` itself; gives what it holds, with its owner, its key, and where it may be replaced."""
+        """Record ``value`` itself; yields ``(owner, key, entry, place to replace it or None)`` of what it holds."""
         if isinstance(value, CONTAINERS):
             self.keep(value, owner)
             if len(value) <= LONGEST:
@@ -182,21 +182,21 @@ class Noted:
         """Whether any container has changed."""
         try:
             return any(map(operator.ne, self.now, self.before))
-        except Exception:  # what cannot be compared, as tensors cannot, is another object
+        except Exception:  # objects that cannot be compared, such as tensors, count as different
             return True
 
     def changed(self) -> Iterator[tuple[Any, Any]]:
-        """Every container that has changed, with what was noted of it."""
+        """Every container that has changed, with its record."""
         if self.differs():
             yield from (pair for pair in zip(self.now, self.before, strict=True) if differ(*pair))
 
     def restore(self) -> None:
-        """Put back what has changed."""
+        """Restore what has changed in containers."""
         for now, before in self.changed():
             fill(now, before)
 
     def restore_others(self) -> None:
-        """The same for state that no container has."""
+        """Restore state outside containers."""
         for other in self.others:
             if differ(other.read(), other.before):
                 other.put_back()
@@ -207,7 +207,7 @@ class Noted:
 
 
 def is_private(value: Any) -> bool:
-    """Whether what an object holds is nobody's state.
+    """Whether an object's content is not a model's state.
 
     >>> is_private(torch.Generator()), is_private(types.SimpleNamespace())
     (True, False)
@@ -217,7 +217,7 @@ def is_private(value: Any) -> bool:
 
 
 def copied(container: Any) -> Any:
-    """A copy of a container, one level deep, of the plain kind where dicts are concerned.
+    """A shallow copy of a container.
 
     >>> copied(collections.OrderedDict(a=1))
     OrderedDict([('a', 1)])
@@ -226,19 +226,19 @@ def copied(container: Any) -> Any:
 
 
 def differ(now: Any, before: Any) -> bool:
-    """Whether two containers hold other things.
+    """Whether the contents of two containers differ.
 
     >>> differ({"a": torch.ones(2)}, {"a": torch.ones(2)}), differ([1], [1.0])
     (True, False)
     """
     try:
         return bool(now != before)
-    except Exception:  # an object that cannot be compared is another object
+    except Exception:  # objects that cannot be compared count as different
         return True
 
 
 def fill(container: Any, content: Any) -> None:
-    """Make the content of a container another, without a moment in which another thread would find it empty.
+    """Replace the content of a container; lists and dicts are never empty for another thread meanwhile.
 
     >>> last = collections.deque([1, 2], maxlen=2)
     >>> fill(last, [3])
@@ -260,7 +260,7 @@ def fill(container: Any, content: Any) -> None:
 
 
 def _slots_of(value: Any) -> dict[str, Any]:
-    """What an object holds in slots."""
+    """The values in an object's slots, by name."""
     found: dict[str, Any] = {}
     for kind in type(value).__mro__:
         names = vars(kind).get("__slots__", ())
@@ -272,7 +272,7 @@ def _slots_of(value: Any) -> dict[str, Any]:
 
 
 def _other(value: Any) -> Other | None:
-    """How to note an object whose state is in no dict: arrays, generators of random numbers, objects with slots."""
+    """A record of an object whose state is not in a dict: numpy arrays, random generators, objects with slots."""
     if isinstance(value, torch.Generator):
         state = value.get_state()
         return _noted(lambda: value.get_state().numpy().tobytes(), lambda: value.set_state(state))
@@ -306,7 +306,7 @@ def _put_in_slots(value: Any, slots: dict[str, Any]) -> None:
 
 
 def _another(iterator: Any) -> Any:
-    """An iterator that is where this one is; ``None`` where there can be none."""
+    """An independent iterator at the same position; ``None`` if it cannot be copied."""
     with contextlib.suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = copy.copy(iterator)

@@ -1,8 +1,8 @@
-"""References to modules that ``copy.deepcopy`` leaves alone: closures, globals, defaults and weak references.
+"""Corrects references that ``copy.deepcopy`` leaves alone: in closures, globals, defaults and weak references.
 
-A forward patched by a function, or a hook, may hold modules and tensors of the backbone. ``copy.deepcopy`` takes
-functions for constants, so a copy would go on calling the original layer. Functions are therefore made anew around
-the copy's own modules; what cannot be (globals of other files, functions written in C) stays as it is.
+A forward patched by a function, or a hook, may hold modules and tensors of the backbone. ``copy.deepcopy`` treats
+functions as constants, so a copy would go on calling the original layer. Functions are therefore rebuilt around the
+copy's own modules. What cannot be rebuilt (globals of other files, functions written in C) stays as it is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 LONGEST = 10_000
-"""Containers with more entries are data, in which no module is looked for."""
+"""Containers with more entries are considered data, and not searched for modules."""
 
 REGISTERED = ("_parameters", "_buffers", "_modules")
 
@@ -25,11 +25,11 @@ ATOMS = frozenset((bool, int, float, complex, str, bytes, type(None), type, type
 CONTAINERS = frozenset((list, tuple, dict, OrderedDict, set, frozenset))
 
 COMPILED = "_torchdynamo_orig_callable"
-"""Where ``torch.compile`` keeps the function that it was given."""
+"""Attribute in which ``torch.compile`` keeps the original function."""
 
 
 def rewire(module: nn.Module, memo: Mapping[int, Any]) -> None:
-    """Make all that ``module``, a deep copy, holds refer to copies; ``memo`` is ``copy.deepcopy``'s own.
+    """Make everything in ``module``, a deep copy, refer to copies; ``memo`` is that of ``copy.deepcopy``.
 
     >>> import copy
     >>> layer, memo = nn.Linear(2, 2), {}
@@ -60,7 +60,7 @@ def rewire(module: nn.Module, memo: Mapping[int, Any]) -> None:
 
 
 class _References:
-    """What stands for a value in a copy: functions are made anew where they reach something that was copied."""
+    """Translates values of the original to values for the copy; rebuilds functions that reach something copied."""
 
     def __init__(self, memo: Mapping[int, Any]) -> None:
         self._memo = memo
@@ -68,7 +68,7 @@ class _References:
         self._cells: dict[int, tuple[Any, types.CellType]] = {}
 
     def moved(self, value: Any) -> Any:
-        """``value`` with copies for originals; ``value`` itself where it reaches none."""
+        """``value`` with copies in place of originals; ``value`` itself if it reaches none."""
         if self._is_copied(value):
             return self._memo[id(value)]
         if id(value) in self._done:
@@ -105,7 +105,7 @@ class _References:
         new = types.FunctionType(
             function.__code__, known, function.__name__, None, closure if function.__closure__ else None
         )
-        # Known before what it holds is looked at, because a function may hold itself.
+        # Registered before its contents are examined, because a function may refer to itself.
         self._done[id(function)] = function, new
         for cell, copied in zip(function.__closure__ or (), closure, strict=True):
             if copied is not cell and not _is_filled(copied):
@@ -119,7 +119,7 @@ class _References:
         return new
 
     def _cell(self, cell: types.CellType) -> types.CellType:
-        """A cell of its own for what was copied; others stay shared, so that a hook fills the list that it filled."""
+        """A new cell if its content was copied; others stay shared, so that a hook still fills the user's list."""
         if not _is_filled(cell) or not self._reaches(cell.cell_contents, set()):
             return cell
         if id(cell) not in self._cells:
@@ -130,7 +130,7 @@ class _References:
         return id(value) in self._memo and self._memo[id(value)] is not value
 
     def _reaches(self, value: Any, seen: set[int]) -> bool:
-        """Whether ``value`` is, or holds, something that was copied."""
+        """Whether ``value`` is, or refers to, something that was copied."""
         if self._is_copied(value):
             return True
         if id(value) in seen or not _is_looked_into(value):
@@ -140,7 +140,7 @@ class _References:
 
 
 class Globals(dict[str, Any]):
-    """The globals of a function, with others for a few of them.
+    """The globals of a function with replacements for a few of them.
 
     >>> own = Globals({"a": 1, "b": 2})
     >>> own["a"] = 3
@@ -153,7 +153,7 @@ class Globals(dict[str, Any]):
         self.others = others
 
     def __missing__(self, name: str) -> Any:
-        # Read when they are wanted, because a script may give them other values in the meantime.
+        # Read on access, because a script may change them in the meantime.
         return self.others[name]
 
     def __contains__(self, name: object) -> bool:
@@ -161,7 +161,7 @@ class Globals(dict[str, Any]):
 
 
 def _globals_of(function: types.FunctionType) -> dict[str, Any]:
-    """The globals that a function reads; of other functions those of its own file, for the rest is libraries."""
+    """The globals that a function reads; functions among them only if they are of its own file, not a library's."""
     names: set[str] = set()
     codes = [function.__code__]
     while codes:
@@ -185,7 +185,7 @@ def _is_looked_into(value: Any) -> bool:
 
 
 def _held(value: Any) -> Iterator[Any]:
-    """What a function or a container refers to."""
+    """The values that a function or a container refers to."""
     if isinstance(value, types.FunctionType):
         yield from (cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell))
         yield from value.__defaults__ or ()
@@ -210,11 +210,11 @@ def _is_filled(cell: types.CellType) -> bool:
     return True
 
 
-# -- what is held beside the registered slots ----------------------------------------------------------------------
+# -- values outside the registered slots ---------------------------------------------------------------------------
 
 
 class Entry:
-    """A place that takes no ``place[key] = value`` itself: an item of a tuple, or the cell of a closure.
+    """Makes ``place[key] = value`` work for an item of a tuple or the cell of a closure.
 
     >>> owner = {"pair": (1, 2)}
     >>> Entry(owner, "pair")[1] = 3
@@ -240,10 +240,10 @@ class Entry:
 
 
 def holders(module: nn.Module) -> dict[str, list[tuple[Any, Any]]]:
-    """Where each parameter and buffer is held beside its own slots: ``{name: [(place, key)]}``, for ``place[key]``.
+    """``{name: [(place, key)]}``: where else each parameter and buffer is held, as ``place[key]``.
 
-    Lists, tuples and dicts in attributes of modules, plain attributes, and closures of functions there. The name is
-    the tensor's first one. Whoever swaps a tensor has to swap it there, too.
+    Such places are plain attributes of modules, lists, tuples and dicts in them, and closures of functions. The name is
+    the tensor's first one. Code that swaps a tensor has to swap it there, too.
 
     >>> lstm = nn.LSTM(2, 2)
     >>> [(place, key)] = holders(lstm)["weight_hh_l0"]
@@ -260,7 +260,7 @@ def holders(module: nn.Module) -> dict[str, list[tuple[Any, Any]]]:
 
 
 def every_module(module: nn.Module) -> Iterator[nn.Module]:
-    """All modules below ``module`` and itself, those that it keeps in plain lists, tuples and dicts as well.
+    """``module`` and all modules inside it, including those in plain lists, tuples and dicts.
 
     >>> class Hidden(nn.Module):
     ...     def __init__(self):
@@ -282,7 +282,7 @@ def every_module(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def held_tensors(module: nn.Module) -> list[Tensor]:
-    """The tensors that one module keeps beside its registered slots: in attributes and in containers there.
+    """The tensors that a module holds outside its registered slots, in attributes and containers there.
 
     >>> layer = nn.Linear(2, 2)
     >>> layer.table = {"ones": torch.ones(2)}
@@ -293,7 +293,7 @@ def held_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _places(module: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
-    """Every place beside the registered slots of ``module`` and below, with what it holds."""
+    """``(place, key, value)`` of everything outside the registered slots of ``module`` and the modules inside it."""
     registered = {id(child) for child in module.modules()}
     for child in every_module(module):
         yield from _inside(vars(child), functions=True)
@@ -303,9 +303,9 @@ def _places(module: nn.Module) -> Iterator[tuple[Any, Any, Any]]:
 
 
 def _inside(attributes: dict[str, Any], functions: bool = False) -> Iterator[tuple[Any, Any, Any]]:
-    """``(place, key, value)`` of plain attributes, and of what is inside the containers and functions among them.
+    """``(place, key, value)`` of plain attributes and of the contents of containers and functions among them.
 
-    What functions hold is looked at only on request: it need not belong to the module.
+    The contents of functions are included only on request, because they may not belong to the module.
     """
     entries = _worthwhile(attributes)
     if not entries:
@@ -332,7 +332,7 @@ def _inside(attributes: dict[str, Any], functions: bool = False) -> Iterator[tup
 
 
 def _worthwhile(container: Any) -> list[tuple[Any, Any]]:
-    """The entries that may hold something: a module has some twenty attributes, nearly all of them empty or numbers."""
+    """The entries worth a look; nearly all of a module's some twenty attributes are empty or numbers."""
     if len(container) > LONGEST:
         return []
     return [

@@ -12,15 +12,15 @@ from .code import reach_of, reach_of_functions
 from .references import every_module, held_tensors, rewire
 
 COMPILED_MODULE = "torch._dynamo.eval_frame.OptimizedModule"
-"""What ``torch.compile(module)`` returns: looked up by name, because importing it takes as long as torch itself."""
+"""The class that ``torch.compile(module)`` returns, by name because importing it takes as long as importing torch."""
 
 
 def copy_structure(backbone: nn.Module, trains: bool = False) -> nn.Module:
-    """A deep copy that shares every parameter's storage: tied ones stay tied, buffers are copied.
+    """A deep copy that shares every parameter's storage; tied parameters stay tied, and buffers are copied.
 
-    Nothing in it requires grad, unless ``trains``: then whatever does in the backbone. It runs eagerly where the
-    backbone is compiled, and forwards that write into parameters (``max_norm``, a constraint on ``weight.data``) write
-    into copies of theirs.
+    Nothing in it requires grad, unless ``trains`` is true; then the same parameters do as in the backbone. Compiled
+    modules run eagerly in it, and forwards that write into parameters (``max_norm``, a constraint on ``weight.data``)
+    write into copies of them.
 
     >>> backbone = nn.Sequential(nn.Linear(2, 2))
     >>> copied = copy_structure(backbone)
@@ -51,10 +51,10 @@ def copy_structure(backbone: nn.Module, trains: bool = False) -> nn.Module:
 
 
 def copy_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy whose every reference is to itself, also of one that keeps computed tensors (old ``weight_norm``).
+    """A deep copy without references to the original, even if ``module`` keeps computed tensors (old ``weight_norm``).
 
-    Forwards that are closures, hooks, partial functions and weak references then mean the copy's modules. ``memo`` is
-    ``copy.deepcopy``'s.
+    Forwards that are closures, hooks, partial functions and weak references then refer to the copy's modules. ``memo``
+    is that of ``copy.deepcopy``.
 
     >>> layer = nn.Linear(2, 2)
     >>> layer.last = layer(torch.zeros(1, 2))  # copy.deepcopy(layer) raises
@@ -70,14 +70,14 @@ def copy_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Mod
         copied = copy.deepcopy(module, memo)
     except Exception as error:
         path = _uncopyable(module)
-        error.add_note(f"funcdelta: the backbone's structure cannot be copied; the attributes of {path} refuse it.")
+        error.add_note(f"funcdelta: the backbone's structure cannot be copied because of the attributes of {path}.")
         raise
     rewire(copied, memo)
     return copied
 
 
 def written_parameters(module: nn.Module) -> list[str]:
-    """The parameters, by names below ``module``, that its own forward may write into, as far as its code tells.
+    """The parameters, by names relative to ``module``, that its own forward may write into, judging by its code.
 
     >>> class Constrained(nn.Linear):
     ...     def forward(self, x):
@@ -100,7 +100,7 @@ def written_parameters(module: nn.Module) -> list[str]:
     if unsafe:
         written |= {one for one in own for reach in found if (one, "data") in reach.pairs} or own
     read = {name for reach in found for name in reach.reads}
-    # In a loop over all parameters none is named.
+    # A loop over all parameters names none of them.
     listed = unsafe and not {"parameters", "named_parameters", "_parameters"}.isdisjoint(read)
     tokens = {token for path, _ in module.named_modules() for token in path.split(".")} | {"self"}
     pairs = {pair for reach in found for pair in reach.pairs}
@@ -110,11 +110,11 @@ def written_parameters(module: nn.Module) -> list[str]:
         if listed
         or (name.rpartition(".")[2] in written and _is_named(name, read) and _is_read(name, read, pairs, tokens))
     }
-    return [name for name, tensor in named.items() if id(tensor) in chosen]  # a tied one by all of its names
+    return [name for name, tensor in named.items() if id(tensor) in chosen]  # with all names of a tied tensor
 
 
 def written_from_above(root: nn.Module, path: str) -> str | None:
-    """The parameter of the module at ``path`` that a module above it may write into; ``root`` is a structural copy.
+    """The parameter of the module at ``path`` that a containing module may write into; ``root`` is a structural copy.
 
     >>> class Constrained(nn.Sequential):
     ...     def forward(self, x):
@@ -135,18 +135,18 @@ def written_from_above(root: nn.Module, path: str) -> str | None:
 
 
 def _is_named(name: str, read: set[str]) -> bool:
-    """Whether all parts of a dotted name are read; the numbers among them need not be."""
+    """Whether all parts of a dotted name are read, except numbers."""
     return all(part in read or part.isdigit() for part in name.split("."))
 
 
 BY_OTHER_WAYS = frozenset(("getattr", "get_parameter", "_parameters", "state_dict", "vars", "__dict__"))
-"""By these names a forward may read a parameter otherwise than as an attribute."""
+"""Names by which a forward may read a parameter other than as an attribute."""
 
 
 def _is_read(name: str, read: set[str], pairs: set[tuple[str, str]], tokens: set[str]) -> bool:
-    """Whether a parameter may be read, by the names that it is read from; ``tokens`` are those of modules.
+    """Whether a parameter may be read, judging by the names that it is read from; ``tokens`` are names of modules.
 
-    Of ``a.weight`` and ``b.weight`` the code ``self.b.weight`` reads one. What is read from a variable may be any.
+    Of ``a.weight`` and ``b.weight``, the code ``self.b.weight`` reads one; a read from a local variable may be either.
 
     >>> pairs = {("self", "b"), ("b", "weight")}
     >>> _is_read("a.weight", set(), pairs, {"a", "b", "self"}), _is_read("b.weight", set(), pairs, {"a", "b", "self"})
@@ -159,14 +159,14 @@ def _is_read(name: str, read: set[str], pairs: set[tuple[str, str]], tokens: set
 
 
 def _run_on_copies(module: nn.Module, names: list[str]) -> None:
-    """Let a forward that writes into parameters do so in copies of them, made in each call: a call has no memory."""
+    """Make a forward that writes into parameters write into copies, which are made anew in each call."""
     vars(module)[COPIED] = names, vars(module).get("forward")
-    # A method, which copies of the module take with them.
+    # A bound method, which copies of the module rebind to themselves.
     module.forward = types.MethodType(_forward_on_copies, module)
 
 
 COPIED = "_funcdelta_copied"
-"""Where a module has the names of the parameters that its forward writes into, and the forward that it had itself."""
+"""Attribute with the names of the parameters that a module's forward writes into, and the instance's own forward."""
 
 
 def _forward_on_copies(module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -176,7 +176,7 @@ def _forward_on_copies(module: Any, *args: Any, **kwargs: Any) -> Any:
     for name in names:
         path, _, own = name.rpartition(".")
         owner = module.get_submodule(path)
-        # In a view a frozen parameter is a plain attribute.
+        # In a view, frozen parameters are plain attributes.
         table = own_table(owner) if own in own_table(owner) else vars(owner)
         tensor = table.get(own)
         if isinstance(tensor, Tensor):
@@ -190,19 +190,19 @@ def _forward_on_copies(module: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def own_table(module: nn.Module) -> dict[str, Any]:
-    """The table of parameters of ``module`` itself, whatever others are shown (:mod:`funcdelta.run.reading`).
+    """The real table of parameters of ``module``, which may show others a different one (:mod:`funcdelta.run.reading`).
 
     >>> list(own_table(nn.Linear(2, 3)))
     ['weight', 'bias']
     """
     own = vars(module).get("_parameters")
-    return own if isinstance(own, dict) else module._parameters  # a compiled script's is made when it is asked for
+    return own if isinstance(own, dict) else module._parameters  # TorchScript makes its table on access
 
 
 def is_quantised(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is of a class of its own, whose numbers are not those that it stands for.
+    """Whether ``tensor`` is of a subclass whose stored numbers are not its values.
 
-    Quantised weights are (torchao's, bitsandbytes'); a tensor sharded over processes is not.
+    True for quantised weights (torchao's, bitsandbytes'), but not for a tensor sharded over processes.
 
     >>> is_quantised(nn.Parameter(Tensor([1.0])))
     False
@@ -211,7 +211,7 @@ def is_quantised(tensor: Tensor) -> bool:
 
 
 def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Every parameter and buffer by all of its names."""
+    """Every parameter and buffer, under all of its names."""
     return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
 
 
@@ -221,13 +221,13 @@ def _uncopyable(backbone: nn.Module) -> str:
     for path, module in backbone.named_modules():
         try:
             copy.deepcopy({key: value for key, value in vars(module).items() if key != "_modules"})
-        except Exception:  # any failure is the answer to the question asked
+        except Exception:  # any failure means that this one cannot be copied
             found = f"{path or 'the backbone itself'} ({type(module).__name__})"
     return found
 
 
 def forget_batch_statistics(module: nn.Module) -> None:
-    """Stop batch norms in training mode from keeping running statistics: a call has no memory."""
+    """Stop batch norms in training mode from keeping running statistics, because a call must leave no trace."""
     for child in module.modules():
         if isinstance(child, nn.modules.batchnorm._NormBase) and child.training and child.track_running_stats:
             child.track_running_stats = False
