@@ -123,7 +123,7 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise CheckpointError(f"'{file}' is damaged or cut off ({file.stat().st_size} bytes): {reason}.") from error
+        raise CheckpointError(f"'{file}' is damaged or truncated ({file.stat().st_size} bytes): {reason}.") from error
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise CheckpointError(f"'{file}': expected tensors by key, found something else.")
     return {str(key): tensor.detach() for key, tensor in found.items()}

@@ -86,5 +86,5 @@ def _refuse_foreign(where: str, data: Mapping[str, Any]) -> None:
     shown = ", ".join(sorted(map(str, data))[:6]) or "no field"
     raise CheckpointError(
         f"'{where}' was not written by PEFT: expected peft_type, found {shown}. If it is a LoRA all the same, write "
-        f"fd.from_peft({{**config, 'peft_type': 'LORA'}}, state_dict, backbone_model)."
+        f"fd.interop.from_peft({{**config, 'peft_type': 'LORA'}}, state_dict, backbone_model)."
     )
