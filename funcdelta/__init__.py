@@ -93,6 +93,7 @@ __all__ = [
     "interop",
     "linear",
     "load_opendelta",
+    "load_peft",
     "members",
     "methods",
     "metrics",
@@ -106,6 +107,7 @@ __all__ = [
     "register",
     "register_module",
     "save_opendelta",
+    "save_peft",
     "seeds",
     "stack",
     "take",
@@ -128,7 +130,9 @@ if _typing.TYPE_CHECKING:
     from . import optim as optim
     from .apps.picker import pick as pick
     from .interop import load_opendelta as load_opendelta
+    from .interop import load_peft as load_peft
     from .interop import save_opendelta as save_opendelta
+    from .interop import save_peft as save_peft
     from .packing import pack as pack
     from .packing import unpack as unpack
 else:  # hidden from type checkers, for which __getattr__ would make every name public
@@ -139,7 +143,7 @@ else:  # hidden from type checkers, for which __getattr__ would make every name 
         "tree",
     )
     _HOMES = {
-        "interop": ("load_opendelta", "save_opendelta"),
+        "interop": ("load_opendelta", "load_peft", "save_opendelta", "save_peft"),
         "packing": ("pack", "unpack"),
         "apps.picker": ("pick",),
         # These can be written without their namespace, too, but are not listed in __all__.

@@ -68,10 +68,9 @@ def shard(n: int, mesh: DeviceMesh | None = None) -> slice:
 def gather(tree: Tree, mesh: DeviceMesh | None = None) -> Tree:
     """Concatenate the stacks of all processes: (n of this process, …) → (n, …), the same on each of them.
 
-    ``tree`` is any pytree whose tensors have the member axis first (params, losses, an optimiser's state); other
-    leaves pass unchanged. Results are bitwise equal, of any dtype, and detached; processes may have different numbers
-    of members. All processes of ``mesh`` (``None``: all there are) have to call it. Raises ``ParamsError`` on all of
-    them if their leaves differ.
+    ``tree`` is any pytree whose tensors have the member axis first (params, losses, an optimiser's state); other leaves
+    pass unchanged. Values of any dtype arrive bit for bit, detached; processes may have different numbers of members.
+    All processes of ``mesh`` (``None``: all) have to call it. Raises ``ParamsError`` on all of them if leaves differ.
 
     >>> gather({"loss": torch.tensor([0.5, 0.25])})
     {'loss': tensor([0.5000, 0.2500])}
@@ -113,9 +112,8 @@ def save_shard(
 ) -> Path:
     """Write the members ``mine`` (a slice of all, from :func:`shard`) to ``path/members-<first>-<last>``.
 
-    ``state`` is any pytree of tensors with the member axis first, for example the optimiser's. If the process is
-    killed, the previous save stays intact. Returns the folder. Raises ``CheckpointError`` if the members of another
-    folder overlap.
+    ``state`` is any pytree of tensors with the member axis first, for example the optimiser's. A killed process leaves
+    the previous save intact. Returns the folder. Raises ``CheckpointError`` if another folder's members overlap.
 
     >>> import tempfile
     >>> delta = fd.LoraModel(nn.Sequential(nn.Linear(4, 3)), lora_r=2, modified_modules=["0"])

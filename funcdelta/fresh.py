@@ -20,9 +20,10 @@ from .methods.own import Own
 from .methods.site import Site
 from .plan.attachment import Attachment
 from .plan.plan import Plan
-from .plan.sharing import Shared
+from .plan.sharing import Shared, own_at
 from .trees.constants import still
 from .trees.drawing import own_defaults
+from .trees.noting import Noting
 from .trees.seeding import derive
 
 
@@ -58,19 +59,30 @@ def fresh_stack(
 ) -> dict[str, Tensor]:
     """Draw the params of several members, (n, ...): row i is :func:`fresh_member` with ``seeds[i]``.
 
-    Leaves are drawn site by site straight into the stack, so memory holds them once.
+    Leaves are drawn site by site straight into the stack, so memory holds them once. Where the first member's start
+    uses no random number (singular vectors of the site's weight), it is the start of all members.
     """
     params: dict[str, Tensor] = {}
-    rng = torch.Generator()  # reseeded for every draw, because making one costs as much as a thousand numbers
+    rng = Noting()  # reseeded for every draw, because making one costs as much as a thousand numbers
     for source in _sources(plan, backbone, dtype):
         found = {
             key: torch.empty((len(seeds), *shape), dtype=like, device=device or source.device)
             for key, shape, like in source.leaves.values()
         }
+        rng.begin()
+        with own_defaults():
+            first = source.draw(rng, seeds[0])
+        if not rng.used:
+            with torch.no_grad():
+                for leaf, (key, _, _) in source.leaves.items():
+                    found[key].copy_(source.checked(leaf, first))
+            params.update(still(found, source.constants))
+            continue
         step = source.at_once()
         for begin in range(0, len(seeds), step):
+            known = [] if begin else [first]
             with own_defaults():
-                drawn = [source.draw(rng, seed) for seed in seeds[begin : begin + step]]
+                drawn = known + [source.draw(rng, seed) for seed in seeds[begin + len(known) : begin + step]]
             for leaf, (key, _, _) in source.leaves.items():
                 _fill(found[key][begin : begin + step], [source.checked(leaf, one) for one in drawn])
         params.update(still(found, source.constants))
@@ -125,7 +137,7 @@ CACHED = 1 << 16
 
 def _sources(plan: Plan, backbone: nn.Module, dtype: torch.dtype | None) -> Iterator[_Source]:
     for group in plan.shared:
-        make = partial(group.config.shared, group.sites)
+        make = partial(group.config.shared_leaves, group.sites, own_at(group.sites, backbone))
         yield _of_method(group, group.sites[0], group.name, make, dtype)
     for attachment in plan.all():
         site = attachment.site

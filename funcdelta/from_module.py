@@ -172,9 +172,7 @@ def fields_of(make: MakeModule) -> list[tuple[str, Any, Any]]:
         if one.name in taken:
             raise ConfigError(f"{make.__name__}: every config already has a field {one.name!r}: use another name.")
         if isinstance(one.default, (list, dict, set)):
-            raise ConfigError(
-                f"{make.__name__}: the default of {one.name}, {one.default!r}, is mutable: write a tuple."
-            )
+            raise ConfigError(f"{make.__name__}: the default {one.name}={one.default!r} is mutable: write a tuple.")
     return [(one.name, "Any" if one.annotation is one.empty else one.annotation, one.default) for one in given]
 
 

@@ -44,6 +44,24 @@ def matches(key: str, target: str) -> bool:
     return start == 0 or key[start - 1] == "."
 
 
+def exactly(name: str) -> str:
+    """The target that means ``name`` alone, and nothing that only ends like it.
+
+    >>> exactly("classifier.weight")
+    '[r]^classifier\\\\.weight$'
+    """
+    return f"{REGEX_PREFIX}^{re.escape(name)}$"
+
+
+def explicit(paths: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
+    """Targets that mean exactly these of the ``known`` names: themselves, or fixed at both ends if another ends alike.
+
+    >>> explicit(["a", "b.a"], ["a", "b", "b.a"])
+    ('[r]^a$', 'b.a')
+    """
+    return tuple(exactly(path) if sum(matches(other, path) for other in known) != 1 else path for path in paths)
+
+
 def find_key(key: str, targets: str | Iterable[str]) -> bool:
     """Whether any of ``targets`` matches the dotted name ``key`` (whole-token suffix or ``[r]regex``).
 

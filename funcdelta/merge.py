@@ -35,7 +35,7 @@ def merge(delta: Planned, params: Params, untie: bool = False) -> dict[str, Tens
     """
     state = {name: tensor.detach() for name, tensor in delta.backbone.state_dict().items()}
     temporary = {
-        f"{path}.{name}".lstrip(".")
+        below(path, name)
         for path, module in delta.backbone.named_modules(remove_duplicate=False)
         for name in module._non_persistent_buffers_set
     }
@@ -82,6 +82,7 @@ def changes(delta: Planned, params: Params, untie: bool = False) -> dict[str, Te
     own = dict(backbone.named_parameters(remove_duplicate=False))
     own |= dict(backbone.named_buffers(remove_duplicate=False))
     changed: dict[str, Tensor] = {}
+    apart: dict[str, tuple[str, str]] = {}  # an end of a tied pair: the site that changed it, and by what delta
     for name, tensor in params.items():
         if name in own and not _is_same(tensor, own[name]):
             changed |= dict.fromkeys(names[name], tensor.to(own[name].dtype))
@@ -99,15 +100,19 @@ def changes(delta: Planned, params: Params, untie: bool = False) -> dict[str, Te
             }
             for name, tensor in rewritten(attachment, attachment.of(params), tensors, training=False).items():
                 leaf = name.rpartition(".")[2]
-                here = [f"{at}.{leaf}".lstrip(".") for at in paths[id(module)]]
-                for other in names.get(name, ()):
-                    if other not in here and not untie and changed.get(other) is not tensor:
-                        raise MergeError(
-                            f"{name} is tied to {other}, but {attachment.name} acts on {path} only: merged, the two "
-                            f"would differ. Write delta.merge(params, untie=True), and load the result into an untied "
-                            f"model (tie_word_embeddings=False)."
-                        )
+                here = [below(at, leaf) for at in paths[id(module)]]
+                if any(other not in here for other in names.get(name, ())):
+                    apart[name] = path, attachment.name
                 changed |= dict.fromkeys(here, tensor)
+    for name, (path, acting) in apart.items() if not untie else ():
+        for other in names[name]:
+            if other not in changed or not torch.equal(changed[other], changed[name]):
+                raise MergeError(
+                    f"{name} is tied to {other}, and {acting} acts on {path} alone, or otherwise there: merged, the "
+                    f"two would differ. Write delta.merge(params, untie=True), and load it into an untied model "
+                    f"(tie_word_embeddings=False)."
+                )
+            changed[other] = changed[name]
     return changed
 
 

@@ -28,6 +28,7 @@ from .plan.sharing import expand_member, expand_stack
 from .run.auto import Explanation, explain, run_any
 from .run.call import Params, Prepare
 from .run.checked import Checks
+from .run.conditions import GIVEN, checked
 from .run.engines import BY_NAME
 from .run.forward import without_cache
 from .run.inputs import InDims, Inputs, Readings
@@ -217,7 +218,7 @@ class DeltaModel(Habits):
         >>> delta.refresh().apply(params, torch.zeros(3, 4, dtype=torch.float64)).dtype
         torch.float64
         """
-        shapes = {a.site.path: a.site.attention for a in self.plan.all() if a.adds_keys}
+        shapes = {a.site.path: a.site.attention for a in self.plan.all() if a.in_attention}
         plan = build_plan(self.backbone, self.configs, lambda paths: self.plan.measured, lambda paths: shapes)
         self.program.refresh(plan)
         self._read_backbone()
@@ -343,6 +344,8 @@ class DeltaModel(Habits):
         mapped = not torch.compiler.is_compiling() and current_transform() is not None
         if mapped or inputs is not None:
             args, kwargs = self._given(args, kwargs, inputs, transformed=mapped)
+        if GIVEN in kwargs:
+            kwargs = checked(self.plan, self.backbone, params, kwargs)
         program = self.program
         shared = program.skeletons.plan.shared
         expanded = expand_member(shared, params) if shared else params
@@ -403,6 +406,8 @@ class DeltaModel(Habits):
         stack = self._ready(stack, casts)
         if inputs is not None:
             args, kwargs = self._given(args, kwargs, inputs, transformed=False)
+        if GIVEN in kwargs:
+            kwargs = checked(self.plan, self.backbone, stack, kwargs)
         return stack, self._readings.read(n, args, kwargs, in_dims)
 
     def _many(self, stack: Params, inputs: Inputs, engine: str) -> Any:
@@ -454,6 +459,8 @@ class DeltaModel(Habits):
         if isinstance(stack, Resident):
             stack.check(index)
         args, kwargs = self._given(args, kwargs, inputs, transformed=True)
+        if GIVEN in kwargs:
+            kwargs = checked(self.plan, self.backbone, stack, kwargs)
         ready = self._ready(stack, casts)
         reached = None if torch.compiler.is_compiling() or self.program.is_verified(ready) else set[str]()
         expanded = expand_stack(self.plan.shared, ready)

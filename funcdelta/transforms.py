@@ -148,6 +148,27 @@ def innermost(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def outside_of_map(compute: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    """``compute(*values)`` one level outside of the innermost ``torch.vmap``, with the entries of all on a first axis.
+
+    What it gives, with such an axis, too, is back inside of the map, where each entry has its own.
+
+    >>> torch.vmap(lambda x: x + outside_of_map(lambda all_x: all_x.flip(0), 2 * x))(torch.tensor([1.0, 10.0]))
+    tensor([21., 12.])
+    """
+    from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
+
+    interpreter = retrieve_current_functorch_interpreter()
+    if not isinstance(interpreter, VmapInterpreter):
+        raise RuntimeError("The innermost transform is not torch.vmap.")
+    level, n = interpreter.level(), interpreter.batch_size()
+    held = [_functorch._unwrap_batched(value, level) for value in values]
+    with interpreter.lower():
+        every = [v.expand(n, *v.shape) if axis is None else v.movedim(axis, 0) for v, axis in held]
+        found = compute(*every)
+    return _functorch._add_batch_dim(found, 0, level)
+
+
 def outside_transforms() -> AbstractContextManager[Any]:
     """A block that runs as if no transform were running.
 

@@ -1,14 +1,14 @@
-"""Arithmetic of what deltas do, ΔW: the change of every weight, not the leaves that make it.
+"""Arithmetic on ΔW, the change that a delta makes to each weight, rather than on the leaves that produce it.
 
-Leaves of a low-rank delta are coordinates, and no unique ones: ``B A = (B G)(G⁻¹ A)`` for every invertible G. Averaging
-leaves (``fd.tree``) therefore averages something else than the changes; the functions here give the same
-result for every choice of G. They take and give ``(delta, params)``, for ranks change: what comes out is a delta of
-its own, with one config, on the same backbone. ``params`` is one member or a stack, whose members are then treated one
-by one. All are differentiable; where a singular value decomposition is part, its docstring says where.
+The leaves of a low-rank delta are not unique: ``B A = (B G)(G⁻¹ A)`` for every invertible G. So averaging leaves
+(``fd.tree``) does not average the changes, whereas the functions here give the same result for every G. They take and
+return ``(delta, params)`` because ranks change: the result is a new delta with one config on the same backbone.
+``params`` is one member or a stack, whose members are treated separately. All functions are differentiable, except
+where the docstring of one with a singular value decomposition says otherwise.
 
-Each merge says in which space it works: ``ties``, ``dare``, ``prune`` and ``task_arithmetic`` take and give dense
-changes, ``{name of a weight: ΔW}``; ``knots`` aligns changes by a basis that they share, and merges there; ``soup``
-averages leaves, and warns where that means nothing.
+Merges work in different spaces: ``ties``, ``dare``, ``prune`` and ``task_arithmetic`` on dense changes,
+``{name of a weight: ΔW}``; ``knots`` in a basis that the changes share; ``soup`` on leaves, with a warning if that is
+not meaningful.
 """
 
 from .aligned import knots, soup

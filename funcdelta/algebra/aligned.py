@@ -1,4 +1,4 @@
-"""Merges in the space that changes have in common, and means of leaves that say when they mean nothing."""
+"""Merges changes in a basis that they share, and averages leaves with a warning if that is not meaningful."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .sums import Pair, summands_of
 
 Merge = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 FAR = 0.1
-"""Of what members do on average: by how much the mean of their leaves may do something else without a word."""
+"""The relative error of the mean of leaves, compared with the members' mean change, above which soup warns."""
 
 
 def knots(pairs: Iterable[Pair] | Pair, merge: Merge = ties) -> tuple[DeltaModel, dict[str, Tensor]]:
     """U Σ merge(V₁ᵀ, …, Vₙᵀ), where [ΔW₁ … ΔWₙ] = U Σ [V₁ᵀ … Vₙᵀ] at every site: a merge of aligned changes.
 
-    Changes of low rank hardly share an entry; in the basis U that all of them have in common, they do. ``merge`` gets
-    ``{site.weight: (n, R, columns)}``, R the sum of all ranks, and gives what :func:`ties` gives, without the axis n;
-    with the mean for ``merge`` the result is the exact mean. No ΔW is formed: a QR of the factors B side by side, and
-    an SVD of (R, n · columns). ``pairs`` are single members, or one ``(delta, stack)``, as in :func:`sum_exact`.
-    Changes of trained backbone leaves are merged as they are.
+    The entries of low-rank changes rarely correspond; in the common basis U they do. ``merge`` gets
+    ``{site.weight: (n, R, columns)}``, where R is the sum of all ranks, and returns the same without the axis n, as
+    :func:`ties` does. If it takes the mean, the result is the exact mean. No ΔW is formed, only a QR of the factors B
+    side by side and an SVD of (R, n · columns). ``pairs`` are single members, or one ``(delta, stack)``, as in
+    :func:`sum_exact`. Changes of trained backbone leaves are merged as they are.
 
     Stoica et al. 2024, "Model Merging with SVD to Tie the KnOTS".
 
@@ -43,7 +43,7 @@ def knots(pairs: Iterable[Pair] | Pair, merge: Merge = ties) -> tuple[DeltaModel
     """
     parts = summands_of(pairs)
     if parts[0].n is not None:
-        raise ParamsError("knots merges single members: give a list of (delta, member) pairs, or one (delta, stack).")
+        raise ParamsError("knots merges single members: pass a list of (delta, member) pairs, or one (delta, stack).")
     bases: dict[tuple[str, str], Tensor] = {}
     aligned: dict[str, Tensor] = {}
     for path, own in _all_sites(parts).items():
@@ -57,7 +57,7 @@ def knots(pairs: Iterable[Pair] | Pair, merge: Merge = ties) -> tuple[DeltaModel
     lacking = sorted((aligned | changes).keys() - (merged.keys() if isinstance(merged, Mapping) else ()))
     if lacking:
         found = f"no {lacking[0]!r}" if isinstance(merged, Mapping) else type(merged).__name__
-        raise ParamsError(f"merge of knots gives a dict with the names that it was given; found {found}.")
+        raise ParamsError(f"merge of knots must return a dict with the names that it was given; found {found}.")
     sites: dict[str, dict[str, Factors]] = {}
     for (path, name), basis in bases.items():
         sites.setdefault(path, {})[name] = (basis, merged[f"{path}.{name}"])
@@ -68,13 +68,13 @@ def knots(pairs: Iterable[Pair] | Pair, merge: Merge = ties) -> tuple[DeltaModel
 def soup(
     delta: DeltaModel, stack: Mapping[str, Tensor], weights: Sequence[float] | Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Σ wᵢ leafᵢ, equal weights without any: the mean of members in factor space, which keeps their rank.
+    """Σ wᵢ leafᵢ, by default with equal weights: the mean of members in factor space, which keeps their rank.
 
-    Constants that all members have alike stay as they are.
+    Constants that are equal in all members stay as they are.
 
-    It means something for members that started from the same leaves and stayed near each other (Wortsman et al. 2022,
-    "Model Soups"): (Σ wᵢ Bᵢ)(Σ wᵢ Aᵢ) is not Σ wᵢ Bᵢ Aᵢ. Where the two differ by more than a tenth, a
-    ``FactorMeanWarning`` says by how much, and names the exact way: ``sum_exact``, then ``truncate``.
+    It is meaningful if members started from the same leaves and stayed close to each other (Wortsman et al. 2022,
+    "Model Soups"), because (Σ wᵢ Bᵢ)(Σ wᵢ Aᵢ) is not Σ wᵢ Bᵢ Aᵢ. If the two differ by more than a tenth, a
+    ``FactorMeanWarning`` says by how much, and names the exact alternative: ``sum_exact``, then ``truncate``.
 
     >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), lora_r=2, modified_modules=["0"])
     >>> start = fd.tree.randn_like(delta.init(0), seed=0)
@@ -83,19 +83,19 @@ def soup(
     torch.Size([2, 4])
     """
     if not is_stack(delta, stack):
-        raise ParamsError("soup averages the members of a stack, and these params are one member: fd.stack([...]).")
+        raise ParamsError("soup averages the members of a stack, but these params are one member: fd.stack([...]).")
     n = members(stack)
-    shares = shares_of(weights if weights is not None else [1 / n] * n, n, "soup needs one weight a member")
-    # Constants by their differences, so that what all members have alike stays what it is, to the last digit.
+    shares = shares_of(weights if weights is not None else [1 / n] * n, n, "soup needs one weight per member")
+    # Average differences of constants, so that a constant that all members share keeps its exact value.
     apart = {name: leaf - leaf[:1] if name in delta.constants else leaf for name, leaf in stack.items()}
     mean = weighted_sum(apart, shares)
     mean |= {name: stack[name][0] + mean[name] for name in delta.constants if name in mean}
     off = _far_off(delta, stack, mean, shares)
     if off > FAR:
         warnings.warn(
-            f"The mean of these members' leaves does something else than they do on average (by {off:.0%}): their "
-            f"factors did not start alike, or have moved apart. The exact way is fd.algebra.sum_exact((delta, stack), "
-            f"weights), and fd.algebra.truncate for its rank.",
+            f"The mean of these members' leaves differs by {off:.0%} from the mean of their changes, because their "
+            f"factors did not start alike, or have moved apart. Exact is fd.algebra.sum_exact((delta, stack), "
+            f"weights); fd.algebra.truncate reduces its rank.",
             FactorMeanWarning,
             stacklevel=2,
         )
@@ -103,7 +103,7 @@ def soup(
 
 
 def _far_off(delta: DeltaModel, stack: Mapping[str, Tensor], mean: dict[str, Tensor], shares: Tensor) -> float:
-    """‖mean(B) mean(A) - mean(B A)‖ over ‖mean(B A)‖, over all sites."""
+    """‖mean(B) mean(A) - mean(B A)‖ / ‖mean(B A)‖ over all sites."""
     each, leafwise, difference, size = read(delta, stack), read(delta, mean), 0.0, 0.0
     for path, own in leafwise.sites.items():
         for name, (b, a) in own.items():
@@ -116,13 +116,13 @@ def _far_off(delta: DeltaModel, stack: Mapping[str, Tensor], mean: dict[str, Ten
 
 
 def _square(b: Tensor, a: Tensor) -> float:
-    """‖B A‖²_F = Σ (BᵀB)∘(A Aᵀ), without the product."""
+    """‖B A‖²_F = Σ (BᵀB)∘(A Aᵀ), without forming B A."""
     b, a = b.detach().double(), a.detach().double()
     return max(0.0, float(((b.mT @ b) * (a @ a.mT)).sum()))
 
 
 def _all_sites(parts: Sequence[Factored]) -> dict[str, dict[str, None]]:
-    """Every site of any part and the names there, in the order of appearance."""
+    """``{site: names}`` over all parts, in order of appearance."""
     found: dict[str, dict[str, None]] = {}
     for part in parts:
         for path, own in part.sites.items():

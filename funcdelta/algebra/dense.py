@@ -1,4 +1,4 @@
-"""Between factors and dense changes: ``{name of a weight: ΔW}``."""
+"""Converts between deltas and dense changes, ``{name of a weight: ΔW}``."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .ranks import gauged
 
 
 def materialise(delta: DeltaModel, params: Mapping[str, Tensor], untie: bool = False) -> dict[str, Tensor]:
-    """ΔW of every tensor that ``delta.merge(params)`` changes, under its name: merged minus the backbone's own.
+    """``{name: ΔW}`` of every tensor that ``delta.merge(params)`` changes: the merged tensor minus the backbone's.
 
-    Tensors have the shapes of the backbone's, after the member axis (n,) for a stack. Where all of a change is B A, or
-    is p - w of a trained leaf, it is computed as that, in the leaves' dtype; of any other method that merges it is the
-    difference, with the rounding of the backbone's dtype. Dense: a stack of n is n times the weights.
+    Tensors have the backbone's shapes, with a member axis (n,) in front for a stack. A change that is B A, or p - w of
+    a trained leaf, is computed as such, in the leaves' dtype. For other methods it is the difference of weights, with
+    the rounding of the backbone's dtype. Memory for a stack of n is n times the weights.
 
-    Raises ``MergeError`` where ``merge`` does; ``untie`` is as there.
+    Raises ``MergeError`` if ``merge`` does, and takes ``untie`` like it.
 
     >>> delta = fd.BitFitModel(torch.nn.Sequential(torch.nn.Linear(4, 2)), modified_modules=["0"])
     >>> fd.algebra.materialise(delta, {"0.bitfit.bias": torch.tensor([1.0, 2.0])})
@@ -46,7 +46,7 @@ def materialise(delta: DeltaModel, params: Mapping[str, Tensor], untie: bool = F
 
 
 def _side_by_side(members: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The changes of members that need not change the same weights, with zeros where one changes none."""
+    """Stack the changes of members that may change different weights, with zeros for those that are missing."""
     like = {name: change for member in members for name, change in member.items()}
     return {
         name: torch.stack([member.get(name, torch.zeros_like(zero)) for member in members])
@@ -73,7 +73,7 @@ def _member(delta: DeltaModel, params: Mapping[str, Tensor], untie: bool) -> dic
                 name = f"{path}.{leaf}"
                 change = (b @ a_).reshape(own[name].shape)
                 sums[name] = sums[name] + change if name in sums else change
-    # A tensor of several names is one tensor in ``merged``, and its sum stands under the name of the site.
+    # A tensor with several names is a single object in ``merged``, but its sum is only under the site's name.
     by_tensor = {id(merged[name]): change for name, change in sums.items()}
     found: dict[str, Tensor] = {}
     for name, tensor in merged.items():
@@ -83,13 +83,13 @@ def _member(delta: DeltaModel, params: Mapping[str, Tensor], untie: bool) -> dic
 
 
 def from_dense(delta: DeltaModel, dense: Mapping[str, Tensor]) -> tuple[DeltaModel, dict[str, Tensor]]:
-    """The params of ``delta``'s rank that come nearest to ``dense``, in the gauge of :func:`canonical`.
+    """The params of ``delta``'s rank whose changes are closest to ``dense``, in the gauge of :func:`canonical`.
 
-    The largest singular values of every ΔW (Eckart and Young 1936). ``dense`` is ``{name of a weight: ΔW}`` as
-    :func:`materialise` gives it, with a first axis (n,) for a stack; trained backbone leaves get theirs exactly. The
-    delta given back has scale 1. Gradients are as in :func:`truncate`.
+    Keeps the largest singular values of every ΔW (Eckart and Young 1936). ``dense`` is ``{name of a weight: ΔW}``, as
+    from :func:`materialise`, with a first axis (n,) for a stack; trained backbone leaves get their changes exactly. The
+    returned delta has scale 1. For gradients see :func:`truncate`.
 
-    Raises ``ParamsError`` for a weight that the delta does not change, one that is missing, or another shape.
+    Raises ``ParamsError`` if a weight is missing, has another shape, or is not changed by the delta.
 
     >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8))
     >>> delta, full = (fd.LoraModel(backbone, lora_r=r, modified_modules=["0"]) for r in (2, 4))
@@ -105,8 +105,8 @@ def from_dense(delta: DeltaModel, dense: Mapping[str, Tensor]) -> tuple[DeltaMod
         both = [end for end in ends if end in places]
         if both:
             raise ParamsError(
-                f"{both[0]} is changed by the delta and trained itself ({name} in unfrozen_modules), so a change of it "
-                f"is not one or the other: build the delta for from_dense without one of the two."
+                f"{both[0]} is changed by the delta and also trained itself ({name} in unfrozen_modules), so its "
+                f"change could be split between the two in many ways: build the delta for from_dense with only one."
             )
     given = _by_place(delta, dense, [*places, *trained])
     n = _members(given, {name: shape for name, (_, _, shape) in places.items()} | trained)
@@ -123,31 +123,31 @@ def from_dense(delta: DeltaModel, dense: Mapping[str, Tensor]) -> tuple[DeltaMod
 
 
 def _fresh(a: Attachment) -> dict[str, Factors]:
-    """The factors of the attachment as it starts, for their shapes."""
+    """Factors of zeros, for their shapes."""
     shapes = a.own
     return factors_of(a, {leaf: torch.zeros(shapes[leaf]) for leaf in shapes}, stacked=False)
 
 
 def _places(delta: DeltaModel) -> dict[str, tuple[Attachment, str, tuple[int, ...]]]:
-    """``{name of a weight: (who changes it, its own name, its shape)}``."""
+    """``{name of a weight: (attachment that changes it, own name, shape)}``."""
     found: dict[str, tuple[Attachment, str, tuple[int, ...]]] = {}
     state = delta.backbone.state_dict()
     for a in need_factors(delta):
         for own in _fresh(a):
             name = f"{a.site.path}.{own}"
             if name not in state:
-                raise ParamsError(f"{name} is no tensor of the backbone's state dict, so it is computed at each call.")
+                raise ParamsError(f"{name} is not in the backbone's state dict, so it is computed at each call.")
             if name in found:
                 raise ParamsError(
-                    f"{name} is changed by {found[name][0].name} and by {a.name}, and a change can be divided between "
-                    f"them in many ways: give from_dense a delta of one config."
+                    f"{name} is changed by both {found[name][0].name} and {a.name}, so a change could be split between "
+                    f"them in many ways: pass from_dense a delta with one config."
                 )
             found[name] = a, own, tuple(state[name].shape)
     return found
 
 
 def _by_place(delta: DeltaModel, dense: Mapping[str, Tensor], wanted: list[str]) -> dict[str, Tensor]:
-    """The changes under the names that the delta knows; another name of the same tensor may stand beside it."""
+    """The changes under the delta's names; ``dense`` may also, or instead, have other names of the same tensors."""
     tensors = dict(delta.backbone.named_parameters(remove_duplicate=False))
     owners = {id(tensors[name]): name for name in wanted if name in tensors}
     same = {end: owners[id(tensor)] for end, tensor in tensors.items() if id(tensor) in owners}
@@ -160,14 +160,14 @@ def _by_place(delta: DeltaModel, dense: Mapping[str, Tensor], wanted: list[str])
     missing = [name for name in wanted if name not in found]
     if missing:
         raise ParamsError(
-            f"from_dense: {len(missing)} changes are missing, the first is {missing[0]!r}. Give zeros for a weight "
-            f"that does not change."
+            f"from_dense: {len(missing)} changes are missing, first {missing[0]!r}. Give zeros for a weight that does "
+            f"not change."
         )
     return found
 
 
 def _members(given: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """The number of members, which all changes share; ``None`` for one."""
+    """The number of members, on which all changes must agree; ``None`` for one member."""
     first = next(iter(shapes))
     n = given[first].shape[0] if given[first].ndim > len(shapes[first]) else None
     for name, shape in shapes.items():

@@ -1,4 +1,4 @@
-"""A (delta, params) pair as factors of the change at every site, and back."""
+"""Converts a (delta, params) pair to the factors of its change at every site, and back."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Factors = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Factored:
-    """What one member, or each of n, does to the weights.
+    """The changes that one member, or each of n, makes to the weights.
 
     Attributes:
-        delta: whose backbone, mode and config the result takes.
-        base: the config that the result is made of.
+        delta: the delta whose backbone and mode a result gets.
+        base: the config that a result is made from.
         n: the number of members of a stack; ``None`` for one member.
         sites: ``{site path: {own name: (B, A)}}``.
-        trained: ``{name: p - w}`` of the backbone leaves that are trained too.
+        trained: ``{name: p - w}`` of trained backbone leaves.
     """
 
     delta: DeltaModel
@@ -46,21 +46,19 @@ class Factored:
 
 
 def is_stack(delta: DeltaModel, params: Any) -> bool:
-    """Whether ``params`` is a stack; raises ``ParamsError`` unless every leaf is known and of its shape.
+    """Whether ``params`` is a stack; raises ``ParamsError`` unless every leaf is known and has its shape.
 
     >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
     >>> is_stack(delta, delta.init(0)), is_stack(delta, delta.init(0, n=2))
     (False, True)
     """
     if not isinstance(delta, DeltaModel):
-        raise ParamsError(
-            f"fd.algebra takes a delta and its params; found {type(delta).__name__} in the place of the delta."
-        )
+        raise ParamsError(f"fd.algebra takes a delta and its params; found {type(delta).__name__} for the delta.")
     return checks_of(delta).is_stack(params)
 
 
 def read(delta: DeltaModel, params: Mapping[str, Tensor]) -> Factored:
-    """The factors of ``params``; raises ``MergeError`` where a method has none.
+    """The factors of ``params``; raises ``MergeError`` if a method has none.
 
     >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), lora_r=2, modified_modules=["0"])
     >>> [tuple(factor.shape) for factor in read(delta, delta.init(0)).sites["0"]["weight"]]
@@ -69,7 +67,7 @@ def read(delta: DeltaModel, params: Mapping[str, Tensor]) -> Factored:
     stacked = is_stack(delta, params)
     missing = [name for name in delta.names if name not in params]
     if missing:
-        raise ParamsError(f"{len(missing)} leaves are missing, the first is {missing[0]!r}. Give all of them.")
+        raise ParamsError(f"params lack {len(missing)} leaves of the delta, first {missing[0]!r}. Pass all of them.")
     attachments = need_factors(delta)
     still = {name: leaf.detach() if name in delta.constants else leaf for name, leaf in params.items()}
     full = (expand_stack if stacked else expand_member)(delta.plan.shared, still)
@@ -85,25 +83,25 @@ def read(delta: DeltaModel, params: Mapping[str, Tensor]) -> Factored:
 
 
 def need_factors(delta: DeltaModel) -> list[Attachment]:
-    """Every attachment of ``delta``, once it is known that each has factors."""
+    """Every attachment of ``delta``; raises ``MergeError`` unless each has factors."""
     for config in delta.configs:
         if isinstance(config, Packed):
             raise MergeError(
-                "This delta was made by fd.pack, and its members are of unlike ranks or sites: write "
-                "fd.algebra.sum_exact(fd.unpack(delta, stack)), or take the pairs that fd.unpack gives one by one."
+                "This delta was made by fd.pack, and its members may differ in ranks or sites: write "
+                "fd.algebra.sum_exact(fd.unpack(delta, stack)), or use the pairs of fd.unpack one by one."
             )
     for a in delta.plan.all():
         reason = unfactored(a)
         if reason:
             raise MergeError(
-                f"{a.name} at {a.site.path} has no change ΔW = B A of a weight: {reason}. fd.tree adds and averages "
-                f"its leaves (factor space); or combine outputs, delta.apply_many(stack, ...).mean(0)."
+                f"{a.name} at {a.site.path} has no change ΔW = B A of a weight: {reason}. Use fd.tree to add or "
+                f"average its leaves (factor space), or combine outputs: delta.apply_many(stack, ...).mean(0)."
             )
     return delta.plan.all()
 
 
 def unfactored(a: Attachment) -> str | None:
-    """Why the delta has no factors there; ``None`` if it has.
+    """Why the delta has no factors at this site; ``None`` if it has.
 
     >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), modified_modules=["0"])
     >>> unfactored(delta.plan.all()[0]) is None
@@ -136,12 +134,12 @@ def beside(left: Factors, right: Factors) -> Factors:
 
 
 def rank_of(factored: Factored) -> int:
-    """The largest rank at a site."""
+    """The largest rank of any site."""
     return max(a.shape[-2] for own in factored.sites.values() for _, a in own.values())
 
 
 def write(factored: Factored, rank: int) -> tuple[DeltaModel, dict[str, Tensor]]:
-    """A delta of that rank, and the params whose factors these are; shorter ones get zeros at the end."""
+    """``(delta, params)`` of that rank with these factors, zero-padded where their rank is smaller."""
     delta = _delta(factored, rank)
     parameters = dict(delta.backbone.named_parameters())
     found = {name: parameters[name].detach().to(change) + change for name, change in factored.trained.items()}
@@ -165,7 +163,7 @@ def _padded(factors: Factors, rank: int) -> Factors:
 
 
 def _delta(factored: Factored, rank: int) -> DeltaModel:
-    """The delta itself if its config is already the right one, else a new one with that config."""
+    """The delta itself if its config fits already, else a new one with the config that does."""
     old = factored.delta
     config = factored.base.with_rank(rank)
     own = {a.site.path for a in old.plan.all() if a.config is factored.base}
@@ -176,6 +174,6 @@ def _delta(factored: Factored, rank: int) -> DeltaModel:
         config = dataclasses.replace(config, unfrozen_modules=("deltas", *map(exactly, factored.trained)))
     if old.configs == (config,):
         return old
-    with outside_transforms():  # its methods draw leaves, for their shapes
+    with outside_transforms():  # building a delta draws leaves to learn their shapes
         new = DeltaModel(old.backbone, config, example=old.example, prepare=old.prepare)
     return new if old.mode_flag is None else new.mode(train=old.mode_flag)

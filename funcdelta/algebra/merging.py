@@ -1,7 +1,7 @@
-"""Several dense changes made one: sums of task vectors, TIES, and DARE's sparser changes of equal expectation.
+"""Merges dense changes by sums of task vectors and TIES, and makes changes sparse by pruning and DARE.
 
-``changes`` is what :func:`materialise` gives: a list of ``{name of a weight: ΔW}``, or the one dict of a stack, whose
-tensors are (n, ...). The result is one dict without the member axis, for :func:`from_dense` or to add to the weights.
+``changes`` come from :func:`materialise`: a list of ``{name of a weight: ΔW}``, or the dict of a stack, whose tensors
+are (n, ...). The result is one dict without the member axis, for :func:`from_dense` or to add to the weights.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Change = Mapping[str, Tensor]
 
 
 def task_arithmetic(changes: Sequence[Change] | Change, weights: Sequence[float] | Tensor) -> dict[str, Tensor]:
-    """Σ wᵢ ΔWᵢ; a negative weight takes a task away. ``weights`` has one number a change.
+    """Σ wᵢ ΔWᵢ with one weight per change; a negative weight removes a task.
 
-    Ilharco et al. 2022, "Editing Models with Task Arithmetic". For low-rank deltas :func:`sum_exact` is the same
+    Ilharco et al. 2022, "Editing Models with Task Arithmetic". For low-rank deltas :func:`sum_exact` does the same
     without dense matrices.
 
     >>> changes = [{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 5.0])}]
@@ -32,14 +32,14 @@ def task_arithmetic(changes: Sequence[Change] | Change, weights: Sequence[float]
     {'w': tensor([-2., -3.])}
     """
     found = _stack(changes)
-    return weighted_sum(found, shares_of(weights, members(found), "task_arithmetic needs one weight a change"))
+    return weighted_sum(found, shares_of(weights, members(found), "task_arithmetic needs one weight per change"))
 
 
 def ties(changes: Sequence[Change] | Change, density: float = 0.2, weight: float = 1.0) -> dict[str, Tensor]:
-    """λ times the mean, entry by entry, of those trimmed changes that have the elected sign.
+    """λ times the entrywise mean of the trimmed changes that have the elected sign.
 
-    Each change keeps the share ``density`` of its entries that is largest in magnitude, over all its weights together;
-    the sign of an entry is that of the sum of what was kept; the mean is over the kept values of that sign alone.
+    Each change keeps the fraction ``density`` of its entries that is largest in magnitude over all its weights. The
+    elected sign of an entry is that of the sum of kept values; the mean is over kept values of that sign only.
     ``weight`` is the paper's λ. Yadav et al. 2023, "TIES-Merging".
 
     >>> changes = [{"w": torch.tensor([4.0, 0.1, -3.0])}, {"w": torch.tensor([2.0, 0.2, 5.0])}]
@@ -47,7 +47,7 @@ def ties(changes: Sequence[Change] | Change, density: float = 0.2, weight: float
     {'w': tensor([3., 0., 5.])}
     """
     if not 0 < density <= 1:
-        raise ParamsError(f"ties: density={density}; write the share of entries that each change keeps, in (0, 1].")
+        raise ParamsError(f"ties: density={density}; write the fraction of entries that each change keeps, in (0, 1].")
     vectors, unravel = ravel(_stack(changes), per_member=True)
     values = vectors.to(compute_dtype(vectors.dtype))
     kept = _largest(values, density)
@@ -58,26 +58,26 @@ def ties(changes: Sequence[Change] | Change, density: float = 0.2, weight: float
 
 
 def prune(change: Change, density: float) -> dict[str, Tensor]:
-    """The share ``density`` of the entries that is largest in magnitude, over all weights together; the rest is 0.
+    """Keep the fraction ``density`` of entries that is largest in magnitude over all weights; the others become 0.
 
-    One change; for those of a stack ``torch.vmap(lambda change: fd.algebra.prune(change, 0.2))(changes)``. Magnitude
-    pruning, in the space of ΔW: a factor's entries say nothing by themselves.
+    Takes one change; for a stack write ``torch.vmap(lambda change: fd.algebra.prune(change, 0.2))(changes)``. This is
+    magnitude pruning of ΔW, because single entries of factors mean nothing.
 
     >>> fd.algebra.prune({"v": torch.tensor([0.1, -3.0]), "w": torch.tensor([2.0, 0.5])}, density=0.5)
     {'v': tensor([ 0., -3.]), 'w': tensor([2., 0.])}
     """
     if not 0 < density <= 1:
-        raise ParamsError(f"prune: density={density}; write the share of entries that is kept, in (0, 1].")
+        raise ParamsError(f"prune: density={density}; write the fraction of entries to keep, in (0, 1].")
     vector, unravel = ravel(_checked(change))
     return unravel(_largest(vector, density))
 
 
 def dare(change: Change, drop: float, seed: int) -> dict[str, Tensor]:
-    """``m ⊙ ΔW / (1 - p)`` with m = 0 with probability p = ``drop``: sparse, and ΔW in expectation.
+    """``m ⊙ ΔW / (1 - p)``, where m is 0 with probability p = ``drop`` and 1 otherwise: sparse, with expectation ΔW.
 
-    An entry's mask depends on (seed, name of the weight) and its place alone; drawn on the CPU, so every device gets
-    the same one. One change, or that of a stack (every member's mask is then its own). Yu et al. 2023, "Language
-    Models are Super Mario".
+    An entry's mask depends only on the seed, the weight's name and the entry's position; it is drawn on the CPU, so it
+    is the same on every device. Takes one change, or that of a stack, whose members get different masks. Yu et al.
+    2023, "Language Models are Super Mario".
 
     >>> fd.algebra.dare({"w": torch.ones(6)}, drop=0.5, seed=0)["w"].unique()
     tensor([0., 2.])
@@ -94,9 +94,9 @@ def dare(change: Change, drop: float, seed: int) -> dict[str, Tensor]:
 
 
 def shares_of(weights: Sequence[float] | Tensor, n: int, needs: str) -> Tensor:
-    """``weights`` as one tensor (n,), float64 where they are numbers; ``ParamsError`` begins with ``needs``.
+    """``weights`` as a tensor (n,), float64 for Python numbers; a ``ParamsError`` begins with ``needs``.
 
-    >>> shares_of([0.5, 0.5], 2, "soup needs one weight a member")
+    >>> shares_of([0.5, 0.5], 2, "soup needs one weight per member")
     tensor([0.5000, 0.5000], dtype=torch.float64)
     """
     try:
@@ -118,7 +118,7 @@ def weighted_sum(stack: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tens
 
 
 def _largest(values: Tensor, density: float) -> Tensor:
-    """``values`` (..., d) with all but the share ``density`` of largest magnitude in the last axis set to 0."""
+    """``values`` (..., d), zero except for the fraction ``density`` of largest magnitude along the last axis."""
     if not values.shape[-1]:
         return values
     top = values.detach().abs().topk(max(1, round(density * values.shape[-1]))).indices
@@ -126,22 +126,22 @@ def _largest(values: Tensor, density: float) -> Tensor:
 
 
 def _stack(changes: Sequence[Change] | Change) -> dict[str, Tensor]:
-    """The changes side by side, each tensor (n, ...)."""
+    """The changes stacked, each tensor (n, ...)."""
     if isinstance(changes, Mapping):
         members(changes)
         return _checked(changes)
     if not isinstance(changes, Sequence) or isinstance(changes, str):
         raise ParamsError(
-            f"Changes are a list of dicts {{name of a weight: ΔW}}, or the one of a stack; found "
+            f"changes must be a list of dicts {{name of a weight: ΔW}}, or the dict of a stack; found "
             f"{type(changes).__name__}."
         )
     return stack([_checked(change) for change in changes])
 
 
 def _checked(change: Change) -> dict[str, Tensor]:
-    """One change as a dict, if it is one: real tensors by the names of weights."""
+    """One change as a dict; raises unless it has real tensors by names of weights."""
     if not isinstance(change, Mapping):
-        raise ParamsError(f"A change is a dict {{name of a weight: ΔW}}; found {type(change).__name__}.")
+        raise ParamsError(f"A change must be a dict {{name of a weight: ΔW}}; found {type(change).__name__}.")
     check_tree(change)
     for name, leaf in change.items():
         if not isinstance(leaf, Tensor) or not dense(name, leaf).is_floating_point():

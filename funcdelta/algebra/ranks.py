@@ -1,4 +1,4 @@
-"""Other factors of the same change: fewer of them, or the one choice that all deltas of that change have in common."""
+"""Refactors changes: to a lower rank, or to the canonical factors that depend on the change alone."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from .factored import Factored, Factors, rank_of, read, write
 
 
 def truncate(delta: DeltaModel, params: Mapping[str, Tensor], rank: int) -> tuple[DeltaModel, dict[str, Tensor]]:
-    """The nearest change of rank ``rank`` at every site, ``argmin ‖X - B A‖`` over rank X ≤ rank; in the gauge of
-    :func:`canonical`.
+    """The closest change of rank ``rank`` at every site: ``argmin ‖X - B A‖`` over rank X ≤ rank.
 
-    With ``B = Q R`` and ``Aᵀ = P S``, the r × r matrix ``R Sᵀ`` has the singular values of B A, which is never built:
-    O((in + out) r²). Optimal in the Frobenius and the spectral norm (Eckart and Young 1936). A larger ``rank`` than
-    the delta has adds zeros. Trained backbone leaves stay as they are.
+    With ``B = Q R`` and ``Aᵀ = P S``, the r × r matrix ``R Sᵀ`` has the singular values of B A, which is never formed:
+    O((in + out) r²). It is optimal in the Frobenius and the spectral norm (Eckart and Young 1936), and in the gauge of
+    :func:`canonical`. If ``rank`` exceeds the delta's, zeros are added. Trained backbone leaves stay as they are.
 
-    Gradients are those of ``torch.linalg.svd``: finite where the delta's singular values are positive and distinct
-    (not for a fresh delta, whose B is zero).
+    Gradients are those of ``torch.linalg.svd``: finite if the singular values are positive and distinct (which they
+    are not for a fresh delta, whose B is zero).
 
     >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), lora_r=3, modified_modules=["0"])
     >>> params = fd.tree.randn_like(delta.init(0), seed=0)
@@ -38,9 +37,9 @@ def truncate(delta: DeltaModel, params: Mapping[str, Tensor], rank: int) -> tupl
 def canonical(delta: DeltaModel, params: Mapping[str, Tensor]) -> tuple[DeltaModel, dict[str, Tensor]]:
     """The same ΔW in the balanced gauge: ``BᵀB = A Aᵀ = Σ``, the singular values of ΔW, largest first.
 
-    Scales are folded in, and the largest entry of each column of B is positive, so that two deltas with one ΔW get the
-    same leaves (where its singular values are distinct), and leaves can be compared, averaged or quantised. The
-    matrices are those of ΔW in the weight's own axes. Rank and gradients are as in :func:`truncate`.
+    Scales are folded in, and the largest entry of each column of B is positive. So two deltas with the same ΔW get the
+    same leaves (if its singular values are distinct), and leaves can be compared, averaged or quantised. The matrices
+    are those of ΔW in the weight's own axes. For gradients see :func:`truncate`.
 
     >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), lora_r=2, modified_modules=["0"])
     >>> _, params = fd.algebra.canonical(delta, fd.tree.randn_like(delta.init(0), seed=0))
@@ -71,7 +70,7 @@ def _balanced(part: Factored, rank: int) -> Factored:
 
 
 def _nearest(b: Tensor, a: Tensor, rank: int) -> Factors:
-    """The factors of the nearest product of that rank."""
+    """The factors of the closest product of that rank."""
     dtype = compute_dtype(b.dtype)
     left, r = torch.linalg.qr(b.to(dtype))
     right, s = torch.linalg.qr(a.to(dtype).mT)

@@ -1,4 +1,4 @@
-"""Sums and multiples of changes: Σ wᵢ ΔWᵢ, exact, by factors side by side."""
+"""Sums and multiples of changes: Σ wᵢ ΔWᵢ, exact, by concatenating factors."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def sum_exact(
     Args:
         pairs: ``(delta, params)`` pairs on one backbone, of any ranks and sites; params are all single members, or
             all stacks of n, which are added member by member. Or one ``(delta, stack)``, whose members are added up.
-        weights: one number or tensor () a summand, for stacks also (n,), one value a member; ``None``: all 1.
+        weights: one number or tensor () per summand, for stacks also (n,) with one value per member; by default 1.
 
-    The sum acts with the config of the first pair at every site of any. Where only some of the deltas act at a site,
-    or act with a smaller rank, the rest of its rank is zeros in both factors, whose gradients are zero. Trained
-    backbone leaves become ``w + Σ wᵢ (pᵢ - w)``.
+    The sum has the config of the first pair and acts at every site of any pair. If only some of the deltas act at a
+    site, or with a smaller rank, both factors are padded with zeros, whose gradients are zero. Trained backbone leaves
+    become ``w + Σ wᵢ (pᵢ - w)``.
 
-    Raises ``MergeError`` where a method has no low-rank factors, ``ParamsError`` for pairs that cannot be added.
+    Raises ``MergeError`` if a method has no low-rank factors, and ``ParamsError`` for pairs that cannot be added.
 
     >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), lora_r=2, modified_modules=["0"])
     >>> stack = fd.tree.randn_like(delta.init(0, n=3), seed=0)
@@ -43,7 +43,7 @@ def sum_exact(
     """
     summands = summands_of(pairs)
     if weights is not None and not isinstance(weights, Iterable):
-        raise ParamsError(f"sum_exact takes one weight a summand, a list of {len(summands)}; found {weights!r}.")
+        raise ParamsError(f"sum_exact takes one weight per summand, a list of {len(summands)}; found {weights!r}.")
     factors = list(weights) if weights is not None else [1.0] * len(summands)
     if len(factors) != len(summands):
         raise ParamsError(f"sum_exact got {len(factors)} weights for {len(summands)} summands: write one for each.")
@@ -63,7 +63,7 @@ def sum_exact(
 
 
 def add(a: Pair, b: Pair) -> tuple[DeltaModel, dict[str, Tensor]]:
-    """ΔW_a + ΔW_b, as :func:`sum_exact` of the two.
+    """ΔW_a + ΔW_b, by :func:`sum_exact`.
 
     >>> backbone = torch.nn.Sequential(torch.nn.Linear(4, 8))
     >>> one, two = (fd.LoraModel(backbone, lora_r=r, modified_modules=["0"]) for r in (1, 2))
@@ -75,9 +75,9 @@ def add(a: Pair, b: Pair) -> tuple[DeltaModel, dict[str, Tensor]]:
 
 
 def scale(delta: DeltaModel, params: Mapping[str, Tensor], s: float | Tensor) -> tuple[DeltaModel, dict[str, Tensor]]:
-    """s·ΔW. ``s`` is a number or a tensor (), for a stack also (n,), one value a member.
+    """s·ΔW, where ``s`` is a number or a tensor (), for a stack also (n,) with one value per member.
 
-    ``fd.tree.scale(params, s)`` multiplies every factor, and so a product of two by s².
+    ``fd.tree.scale(params, s)``, in contrast, multiplies every factor, and so a product of two by s².
 
     >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), lora_r=2, modified_modules=["0"])
     >>> params = fd.tree.map(torch.ones_like, delta.init(0))
@@ -95,8 +95,8 @@ def summands_of(pairs: Any) -> list[Factored]:
         delta, stack = pairs
         if not is_stack(delta, stack):
             raise ParamsError(
-                "sum_exact((delta, params)) adds up the members of a stack, and these params are one member. To add "
-                "several members give a list, sum_exact([(delta, params), ...])."
+                "sum_exact((delta, params)) adds up the members of a stack, but these params are one member. To add "
+                "several members pass a list: sum_exact([(delta, params), ...])."
             )
         return [read(delta, member) for member in unstack(dict(stack))]
     pairs = list(pairs) if isinstance(pairs, Iterable) and not isinstance(pairs, Mapping) else []
@@ -109,14 +109,14 @@ def summands_of(pairs: Any) -> list[Factored]:
     for number, part in enumerate(parts):
         if part.delta.backbone is not parts[0].delta.backbone:
             raise ParamsError(
-                f"Pair {number} is of another backbone than pair 0, so their changes are of other weights. Build both "
-                f"deltas on one backbone."
+                f"Pair {number} has another backbone than pair 0, so their changes belong to different weights. Build "
+                f"both deltas on one backbone."
             )
         if part.n != parts[0].n:
             one, other = (f"a stack of {p.n}" if p.n is not None else "one member" for p in (parts[0], part))
             raise ParamsError(
-                f"Pair 0 is {one} and pair {number} is {other}: give members alone or stacks of one length. For one "
-                f"member beside every member of a stack write fd.broadcast(params, n)."
+                f"Pair 0 is {one} but pair {number} is {other}: pass only members, or only stacks of one length. To "
+                f"add one member to every member of a stack write fd.broadcast(params, n)."
             )
     return parts
 
@@ -124,10 +124,10 @@ def summands_of(pairs: Any) -> list[Factored]:
 def _times(part: Factored, s: float | Tensor) -> Factored:
     """s·ΔW."""
     if not isinstance(s, int | float | Tensor):
-        raise ParamsError(f"The factor of a change is a number or a tensor; found {s!r}.")
+        raise ParamsError(f"The factor of a change must be a number or a tensor; found {s!r}.")
     if isinstance(s, Tensor) and s.ndim and (part.n is None or tuple(s.shape) != (part.n,)):
-        expected = "a tensor ()" if part.n is None else f"a tensor () or ({part.n},), one value a member"
-        raise ParamsError(f"The factor is a number or {expected}; found shape {tuple(s.shape)}.")
+        expected = "a tensor ()" if part.n is None else f"a tensor () or ({part.n},), one value per member"
+        raise ParamsError(f"The factor must be a number or {expected}; found shape {tuple(s.shape)}.")
 
     def times(leaf: Tensor) -> Tensor:
         return leaf * (s.to(leaf).reshape(-1, *[1] * (leaf.ndim - 1)) if isinstance(s, Tensor) and s.ndim else s)

@@ -1,1 +1,1 @@
-"""Programs on the library: training, benchmark, costs, trees to read, the page that picks modules, the command line."""
+"""Programs on the library: training, benchmark, costs, trees, the page that picks modules, reference, command line."""

@@ -1,4 +1,5 @@
-"""The command line: ``funcdelta train`` runs the main job, ``bench`` the benchmark, ``plan`` tells what a job costs."""
+"""The command line: ``train`` runs the main job, ``bench`` measures, ``plan`` counts what a job costs, ``docs`` prints
+the reference."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from ..errors import FuncdeltaError
 from ..files.configfile import funcdelta_version
 from .costs.report import add_options
 
-WRONG, STOPPED = 2, 130
-"""Exit codes: something is wrong with what was asked for; Ctrl-C."""
+UNDOCUMENTED, WRONG, STOPPED = 1, 2, 130
+"""Exit codes: a public name is not documented; something is wrong with what was asked for; Ctrl-C."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Version(argparse.Action):
-    """Prints the installed version, looked up only where it is asked for.
+    """Prints the installed version, which is looked up only when asked for.
 
     >>> main(["--version"])
     funcdelta ...
@@ -55,7 +56,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--version", action=Version, nargs=0, default=argparse.SUPPRESS, help="print the installed version and leave"
     )
-    commands = parser.add_subparsers(dest="command", metavar="{train,bench,plan}", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="{train,bench,plan,docs}", required=True)
     train = commands.add_parser(
         "train",
         help="train a sweep of members on labelled texts, all in one folded run",
@@ -64,13 +65,13 @@ def build_parser() -> Parser:
             "them. Without arguments: 3 learning rates x 4 seeds of LoRA on MiniLM-L6 and BBC News, in about two "
             "minutes on two cores. Needs the extra 'demo'."
         ),
-        # What is left out keeps the default, or with --resume what the run began with.
+        # An option left out keeps its default, or with --resume the value that the run began with.
         argument_default=argparse.SUPPRESS,
     )
     what = train.add_argument_group("what is trained on what")
     what.add_argument("--backbone", metavar="PATH", help="folder or hub id of a text encoder (MiniLM-L6)")
     what.add_argument("--data", metavar="FILE", help="csv (with a header) or jsonl with labelled texts (BBC News)")
-    what.add_argument("--test-data", metavar="FILE", help="test texts; else a part of the data is set aside")
+    what.add_argument("--test-data", metavar="FILE", help="test texts (default: a part of the data is set aside)")
     what.add_argument("--text", metavar="NAME", help="the column of texts (text)")
     what.add_argument("--label", metavar="NAME", help="the column of labels (label)")
     what.add_argument("--delta", metavar="TYPE", help="the method: lora, adapter, bitfit ... (lora)")
@@ -98,19 +99,33 @@ def build_parser() -> Parser:
     commands.add_parser("bench", help="time members by fold, vmap, loop and PEFT side by side", add_help=False)
     plan = commands.add_parser(
         "plan",
-        help="the memory and the operations that n members on one backbone take",
+        help="how much memory and how many operations n members on one backbone take",
         description=(
-            "Memory and operations of a step of training n members on one backbone, counted by torch's own counters in "
-            "a run on the meta device. No weights are read, and nothing is computed. Times are not predicted: "
+            "Memory and operations of one step of training n members on one backbone, counted by torch's counters in "
+            "a run on the meta device. No weights are read and nothing is computed. Times are not predicted: "
             "'funcdelta bench' measures them."
         ),
     )
     add_options(plan)
+    docs = commands.add_parser(
+        "docs",
+        help="the reference of all public names, as pages or a name at a time",
+        description=(
+            "The reference of all public names, made from their docstrings and signatures. It refuses to write pages "
+            "while a public name has no docstring, no types or no example, and lists those names."
+        ),
+    )
+    docs.add_argument(
+        "what",
+        metavar="NAME|FOLDER",
+        nargs="?",
+        help="a public name to print, such as LoraConfig or optim.adamw; else the folder to write Markdown pages to",
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 2 for what is wrong with the command, 130 after Ctrl-C.
+    """Run a command and return its exit code: 0, 1 or 2 after an error, 130 after Ctrl-C.
 
     >>> main(["train", "--data", "no-such.csv", "--quiet"])
     2
@@ -124,6 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = build_parser().parse_args(arguments)
         if options.command == "plan":
             return _plan(options)
+        if options.command == "docs":
+            return _docs(options)
         given = vars(options)
         given.pop("command")
         return _train(given)
@@ -145,6 +162,20 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _docs(options: argparse.Namespace) -> int:
+    from .docs.command import UndocumentedError, run
+
+    try:
+        print(run(options.what))
+    except UndocumentedError as error:
+        print(f"funcdelta docs: these public names are not documented:\n{error}", file=sys.stderr)
+        return UNDOCUMENTED
+    except (FuncdeltaError, OSError) as error:
+        print(f"funcdelta docs: {error}", file=sys.stderr)
+        return WRONG
+    return 0
+
+
 def _train(given: dict[str, object]) -> int:
     from .train import InterruptedRunError, Options, run
 
@@ -156,7 +187,7 @@ def _train(given: dict[str, object]) -> int:
         print(f"funcdelta train: {stopped}", file=sys.stderr)
         return STOPPED
     except (FuncdeltaError, OSError) as error:
-        # An error of the library may show a list of names over several lines.
+        # The library's errors may list names over several lines.
         print(f"funcdelta train: {' '.join(str(error).split())}", file=sys.stderr)
         return WRONG
     return 0

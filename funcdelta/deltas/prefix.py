@@ -10,19 +10,18 @@ padded in front gets the position numbers that it has alone, unless ``position_i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, MatchError
+from ..errors import ConfigError
 from ..functional.prefix_network import fresh_network, written
 from ..methods.config import BaseDeltaConfig, register
 from ..methods.leaf import Leaves
 from ..methods.site import Site
-from ..run.attention import attention_below
 
 
 @register("prefix")
@@ -59,16 +58,6 @@ class PrefixConfig(BaseDeltaConfig):
     embed_dim: int = 512
     mid_dim: int = 512
     position_bias: str = "kept"
-
-    def spread(self, path: str, module: nn.Module) -> Iterator[str]:
-        found = attention_below(path, module)
-        if not found:
-            raise MatchError(
-                f"{self.delta_type} cannot act at {path}: {type(module).__name__} neither is nor contains an attention "
-                f"module that uses Transformers' attention interface, the only place where keys can be added. Name "
-                f"modules that do; for a model without any, use LoRA, adapters or a soft prompt."
-            )
-        yield from found
 
     def init(self, site: Site, rng: torch.Generator) -> Leaves:
         if self.reparameterize:

@@ -1,7 +1,6 @@
 """Derivatives with respect to params beyond a single gradient: per row, along directions, and through a solve.
 
-Trees are matched by name; the order of their keys does not matter. Leaves without derivatives (integers, booleans) get
-zeros.
+Trees are matched by name, not by the order of keys. Leaves without derivatives (integers, booleans) get zeros.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """A differentiable loop of updates that stores only the states between steps and recomputes each step in backward.
 
-``torch.utils.checkpoint`` cannot do this for a step that differentiates inside: torch refuses its saved-tensor hooks
-under ``torch.func.grad``, and its reentrant form under ``torch.autograd.grad``.
+``torch.utils.checkpoint`` fails for a step that differentiates inside, with both ``torch.func`` and ``torch.autograd``.
 """
 
 from __future__ import annotations
@@ -35,11 +34,9 @@ def unroll(step: Callable[..., State], state: State, steps: int, *data: Any, che
     both times. Under ``torch.no_grad()`` it is the plain loop.
 
     Tensors that require grad should reach ``step`` through ``state`` and ``data``. Leaves that it reads from outside
-    get their gradients as well; other tensors from outside raise ``RecomputeError``, and so does a ``torch.func``
-    transform around the loop, where you write ``checkpoint=False``. The loop is not compiled. Raises ``ParamsError``
-    if the state's structure changes or ``step`` writes into its arguments.
-
-    Source: Chen et al. 2016 (arXiv:1604.06174), with one segment per step.
+    get gradients as well; other tensors from outside raise ``RecomputeError``, and so does a ``torch.func`` transform
+    around the loop, where you write ``checkpoint=False``. The loop is not compiled. Raises ``ParamsError`` if the
+    state's structure changes or ``step`` writes into its arguments. Source: Chen et al. 2016 (arXiv:1604.06174).
 
     >>> rate = torch.tensor(0.1, requires_grad=True)
     >>> def step(w, i, rate):

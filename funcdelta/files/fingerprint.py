@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import CheckpointError
+from ..match import below
 
 __all__ = ["Description", "describe", "differences", "digest", "fingerprint", "survey", "unreadable"]
 
@@ -148,7 +149,7 @@ def _own_tensors(backbone: nn.Module, exclude: frozenset[str]) -> dict[str, Tens
         persistent = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
         for name, tensor in (module._parameters | persistent).items():
             if tensor is not None:
-                names.setdefault(id(tensor), []).append(f"{path}.{name}" if path else name)
+                names.setdefault(id(tensor), []).append(below(path, name))
                 tensors[id(tensor)] = tensor
     return {min(names[key]): tensors[key] for key in names if exclude.isdisjoint(names[key])}
 

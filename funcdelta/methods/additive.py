@@ -138,7 +138,7 @@ class Additive(BaseDeltaConfig):
 
     def acts(self, site: Site) -> Acts:
         parts, acts = self.parts(site), super().acts(site)
-        if not self.has_factors:
+        if not self.has_factors or acts.conditions:
             return acts
         if parts:
             names = ", ".join(part.name for part in parts)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional.tokenwise import linear
-from .acts import Acts, Params
+from .acts import Acts, Attention, Params, depends_on_call
 from .composition import Composition
 from .config import BaseDeltaConfig, register
 from .leaf import Leaf, Leaves
@@ -48,7 +48,9 @@ class ChainConfig(Composition):
 
     def check(self, site: Site) -> str | None:
         refusal = super().check(site)
-        reading = next((name for name, acts in list(self.parts_at(site).items())[1:] if acts.reads), None)
+        parts = list(self.parts_at(site).items())
+        changed = next((i for i, (_, acts) in enumerate(parts) if acts.weights is not None), len(parts))
+        reading = next((name for name, acts in parts[changed + 1 :] if acts.reads), None)
         if refusal is not None or reading is None:
             return refusal
         return f"its part {reading} reads the site's own tensors, and the parts before it change them: put it first"
@@ -57,6 +59,7 @@ class ChainConfig(Composition):
         parts = list(self.parts_at(site).values())
         befores = [one.before for one in parts if one.before is not None]
         afters = [one.after for one in parts if one.after is not None]
+        arounds = [one.around for one in parts if one.around is not None]
         rewrites = [one.weights for one in parts if one.weights is not None]
 
         def before(p: Params, x: Tensor) -> Tensor:
@@ -68,7 +71,16 @@ class ChainConfig(Composition):
         def weights(p: Params, w: Params) -> Params:
             return functools.reduce(lambda tensors, act: act(p, tensors), rewrites, w)
 
-        return _whole(self, parts, before if befores else None, after if afters else None, weights)
+        def around(p: Params, q: Tensor, k: Tensor, v: Tensor, run: Attention) -> Tensor:
+            return functools.reduce(functools.partial(_inside, p), arounds, run)(q, k, v)
+
+        given = before if befores else None, after if afters else None, around if arounds else None
+        return _whole(self, parts, *given, weights)
+
+
+def _inside(p: Params, run: Attention, act: Callable[..., Tensor]) -> Attention:
+    """``act`` around ``run``, as an attention that another method may wrap."""
+    return lambda q, k, v: act(p, q, k, v, run)
 
 
 class Summed(Composition):
@@ -104,8 +116,17 @@ class Summed(Composition):
                         found[name] = found.get(name, torch.zeros_like(tensor)) + share * (tensor - old)
             return found
 
-        befores, afters = (any(getattr(one, act) is not None for one in parts) for act in ("before", "after"))
-        return _whole(self, parts, before if befores else None, after if afters else None, weights)
+        def around(p: Params, q: Tensor, k: Tensor, v: Tensor, run: Attention) -> Tensor:
+            own = found = run(q, k, v)
+            for one, share in zip(parts, self.shares_of(site, p, None), strict=True):
+                found = found if one.around is None else found + share * (one.around(p, q, k, v, run) - own)
+            return found
+
+        befores, afters, arounds = (
+            any(getattr(one, act) is not None for one in parts) for act in ("before", "after", "around")
+        )
+        given = before if befores else None, after if afters else None, around if arounds else None
+        return _whole(self, parts, *given, weights)
 
 
 @register("parallel")
@@ -205,6 +226,13 @@ class MixtureConfig(Summed):
         gates = linear(y.movedim(axis, -1), p["gate.weight"], p["gate.bias"]).softmax(-1)
         return [one.movedim(-1, axis) for one in gates.split(1, -1)]
 
+    def check(self, site: Site) -> str | None:
+        refusal = super().check(site)
+        around = next((name for name, acts in self.parts_at(site).items() if acts.around is not None), None)
+        if refusal is not None or around is None or self.gate == "call":
+            return refusal
+        return f'its part {around} wraps attention, where gates cannot be set by each token: write gate="call"'
+
     def acts(self, site: Site) -> Acts:
         acts = super().acts(site)
         if self.gate == "call":
@@ -220,6 +248,7 @@ def _whole(
     parts: Sequence[Acts],
     before: Callable[[Params, Tensor], Tensor] | None,
     after: Callable[[Params, Tensor, Tensor], Tensor] | None,
+    around: Callable[[Params, Tensor, Tensor, Tensor, Attention], Tensor] | None,
     weights: Callable[[Params, Params], Params],
 ) -> Acts:
     """What the parts do together, and what holds of all of them."""
@@ -229,12 +258,14 @@ def _whole(
     return Acts(
         before=before,
         after=after,
+        around=around,
         weights=weights if all(one.weights is not None for one in parts) else None,
         tokenwise=all(one.tokenwise for one in parts),
         # One part that acts by weights alone makes all of them act so.
         exact=all(one.by_values and one.exact for one in parts),
-        unmergeable=why,
+        unmergeable=why or depends_on_call(config.conditions),
         reads=tuple(dict.fromkeys(name for one in parts for name in one.reads)),
+        conditions=tuple(dict.fromkeys([*config.conditions, *(name for one in parts for name in one.conditions)])),
         unfactored="it is a composition of methods; fd.algebra.materialise gives its change of every weight",
     )
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, MatchError
-from .acts import OWN, Acts, Params, on_leaves
+from .acts import CALL, OWN, Acts, Params, on_leaves
 from .config import AutoDeltaConfig, BaseDeltaConfig
 from .leaf import FIXED, Leaf, Leaves, as_leaves
 from .own import Own
@@ -79,8 +79,12 @@ class Composition(BaseDeltaConfig):
             )
         if named:
             object.__setattr__(self, "modified_modules", next(iter(named)))
-        if any(part.name == OWN.removesuffix(".") for part in parts):
-            raise ConfigError('A part is called "own", as what methods read of the site is: give it another name=.')
+        taken = next((part.name for part in parts if f"{part.name}." in (OWN, CALL)), None)
+        if taken is not None:
+            raise ConfigError(
+                f'A part is called "{taken}", as what methods read of the site ("own") and of the call ("call") is: '
+                f"give it another name=."
+            )
         alone = tuple(part.replace(modified_modules=None) for part in parts)
         object.__setattr__(self, "parts", alone)
         super().__post_init__()
@@ -162,8 +166,9 @@ class Composition(BaseDeltaConfig):
         given = [part.leaves(site, own, one) for part, one in zip(self.parts, self._generators(rng), strict=True)]
         return self._under_names(given)
 
-    def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> Leaves:
-        given = [part.shared(sites, one) for part, one in zip(self.parts, self._generators(rng), strict=True)]
+    def shared_leaves(self, sites: tuple[Site, ...], own: Mapping[str, Own], rng: torch.Generator) -> Leaves:
+        generators = self._generators(rng)
+        given = [part.shared_leaves(sites, own, one) for part, one in zip(self.parts, generators, strict=True)]
         return self._under_names(given)
 
     def expand(self, sites: tuple[Site, ...], p: Params) -> dict[str, Params]:
@@ -210,7 +215,7 @@ def part_of(p: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """
     start = f"{name}."
     own = {leaf.removeprefix(start): tensor for leaf, tensor in p.items() if leaf.startswith(start)}
-    return own | {leaf: tensor for leaf, tensor in p.items() if leaf.startswith(OWN)}
+    return own | {leaf: tensor for leaf, tensor in p.items() if leaf.startswith((OWN, CALL))}
 
 
 def _named_axis(word: str, part: str) -> str:

@@ -1,8 +1,8 @@
 """Configs: frozen, hashable descriptions of a delta; config and method are one class.
 
-A subclass is a delta method. It gives ``init`` and any of ``before``, ``after``, ``weights`` and ``attend``, each a
-pure function on the tensors of *one* member at *one* site. It never sees the member axis, the executor or another
-method.
+A subclass is a delta method. It gives ``init`` and any of ``before``, ``after``, ``weights``, ``attend`` and
+``around``, each a pure function on the tensors of *one* member at *one* site. It never sees the member axis, the
+executor or another method.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, MatchError
 from ..files.configfile import VERSION_FIELDS, data_at, naming_the_file, parts, save_alone, warn_if_newer
 from ..kinds import check_kind
 from ..match import near
-from .acts import Acts, Factors
+from ..structures.modules.interface import attention_below
+from .acts import OF_LEAVES, Acts, Attention, Factors, depends_on_call
 from .leaf import Leaves
 
 if TYPE_CHECKING:
@@ -120,7 +121,10 @@ class BaseDeltaConfig:
     acts_on_parts: ClassVar[bool] = False
     """Whether the method heeds ``site.parts``, so that it can act on the queries of a fused q,k,v alone."""
     reads: ClassVar[tuple[str, ...]] = ()
-    """Names of the site's own tensors that its functions get, to be read only: ``p["own.weight"]``."""
+    """Names of tensors of the site, or of modules below it, that its functions get, to be read only: ``weight`` as
+    ``p["own.weight"]``, ``k_proj.weight`` as ``p["own.k_proj.weight"]``."""
+    conditions: ClassVar[tuple[str, ...]] = ()
+    """Names of what ``before`` and ``after`` get of the call: ``p["call.mask"]`` (:class:`funcdelta.Acts`)."""
     composed: ClassVar[bool] = False
     """Whether the config is made of other configs."""
     in_leaves: ClassVar[tuple[str, ...]] = ()
@@ -218,6 +222,10 @@ class BaseDeltaConfig:
         """The position bias (1, heads, queries, length) that ``module`` computed, with ``added`` columns in front."""
         return torch.nn.functional.pad(bias, (added, 0))
 
+    def around(self, site: Site, p: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor, run: Attention) -> Tensor:
+        """What leaves the attention at ``site`` instead of ``run(q, k, v)``, which is the model's own: see `Acts`."""
+        return run(q, k, v)
+
     def prompt(self, site: Site, p: dict[str, Tensor]) -> Tensor:
         """Rows ``(P, d)`` that are added before the embedded input of the module at ``site``; P never changes.
 
@@ -255,6 +263,10 @@ class BaseDeltaConfig:
         With :meth:`expand` a site gets what that computes from them instead.
         """
         return {}
+
+    def shared_leaves(self, sites: tuple[Site, ...], own: Mapping[str, Own], rng: torch.Generator) -> Leaves:
+        """The same for a method that starts from the backbone's tensors: ``own[site.address]["weight"]``."""
+        return self.shared(sites, rng)
 
     def expand(self, sites: tuple[Site, ...], p: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """``{site path: {leaf: tensor}}``, computed from the shared leaves ``p`` once a call."""
@@ -300,8 +312,22 @@ class BaseDeltaConfig:
         return site
 
     def spread(self, path: str, module: nn.Module) -> Iterator[str]:
-        """The sites that a matched module stands for; itself unless the method spreads to modules below it."""
-        yield path
+        """The sites that a matched module stands for: itself, or the modules below it that the method acts on.
+
+        Of a method that acts within attention, every attention module that it is or holds.
+        """
+        if not (self.gives("attend") or self.gives("around")):
+            yield path
+            return
+        found = attention_below(path, module)
+        if not found:
+            raise MatchError(
+                f"{self.delta_type} cannot act at {path}: {type(module).__name__} neither is nor holds an attention "
+                f"module that goes through Transformers' attention interface, the one place where a method can act "
+                f"within attention. Name attention modules that do (exclude_modules= leaves others out); where a model "
+                f"has none, take a method that acts on hidden values or weights."
+            )
+        yield from found
 
     def check(self, site: Site) -> str | None:
         """Why the method cannot act at ``site``; ``None`` if it can. Asked again once widths have been measured."""
@@ -309,6 +335,8 @@ class BaseDeltaConfig:
 
     def unmergeable(self, site: Site) -> str | None:
         """Why the delta at ``site`` is not a function of its weights; ``None`` if ``weights`` is exact."""
+        if self.gives("around"):
+            return "it wraps the attention, and no weight of the module computes what it gives"
         if not self.gives("weights"):
             return f"{self.delta_type or type(self).__name__} has no weights form"
         return packed_weight(site) if site.packed else None
@@ -343,12 +371,13 @@ class BaseDeltaConfig:
             return functools.partial(getattr(self, function), site) if self.gives(function) else None
 
         return Acts(
-            **{name: given(name) for name in ("before", "after", "weights", "attend", "prompt", "factors")},
+            **{name: given(name) for name in OF_LEAVES},
             widen_bias=functools.partial(self.widen_bias, site),
             tokenwise=self.tokenwise(site),
             reads=self.reads,
+            conditions=self.conditions,
             exact=self.holds_on_values(site),
-            unmergeable=self.unmergeable(site),
+            unmergeable=self.unmergeable(site) or depends_on_call(self.conditions),
         )
 
     def alike(self) -> Hashable:

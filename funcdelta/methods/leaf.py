@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .acts import OWN
+from .acts import CALL, OWN
 
 FIXED = "."
 """In the place of an axis that keeps its length."""
@@ -163,8 +163,8 @@ def _check_name(name: object, leaves: Mapping[str, Leaf], who: str) -> None:
         raise ConfigError(f"{who} gave a leaf called {name!r}; expected a name, as in {{'scale': ...}}.")
     tokens = name.split(".")
     why = next((why for token in tokens if (why := _unfit(token))), None)
-    if name.startswith(OWN):
-        why = f"{OWN}… is how a method gets what it reads of the site"
+    if name.startswith((OWN, CALL)):
+        why = f"{OWN}… is how a method gets what it reads of the site, and {CALL}… what a call tells"
     over = next((".".join(tokens[:i]) for i in range(1, len(tokens)) if ".".join(tokens[:i]) in leaves), None)
     if over is not None:
         why = f"{over!r} is another leaf, and nothing stands below a leaf"

@@ -29,15 +29,17 @@ NORMS_OVER_CHANNELS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm.
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What an attention module hands to its attention function: heads of keys and values, and a head's sizes.
+    """What an attention module hands to its attention function: heads of keys and values, a head's sizes, and the
+    heads of queries, of which several share a key where they are more.
 
-    >>> AttentionShape(heads=2, key_size=8, value_size=4).value_width
+    >>> AttentionShape(heads=2, key_size=8, value_size=4, query_heads=6).value_width
     8
     """
 
     heads: int
     key_size: int
     value_size: int
+    query_heads: int
 
     @property
     def key_width(self) -> int:
@@ -72,7 +74,7 @@ class Site:
         dtype, device: of the module's tensors.
         options: the arguments that a convolution or an embedding was made with.
         training: whether the call is made in training mode.
-        shape_of_attention: heads and sizes of its keys and values, measured where a method adds some.
+        shape_of_attention: heads and sizes of its keys and values, measured where a method acts on attention.
         fused: the parts of an output that is several projections at once, where the backbone's family is known.
         parts: those of them that are meant; empty: the whole output. Only a method that declares ``acts_on_parts``
             meets any.

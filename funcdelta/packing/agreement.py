@@ -21,7 +21,7 @@ from ..methods.own import Own
 from ..methods.site import Site
 from ..model import DeltaModel
 from ..plan.attachment import Attachment
-from ..plan.forms import LARGEST
+from ..plan.rewriting import LARGEST
 from ..transforms import outside_transforms
 from ..trees.drawing import own_defaults
 from .packed import SIZE, Origin, Packed, longer

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..methods.acts import Acts, on_leaves
+from ..methods.acts import Acts, Attention, on_leaves
 from ..methods.config import AutoDeltaConfig, BaseDeltaConfig, register
 from ..methods.leaf import Growing, Leaf, Leaves, as_leaves, growing
 from ..methods.own import Own
@@ -158,11 +158,11 @@ class Packed(BaseDeltaConfig):
                 found[SIZE + name] = Leaf(torch.tensor(float(sizes[0])), trains=False)
         return found | ({"present": Leaf(torch.ones(()), trains=False)} if self._lacking(site.address) else {})
 
-    def shared(self, sites: tuple[Site, ...], rng: torch.Generator) -> Leaves:
+    def shared_leaves(self, sites: tuple[Site, ...], own: Mapping[str, Own], rng: torch.Generator) -> Leaves:
         varying = {name: float(getattr(self.method, name)) for name in self.varying} | {"source": 0.0}
         constants = {name: Leaf(torch.tensor(value), trains=False) for name, value in varying.items()}
         here = tuple(site for site in sites if self.origins[0].at(site.address))
-        given = self.method.shared(here, rng)
+        given = self.method.shared_leaves(here, own, rng)
         refuse_kept(given, type(self.method).__name__)
         return {**given, **constants}
 
@@ -180,7 +180,7 @@ class Packed(BaseDeltaConfig):
     def acts(self, site: Site) -> Acts:
         axes = growing(dict(site.axes))
         acts = on_leaves(self.method.acts(site), functools.partial(members_own, axes))
-        before, after, weights = acts.before, acts.after, acts.weights
+        before, after, weights, around = acts.before, acts.after, acts.weights, acts.around
 
         def packed_weights(p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
             assert weights is not None
@@ -195,8 +195,21 @@ class Packed(BaseDeltaConfig):
                 for name, tensor in changed.items()
             }
 
+        def packed_around(p: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor, run: Attention) -> Tensor:
+            assert around is not None
+            if "present" not in p:
+                return around(p, q, k, v, run)
+            own, given = run(q, k, v), (one_way(p, q), one_way(p, k), one_way(p, v))
+
+            def from_here(*values: Tensor) -> Tensor:
+                same = all(value is one for value, one in zip(values, given, strict=True))
+                return one_way(p, own if same else run(*values))
+
+            return where_present(p, around(p, *given, from_here), own)
+
         return dataclasses.replace(
             acts,
+            around=around and packed_around,
             before=before and (lambda p, x: where_present(p, before(p, one_way(p, x)), x)),
             after=after and (lambda p, y, x: where_present(p, after(p, one_way(p, y), one_way(p, x)), y)),
             weights=weights and packed_weights,

@@ -14,8 +14,8 @@ from ..match import below, near
 from ..methods.acts import OWN, Acts
 from ..methods.config import BaseDeltaConfig, packed_weight
 from ..methods.leaf import Leaf, declared, members_and_all, values_of
-from ..methods.own import Own
-from ..methods.site import Site
+from ..methods.own import Own, owner_of
+from ..methods.site import Site, site_of
 from ..randomness import refuse_draws
 from ..structures.modules.structure import is_quantised
 from ..trees.drawing import own_defaults
@@ -89,7 +89,7 @@ def attach(
         leading=next((leaf for leaf in all_keys if leaf not in still), next(iter(all_keys))),
         fixed=fixed,
         reads=tuple((f"{OWN}{own}", _first_name(modules[""], tensor)) for own, tensor in read.items()),
-        adds_keys=acts.attend is not None,
+        in_attention=acts.in_attention,
         by_weights=by_weights,
         by_values=not by_weights and acts.by_values,
         prompt_rows=_prompt_rows(config, acts, site, leaves, group) if acts.prompt is not None else 0,
@@ -102,10 +102,16 @@ def check_acts(config: BaseDeltaConfig, acts: Acts) -> None:
     """Refuse a config that would do nothing, or that says something of hidden values and acts on none."""
     if not acts.anything:
         raise ConfigError(
-            f"{type(config).__name__} gives none of before, after, weights, attend and prompt: it would do nothing."
+            f"{type(config).__name__} gives none of before, after, weights, attend, around and prompt: it would do "
+            f"nothing."
         )
     if config.axis_order is not None and not acts.by_values:
         raise ConfigError(f"axis_order: {type(config).__name__} acts on no hidden value; leave it out.")
+    if acts.conditions and not acts.by_values:
+        raise ConfigError(
+            f"{type(config).__name__} wants conditions of the call ({', '.join(acts.conditions)}), which before and "
+            f"after get, and gives neither: act on hidden values, or leave conditions out."
+        )
 
 
 def check_reads(
@@ -124,12 +130,14 @@ def check_reads(
                 f"{a.name} at {a.site.path} reads {again}, which unfrozen_modules trains, so it differs by member: "
                 f"leave one of the two out."
             )
-        here = [other for other in rewriting if other.site.path == a.site.path and other is not a] if read else []
+        owners = {name.rpartition(".")[0] for name in read}
+        here = [other for other in rewriting if other.site.path in owners and other is not a]
         # Where no member need have both, none has: each came with one of them.
         other = next((b for b in here if b.acts().present is None or a.acts().present is None), None)
         if other is not None:
+            what = next(name for name in read if name.rpartition(".")[0] == other.site.path)
             raise MatchError(
-                f"{a.name} at {a.site.path} reads {read[0]}, which {other.name} rewrites: give them sites of their own."
+                f"{a.name} at {a.site.path} reads {what}, which {other.name} rewrites: give them sites of their own."
             )
 
 
@@ -138,7 +146,7 @@ def _check_names_read(config: BaseDeltaConfig, modules: Sequence[nn.Module]) -> 
         raise ConfigError(
             f"{type(config).__name__}.reads is a text: write a tuple of names, reads = ({config.reads!r},)."
         )
-    there = dict.fromkeys(name for module in modules for name in module._parameters)
+    there = dict.fromkeys(name for module in modules for name, _ in module.named_parameters())
     unknown = next((name for name in config.reads if name not in (*there, "weight", "bias")), None)
     if unknown is not None:
         raise MatchError(
@@ -152,7 +160,6 @@ def acts_by_weights(config: BaseDeltaConfig, site: Site) -> bool:
 
     Raises `MatchError` where the formula does not hold and the weights form is not exact either.
 
-    >>> from funcdelta.methods.site import site_of
     >>> class Doubled(nn.Linear):
     ...     def forward(self, x):
     ...         return 2 * super().forward(x)
@@ -161,7 +168,7 @@ def acts_by_weights(config: BaseDeltaConfig, site: Site) -> bool:
     """
     acts = config.acts(site)
     if not acts.by_values:
-        return acts.attend is None and acts.prompt is None
+        return acts.weights is not None
     if acts.weights is None or acts.exact:
         return False
     refusal = acts.unmergeable
@@ -180,22 +187,28 @@ def read_by_parent(path: str, modules: dict[str, nn.Module]) -> bool:
 
 
 def _read(config: BaseDeltaConfig, acts: Acts, site: Site, module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the site that the method reads, by their own names; one that the module lacks is not there."""
-    why = None
-    if "weight" in acts.reads and site.packed:
-        why = f"it reads the weight, and {packed_weight(site)}"
-    computed = next((name for name in acts.reads if is_parametrized(module, name)), None)
-    if computed is not None:
-        why = f"it reads {computed}, which is parametrised, so that each call computes it anew"
-    buffer = next((name for name in acts.reads if name in module._buffers), None)
-    if buffer is not None:
-        why = f"it reads {buffer}, a buffer, which calls may write or replace"
-    if why is not None:
-        raise MatchError(
-            f"{config.delta_type} cannot act at {site.path}: {why}. Leave it out: exclude_modules=[{site.path!r}]."
-        )
-    own = module._parameters
-    return {name: tensor for name in acts.reads if (tensor := own.get(name)) is not None}
+    """The parameters at the site that the method reads, by their names there; one that it lacks is not among them."""
+    found: dict[str, nn.Parameter] = {}
+    for name in acts.reads:
+        owner, own = owner_of(module, name)
+        if owner is None:
+            continue
+        where = name.rpartition(".")[0]
+        read, why = site_of(below(site.path, where), owner) if where else site, None
+        if own == "weight" and read.packed:
+            why = f"it reads {name}, and {packed_weight(read)}"
+        elif is_parametrized(owner, own):
+            why = f"it reads {name}, which is parametrised, so that each call computes it anew"
+        elif own in owner._buffers:
+            why = f"it reads {name}, a buffer, which calls may write or replace"
+        if why is not None:
+            raise MatchError(
+                f"{config.delta_type} cannot act at {site.path}: {why}. Leave it out: exclude_modules=[{site.path!r}]."
+            )
+        tensor = owner._parameters.get(own)
+        if tensor is not None:
+            found[name] = tensor
+    return found
 
 
 def _first_name(backbone: nn.Module, parameter: nn.Parameter) -> str:

@@ -30,7 +30,7 @@ class Attachment:
         leading: the leaf whose precision the method computes in, the first that trains.
         fixed: what all members have together, beside their leaves: ``{leaf: tensor}``.
         reads: pairs of a leaf among these and the backbone's tensor that it is; params may hold another in its place.
-        adds_keys: whether the delta adds keys and values to the site's attention.
+        in_attention: whether the delta adds keys and values to the site's attention, or wraps it.
         prompt_rows: how many positions it adds before the input.
         read_by_parent: whether the module above reads the site's tensors and never calls it.
         has_two_forms: whether it acts on hidden values, and could as well by rewriting the site's tensors.
@@ -49,7 +49,7 @@ class Attachment:
     leading: str
     fixed: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     reads: tuple[tuple[str, str], ...] = ()
-    adds_keys: bool = False
+    in_attention: bool = False
     prompt_rows: int = 0
     has_two_forms: bool = False
     read_by_parent: bool = False

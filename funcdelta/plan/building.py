@@ -62,7 +62,7 @@ def build_plan(
     of_all: dict[str, Tensor] = {}
     compared: set[tuple[BaseDeltaConfig, Site]] = set()
     for config, name, own in zip(configs, names, sites, strict=True):
-        group, fixed = share(config, name, own)
+        group, fixed = share(config, name, own, backbone)
         of_all |= {f"{name}.{leaf}": tensor for leaf, tensor in fixed.items()}
         if group is not None:
             _refuse_taken(backbone, "", name)
@@ -169,9 +169,10 @@ def _refuse_taken(module: nn.Module, path: str, name: str) -> None:
     """Refuse a delta's name where it would hide what the module that is to hold its leaves in views already has."""
     if hasattr(module, name):
         held = isinstance(getattr(module, name), (nn.Module, Tensor))
+        what = "an attribute" if not held else "a child" if path else "a module"
         raise MatchError(
-            f"{path or 'The backbone'} already has {'a child' if held else 'an attribute'} {name!r}: give the config "
-            f"another name, name={name + '_delta'!r}."
+            f"{path or 'The backbone'} already has {what} {name!r}: give the config another name, "
+            f"name={name + '_delta'!r}."
         )
 
 
@@ -181,8 +182,8 @@ def _meant(site: Site, parts: Parts) -> Site:
 
 
 def _unknown(config: BaseDeltaConfig, sites: Sequence[Site]) -> Iterator[str]:
-    """The modules whose numbers of features ``config`` may need and has not told; keys and values need none."""
-    if config.gives("attend") and not (config.gives("before") or config.gives("after")):
+    """The modules whose numbers of features ``config`` may need and has not told; within attention none is needed."""
+    if _in_attention(config) and not (config.gives("before") or config.gives("after")):
         return
     for site in sites:
         if site.exit is not None:
@@ -194,14 +195,21 @@ def _unknown(config: BaseDeltaConfig, sites: Sequence[Site]) -> Iterator[str]:
 def _with_attention(
     configs: Sequence[BaseDeltaConfig], sites: Sequence[tuple[Site, ...]], attention: AttentionProbe
 ) -> list[tuple[Site, ...]]:
-    """The sites, with the shapes of keys and values at those of methods that add some."""
-    adding = [config.gives("attend") for config in configs]
-    paths = list(dict.fromkeys(site.path for own, adds in zip(sites, adding, strict=True) for site in own if adds))
+    """The sites, with the shapes of keys and values at those of methods that act within attention."""
+    acting = [
+        _in_attention(config) or any(config.acts(site).in_attention for site in own)
+        for config, own in zip(configs, sites, strict=True)
+    ]
+    paths = list(dict.fromkeys(site.path for own, acts in zip(sites, acting, strict=True) for site in own if acts))
     shapes = attention(paths) if paths else {}
     return [
-        tuple(dataclasses.replace(site, shape_of_attention=shapes[site.path]) if adds else site for site in own)
-        for own, adds in zip(sites, adding, strict=True)
+        tuple(dataclasses.replace(site, shape_of_attention=shapes[site.path]) if acts else site for site in own)
+        for own, acts in zip(sites, acting, strict=True)
     ]
+
+
+def _in_attention(config: BaseDeltaConfig) -> bool:
+    return config.gives("attend") or config.gives("around")
 
 
 def _all_ends(backbone: nn.Module) -> dict[str, tuple[str, ...]]:

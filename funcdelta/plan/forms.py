@@ -22,9 +22,7 @@ from ..structures.modules.structure import copy_structure
 from ..transforms import outside_transforms
 from ..trees.drawing import own_defaults
 from .axes import in_order
-
-LARGEST = 2**20
-"""Layers with more numbers are not compared, because that would take long; the method is trusted there."""
+from .rewriting import LARGEST
 
 SPREAD = 0.3
 
@@ -41,6 +39,7 @@ def compare_forms(
     own = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
     acts = config.acts(dataclasses.replace(site, training=False))
     known = x is not None and not site.own_forward and not site.packed and acts.unmergeable is None
+    known = known and not acts.conditions  # which no call has told yet
     plain = all(is_plain(t) for t in own.values()) and not any(t.is_meta for t in own.values())
     if x is None or not known or not plain or not own or sum(t.numel() for t in own.values()) > LARGEST:
         return

@@ -48,10 +48,16 @@ def select(
     # OpenDelta writes "root" for methods that find their own site.
     own = config.own_sites(backbone) if given in (None, ("root",)) and "root" not in modules else None
     if own is not None:
-        for path in own:
-            if any(within(path, left_out) for left_out in config.exclude_modules or ()):
-                raise MatchError(f"exclude_modules excludes {path or 'the model'!r}, the only site of its method.")
-        return dict.fromkeys(sorted({canonical[id(modules[path])] for path in own}, key=list(modules).index), ())
+        if not own:
+            raise MatchError(
+                f"{config.delta_type} finds no site of its own in {type(backbone).__name__}: give "
+                f"modified_modules=[...]."
+            )
+        kept = [path for path in own if not any(within(path, out) for out in config.exclude_modules or ())]
+        if not kept:
+            which = "the one site" if len(own) == 1 else "the last site"
+            raise MatchError(f"exclude_modules leaves out {own[-1] or 'the model'!r}, {which} of its method.")
+        return dict.fromkeys(sorted({canonical[id(modules[path])] for path in kept}, key=list(modules).index), ())
     common = config.common_structure
     if given is None:
         given, common = config.default_names(), None
@@ -62,8 +68,8 @@ def select(
     # The modules that compute a parametrised weight count only if they are named.
     inner = any("parametrizations" in target for target in given)
     names = [path for path in modules if path and (inner or ".parametrizations." not in path)]
-    excluded = _excluded(backbone, modules, names, config, known)
     tensors = [name for name, _ in backbone.named_parameters(remove_duplicate=False)]
+    excluded = _excluded(backbone, modules, names, tensors if config.takes_tensors() else (), config, known)
     named: dict[str, Parts] = {}
     for target in given:
         hits = known.find(target, common, names)
@@ -103,7 +109,12 @@ def select(
 
 
 def _excluded(
-    backbone: nn.Module, modules: dict[str, nn.Module], names: list[str], config: BaseDeltaConfig, known: Names
+    backbone: nn.Module,
+    modules: dict[str, nn.Module],
+    names: list[str],
+    tensors: Sequence[str],
+    config: BaseDeltaConfig,
+    known: Names,
 ) -> dict[str, Parts]:
     """The paths that ``exclude_modules`` excludes with all below them, or, with parts, only those of the output."""
     given = config.exclude_modules
@@ -114,7 +125,7 @@ def _excluded(
         given = ()  # OpenDelta writes it into the config of every model
     excluded: dict[str, Parts] = {}
     for target in given:
-        if any(within(name, target) for name in names):
+        if any(within(name, target) for name in names) or target in tensors:
             excluded[target] = ()
             continue
         found = known.find(target, config.common_structure, names) if "@" in target or config.common_structure else {}

@@ -88,6 +88,8 @@ class Plan:
         found = {path: tuple(a for a in group if a.by_weights) for path, group in self.attachments.items()}
         self.rewriting = {path: group for path, group in found.items() if group}
         """The attachments that act by rewriting tensors, by the path of their site."""
+        self.conditions = tuple(dict.fromkeys(name for a in self.all() for name in a.acts().conditions))
+        """What the methods want to know of each call, all together."""
 
     @property
     def uncalled(self) -> set[str]:

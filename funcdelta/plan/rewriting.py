@@ -16,6 +16,9 @@ from ..structures.modules.forwards import is_plain
 from ..transforms import outside_transforms
 from ..trees.drawing import own_defaults
 
+LARGEST = 2**20
+"""Layers of more numbers are not tried: another of their kind is, or what a method says is trusted."""
+
 
 def check_rewritten(changed: Any, own: Mapping[str, Tensor], who: str, path: str) -> None:
     """Raises ``ConfigError`` unless ``changed`` is a dict of tensors, of the shapes that those of ``own`` have.
@@ -47,10 +50,9 @@ def check_rewritten(changed: Any, own: Mapping[str, Tensor], who: str, path: str
 
 
 def try_weights(acts: Acts, module: nn.Module, p: Mapping[str, Tensor], who: str, path: str) -> None:
-    """Run ``weights`` once on tensors without numbers, and check what it gives and that it writes into nothing.
+    """Run ``weights`` once on copies, of a layer of usual size, and check what it gives and that it writes into none.
 
-    A method that writes into ``w`` would change the backbone, so this comes before the first call. One that cannot
-    run without numbers is left to that call.
+    A method that writes into ``w`` would change the backbone, so this comes before the first call.
 
     >>> acts = Acts(weights=lambda p, w: {"weight": w["weight"].mul_(p["gain"])})
     >>> try_weights(acts, nn.Linear(2, 2), {"gain": torch.ones(())}, "MyConfig.weights", "dense")
@@ -59,20 +61,19 @@ def try_weights(acts: Acts, module: nn.Module, p: Mapping[str, Tensor], who: str
     funcdelta.errors.ConfigError: MyConfig.weights changed 'weight' of dense in place, which is the backbone's own: ...
     """
     parameters = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
-    if acts.weights is None or not all(map(is_plain, parameters.values())):
+    if acts.weights is None or not all(is_plain(t) and not t.is_meta for t in parameters.values()):
+        return
+    if sum(tensor.numel() for tensor in parameters.values()) > LARGEST:
         return
     with torch.inference_mode(False), torch.no_grad(), outside_transforms(), own_defaults():
-        w = {name: torch.empty_like(tensor, device="meta") for name, tensor in parameters.items()}
-        w = {name: tensor.to(torch.float64) if tensor.is_floating_point() else tensor for name, tensor in w.items()}
-        leaves = {name: torch.empty_like(tensor, device="meta") for name, tensor in p.items()}
-        leaves = {n: tensor.to(torch.float64) if tensor.is_floating_point() else tensor for n, tensor in leaves.items()}
+        w, leaves = _copied(parameters), _copied(p)
         given = {**{f"p[{name!r}]": tensor for name, tensor in leaves.items()}, **w}
         before = {name: tensor._version for name, tensor in given.items()}
         try:
             changed = acts.weights(dict(leaves), dict(w))
         except FuncdeltaError:
             raise
-        except Exception:  # what needs numbers, and the method's own error, which the first call tells with its site
+        except Exception:  # the method's own error is told with its site when it is first called
             return
     written = next((name for name, tensor in given.items() if tensor._version != before[name]), None)
     if written is not None:
@@ -88,3 +89,9 @@ def try_weights(acts: Acts, module: nn.Module, p: Mapping[str, Tensor], who: str
             f"{who} gave {unknown!r}, and {path} ({type(module).__name__}) has no such tensor."
             f"{near(unknown, list(parameters))}"
         )
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In double precision, on the CPU."""
+    copied = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    return {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in copied.items()}

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..methods.config import BaseDeltaConfig
 from ..methods.leaf import Leaf, declared, members_and_all, values_of
+from ..methods.own import Own
 from ..methods.site import Site
 from ..randomness import refuse_draws
 from ..transforms import inside_backward
@@ -59,14 +60,28 @@ class Shared:
         return {key: found[path][leaf] for path, keys in self.expanded.items() for leaf, key in keys.items()}
 
 
-def share(config: BaseDeltaConfig, name: str, sites: tuple[Site, ...]) -> tuple[Shared | None, dict[str, Tensor]]:
-    """The leaves of a member that the sites of ``config`` share, or ``None``; and the tensors that all members share.
+def own_at(sites: Sequence[Site], backbone: nn.Module) -> dict[str, Own]:
+    """The backbone's tensors at ``sites``, by the site's address.
+
+    >>> from funcdelta.methods.site import site_of
+    >>> backbone = nn.Sequential(nn.Linear(2, 3))
+    >>> list(own_at([site_of("0", backbone[0])], backbone)["0"])
+    ['weight', 'bias']
+    """
+    return {site.address: Own(backbone.get_submodule(site.path), site.path) for site in sites}
+
+
+def share(
+    config: BaseDeltaConfig, name: str, sites: tuple[Site, ...], backbone: nn.Module
+) -> tuple[Shared | None, dict[str, Tensor]]:
+    """The leaves of a member that ``config`` has for all its sites, ``None`` if it has none; and what all members have.
 
     The latter are also shared by all sites.
     """
+    own = own_at(sites, backbone)
     rng, who = torch.Generator().manual_seed(derive(0, config.seed_name(name))), f"{type(config).__name__}.shared"
     with refuse_draws(who), own_defaults():
-        given, of_all = members_and_all(declared(config.shared(sites, rng), who))
+        given, of_all = members_and_all(declared(config.shared_leaves(sites, own, rng), who))
     first = sites[0]
     fixed = {leaf: first.placed(tensor) for leaf, tensor in of_all.items()}
     if not given:

@@ -1,6 +1,6 @@
-"""Recipes: uses of many deltas from the literature, each in a few lines on the public functions alone.
+"""Recipes: uses of many deltas from the literature, each in a few lines.
 
-They are to be read and copied as much as to be called: no recipe needs what a user cannot write, too.
+They use only public functions, so you can read and copy them as well as call them.
 """
 
 from . import (

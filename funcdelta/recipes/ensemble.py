@@ -1,8 +1,8 @@
-"""Ensembles: what several members say together, where they disagree, and whether that tells foreign inputs apart.
+"""Ensembles: the uncertainty of several members together, their disagreement, and detection of foreign inputs.
 
 A deep ensemble is a stack whose members differ in their seeds (Lakshminarayanan et al. 2017, "Simple and Scalable
-Predictive Uncertainty Estimation using Deep Ensembles"); ``delta.apply_many`` gives all its logits in one pass.
-``probabilities`` are (n, ..., C): members, rows, classes. Draws from SWAG or from a Laplace posterior are members too.
+Predictive Uncertainty Estimation using Deep Ensembles"); ``delta.apply_many`` computes all its logits in one pass.
+``probabilities`` are (n, ..., C): members, rows, classes. Draws from SWAG or a Laplace posterior are members, too.
 Entropies are in nats.
 """
 
@@ -24,7 +24,7 @@ def entropy(probabilities: Tensor) -> Tensor:
 
 
 def predictive_entropy(probabilities: Tensor) -> Tensor:
-    """H((1/n) Σᵢ pᵢ), (n, ..., C) → (...): all the doubt of the ensemble, whether its members share it or not.
+    """H((1/n) Σᵢ pᵢ), (n, ..., C) → (...): the total uncertainty of the ensemble.
 
     >>> predictive_entropy(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))
     tensor([0.6931])
@@ -34,11 +34,11 @@ def predictive_entropy(probabilities: Tensor) -> Tensor:
 
 
 def disagreement(probabilities: Tensor) -> Tensor:
-    """H((1/n) Σᵢ pᵢ) - (1/n) Σᵢ H(pᵢ), (n, ..., C) → (...): the doubt that members do not share.
+    """H((1/n) Σᵢ pᵢ) - (1/n) Σᵢ H(pᵢ), (n, ..., C) → (...): the uncertainty due to disagreement between members.
 
-    It is the mutual information of the answer and the member, from 0 (all say the same) to ln n; BALD asks for the
-    labels of the rows where it is largest (Houlsby et al. 2011, "Bayesian Active Learning for Classification and
-    Preference Learning"). Rounding may leave it a little below 0.
+    It is the mutual information of the class and the member, from 0 (all agree) to ln n; BALD queries labels for the
+    rows where it is largest (Houlsby et al. 2011, "Bayesian Active Learning for Classification and Preference
+    Learning"). Rounding may make it slightly negative.
 
     >>> disagreement(torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]]))
     tensor([0.6931, 0.0000])
@@ -47,11 +47,10 @@ def disagreement(probabilities: Tensor) -> Tensor:
 
 
 def auroc(inside: Tensor, outside: Tensor) -> Tensor:
-    """P(outside > inside) + ½ P(outside = inside) over all pairs: how well a score tells two sets of rows apart.
+    """P(outside > inside) + ½ P(outside = inside) over all pairs: how well a score separates two sets of rows.
 
-    The area under the ROC curve, by Mann and Whitney's count of pairs; ½ is chance, 1 is perfect. ``inside`` is
-    (..., a), scores of rows like those trained on, ``outside`` (..., b), those of foreign rows, (...) the result; NaN
-    where a score is NaN.
+    The area under the ROC curve, by Mann and Whitney's count of pairs; ½ is chance, 1 is perfect. ``inside`` (..., a)
+    has scores of rows like those trained on, ``outside`` (..., b) of foreign rows; the result is (...), NaN for NaN.
 
     >>> auroc(torch.tensor([0.1, 0.2, 0.4]), torch.tensor([0.3, 0.4]))
     tensor(0.7500)
@@ -62,7 +61,7 @@ def auroc(inside: Tensor, outside: Tensor) -> Tensor:
             f"{tuple(outside.shape)}. Write auroc(scores[..., known], scores[..., foreign])."
         )
     ordered, asked = inside.sort(-1).values, outside.contiguous()
-    below = torch.searchsorted(ordered, asked)  # how many of the inside lie below, and how many not above
+    below = torch.searchsorted(ordered, asked)  # numbers of inside scores below, and (next line) not above
     upto = torch.searchsorted(ordered, asked, right=True)
     area = (below + upto).to(inside.dtype).mean(-1) / (2 * inside.shape[-1])
     unknown = inside.isnan().any(-1) | outside.isnan().any(-1)  # sorting would rank NaN above all
@@ -70,9 +69,10 @@ def auroc(inside: Tensor, outside: Tensor) -> Tensor:
 
 
 def _members(probabilities: Tensor) -> None:
-    """Raise unless there is a member axis before that of the classes."""
+    """Raise unless there is a member axis in front of the class axis."""
     if probabilities.ndim < 2:
         raise fd.errors.ParamsError(
-            f"An ensemble's probabilities are (n, ..., C): members, rows, classes; found {tuple(probabilities.shape)}. "
-            "Write delta.apply_many(stack, ...).softmax(-1); for one member write entropy(probabilities)."
+            f"An ensemble's probabilities must be (n, ..., C): members, rows, classes; found "
+            f"{tuple(probabilities.shape)}. Write delta.apply_many(stack, ...).softmax(-1), or, for one member, "
+            f"entropy(probabilities)."
         )

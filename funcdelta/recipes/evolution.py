@@ -1,7 +1,7 @@
-"""Evolution strategies: a gradient from scores alone, without a backward pass.
+"""Evolution strategies: gradients estimated from scores, without a backward pass.
 
-Perturbations are drawn from their seeds. Those of ``gradient`` are of the leaves (factor space), those of ``rank_one``
-of the weights. Constants of a delta are not perturbed: their estimate is 0, as their gradient is.
+Perturbations are drawn from seeds. ``gradient`` perturbs leaves (factor space), ``rank_one`` weights. Constants of a
+delta are not perturbed; their estimate is 0, like their gradient.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def gradient(
 ) -> Params:
     """(1/(2 n σ)) Σᵢ (f(θ + σ εᵢ) - f(θ - σ εᵢ)) εᵢ: an estimate of ∇f from n mirrored pairs.
 
-    ``score(stack)`` gives one number a member, (2n,): all members run in one folded pass. ``trainable``, a predicate or
-    names as in ``fd.partition``, says which leaves are perturbed (``delta.trainable``). Left out, ``score`` is asked
-    about two members more, with gradients, to see which leaves it differentiates in (``fd.grad.reached``). Salimans et
-    al. 2017, "Evolution Strategies as a Scalable Alternative to Reinforcement Learning".
+    ``score(stack)`` returns one number per member, (2n,), so all members can run in one folded pass. ``trainable``, a
+    predicate (``delta.trainable``) or names as in ``fd.partition``, selects the leaves to perturb. By default ``score``
+    runs once more, on two members, to find the leaves that it depends on (``fd.grad.reached``). Salimans et al. 2017,
+    "Evolution Strategies as a Scalable Alternative to Reinforcement Learning".
 
     >>> def score(stack):
     ...     return -(stack["w"] ** 2).sum(-1)
@@ -62,12 +62,12 @@ def rank_one(
     n: int,
     sigma: float,
 ) -> tuple[fd.DeltaModel, Params]:
-    """(1/(2 n σ)) Σᵢ (f(W + σ Eᵢ) - f(W - σ Eᵢ)) Eᵢ with Eᵢ = bᵢ aᵢᵀ: an estimate of ∂f/∂W, exact as a sum, of rank n.
+    """(1/(2 n σ)) Σᵢ (f(W + σ Eᵢ) - f(W - σ Eᵢ)) Eᵢ with Eᵢ = bᵢ aᵢᵀ: an estimate of ∂f/∂W, as a delta of rank n.
 
-    ``current`` is the delta so far, ``thin`` one of rank 1 at the same sites (``lora_r=1, lora_alpha=1``) that draws
-    the perturbations. ``score(delta, stack)`` gives one number a member, (n,). The step is
-    ``fd.algebra.sum_exact([current, estimate], weights=[1, rate])``; ``fd.algebra.truncate`` keeps its rank in bounds.
-    Sarkar et al. 2025, "Evolution Strategies at the Hyperscale" (EGGROLL).
+    ``current`` is the present delta, and ``thin`` a delta of rank 1 at the same sites (``lora_r=1, lora_alpha=1``) that
+    draws the perturbations. ``score(delta, stack)`` returns one number per member, (n,). The step is
+    ``fd.algebra.sum_exact([current, estimate], weights=[1, rate])``; ``fd.algebra.truncate`` limits its rank. Sarkar et
+    al. 2025, "Evolution Strategies at the Hyperscale" (EGGROLL).
 
     >>> thin = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), lora_r=1, lora_alpha=1, modified_modules=["0"])
     >>> def score(delta, stack):

@@ -1,6 +1,6 @@
-"""Federated averaging: clients train one delta on data of their own, a server puts together what they learnt.
+"""Federated averaging: clients train a delta on their own data, and a server combines the results.
 
-The mean of factors is not the mean of what they do: mean(B) mean(A) ≠ mean(B A). ``exact`` averages what they do.
+The mean of factors does not give the mean change: mean(B) mean(A) ≠ mean(B A). ``exact`` averages the changes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Train = Callable[..., Params]
 
 
 def clients(train: Train, params: Params, *data: Any) -> Params:
-    """``train(params, *data)`` of every client, all in one mapped run: ``data`` have the axis of clients in front.
+    """``train(params, *data)`` of every client in one mapped run; ``data`` have the client axis first.
 
     >>> clients(lambda params, x: {"w": params["w"] + x}, {"w": torch.zeros(1)}, torch.tensor([[1.0], [3.0]]))["w"]
     tensor([[1.],
@@ -32,10 +32,10 @@ def clients(train: Train, params: Params, *data: Any) -> Params:
 def exact(
     delta: fd.DeltaModel, stack: Params, rank: int, weights: Sequence[float] | None = None
 ) -> tuple[fd.DeltaModel, Params]:
-    """The nearest change of rank ``rank`` to Σ wᵢ Bᵢ Aᵢ; weights are the clients' shares, equal without them.
+    """The change of rank ``rank`` closest to Σ wᵢ Bᵢ Aᵢ; the clients' weights are equal by default.
 
-    FLoRA's and FedEx-LoRA's aggregation (Wang et al. 2024, Singhal et al. 2024), cut to one rank for the next round.
-    Trained backbone leaves (heads) are averaged.
+    The aggregation of FLoRA and FedEx-LoRA (Wang et al. 2024, Singhal et al. 2024), truncated to one rank for the next
+    round. Trained backbone leaves (heads) are averaged.
 
     >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), lora_r=2, modified_modules=["0"])
     >>> stack = fd.tree.randn_like(delta.init(0, n=3), seed=0)
@@ -50,9 +50,9 @@ def exact(
 
 
 def naive(stack: Params, weights: Sequence[float] | None = None) -> Params:
-    """Σ wᵢ leafᵢ, factor by factor (FedIT): exact only where one factor is the same for all clients (FFA-LoRA).
+    """Σ wᵢ leafᵢ, factor by factor (FedIT): exact only if one factor is the same for all clients (FFA-LoRA).
 
-    A leaf that all clients have alike, as a constant of a delta, stays what it is.
+    A leaf that is equal for all clients, such as a constant of a delta, keeps its value.
 
     >>> naive({"w": torch.tensor([[1.0], [3.0]])}, weights=[0.25, 0.75])
     {'w': tensor([2.5000])}

@@ -1,6 +1,6 @@
-"""Hypernetworks: a network writes a delta from a code of the task, one delta for every row.
+"""Hypernetworks: a network generates a delta for every row from a code of its task.
 
-Params need not be leaves of autograd, so the network trains by the loss of the backbone with what it wrote.
+Params need not be autograd leaves, so the loss of the backbone with the generated delta trains the network.
 Ha et al. 2016, "HyperNetworks"; for LoRA, Charakorn et al. 2025, "Text-to-LoRA".
 """
 
@@ -17,7 +17,7 @@ Params = dict[str, Tensor]
 
 
 def width(delta: fd.DeltaModel, params: Params) -> int:
-    """How many numbers a network has to write: those of the leaves that train.
+    """The number of outputs that the network needs: all entries of leaves that train.
 
     >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), lora_r=2, modified_modules=["0"])
     >>> width(delta, delta.init(0))
@@ -28,7 +28,7 @@ def width(delta: fd.DeltaModel, params: Params) -> int:
 
 
 def written(delta: fd.DeltaModel, params: Params, codes: Tensor) -> Params:
-    """``params`` moved by ``codes`` (n, width): a stack of n members, constants as they are; differentiable in both.
+    """``params`` plus ``codes`` (n, width), as a stack of n members with unchanged constants; differentiable in both.
 
     >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), lora_r=2, modified_modules=["0"])
     >>> stack = written(delta, delta.init(0), torch.zeros(5, 24))
@@ -41,7 +41,7 @@ def written(delta: fd.DeltaModel, params: Params, codes: Tensor) -> Params:
 
 
 def apply(delta: fd.DeltaModel, params: Params, codes: Tensor, **batch: Any) -> Any:
-    """Row i of the batch with the delta that code i wrote, (b, width), all rows in one pass.
+    """Run row i of the batch with the delta of code i, (b, width), all rows in one pass.
 
     >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), lora_r=2, modified_modules=["0"])
     >>> apply(delta, delta.init(0), torch.zeros(5, 24), input=torch.randn(5, 4)).shape

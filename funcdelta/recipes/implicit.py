@@ -1,7 +1,7 @@
-"""iMAML: the meta-gradient at the end of the inner loop alone, whatever the way there (Rajeswaran et al. 2019).
+"""iMAML: the meta-gradient from the solution of the inner loop, not from its steps (Rajeswaran et al. 2019).
 
-The inner problem is φ* = argmin L(φ, support) + (λ/2) ‖φ - θ‖², whose solution depends on θ by the implicit function
-theorem: memory does not grow with the inner steps. Tasks are mapped, as in :mod:`funcdelta.recipes.meta_learning`.
+The inner problem is φ* = argmin L(φ, support) + (λ/2) ‖φ - θ‖². The implicit function theorem gives ∂φ*/∂θ, so memory
+does not grow with the inner steps. Tasks are mapped, as in :mod:`funcdelta.recipes.meta_learning`.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def meta_gradient(
     lr: float,
     solve: int = 5,
 ) -> Params:
-    """(1/t) Σᵢ (I + Hᵢ/λ)⁻¹ ∇L(φᵢ*, queryᵢ), Hᵢ the Hessian of L(·, supportᵢ) at φᵢ*, by ``solve`` steps of conjugate
-    gradients.
+    """(1/t) Σᵢ (I + Hᵢ/λ)⁻¹ ∇L(φᵢ*, queryᵢ), where Hᵢ is the Hessian of L(·, supportᵢ) at φᵢ*.
 
-    ``params`` are the leaves that train: close ``loss`` over the others, ``fd.partition(params, delta.trainable)``.
-    I + H/λ has to be positive definite: λ above the most negative curvature.
+    Solved by ``solve`` steps of conjugate gradients. ``params`` are the leaves that train; close ``loss`` over the
+    others, ``fd.partition(params, delta.trainable)``. I + H/λ must be positive definite, so λ must exceed the magnitude
+    of the most negative curvature.
 
     >>> def loss(params, x):
     ...     return ((params["w"] - x) ** 2).sum() / 2

@@ -1,8 +1,8 @@
-"""Influence of training rows: what a loss would be, had a row been left out of the training.
+"""Influence of training rows: how a loss would change if a row were left out of training.
 
-At a minimum of (1/n) Σᵢ Lᵢ + (damping/2) ‖θ‖², leaving row i out moves θ by (1/n) (H + damping)⁻¹ ∇Lᵢ to first order
-(Koh and Liang 2017, "Understanding Black-box Predictions via Influence Functions"). ``losses(params, *data)`` gives
-one number a row, (b,); ``params`` are the leaves that train, others are closed over.
+At a minimum of (1/n) Σᵢ Lᵢ + (damping/2) ‖θ‖², leaving out row i moves θ by (1/n) (H + damping)⁻¹ ∇Lᵢ to first order
+(Koh and Liang 2017, "Understanding Black-box Predictions via Influence Functions"). ``losses(params, *data)`` returns
+one number per row, (b,); ``params`` are the leaves that train, and ``losses`` is closed over the others.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def without_each(
 ) -> Tensor:
     """(1/n) ⟨∇Lᵢ, (H + damping)⁻¹ ∇L_test⟩, (n,): the change of the mean test loss without training row i.
 
-    One solve by ``steps`` of conjugate gradients, and one forward derivative for all rows: no gradient of a row is
-    ever held. H + damping has to be positive definite, as it is at a minimum.
+    It takes one solve by ``steps`` of conjugate gradients and one forward derivative for all rows, and holds no
+    gradient of single rows. H + damping must be positive definite, as it is at a minimum.
 
     >>> def losses(params, x):
     ...     return (params["w"] - x).square().sum(1) / 2
@@ -59,11 +59,11 @@ def newton_without_each(
 ) -> Tensor:
     """L_test(θ + (H₋ᵢ + damping)⁻¹ ∇Lᵢ / n) - L_test(θ), (n,): `without_each` with the curvature of the other rows.
 
-    H₋ᵢ is that of Σⱼ Lⱼ / n without row i, so that the change is one Newton step of retraining, and exact where the
-    losses are quadratic and the training's ridge is ``damping``. It matters where a row carries much of the curvature
-    along its own gradient; where the losses are far from quadratic, as in the factors of LoRA, the step overshoots for
-    some such rows, and the derivative is the safer order of all. One solve a row, ``chunk_size`` of them at once, each
-    over all rows. Source: Pregibon 1981, "Logistic Regression Diagnostics".
+    H₋ᵢ is the Hessian of Σⱼ Lⱼ / n without row i, so the change is one Newton step of retraining. It is exact if the
+    losses are quadratic and the training's ridge is ``damping``, and differs from `without_each` for rows that carry
+    much of the curvature along their own gradient. If losses are far from quadratic, as in the factors of LoRA, the
+    step overshoots for some of these rows, and `without_each` ranks rows more reliably. One solve per row, each over
+    all rows, ``chunk_size`` at a time. Source: Pregibon 1981, "Logistic Regression Diagnostics".
 
     >>> def losses(params, x):
     ...     return (params["w"] - x).square().sum(1) / 2
@@ -85,9 +85,9 @@ def newton_without_each(
 
 
 def self_influence(losses: Callable[..., Tensor], params: Params, data: Sequence[Tensor]) -> Tensor:
-    """‖∇Lᵢ‖², (b,): how much a row's own loss feeds on the row; large for rows that nothing else explains.
+    """‖∇Lᵢ‖², (b,): a row's influence on its own loss, large for rows that no other row explains.
 
-    TracIn with one checkpoint (Pruthi et al. 2020), by ghost norms: of matrices that act on tokens.
+    TracIn with one checkpoint (Pruthi et al. 2020), by ghost norms, and so over matrices that act on tokens only.
 
     >>> def losses(params, x):
     ...     return F.linear(x, params["w"]).square().sum(1) / 2

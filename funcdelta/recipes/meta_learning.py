@@ -1,8 +1,8 @@
-"""Meta-learning: params from which a few steps of gradient descent learn a new task.
+"""Meta-learning: finds params from which a few steps of gradient descent learn a new task.
 
-A task is a support set to adapt to and a query set to be judged by. ``loss(params, *data)`` is one task's loss, ();
-``support`` and ``query`` are tuples of tensors whose first axis is the task axis t. Tasks are mapped, so that all of
-them adapt in one pass over the backbone. Constants of a delta stay as they are.
+A task has a support set to adapt to and a query set for evaluation. ``loss(params, *data)`` is one task's loss, ();
+``support`` and ``query`` are tuples of tensors whose first axis is the task axis t. Tasks are mapped, so they all adapt
+in one pass over the backbone. Constants of a delta stay as they are.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def adapt(
 ) -> Params:
     """θₖ₊₁ = θₖ - lr ∇L(θₖ, support), ``steps`` times: one task's params, differentiable in ``params`` and ``lr``.
 
-    ``first_order=True`` takes the gradients for constants (FOMAML). ``trainable`` names the leaves that adapt: the
-    head alone is ANIL (Raghu et al. 2020, "Rapid Learning or Feature Reuse?").
+    ``first_order=True`` treats gradients as constants (FOMAML). ``trainable`` selects the leaves that adapt; with the
+    head alone this is ANIL (Raghu et al. 2020, "Rapid Learning or Feature Reuse?").
 
     >>> def loss(params, x):
     ...     return ((params["w"] - x) ** 2).sum()
@@ -61,11 +61,11 @@ def maml_loss(
     trainable: Selector | None = None,
     checkpoint: bool = False,
 ) -> Tensor:
-    """(1/t) Σᵢ L(adapt(θ, supportᵢ), queryᵢ): what MAML minimises in θ; ``torch.func.grad`` of it is the meta-gradient.
+    """(1/t) Σᵢ L(adapt(θ, supportᵢ), queryᵢ): MAML's objective in θ; its ``torch.func.grad`` is the meta-gradient.
 
-    Finn et al. 2017, "Model-Agnostic Meta-Learning"; ``first_order=True`` is their FOMAML. ``checkpoint=True`` keeps
-    the params of a step in place of its activations, for many inner steps; each is then computed twice, and the
-    meta-gradient is taken by ``torch.autograd.grad``, as ``fd.grad.unroll`` has it.
+    Finn et al. 2017, "Model-Agnostic Meta-Learning"; ``first_order=True`` is their FOMAML. For many inner steps,
+    ``checkpoint=True`` stores each step's params instead of its activations. Each step is then computed twice, and the
+    meta-gradient must be taken by ``torch.autograd.grad`` (see ``fd.grad.unroll``).
 
     >>> def loss(params, x):
     ...     return ((params["w"] - x) ** 2).sum()
@@ -73,7 +73,6 @@ def maml_loss(
     >>> torch.func.grad(lambda p: maml_loss(loss, p, goals, goals, steps=1, lr=0.25))({"w": torch.zeros(1)})
     {'w': tensor([-1.])}
     """
-
     adapted = _adapt_each(loss, params, support, steps, lr, first_order, trainable, checkpoint)
     return torch.vmap(loss, randomness="different")(adapted, *query).mean()
 
@@ -81,7 +80,7 @@ def maml_loss(
 def reptile(
     loss: Loss, params: Params, support: Sequence[Tensor], *, steps: int, lr: float | Tensor, rate: float = 1.0
 ) -> Params:
-    """θ + rate · (mean over tasks of adapt(θ, supportᵢ) - θ): one step of Reptile, without a query set.
+    """θ + rate · (mean over tasks of adapt(θ, supportᵢ) - θ): one step of Reptile, which needs no query set.
 
     Nichol et al. 2018, "On First-Order Meta-Learning Algorithms".
 
@@ -90,9 +89,8 @@ def reptile(
     >>> reptile(loss, {"w": torch.zeros(1)}, (torch.tensor([[1.0], [3.0]]),), steps=1, lr=0.25)
     {'w': tensor([1.])}
     """
-
     each = _adapt_each(loss, params, support, steps, lr)
-    # The mean of differences, not the difference of means: where nothing moved, nothing is rounded.
+    # The mean of differences, not the difference of means, so that leaves that did not move are not rounded.
     moved = fd.tree.mean(fd.tree.sub(each, fd.broadcast(params, fd.members(each))))
     return fd.tree.add(params, fd.tree.scale(moved, rate))
 
@@ -107,7 +105,7 @@ def _adapt_each(
     trainable: Selector | None = None,
     checkpoint: bool = False,
 ) -> Params:
-    """`adapt` of every task, a stack of t members: all tasks take a step together, which is what is recomputed."""
+    """`adapt` for every task, as a stack of t members; a step of all tasks together is the unit of recomputation."""
 
     def step(each: Params, _: int, support: Sequence[Tensor], lr: float | Tensor) -> Params:
         def one(params: Params, support: Sequence[Tensor]) -> Params:

@@ -1,8 +1,8 @@
-"""Populations: members that compete while they train, in one stack.
+"""Populations: members of one stack that compete while they train.
 
 A population is any pytree whose leaves have the member axis first: a stack, or a pair of a stack and its optimiser's
-state. ``scores`` is one number a member, (n,), higher is better, nan the worst. The learning rates stand beside it,
-(n,): ``fd.optim.adamw(lr=rates)`` has no state of its own, so a new one goes on with the old state.
+state. ``scores`` is one number per member, (n,); higher is better, nan is worst. Learning rates, (n,), are separate:
+``fd.optim.adamw(lr=rates)`` has no state of its own, so an optimiser with new rates continues from the old state.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Population = TypeVar("Population")
 def exploit_and_explore(
     population: Population, rates: Tensor, scores: Tensor, seed: int, *, share: float = 0.25, factor: float = 1.2
 ) -> tuple[Population, Tensor, Tensor]:
-    """The worst ``share`` become copies of the best, with their rates times or divided by ``factor``.
+    """Replace the worst ``share`` of members by copies of the best, with rates multiplied or divided by ``factor``.
 
-    Population-based training (Jaderberg et al. 2017). Returns the population, the rates, and every member's parent.
+    Population-based training (Jaderberg et al. 2017). Returns the population, the rates, and each member's parent.
 
     >>> population, rates, parents = exploit_and_explore(
     ...     {"w": torch.tensor([1.0, 2.0, 3.0, 4.0])}, torch.ones(4), torch.tensor([0.1, 0.9, 0.5, 0.4]), seed=0
@@ -48,8 +48,8 @@ def exploit_and_explore(
 def halve(population: Population, scores: Tensor, *, keep: float = 0.5) -> tuple[Population, Tensor]:
     """The best members, in their old order, and their indices: one rung of successive halving.
 
-    Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification". The steps that a rung saves are what the
-    survivors get: half of the members, twice the steps.
+    Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification". The survivors get the steps that a rung
+    saves: half of the members, twice the steps.
 
     >>> halve({"w": torch.tensor([1.0, 2.0, 3.0, 4.0])}, torch.tensor([0.1, 0.9, 0.5, 0.4]))
     ({'w': tensor([2., 3.])}, tensor([1, 2]))

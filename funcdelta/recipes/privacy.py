@@ -1,4 +1,4 @@
-"""DP-SGD over a delta: gradients of rows clipped, summed and noised, and what that costs in privacy.
+"""DP-SGD for a delta: clips, sums and noises the gradients of rows, and accounts for the privacy cost.
 
 Abadi et al. 2016, "Deep Learning with Differential Privacy". Two data sets are neighbours if one has one row more.
 The accountant is that of the package dp-accounting (extra ``privacy``).
@@ -20,7 +20,7 @@ Params = dict[str, Tensor]
 
 
 def batch(rows: int, rate: float, seed: int) -> Tensor:
-    """The rows of one step, each in it with probability ``rate``, independently: their number varies, and may be 0.
+    """The rows of one step: each is taken independently with probability ``rate``, so there may be none.
 
     >>> batch(10, 0.3, seed=0)
     tensor([2, 3])
@@ -42,12 +42,12 @@ def gradient(
 ) -> Params:
     """(Σᵢ ∇Lᵢ min(1, C/‖∇Lᵢ‖) + σ C ε) / ``expected``: C is ``clip``, σ is ``noise``, ε standard normal by ``seed``.
 
-    ``loss(params, *rows)`` is that of a batch of one row, (). Leaves that it does not differentiate in (constants of a
-    delta) get 0 and no noise; which these are is seen at a row of zeros, so that no data tell it. ``expected`` is the
-    expected number of rows, rate × rows: the true number of a step is private. A row whose gradient is not finite
-    counts as 0. Give every step of every member a seed of its own, and keep seeds secret: whoever knows the noise can
-    take it away, and the noise of two members that share it is told from their difference. torch's generator is no
-    cryptographic one.
+    ``loss(params, *rows)`` is the loss of a batch of one row, (). Leaves that it does not depend on (constants of a
+    delta) get 0 and no noise; they are determined with a row of zeros, so that they reveal nothing about the data.
+    ``expected`` is the expected number of rows, rate × rows, because the true number in a step is private. A row whose
+    gradient is not finite counts as 0. Use a different seed for every step of every member, and keep seeds secret:
+    known noise can be subtracted, and noise that two members share cancels in their difference. torch's generator is
+    not cryptographically secure.
 
     >>> def loss(params, x):
     ...     return (params["w"] * x).sum()
@@ -62,7 +62,7 @@ def gradient(
 
 
 def batches(rows: int, rate: float, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """`batch` of every member, padded to the longest: rows (n, b), and which of them are taken, (n, b) bool.
+    """`batch` for every member, padded to the longest: rows (n, b), and a mask of those taken, (n, b) bool.
 
     >>> batches(10, 0.3, seeds=[2, 4])
     (tensor([[7, 9, 0, 0],
@@ -86,15 +86,15 @@ def gradients(
     expected: float,
     chunk_size: int | None = None,
 ) -> Params:
-    """`gradient` of every member of a stack, in one mapped run: the same numbers as member by member.
+    """`gradient` for every member of a stack in one mapped run, with the same numbers as member by member.
 
     Args:
         loss, expected: as in `gradient`; ``loss`` is that of one member.
         stack, seeds: n members, and a seed for each one's noise.
-        data: tensors (n, b, ...), every member's rows, padded to one b.
-        taken: (n, b) bool, the rows that count, as `batches` makes them.
-        clip, noise: one for all, or (n,).
-        chunk_size: members that are computed at once; default: all.
+        data: tensors (n, b, ...) of every member's rows, padded to the same b.
+        taken: (n, b) bool, the rows that count, from `batches`.
+        clip, noise: one for all members, or (n,).
+        chunk_size: members to compute at once; by default all.
 
     >>> def loss(params, x):
     ...     return (params["w"] * x).sum()
@@ -124,7 +124,7 @@ def gradients(
 def _moving(
     loss: Callable[..., Tensor], params: Params, total: Params, data: Sequence[Tensor]
 ) -> tuple[Params, Params]:
-    """``total`` parted into the leaves that ``loss`` differentiates in, and the others."""
+    """``total`` split into the leaves that ``loss`` depends on and the others."""
     zeros = [own.new_zeros((1, *own.shape[1:])) for own in data]
     names = fd.grad.reached(loss, params, *zeros)
     return fd.partition(total, lambda name: name in names)
@@ -146,14 +146,14 @@ def _clipped(
 
     def total(leaf: Tensor) -> Tensor:
         shape = (-1, *[1] * (leaf.ndim - 1))
-        # Chosen, not multiplied by 0: 0 · nan is nan.
+        # where(), not a factor of 0, because 0 · nan is nan.
         return torch.where(counts.view(shape), leaf * factors.view(shape).to(leaf.dtype), 0.0).sum(0)
 
     return fd.tree.map(total, rows)
 
 
 def epsilon(steps: int, rate: float, noise: float, delta: float) -> float:
-    """The ε of (ε, δ)-privacy after ``steps`` steps, by the accountant of privacy loss distributions.
+    """The ε of (ε, δ)-privacy after ``steps`` steps, from an accountant of privacy loss distributions.
 
     >>> round(epsilon(steps=100, rate=0.05, noise=1.0, delta=1e-4), 1)
     2.9
@@ -162,7 +162,7 @@ def epsilon(steps: int, rate: float, noise: float, delta: float) -> float:
 
 
 def noise_for(epsilon: float, steps: int, rate: float, delta: float) -> float:
-    """The least σ, from 0.2, that keeps ``steps`` steps within (ε, δ).
+    """The smallest σ, at least 0.2, that keeps ``steps`` steps within (ε, δ).
 
     >>> round(noise_for(epsilon=2.0, steps=100, rate=0.05, delta=1e-4), 2)
     1.2
@@ -173,13 +173,13 @@ def noise_for(epsilon: float, steps: int, rate: float, delta: float) -> float:
 
 
 def _event(steps: int, rate: float, noise: float) -> Any:
-    """What the accountant calls all steps of a training together."""
+    """The accountant's event for all steps of a training run."""
     step = _accounting().PoissonSampledDpEvent(rate, _accounting().GaussianDpEvent(noise))
     return _accounting().SelfComposedDpEvent(step, steps)
 
 
 def _accountant() -> Any:
-    # The default interval of 1e-4 takes a minute for a small noise.
+    # With the default interval of 1e-4, small noise takes a minute.
     return _accounting().pld.PLDAccountant(value_discretization_interval=1e-3)
 
 
@@ -187,5 +187,5 @@ def _accounting() -> ModuleType:
     try:
         import dp_accounting
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('The accountant is another package: pip install "funcdelta[privacy]"') from error
+        raise ModuleNotFoundError('The accountant needs another package: pip install "funcdelta[privacy]"') from error
     return dp_accounting

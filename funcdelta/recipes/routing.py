@@ -1,4 +1,4 @@
-"""Routing: which delta answers a row, one for each domain, by where the row lies among them."""
+"""Routing: chooses the delta for each row, one per domain, by the row's embedding."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from torch import Tensor
 
 
 def centroids(embeddings: Tensor, domains: Tensor, n: int) -> Tensor:
-    """The mean embedding (n, d) of every domain, of unit length.
+    """The mean embeddings (n, d) of n domains, normalised to unit length.
 
     >>> centroids(torch.tensor([[3.0, 0.0], [1.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0, 1]), n=2)
     tensor([[1., 0.],
             [0., 1.]])
     """
-    sums = embeddings.new_zeros(n, embeddings.shape[-1]).index_add(0, domains, embeddings)  # as long as it may be
+    sums = embeddings.new_zeros(n, embeddings.shape[-1]).index_add(0, domains, embeddings)
     return sums / sums.norm(dim=-1, keepdim=True)
 
 
 def nearest(embeddings: Tensor, centres: Tensor) -> Tensor:
-    """The domain of each row, (b,), by the largest cosine: an index for ``delta.apply_rows``.
+    """The domain of each row, (b,), by the largest cosine similarity: an index for ``delta.apply_rows``.
 
     >>> nearest(torch.tensor([[0.1, 2.0], [1.0, 0.0]]), torch.eye(2))
     tensor([1, 0])
@@ -27,7 +27,7 @@ def nearest(embeddings: Tensor, centres: Tensor) -> Tensor:
 
 
 def mixture(outputs: Tensor, weights: Tensor) -> Tensor:
-    """Σₖ πᵢₖ yₖᵢ: outputs (n, b, …) of ``delta.apply_many`` by weights (b, n) of a gate, to (b, …).
+    """Σₖ πᵢₖ yₖᵢ, (b, …): outputs (n, b, …) of ``delta.apply_many``, weighted by a gate (b, n).
 
     >>> mixture(torch.tensor([[[1.0], [2.0]], [[10.0], [20.0]]]), torch.tensor([[0.5, 0.5], [0.0, 1.0]]))
     tensor([[ 5.5000],

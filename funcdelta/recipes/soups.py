@@ -1,4 +1,4 @@
-"""Model soups: members that are averaged into one (Wortsman et al. 2022, "Model Soups")."""
+"""Model soups: averages members into one (Wortsman et al. 2022, "Model Soups")."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Pair = tuple[fd.DeltaModel, Params]
 
 
 def mean(delta: fd.DeltaModel, stack: Params, members: list[int]) -> Pair:
-    """(1/k) Σ Bᵢ Aᵢ over the chosen members, exactly: its rank is k times theirs, ``fd.algebra.truncate`` cuts it.
+    """(1/k) Σ Bᵢ Aᵢ over k chosen members, exact; its rank is k times theirs (``fd.algebra.truncate`` reduces it).
 
     >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), lora_r=2, modified_modules=["0"])
     >>> mean(delta, delta.init(0, n=4), [0, 3])[0].configs[0].lora_r
@@ -24,9 +24,9 @@ def mean(delta: fd.DeltaModel, stack: Params, members: list[int]) -> Pair:
 
 
 def greedy(delta: fd.DeltaModel, stack: Params, score: Callable[[fd.DeltaModel, Params], float]) -> list[int]:
-    """The members of the greedy soup: from the best on, each that does not lower the score of the mean.
+    """The members of the greedy soup: starting from the best, each one that does not lower the mean's score.
 
-    ``score(delta, params)`` is of held-out data, higher is better; it is asked 2n times at most.
+    ``score(delta, params)`` scores held-out data, higher is better; it is called at most 2n times.
 
     >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), lora_r=2, modified_modules=["0"])
     >>> stack = fd.tree.randn_like(delta.init(0, n=3), seed=0)

@@ -1,7 +1,6 @@
-"""Steering: what a delta does, turned up, down, off and around (Ilharco et al. 2023, "Editing Models with Task
-Arithmetic").
+"""Steering: amplifies, weakens or reverses a delta (Ilharco et al. 2023, "Editing Models with Task Arithmetic").
 
-To learn one thing and forget another, add deltas up: ``fd.algebra.sum_exact([a, b], weights=[1.0, -0.5])``.
+To learn one thing and forget another, add deltas: ``fd.algebra.sum_exact([a, b], weights=[1.0, -0.5])``.
 """
 
 from __future__ import annotations
@@ -17,9 +16,10 @@ Params = dict[str, Tensor]
 
 
 def dial(delta: fd.DeltaModel, params: Params, strengths: Sequence[float] | Tensor) -> tuple[fd.DeltaModel, Params]:
-    """One member a strength, s·ΔW: 1 as it is, 0 the bare backbone, negative its opposite, all as one stack.
+    """A stack with one member s·ΔW per strength s: 1 is the delta itself, 0 the bare backbone, -1 the opposite.
 
-    A whole curve of doses is then one ``apply_many``, and ``bind_rows(stack, range(n)).generate`` writes with each.
+    One ``apply_many`` then gives the response to all strengths, and ``bind_rows(stack, range(n)).generate`` a text for
+    each.
 
     >>> delta = fd.LoraModel(torch.nn.Sequential(torch.nn.Linear(4, 8)), lora_r=2, modified_modules=["0"])
     >>> params = fd.tree.randn_like(delta.init(0), seed=0)

@@ -1,7 +1,7 @@
-"""SWAG: a Gaussian around the mean of the params that training passes through (Maddox et al. 2019).
+"""SWAG: a Gaussian around the mean of the params along a training run (Maddox et al. 2019).
 
-In factor space: the Gaussian is of the leaves, not of what they do. A leaf that training does not move (a constant of a
-delta) has no deviation: every draw has it as it is. A stack has one Gaussian a member.
+It is a Gaussian over leaves (factor space), not over changes of weights. A leaf that training does not move (a constant
+of a delta) has no deviation and is the same in every draw. A stack has one Gaussian per member.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Params = dict[str, Tensor]
 
 
 class Moments(NamedTuple):
-    """``steps`` params seen, their mean and mean square, and the last differences from the mean (K of them at most).
+    """The number of params seen, their mean and mean square, and the last (at most K) differences from the mean.
 
     >>> collect(None, {"w": torch.tensor([3.0])})
     Moments(steps=1, mean={'w': tensor([3.])}, square={'w': tensor([9.])}, deviations=())
@@ -30,7 +30,7 @@ class Moments(NamedTuple):
 
 
 def collect(moments: Moments | None, params: Params, *, rank: int = 10) -> Moments:
-    """m ← m + (θ - m)/k, s ← s + (θ² - s)/k, and θ - m as one more of at most ``rank`` deviations.
+    """m ← m + (θ - m)/k, s ← s + (θ² - s)/k, and θ - m is appended to the last ``rank`` deviations.
 
     >>> moments = collect(collect(None, {"w": torch.tensor([1.0])}), {"w": torch.tensor([3.0])})
     >>> moments.mean, moments.square
@@ -46,7 +46,7 @@ def collect(moments: Moments | None, params: Params, *, rank: int = 10) -> Momen
 
 
 def sample(moments: Moments, seed: int) -> Params:
-    """m + σ ε/√2 + Σₖ dₖ zₖ/√(2(K - 1)), with σ² = s - m²: a draw from N(m, ½(diag σ² + D Dᵀ/(K - 1))).
+    """A draw m + σ ε/√2 + Σₖ dₖ zₖ/√(2(K - 1)) from N(m, ½(diag σ² + D Dᵀ/(K - 1))), with σ² = s - m².
 
     >>> moments = collect(collect(None, {"w": torch.tensor([1.0])}), {"w": torch.tensor([1.0])})
     >>> sample(moments, seed=0)

@@ -1,4 +1,4 @@
-"""What methods add at an attention site of a skeleton: a member's keys and values, for each row of the call.
+"""What methods do at an attention site of a skeleton: they add keys and values for each row of the call, or wrap it.
 
 Added keys have no position, so that the queries' own positions decide how they are seen: a row that is padded in front
 needs the numbers that its text has alone. The module that takes the text gets them before its attention runs.
@@ -22,23 +22,42 @@ from .opened import act
 from .padding import check_padding, checkable
 from .positions import named, seen_length
 from .text_model import is_causal, takes_text
+from .wrapping import wrapped
 
 
-def attention_of(skeleton: Host, path: str, attended: list[Bound]) -> Callable[..., Any]:
-    """The attention function of the module at ``path``: its own, with what the methods add for the call under way."""
-    Numbered.below(skeleton, path, attended)
+def attention_of(skeleton: Host, path: str, attended: list[Bound], around: list[Bound]) -> Callable[..., Any]:
+    """The attention function of the module at ``path``: its own, with what the methods do for the call under way.
+
+    Keys that some add are seen by the model's own attention, and so by what others wrap, the last one outermost.
+    """
+    Numbered.below(skeleton, path, attended + around)
 
     def attention(original: Any, implementation: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = skeleton.under_way(path)
         if call.reached is not None:
             call.reached.add(attention_mark(path))
         acting = [bound for bound in attended if bound.key in call.params]
-        if not acting:
+        wrapping = [bound for bound in around if bound.key in call.params]
+        if not acting and not wrapping:
             return original(module, *args, **kwargs)
-        added = [_added(call, path, bound, module.training, args[0], args[1]) for bound in acting]
-        return attend_with(added, path, original, implementation, module, *args, **kwargs)
+
+        def own(query: Tensor, key: Tensor, value: Tensor) -> Any:
+            if not acting:
+                return original(module, query, key, value, *args[3:], **kwargs)
+            added = [_added(call, path, bound, module.training, query, key) for bound in acting]
+            return attend_with(added, path, original, implementation, module, query, key, value, *args[3:], **kwargs)
+
+        inner = own
+        for bound in wrapping:
+            inner = _with(call, path, bound, module, inner)
+        return inner(*args[:3])
 
     return attention
+
+
+def _with(call: Call, path: str, bound: Bound, module: nn.Module, attention: Callable[..., Any]) -> Callable[..., Any]:
+    """``attention`` with one method around it."""
+    return lambda *given: wrapped(call, path, bound, module, attention, given)
 
 
 class Numbered:

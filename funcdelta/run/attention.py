@@ -12,7 +12,6 @@ Shapes inside: keys and values (rows, heads, length, size), a mask (rows or 1, h
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, MatchError
 from ..methods.site import AttentionShape
-
-INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-"""The name under which Transformers' models look up their attention function."""
+from ..structures.modules.interface import INTERFACE, attending_forward
 
 SUFFIX = "|funcdelta"
 SEAM = "_funcdelta_attention"
@@ -47,34 +44,6 @@ class Added:
     widen_bias: Callable[[nn.Module, Tensor, int], Tensor]
 
 
-def attention_below(path: str, module: nn.Module) -> list[str]:
-    """Paths of the attention modules that ``module`` is or holds, of those that use Transformers' interface.
-
-    >>> attention_below("layer", torch.nn.MultiheadAttention(4, 2))
-    []
-    """
-    found = [below for below, child in module.named_modules() if uses_interface(child)]
-    return [".".join(filter(None, (path, below))) for below in found]
-
-
-def uses_interface(module: nn.Module) -> bool:
-    """Whether the module's forward looks up its attention function where a skeleton can give another.
-
-    >>> uses_interface(torch.nn.MultiheadAttention(4, 2))
-    False
-    """
-    return _forward(module) is not None and hasattr(getattr(module, "config", None), "_attn_implementation")
-
-
-def _forward(module: nn.Module) -> Any:
-    """The forward, as its author wrote it, that calls the interface; ``None`` if the module's class has none."""
-    for kind in type(module).__mro__:
-        forward = inspect.unwrap(vars(kind)["forward"]) if "forward" in vars(kind) else None
-        if forward is not None and INTERFACE in getattr(getattr(forward, "__code__", None), "co_names", ()):
-            return forward
-    return None
-
-
 def open_attention(path: str, module: nn.Module, attention: Callable[..., Any]) -> None:
     """Let ``module`` call ``attention(original, implementation, module, query, key, value, mask, ...)``.
 
@@ -82,7 +51,7 @@ def open_attention(path: str, module: nn.Module, attention: Callable[..., Any]) 
     the module shares with the rest of its model is not changed; later changes of its implementation are followed.
     """
     shared: Any = module.config
-    forward = _forward(module)
+    forward = attending_forward(module)
     interface = forward.__globals__[INTERFACE]
     # The one implementation without an entry of its own: each file of Transformers has another.
     eager = next((name for name in forward.__code__.co_names if name.endswith("eager_attention_forward")), None)
@@ -113,13 +82,13 @@ def attention_mark(path: str) -> str:
     return f"the attention function of {path}"
 
 
-def shape_of(key: Tensor, value: Tensor) -> AttentionShape:
-    """Heads and sizes of the keys and values that a module hands to its attention function.
+def shape_of(query: Tensor, key: Tensor, value: Tensor) -> AttentionShape:
+    """Heads and sizes of what a module hands to its attention function.
 
-    >>> shape_of(torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 4))
-    AttentionShape(heads=2, key_size=8, value_size=4)
+    >>> shape_of(torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 4))
+    AttentionShape(heads=2, key_size=8, value_size=4, query_heads=4)
     """
-    return AttentionShape(heads=key.shape[1], key_size=key.shape[-1], value_size=value.shape[-1])
+    return AttentionShape(key.shape[1], key.shape[-1], value.shape[-1], query_heads=query.shape[1])
 
 
 def attend_with(
@@ -210,7 +179,7 @@ def by_head(rows: Tensor, heads: int) -> Tensor:
 def joined(path: str, shape: AttentionShape, keys: Tensor, values: Tensor) -> Tensor:
     """Keys and values of one member side by side, (P, key width + value width), checked against the site.
 
-    >>> joined("attn", AttentionShape(2, 4, 4), torch.zeros(3, 8), torch.ones(3, 8)).shape
+    >>> joined("attn", AttentionShape(2, 4, 4, 2), torch.zeros(3, 8), torch.ones(3, 8)).shape
     torch.Size([3, 16])
     """
     wanted = (shape.key_width, shape.value_width)

@@ -12,10 +12,10 @@ from torch import Tensor
 from ..errors import ConfigError, MergeError
 from ..functional.tokenwise import Tokenwise
 from ..match import below
-from ..methods.acts import Acts
+from ..methods.acts import CALL, Acts, Attention
 from ..plan.attachment import Attachment
-from ..plan.rewriting import check_rewritten
 from ..plan.axes import in_order
+from ..plan.rewriting import check_rewritten
 from .attention import joined
 
 
@@ -30,7 +30,8 @@ def rewritten(
     path, dtype = attachment.site.path, _leaf_dtype(p, attachment.leading)
     weights = attachment.acts(training).weights
     assert weights is not None
-    finest = functools.reduce(torch.promote_types, [t.dtype for t in own.values() if t.is_floating_point()], dtype)
+    floating = [t.dtype for t in own.values() if t.is_floating_point() and t.dtype.itemsize > 1]  # not float8
+    finest = functools.reduce(torch.promote_types, floating, dtype)
     if finest != dtype:
         dtype = finest
         p = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in p.items()}
@@ -58,6 +59,7 @@ class Bound:
     """One of a method's functions at its site.
 
     Attributes:
+        conditions: what the method wants to know of the call; its values come after the hidden ones.
         key: the key in params that stands for all of the attachment's.
         first: the leaf whose precision it computes in.
         spans: whether it gets what entered another module.
@@ -72,6 +74,7 @@ class Bound:
         "acts",
         "alone",
         "attachment",
+        "conditions",
         "first",
         "functions",
         "keeps_shape",
@@ -86,6 +89,7 @@ class Bound:
     ) -> None:
         self.attachment, self.key, self.first = attachment, attachment.key, attachment.leading
         self.acts = attachment.acts(False), attachment.acts(True)
+        self.conditions = self.acts[0].conditions
         self.pairs = tuple(attachment.leaves.items())
         self.spans = attachment.site.exit is not None
         self.keeps_shape = function == "after" and self.acts[False].before is None
@@ -104,23 +108,26 @@ class Bound:
 
 def bound_in_both_modes(attachment: Attachment, function: str) -> Bound:
     """The method's function at its site, ready for both modes."""
-    as_it_is = function if attachment.config.axis_order is None else ""
+    as_it_is = function if attachment.config.axis_order is None and not attachment.acts().conditions else ""
     return Bound(attachment, lambda acts: _bound(attachment, acts, function), as_it_is)
 
 
 def _bound(attachment: Attachment, acts: Acts, function: str) -> Callable[..., Tensor]:
     """The method's function, computed in the leaves' dtype and returned in the hidden value's own."""
     config, first = attachment.config, attachment.leading
-    method = in_order(getattr(acts, function), config.axis_order)
+    method, wanted = in_order(getattr(acts, function), config.axis_order), [CALL + name for name in acts.conditions]
 
     def act(p: dict[str, Tensor], *values: Tensor) -> Tensor:
         dtype, own = _leaf_dtype(p, first), values[0].dtype
         raised = [v.to(dtype) if v.dtype != dtype and v.is_floating_point() else v for v in values]
+        if wanted:  # what the call tells comes last
+            told, raised = raised[-len(wanted) :], raised[: -len(wanted)]
+            p = {**p, **dict(zip(wanted, told, strict=True))}
         result = method(p, *raised)
         return in_precision(result, own, f"{type(config).__name__}.{function}", attachment.site.path)
 
     # A config's order of axes counts those of the model's own value.
-    return Tokenwise(act) if acts.tokenwise and config.axis_order is None else act
+    return Tokenwise(act) if acts.tokenwise and config.axis_order is None and not wanted else act
 
 
 def in_precision(result: Any, own: torch.dtype, who: str, path: str) -> Tensor:
@@ -132,11 +139,11 @@ def in_precision(result: Any, own: torch.dtype, who: str, path: str) -> Tensor:
     torch.float16
     """
     if not isinstance(result, Tensor):
-        raise ConfigError(f"{who} returned {type(result).__name__} at {path}; expected a tensor.")
+        raise ConfigError(f"{who} at {path} returned {type(result).__name__}; expected a tensor.")
     if result.dtype == own or not own.is_floating_point:
         return result
     if not result.is_floating_point():
-        raise ConfigError(f"{who} returned {result.dtype} at {path}, where the hidden value is {own}; expected that.")
+        raise ConfigError(f"{who} at {path} returned {result.dtype}, where the hidden value is {own}; expected that.")
     return result.to(own)
 
 
@@ -150,6 +157,37 @@ def added_in_both_modes(attachment: Attachment) -> Bound:
         def act(p: dict[str, Tensor], slot: Tensor) -> Tensor:
             added = joined(site.path, site.attention, *attend(p))
             return added.to(slot.dtype).expand(slot.shape[0], *added.shape)
+
+        return act
+
+    return Bound(attachment, bound)
+
+
+def around_in_both_modes(attachment: Attachment) -> Bound:
+    """The method's function around an attention, computed in the leaves' dtype; ``run`` computes in the model's own."""
+
+    def bound(acts: Acts) -> Callable[..., Tensor]:
+        around, path, first = acts.around, attachment.site.path, attachment.leading
+        assert around is not None
+
+        def act(p: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor, run: Attention) -> Tensor:
+            dtype, own, given = _leaf_dtype(p, first), q.dtype, (q, k, v)
+            raised = q.to(dtype), k.to(dtype), v.to(dtype)
+
+            def in_own(*values: Tensor) -> Tensor:
+                pairs = zip(values, raised, given, strict=True)
+                lowered = [old if value is same else value.to(own) for value, same, old in pairs]
+                return run(*lowered).to(dtype)
+
+            result = around(p, *raised, in_own)
+            shape = (*q.shape[:-1], v.shape[-1])
+            if not isinstance(result, Tensor) or tuple(result.shape) != shape:
+                found = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+                raise ConfigError(
+                    f"{type(attachment.config).__name__}.around gave {found} at {path}; expected what run(q, k, v) "
+                    f"gives, (rows, heads, queries, value size) = {shape}."
+                )
+            return result.to(own)
 
         return act
 

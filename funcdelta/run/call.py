@@ -62,6 +62,10 @@ class Lift(Protocol):
 class Watch(Protocol):
     """What the probe notes while a call runs (:mod:`funcdelta.run.probe`)."""
 
+    def paused(self) -> AbstractContextManager[Any]:
+        """A block in which nothing is noted."""
+        ...
+
     def axis(self, site: str, value: Tensor) -> int | None:
         """The axis of ``value`` that counts rows; raises ``FoldError`` where rows are mixed."""
         ...

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,9 @@ from .hidden import hidden_input, hidden_output
 from .layout import Hidden, LayoutMismatchError, Run
 from .lookups import padded_lookups
 from .reading import READ, refuse_replaced, set_plainly
+from .told import told
 
+Result = TypeVar("Result")
 
 DRAW = "in evaluation mode a method computes one thing of one input; draw where site.training is true, or draw leaves"
 
@@ -216,23 +218,54 @@ def act(
     """One method's function at a site, with the site named in whatever goes wrong."""
     p = bound.leaves(call.params)
     function, lift = bound.functions[training], call.lift
+    if bound.conditions:
+        values, dims = told(call, path, bound, values, dims)
     if torch.compiler.is_compiling():
         return (function(p, *values), None) if lift is None else lift(function, p, values, dims, path)
     if call.reached is not None:
         values = tuple(map(_counted, values))
-    # The first calls are looked at closely: a method does the same in all others.
-    closely = call.reached is not None or call.watch is not None
+
+    def compute() -> tuple[Tensor, int | None]:
+        if lift is None:
+            return function(p, *values), None
+        lifted = functools.partial(lift, function, p, values, dims, path)
+        return lifted() if call.watch is None else call.watch.lifted(lifted)
+
+    result = checked(call, path, bound, training, p, values, compute)
+    same = not bound.keeps_shape or result[1] != dims[0] or values[0].is_nested
+    if not same and _closely(call) and result[0].shape != values[0].shape:
+        # Where nothing had rows, members may have brought some; what acts before a site may have changed its length.
+        raise ConfigError(
+            f"The method at {path} gave the shape {tuple(result[0].shape)} for a hidden output of the shape "
+            f"{tuple(values[0].shape)}: what leaves a site has one shape, with the method or without it."
+        )
+    return result
+
+
+def _closely(call: Call) -> bool:
+    """Whether a method's functions are looked at closely, as in the first calls: it does the same in all others."""
+    return (call.reached is not None or call.watch is not None) and not torch.compiler.is_compiling()
+
+
+def checked(
+    call: Call,
+    path: str,
+    bound: Bound,
+    training: bool,
+    p: Params,
+    values: tuple[Tensor, ...],
+    compute: Callable[[], Result],
+) -> Result:
+    """What ``compute`` gives, a method's function of ``values`` at a site, which is named in whatever goes wrong."""
+    if torch.compiler.is_compiling():
+        return compute()
+    closely = _closely(call)
     given = {**p, **bound.attachment.fixed} if closely else {}
     versions, before = _versions(values), _versions(given.values())
     draws = refuse_draws(f"The method at {path}", DRAW) if closely and not training else contextlib.nullcontext()
     try:
         with draws:
-            if lift is None:
-                result = function(p, *values), None
-            elif call.watch is None:
-                result = lift(function, p, values, dims, path)
-            else:
-                result = call.watch.lifted(lambda: lift(function, p, values, dims, path))
+            result = compute()
     except FuncdeltaError:
         raise
     except Exception as error:
@@ -244,31 +277,20 @@ def act(
             f"instead of y += change."
         )
     if closely:
-        _check_closely(path, bound, dict(zip(given, zip(before, _versions(given.values())))), values[0], result, dims)
+        after = _versions(given.values())
+        _check_unwritten(
+            path, [leaf for leaf, *times in zip(given, before, after, strict=True) if times[0] != times[1]]
+        )
     return result
 
 
-def _check_closely(
-    path: str,
-    bound: Bound,
-    leaves: dict[str, tuple[int | None, int | None]],
-    value: Tensor,
-    result: tuple[Tensor, int | None],
-    dims: tuple[int | None, ...],
-) -> None:
-    """That a method wrote into no leaf (how often each was written before and after), and gave what fits there."""
-    written = next((leaf for leaf, (before, after) in leaves.items() if before != after), None)
-    if written is not None:
+def _check_unwritten(path: str, written: list[str]) -> None:
+    """Refuse a method that wrote into what it was given by name."""
+    if written:
+        leaf = f"p[{written[0]!r}]"
         raise ConfigError(
-            f"The method at {path} changed p[{written!r}] in place, which others read as well, and the caller keeps: "
-            f"compute with a changed copy, p[{written!r}] * 2 instead of p[{written!r}].mul_(2)."
-        )
-    out, dim = result
-    # Where nothing had rows, members may have brought some; what acts before a site may have changed its length.
-    if bound.keeps_shape and dim == dims[0] and out.shape != value.shape:
-        raise ConfigError(
-            f"The method at {path} gave the shape {tuple(out.shape)} for a hidden output of the shape "
-            f"{tuple(value.shape)}: what leaves a site has one shape, with the method or without it."
+            f"The method at {path} changed {leaf} in place, which others read as well, and the caller keeps: compute "
+            f"with a changed copy, {leaf} * 2 instead of {leaf}.mul_(2)."
         )
 
 

@@ -54,14 +54,14 @@ def check_padding(
         if padding == 0:
             return False
         wrapped = {name: concrete(t) for name, t in named_tensors(skeleton.module) if is_wrapped(t)}
-        padded = _one_row(given, row, len(leads))
+        padded = one_row(given, row, len(leads))
         length = padded["attention_mask"].shape[1]
         kept = torch.ones(length, dtype=torch.bool)
         kept[hidden(padding)] = False
         alone = {name: _kept(name, value, kept) for name, value in padded.items() if name not in made}
         with skeleton.swapped(wrapped):
             try:
-                found, expected = (_run(skeleton, module, inputs, params) for inputs in (padded, alone))
+                found, expected = (run_alone(skeleton, module, one, Call(params)) for one in (padded, alone))
             except Exception as error:  # one row without its padding may be an input that the model does not take
                 said = (str(error).splitlines() or [type(error).__name__])[0]
                 problem = f"it cannot be checked whether that changes the outputs for the text ({said})"
@@ -92,8 +92,12 @@ def _refusal(what: str, problem: str) -> str:
     )
 
 
-def _one_row(given: Mapping[str, Any], row: int, rows: int) -> dict[str, Any]:
-    """The inputs of one of ``rows`` rows; without caches, which the run would fill."""
+def one_row(given: Mapping[str, Any], row: int, rows: int) -> dict[str, Any]:
+    """The inputs of one of ``rows`` rows, without caches, which it would fill.
+
+    >>> one_row({"input_ids": torch.tensor([[5], [6]]), "use_cache": True}, 1, 2)
+    {'input_ids': tensor([[6]]), 'use_cache': False}
+    """
     found: dict[str, Any] = {}
     for name, value in given.items():
         if name in NOT_FOR_CHECKS:
@@ -117,10 +121,16 @@ def _kept(name: str, value: Any, kept: Tensor) -> Any:
     )
 
 
-def _run(skeleton: Host, module: nn.Module, inputs: dict[str, Any], params: Params) -> dict[str, Tensor]:
-    """The tensors that the module returns in evaluation mode, by name, in a call of its own."""
+def run_alone(skeleton: Host, module: nn.Module, inputs: dict[str, Any], call: Call) -> dict[str, Tensor]:
+    """The tensors that the module gives in evaluation mode, by name, in a ``call`` beside the one under way.
+
+    >>> from .skeleton import Skeleton
+    >>> skeleton = Skeleton(nn.Linear(2, 3), None, False, None)
+    >>> run_alone(skeleton, skeleton.module, {"input": torch.zeros(1, 2)}, Call({}))[""].shape
+    torch.Size([1, 3])
+    """
     before, training = skeleton.call, [part for part in module.modules() if part.training]
-    skeleton.call = Call(params)
+    skeleton.call = call
     for part in training:
         part.training = False
     try:

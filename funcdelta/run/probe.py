@@ -26,6 +26,7 @@ Dropout is off while a probe runs, and random numbers come from a private genera
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -393,7 +394,7 @@ class Probe:
                 f"{path} runs once per member, but the span from {attachment.site.path} to {attachment.site.exit} has "
                 f"only one end in it."
             )
-        return all(inside) or (attachment.adds_keys and attachment.site.path == path)
+        return all(inside) or (attachment.in_attention and attachment.site.path == path)
 
     def reason(self) -> str:
         """The first reason why rows were mixed, for a message."""
@@ -608,6 +609,10 @@ class Probe:
     def called(self, path: str) -> None:
         """Nothing: the watched forwards note calls already."""
 
+    def paused(self) -> contextlib.AbstractContextManager[Any]:
+        """A block in which nothing is noted: what is computed there is no part of the model."""
+        return self.tracking.pause()
+
     def axis(self, site: str, value: Tensor) -> int | None:
         """The axis of a hidden value that counts rows; also for a constant with one entry per row."""
         tag = self.tracking.of(value) or self._constant_rows(value)
@@ -700,6 +705,9 @@ class _Called:
 
     def called(self, path: str) -> None:
         self.probe.visited.add(path)
+
+    def paused(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
 
     def axis(self, site: str, value: Tensor) -> int | None:
         return None

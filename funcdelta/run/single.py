@@ -14,6 +14,7 @@ from ..transforms import current_transform
 from .attention import attention_mark
 from .call import Call, Params, read_mark
 from .checkpointing import kept_run, named_refusal, needs_keeping
+from .conditions import GIVEN
 from .fsdp import check_kept, check_ran
 from .layout import Run
 from .lookups import padded_lookups
@@ -27,11 +28,13 @@ def call_single(
 ) -> Any:
     """The backbone's output with one member's delta; the paths of sites that the call reaches go into ``reached``."""
     skeleton = program.skeletons.get(program.training, hooked=bool(params))
+    if not params and GIVEN in kwargs and program.plan.conditions:  # of rows that are the bare backbone's
+        kwargs = {name: value for name, value in kwargs.items() if name != GIVEN}
     call = Call(params, reached=reached)
     simple = not (torch.compiler.is_compiling() or skeleton.recomputing or skeleton.units)
     if simple and current_transform() is None and not wanted.yes:
         # What takes the place of a tensor that a method reads is looked for with care.
-        call.plain = reached is None and (not program.plan.read or program.plan.read.isdisjoint(params))
+        call.plain = reached is None and (not skeleton.reads or skeleton.reads.isdisjoint(params))
         output = skeleton.run("", params, args, kwargs, call)
         if type(output) in LAZY:
             refuse_lazy(output)
@@ -95,7 +98,7 @@ def missed_sites(plan: Any, params: Iterable[str], reached: set[str]) -> list[st
         for path, attachments in plan.attachments.items()
         if any(
             a.among(params)
-            and ((a.by_values and path not in reached) or (a.adds_keys and attention_mark(path) not in reached))
+            and ((a.by_values and path not in reached) or (a.in_attention and attention_mark(path) not in reached))
             for a in attachments
         )
     ]

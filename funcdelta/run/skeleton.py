@@ -27,9 +27,10 @@ from ..structures.modules.structure import copy_structure, forget_batch_statisti
 from ..transforms import inside_transform, outside_transforms
 from .attending import attention_of
 from .attention import open_attention
-from .bound import added_in_both_modes, bound_in_both_modes, rewritten
+from .bound import added_in_both_modes, around_in_both_modes, bound_in_both_modes, rewritten
 from .call import Call, Params, Prepare, read_mark
 from .checkpointing import check_runner, note_reentrant, recomputing, require_grad_outside_transforms
+from .conditions import Conditions
 from .fsdp import check_unit, units
 from .layout import LayoutMismatchError
 from .lookups import padded
@@ -80,6 +81,7 @@ class Skeleton:
         self.units = units(self.module)
         self.dtypes = {name: t.dtype for name, t in named_tensors(self.module)}
         self.plan, self._is_view = plan, view
+        self.reads = plan.read if plan is not None else frozenset[str]()
         self.call: Call | None = None
         self.kept: weakref.ref[Call] | None = None
         self.recomputing = recomputing(self.module)
@@ -87,6 +89,7 @@ class Skeleton:
         require_grad_outside_transforms(self.module)
         self.opened: dict[str, Opened] = {}
         self.sharing: set[str] = set()
+        self.conditions: Conditions | None = None
         self.read_outside: Callable[[str, str, Tensor], Tensor] = self._read_outside
         self._slots: dict[str, Slot] = {}
         self.kinds: Kinds = {}
@@ -121,11 +124,13 @@ class Skeleton:
                 self._watch_reads(path)
             if any(a.has_two_forms for a in attachments):
                 refuse_written(self.module, path)
-            self._open_attention(path, [a for a in attachments if a.adds_keys])
+            self._open_attention(path, [a for a in attachments if a.in_attention])
             if prompts is not None:
                 prompts.close()
         for path in sorted(runner_candidates(plan)):
             self.open(path)
+        if plan.conditions:
+            self.conditions = Conditions(self, plan)
 
     def open(self, path: str) -> Opened:
         """Open the module at ``path``, so that it can act by values and run once per member."""
@@ -160,10 +165,11 @@ class Skeleton:
             opened.shown = type(opened.module)
 
     def _open_attention(self, path: str, attachments: list[Attachment]) -> None:
-        """Let the attention module at ``path`` take additional keys and values."""
+        """Let methods act within the attention of the module at ``path``."""
         if attachments:
-            added = [added_in_both_modes(a) for a in attachments]
-            open_attention(path, self.module.get_submodule(path), attention_of(self, path, added))
+            added = [added_in_both_modes(a) for a in attachments if a.acts().attend is not None]
+            around = [around_in_both_modes(a) for a in attachments if a.acts().around is not None]
+            open_attention(path, self.module.get_submodule(path), attention_of(self, path, added, around))
 
     # -- what opened modules call ----------------------------------------------------------------------------------
 

@@ -154,6 +154,18 @@ def is_pair(module: nn.Module) -> bool:
     )
 
 
+def encoder_path(module: nn.Module) -> str | None:
+    """The path of an encoder-decoder's encoder, which ``generate`` calls by itself; ``None`` for other models.
+
+    >>> encoder_path(torch.nn.Linear(2, 2)) is None
+    True
+    """
+    if not is_pair(module):
+        return None
+    encoder = getattr(module, "get_encoder")()  # noqa: B009  (typed as a tensor or a module)
+    return next((path for path, child in module.named_modules() if child is encoder and path), None)
+
+
 def prefixes(path: str) -> list[str]:
     """The path and those above it, nearest first.
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import MatchError
 from ..methods.site import AttentionShape, Shapes
 from ..randomness import private_random
+from ..structures.modules.interface import uses_interface
 from .attention import open_attention, shape_of
 from .hidden import hidden_input, hidden_output
 from .skeleton import Skeleton
@@ -41,10 +42,16 @@ def measure_shapes(backbone: nn.Module, paths: list[str], example: Example) -> d
 def measure_attention(backbone: nn.Module, paths: list[str], example: Example) -> dict[str, AttentionShape]:
     """Heads and sizes of the keys and values that the module at each of ``paths`` passes to its attention function."""
     shapes: dict[str, AttentionShape] = {}
+    closed = next((path for path in paths if not uses_interface(backbone.get_submodule(path))), None)
+    if closed is not None:
+        raise MatchError(
+            f"{closed} ({type(backbone.get_submodule(closed)).__name__}) does not go through Transformers' attention "
+            f"interface, so no method can act within its attention: leave it out with exclude_modules=."
+        )
 
     def note(path: str, module: nn.Module) -> None:
         def attention(original: Any, _: str, module: nn.Module, *args: Tensor, **kwargs: Any) -> Any:
-            shapes[path] = shape_of(args[1], args[2])
+            shapes[path] = shape_of(*args[:3])
             return original(module, *args, **kwargs)
 
         open_attention(path, module, attention)
@@ -53,9 +60,9 @@ def measure_attention(backbone: nn.Module, paths: list[str], example: Example) -
     for path in paths:
         if path not in shapes:
             raise MatchError(
-                f"{path} ({type(backbone.get_submodule(path)).__name__}) did not call Transformers' attention "
-                f"interface when the example ran, so no keys can be added there. Leave it out with exclude_modules=, "
-                f"or give another example."
+                f"{path} ({type(backbone.get_submodule(path)).__name__}) did not go through Transformers' attention "
+                f"interface when the example ran, so no method can act within its attention: leave it out with "
+                f"exclude_modules=, or give another example."
             )
     return shapes
 

@@ -1,10 +1,9 @@
 """Leafwise arithmetic on pytrees of tensors: gradients, updates, and params as points in factor space.
 
-Trees in one operation must have the same structure, and leaves the same shape and device; ``ParamsError`` names the
-leaf that differs. Leaves keep their dtype: an operation that would change it raises. Results are new trees; every
-function is differentiable and works under ``torch.vmap``. A leaf that is not a tensor (a Python number, ``None``) is
-copied from the first tree. With ``per_member=True``, the first axis of every leaf is the member axis n, and scalars
-are one value per member.
+Trees in one operation need the same structure, and leaves the same shape and device; ``ParamsError`` names the leaf
+that differs. Leaves keep their dtype: an operation that would change it raises. Results are new trees; all functions
+are differentiable and work under ``torch.vmap``. A leaf that is not a tensor (a Python number, ``None``) is copied from
+the first tree. With ``per_member=True`` the first axis of every leaf is the member axis, and scalars may be (n,).
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from ..run.skeleton import Skeleton
 from ..structures.modules.references import holders
 from ..trees.leaves import check_leaves
 from .calls import Calls, MemberCalls
+from .conditioned import Conditioned
 from .copies import Twin, attributes_of, give, given_since, hold, made_of, reduced_part, tensors_held
 from .frozen import ABOUT, Moved, building, dress, take_out
 from .held import About, Bindable, Held, Viewlike, learned, other_names, persistent, sharded, statistics
@@ -213,8 +214,7 @@ def as_view(
 ) -> nn.Module:
     """Turn the skeleton's module into a ``view`` of the backbone's class that holds ``leaves`` and nothing else.
 
-    ``moved`` is called before tensors are converted or moved. Without it the view owns its leaves and its running
-    statistics; with it they belong to somebody else.
+    ``moved`` is called before tensors are converted or moved; without it the view owns its leaves and statistics.
     """
     module = skeleton.module
     aliases = take_out(module, leaves if moved is None else (), statistics=moved is None)
@@ -222,6 +222,9 @@ def as_view(
     dress(module, calls, moved or functools.partial(follow_dtypes, skeleton), reduced_part)
     kind: Any = type(module)
     bases = (view, *[mixin for mixin, method in MIXINS if hasattr(kind, method)], kind)
+    if skeleton.conditions is not None:
+        calls.conditioned = skeleton.conditions.entries
+        bases = (Conditioned, *bases) if hasattr(kind, "generate") else bases
     namespace = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     module.__class__ = type(kind.__name__, bases, {**namespace, "__init__": building(kind), ORIGINAL: kind})
     calls.shared = {name: alias for name, alias in aliases.items() if not alias.is_inference()}

@@ -19,6 +19,7 @@ from ..errors import EngineError, StaleBackboneError
 from ..locks import fork_safe_lock
 from ..plan.sharing import Expanding
 from ..run.call import Call
+from ..run.conditions import CONDITIONS, GIVEN
 from ..run.memory import VERSION
 from ..run.old_functions import named_functions
 from ..transforms import eager_alone, inside_backward
@@ -45,6 +46,7 @@ class Calls:
 
     Attributes:
         shared: the backbone's tensors that the view uses, by name.
+        conditioned: the paths of the modules that may be given conditions of a call.
 
     >>> calls = Calls()
     >>> calls.inside(), calls.enter(torch.nn.Identity(), "", lambda module: calls.inside(), (), {})
@@ -57,6 +59,7 @@ class Calls:
         self.guards: dict[int, Tensor] = {}
         self.shared: dict[str, Tensor] = {}
         self.remembered: Remembering | None = None
+        self.conditioned: frozenset[str] = frozenset()
         self._own = threading.local()
 
     def inside(self) -> bool:
@@ -115,6 +118,28 @@ class Calls:
             if list(map(VERSION, self.shared.values())) != before:
                 self._tell_written(before)
             return output
+
+    @contextlib.contextmanager
+    def given_to_all(self, conditions: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """A block in which every call that this thread makes is given these conditions."""
+        before = getattr(self._own, "conditions", None)
+        self._own.conditions = conditions
+        try:
+            yield
+        finally:
+            self._own.conditions = before
+
+    def repeat(self, times: int) -> None:
+        """From here on each row of this thread's calls stands ``times`` times, and what it was given, too."""
+        given = getattr(self._own, "conditions", None)
+        if given is not None and times != 1:
+            repeated = {n: t.repeat_interleave(times, 0) if t.ndim and t.shape[0] > 1 else t for n, t in given.items()}
+            self._own.conditions = repeated
+
+    def with_conditions(self, path: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs of the module at ``path``, with the conditions that are given to all calls."""
+        given = getattr(self._own, "conditions", None)
+        return kwargs if given is None or path not in self.conditioned or GIVEN in kwargs else {**kwargs, GIVEN: given}
 
     def depends(self) -> Any:
         """What a call's results depend on besides its inputs, to compare with a later call's."""
@@ -182,7 +207,7 @@ class MemberCalls(Calls):
 
     def _call(self, module: nn.Module, path: str, function: Function, args: Any, kwargs: Any) -> Any:
         """Run the call; one of the whole model clears the notes of the call before it, and its own at the end."""
-        call = self.call
+        call, kwargs = self.call, self.with_conditions(path, kwargs)
         if path:
             return self._part(module, function, args, kwargs)
         try:
@@ -209,7 +234,10 @@ class MemberCalls(Calls):
             self.given.end()
 
     def _part(self, module: nn.Module, function: Function, args: Any, kwargs: Any) -> Any:
-        """Call one module by itself. People may call layer after layer, so each thread's notes outlive the call."""
+        """Call one module by itself. People may call layer after layer, so each thread's notes outlive the call.
+
+        What a call tells of its texts does not: the next part may be given others.
+        """
         whole, own = self.call.notes, vars(self._own).setdefault("notes", {})
         try:
             self.call.notes = own
@@ -218,4 +246,5 @@ class MemberCalls(Calls):
             own.clear()
             raise
         finally:
+            own.pop(CONDITIONS, None)
             self.call.notes = whole

@@ -1,8 +1,7 @@
 """Changes made to a view since it was bound, which its copies and pickles carry besides its leaves.
 
-The hooks and functions in a view's modules belong to that view: a plain copy of them would still compute with the
-original's leaves. So a copy is bound anew and then given the original's modes, converted tensors, attributes, config
-settings and hooks.
+The hooks and functions in a view's modules belong to that view: a plain copy would still compute with the original's
+leaves. So a copy is bound anew, then given the original's modes, converted tensors, attributes, settings and hooks.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ParamsError
+from ..match import below
 from ..run.reading import KEPT, WATCHED
 from ..structures.modules.noted import FUNCTIONS, OWN, PLAIN
 from .frozen import ABOUT, BUFFERS, MOVED, PATH, Leaves, original_kind
@@ -135,7 +135,7 @@ def tensors_held(root: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor,
     """``(full name, module, name, tensor, frozen)`` of everything that :func:`held_by` finds in a view."""
     for path, module in root.named_modules():
         for owner, name, tensor, frozen in held_by(module):
-            yield (f"{path}.{name}" if path else name), owner, name, tensor, frozen
+            yield below(path, name), owner, name, tensor, frozen
 
 
 def hold(module: nn.Module, name: str, tensor: Tensor) -> None:

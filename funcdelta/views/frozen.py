@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EngineError
+from ..match import below
 from ..run.reading import KEPT, ORIGINAL, held, put_back
 from ..structures.statistics import STATISTICS
 from .calls import Calls
@@ -123,7 +124,7 @@ def take_out(root: nn.Module, own: Iterable[str], statistics: bool) -> dict[str,
             plain = type(tensor) is nn.Parameter
             alias = aliases.setdefault(id(tensor), tensor.detach() if plain else tensor)
             del module._parameters[name]
-            attributes[name] = found[f"{path}.{name}" if path else name] = alias
+            attributes[name] = found[below(path, name)] = alias
         for name, tensor in list(module._buffers.items()):
             if tensor is not None and id(tensor) not in kept and not (statistics and learns(module, name)):
                 attributes[name] = module._buffers.pop(name)
@@ -296,8 +297,7 @@ def show(tensor: Tensor, module: nn.Module, name: str, guards: dict[int, Tensor]
     if type(tensor) is not Tensor or tensor.layout != torch.strided or name not in module.__dict__:
         return tensor  # a leaf, or a tensor subclass, which defines its own operations
     if id(tensor) not in guards:
-        path = module.__dict__.get(PATH)
-        guards[id(tensor)] = guarded(tensor, f"{path}.{name}" if path else name)
+        guards[id(tensor)] = guarded(tensor, below(module.__dict__.get(PATH, ""), name))
     return guards[id(tensor)]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..match import below
 from ..run.program import Program
 from ..run.skeleton import Skeleton
 from .calls import Calls
@@ -130,7 +131,7 @@ def _buffers(root: nn.Module, wanted: Callable[[nn.Module, str], bool]) -> dict[
         for own in vars(module).get(BUFFERS, ()):
             tensor = module._buffers.get(own, vars(module).get(own))
             if tensor is not None and wanted(module, own):
-                found[f"{path}.{own}" if path else own] = tensor
+                found[below(path, own)] = tensor
     return found
 
 

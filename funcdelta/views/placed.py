@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..match import within
+from ..match import below, within
 from ..run.reading import Rewritten, watch_reads
 from ..run.skeleton import Skeleton
 from .calls import Calls
@@ -90,7 +90,7 @@ def lower_reads(skeleton: Skeleton, ends: Iterable[str]) -> None:
         opened = skeleton.open(path)
 
         def outside(name: str, tensor: Tensor, path: str = path) -> Tensor:
-            dtype = skeleton.dtypes.get(f"{path}.{name}" if path else name, tensor.dtype)
+            dtype = skeleton.dtypes.get(below(path, name), tensor.dtype)
             found = skeleton.read_outside(path, name, tensor)
             return found if found.dtype == dtype else found.to(dtype)
 
@@ -101,7 +101,7 @@ def follow_dtypes(skeleton: Skeleton, module: nn.Module, fn: Callable[[Tensor], 
     """Update the dtypes that leaves in place of the backbone's tensors are cast to, after the view was converted."""
     path = vars(module)[PATH]
     for own in module._parameters:
-        name = f"{path}.{own}" if path else own
+        name = below(path, own)
         if module._parameters[own] is not None and name in skeleton.dtypes:
             like = torch.empty(0, dtype=skeleton.dtypes[name], device=module._parameters[own].device)  # pyright: ignore[reportOptionalMemberAccess]
             skeleton.dtypes[name] = fn(like).dtype

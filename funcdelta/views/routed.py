@@ -34,6 +34,7 @@ from ..run.on_copies import on_copies
 from ..run.program import Program
 from ..run.single import tell_missed
 from ..run.skeleton import Skeleton, runner_candidates
+from ..run.text_model import encoder_path
 from ..transforms import eager
 from ..trees.opaque import holds_tensors
 from ..trees.resident import Resident
@@ -168,6 +169,7 @@ class RoutedCalls(Calls):
         """Run a call of the whole model, or of its encoder, with each row's member."""
         if path not in self.entries:
             return function(module, *args, **kwargs)
+        kwargs = self.with_conditions(path, kwargs)
         try:
             return self._entered(module, path, function, args, kwargs)
         except EngineError as error:
@@ -347,18 +349,6 @@ def _caches(inputs: Inputs) -> bool:
 
 def _is_opaque(leaf: Any) -> bool:
     return not is_cache(leaf) and holds_tensors(leaf)
-
-
-def encoder_path(module: nn.Module) -> str | None:
-    """The path of an encoder-decoder's encoder, which ``generate`` calls by itself; ``None`` for other models.
-
-    >>> encoder_path(torch.nn.Linear(2, 2)) is None
-    True
-    """
-    if not getattr(getattr(module, "config", None), "is_encoder_decoder", False) or not hasattr(module, "get_encoder"):
-        return None
-    encoder = getattr(module, "get_encoder")()  # noqa: B009  (typed as a tensor or a module)
-    return next((path for path, child in module.named_modules() if child is encoder and path), None)
 
 
 class RoutedView(Viewlike, nn.Module):

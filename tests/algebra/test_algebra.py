@@ -307,7 +307,7 @@ def test_dare_drops_and_rescales_without_bias() -> None:
 
 def test_dense_changes_that_do_not_fit_are_refused() -> None:
     changes = tasks()
-    with raises_saying(fd.errors.ParamsError, "one weight a change", "(3,)", "(2,)"):
+    with raises_saying(fd.errors.ParamsError, "one weight per change", "(3,)", "(2,)"):
         fd.algebra.task_arithmetic(changes, [1.0, 2.0])
     with raises_saying(fd.errors.ParamsError, "density=0"):
         fd.algebra.ties(changes, 0)
@@ -456,7 +456,7 @@ def test_what_cannot_be_added_is_refused(mlp: nn.Module) -> None:
         (lambda: fd.algebra.scale(delta, params, torch.ones(2)), ("tensor ()", "(2,)")),
         (lambda: fd.algebra.scale(delta, stack, torch.ones(2)), ("(3,)", "(2,)")),
         (lambda: fd.algebra.truncate(delta, params, 0), ("rank=0",)),
-        (lambda: fd.algebra.truncate(delta, {}, 1), ("3 leaves are missing", "a.lora.lora_A")),
+        (lambda: fd.algebra.truncate(delta, {}, 1), ("params lack 3 leaves", "a.lora.lora_A")),
         (lambda: fd.algebra.canonical(delta, {"a.lora.lora_C": params["a.lora.lora_A"]}), ("a.lora.lora_C",)),
         (lambda: fd.algebra.canonical(params, delta), ("delta and its params", "dict")),  # pyright: ignore
     ]
@@ -496,7 +496,7 @@ def test_pruning_keeps_the_largest_entries_of_all_weights_together() -> None:
         assert torch.equal(found[name], torch.where(leaf.abs() >= least, leaf, torch.zeros_like(leaf)))
     both = torch.vmap(lambda change: fd.algebra.prune(change, 0.25))(fd.stack([change, found]))
     assert torch.equal(both["w"][0], found["w"])
-    with pytest.raises(fd.errors.ParamsError, match=r"density=0; write the share"):
+    with pytest.raises(fd.errors.ParamsError, match=r"density=0; write the fraction"):
         fd.algebra.prune(change, density=0)
 
 
@@ -553,5 +553,5 @@ def test_a_soup_of_like_members_is_their_mean_and_of_unlike_ones_a_warning(mlp: 
     assert f"{float(off):.0%}" in str(caught[0].message)
     with pytest.raises(fd.errors.ParamsError, match="these params are one member"):
         fd.algebra.soup(delta, start)
-    with pytest.raises(fd.errors.ParamsError, match=r"one weight a member, \(3,\)"):
+    with pytest.raises(fd.errors.ParamsError, match=r"one weight per member, \(3,\)"):
         fd.algebra.soup(delta, stack, weights=[1.0])

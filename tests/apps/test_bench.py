@@ -30,6 +30,7 @@ from funcdelta.apps.bench import (
     subjects,
     tables,
     timing,
+    training,
     upkeep,
 )
 from funcdelta.apps.bench.rivals import HandWritten, Peft, bare_step
@@ -155,9 +156,9 @@ def test_nothing_to_measure_is_an_error(call: Callable[[], object]):
 @pytest.mark.parametrize("make", [tiny_bert, subjects.tiny])
 def test_all_contenders_give_the_gradients_of_hand_written_lora(make: Callable[[], Subject]):
     subject = make()
-    assert measure.agree(contenders.many(subject, Shape(3, 2, 5))) < 1e-5
-    assert measure.agree(contenders.many(subject, Shape(4, 1, 5), one_at_a_time=2)) < 1e-5
-    assert measure.agree(contenders.single(subject, 2, 5)) < 1e-5
+    assert contenders.agree(contenders.many(subject, Shape(3, 2, 5))) < 1e-5
+    assert contenders.agree(contenders.many(subject, Shape(4, 1, 5), one_at_a_time=2)) < 1e-5
+    assert contenders.agree(contenders.single(subject, 2, 5)) < 1e-5
 
 
 def test_the_bare_step_is_the_input_gradient():
@@ -184,15 +185,15 @@ def test_rivals_leave_the_backbone_alone():
 
 def test_disagreement_sees_missing_leaves_other_shapes_and_nan():
     expected = {"a": torch.tensor([1.0, -2.0])}
-    assert contenders.disagreement({"a": torch.tensor([1.0, -2.0])}, expected) == 0.0
-    assert contenders.disagreement({"a": torch.tensor([1.0, -2.002])}, expected) == pytest.approx(1e-3, rel=1e-2)
+    assert measure.disagreement({"a": torch.tensor([1.0, -2.0])}, expected) == 0.0
+    assert measure.disagreement({"a": torch.tensor([1.0, -2.002])}, expected) == pytest.approx(1e-3, rel=1e-2)
     for wrong in (
         {},
         {"a": torch.ones(3)},
         {"a": torch.tensor([1.0, float("nan")])},
         {"a": torch.ones(2), "b": torch.ones(1)},
     ):
-        assert contenders.disagreement(wrong, expected) == float("inf")
+        assert measure.disagreement(wrong, expected) == float("inf")
 
 
 # tables
@@ -200,7 +201,7 @@ def test_disagreement_sees_missing_leaves_other_shapes_and_nan():
 
 @pytest.mark.parametrize("make", [tiny_bert, subjects.tiny])
 def test_the_members_table_has_every_row_and_ratio(make: Callable[[], Subject]):
-    table = measure.members_table(make(), Shape(4, 1, 6), measure.Effort(1, 1, one_at_a_time=2))
+    table = training.members_table(make(), Shape(4, 1, 6), measure.Effort(1, 1, one_at_a_time=2))
     labels = [
         contenders.FOLD,
         contenders.VMAP,
@@ -225,8 +226,8 @@ def test_the_bounds_against_peft_belong_to_64_members_of_one_short_row():
         {contenders.FOLD: (1.0,), contenders.PEFT_SWITCHING: (7.0,), contenders.PEFT_ONE: (3.0,)},
         {contenders.FOLD: (1.0,)},
     )
-    switching = measure._members_target(contenders.PEFT_SWITCHING, Shape(64, 1, 16), samples)
-    one = measure._members_target(contenders.PEFT_ONE, Shape(64, 1, 16), samples)
+    switching = training.members_target(contenders.PEFT_SWITCHING, Shape(64, 1, 16), samples)
+    one = training.members_target(contenders.PEFT_ONE, Shape(64, 1, 16), samples)
     assert switching is not None
     assert (switching.text, switching.value, switching.met) == (
         ">= 6 x fold",
@@ -235,14 +236,14 @@ def test_the_bounds_against_peft_belong_to_64_members_of_one_short_row():
     )
     assert one is not None
     assert (one.text, one.value, one.met) == (">= 4 x fold", 3.0, False)
-    assert measure._members_target(contenders.PEFT_ONE, Shape(8, 8, 64), samples) is None
-    thousand = measure._members_target(contenders.FOLD, Shape(1024, 1, 8), samples)
+    assert training.members_target(contenders.PEFT_ONE, Shape(8, 8, 64), samples) is None
+    thousand = training.members_target(contenders.FOLD, Shape(1024, 1, 8), samples)
     assert thousand is not None
     assert thousand.text == "<= 1.1 x bare"
 
 
 def test_the_single_table_has_every_row_and_the_overhead():
-    table = measure.single_table(tiny_bert(), 1, 6, measure.Effort(1, 1))
+    table = training.single_table(tiny_bert(), 1, 6, measure.Effort(1, 1))
     assert {row.label for row in table.rows[:-1]} == {
         contenders.PEFT,
         contenders.HAND,
@@ -263,14 +264,14 @@ def test_contenders_that_disagree_are_not_timed(monkeypatch: pytest.MonkeyPatch)
     subject = tiny_bert()
     contest = contenders.many(subject, Shape(2, 1, 4))
     broken = replace(
-        contest.contenders[3],
+        contest[3],
         gradients=lambda result: {k: 1.01 * v for k, v in contenders.stacked(result).items()},
     )
-    wrong = replace(contest, contenders=(*contest.contenders[:3], broken))
+    wrong = (*contest[:3], broken)
     monkeypatch.setattr(contenders, "many", lambda *_: wrong)
     monkeypatch.setattr(measure, "interleave", lambda *_: pytest.fail("timed"))
     with pytest.raises(measure.DisagreementError, match=r"PEFT in turn, set_adapter: gradients differ .* 1\.0e-02"):
-        measure.members_table(subject, Shape(2, 1, 4), measure.Effort(1, 1))
+        training.members_table(subject, Shape(2, 1, 4), measure.Effort(1, 1))
 
 
 @pytest.mark.parametrize("table", [routed.forward_table, routed.decode_table])
@@ -291,7 +292,7 @@ def test_rows_that_run_with_another_member_are_not_timed(monkeypatch: pytest.Mon
     expected = case.by_hand(lambda model, row: case.logits(model, row))
     wrong = case.index[::-1]
     step = {routed.ROUTED: lambda: case.logits(lambda **given: case.delta.apply_rows(case.stack, wrong, **given))}
-    monkeypatch.setattr(routed, "interleave", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(measure, "interleave", lambda *_: pytest.fail("timed"))
     with pytest.raises(measure.DisagreementError, match="logits by members routed differ from hand-written LoRA by"):
         case.table("one forward", {measure.BARE: int, **step}, expected, measure.Effort(1, 1))  # type: ignore[dict-item]
 
@@ -315,7 +316,7 @@ def test_maml_steps_agree_and_are_second_order(make: Callable[[], Subject], monk
     monkeypatch.setattr(
         meta, "adapted", lambda p, loss: {k: p[k] + (v - p[k]).detach() for k, v in adapted(p, loss).items()}
     )
-    assert contenders.disagreement(meta.steps_of(subject, shape)[meta.FOLD](), second) > 1e-3
+    assert measure.disagreement(meta.steps_of(subject, shape)[meta.FOLD](), second) > 1e-3
 
 
 def test_memory_is_the_backbone_once_and_four_numbers_a_trained_one():
@@ -358,7 +359,7 @@ def test_calls_are_counted_of_this_library_alone():
     bare = functools.partial(torch.nn.functional.linear, x, x)
     assert calls.counted(bare, bare) == calls.Count(0, 0, 0)
     assert calls.counted(lambda: [linear(x, x), linear(x, x)], bare) == calls.Count(2, 1, 1)  # the test's own function
-    assert calls.counted(lambda: timing.spread([1.0]), lambda: None) == calls.Count(0, 0, 0)
+    assert calls.counted(lambda: contenders.stacked([{}]), lambda: None) == calls.Count(0, 0, 0)
     before = sys.getprofile()
     with pytest.raises(ZeroDivisionError):
         calls.called(lambda: 1 / 0)
@@ -410,14 +411,14 @@ def test_a_step_that_is_not_torchs_is_told(monkeypatch: pytest.MonkeyPatch):
 
 def test_what_is_added_is_paired_with_the_yardstick_beside_it():
     samples = Samples((), {"a": (3.0, 8.0, 9.0)}, {"a": (1.0, 2.0, 8.0)})
-    assert core._added(samples, "a") == 2.0
+    assert samples.added("a") == 2.0
 
 
 def test_a_hand_written_fold_gives_every_member_what_it_gives_alone():
     subject, shape = subjects.narrow_llama(2), Shape(3, 2, 4)
     stack = contenders.random_stack(contenders.lora(subject), 3)
     tokens = subject.tokens(shape)
-    found = core.many_by_hand(subject, stack)(input_ids=tokens.flatten(0, 1)).last_hidden_state
+    found = rivals.adapted(subject, stack, core.ManyLora, 2.0)(input_ids=tokens.flatten(0, 1)).last_hidden_state
     for index, member in enumerate(contenders.fd.unstack(stack)):
         alone = HandWritten(subject, member).hidden(tokens[index])
         torch.testing.assert_close(found[2 * index : 2 * index + 2], alone)
@@ -463,7 +464,7 @@ def test_experts_are_trained_by_every_engine_that_can(load: Callable[[int], Subj
 def test_gradients_of_experts_that_are_wrong_are_not_timed(monkeypatch: pytest.MonkeyPatch):
     by_hand = experts.by_hand
     monkeypatch.setattr(experts, "by_hand", lambda *given: {k: 1.01 * v for k, v in by_hand(*given).items()})
-    monkeypatch.setattr(experts, "interleave", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(measure, "interleave", lambda *_: pytest.fail("timed"))
     with pytest.raises(measure.DisagreementError, match=r"gradients by fold differ from hand-written LoRA by 9\.9e-03"):
         experts.experts_table(subjects.mixtral(16), "x", Shape(2, 1, 4), measure.Effort(1, 1))
 

@@ -391,7 +391,7 @@ def test_what_is_no_optimiser_is_said(delta: fd.DeltaModel) -> None:
         fd.inspect.inspect_optimizer(fd.optim.sgd(lr=0.1))
     with raises_saying(fd.errors.ConfigError, "keeps no sizes", "fd.inspect.inspect_optimizer(state, params)"):
         fd.inspect.inspect_optimizer(state)
-    with raises_saying(fd.errors.ConfigError, "'a.lora.lora_A'", "no leaf of params"):
+    with raises_saying(fd.errors.ConfigError, "'a.lora.lora_A'", "not a leaf of params"):
         fd.inspect.inspect_optimizer(state, {"other": torch.zeros(1)})
     with raises_saying(fd.errors.ConfigError, "hold their own"):
         fd.inspect.inspect_optimizer(torch.optim.SGD(delta.backbone.parameters(), lr=0.1), params)

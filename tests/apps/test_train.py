@@ -379,7 +379,7 @@ def test_a_state_of_another_shape_is_named(tmp_path: Path) -> None:
         ({"set": ("lora_dropout=0.1",)}, r"acts only where dropout does: add --dropout"),
         ({"set": ("modified_modules=qurey",)}, r"qurey"),
         ({"sweep": ("rl=1e-3",)}, r"no hyper-parameter 'rl'"),
-        ({"sweep": ("lr=1e-3,x",)}, r"expected positive numbers with commas, found '1e-3,x'"),
+        ({"sweep": ("lr=1e-3,x",)}, r"expected positive numbers separated by commas, found '1e-3,x'"),
         ({"sweep": ("lr=0",)}, r"expected positive numbers, found 0"),
         ({"sweep": ("lr=1e-3,0.001",)}, r"0\.001 is given twice"),
         ({"sweep": ("lr=1", "lr=2")}, r"--sweep lr: given twice"),
@@ -518,7 +518,7 @@ def test_values_are_read_as_the_fields_types() -> None:
 
 
 def test_settings_say_what_they_do_not_know() -> None:
-    with pytest.raises(JobError, match=r"There is no setting 'step'\. Near names: steps"):
+    with pytest.raises(JobError, match=r"Unknown setting 'step'\. Near names: steps"):
         Settings.from_dict({"step": 3})
 
 

@@ -144,7 +144,7 @@ def test_shares_add_up_and_follow_the_sizes(total: int) -> None:
         (
             numbered(20, "ab"),
             numbered(20, "ab"),
-            "No training text is left: every text of --data stands in --test-data too",
+            "No training text is left: every text of --data is also in --test-data",
         ),
     ],
 )

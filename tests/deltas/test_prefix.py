@@ -440,7 +440,7 @@ def test_images_and_speech() -> None:
 @pytest.mark.parametrize("name", [name for name, architecture in ZOO.items() if not architecture.attention])
 def test_where_it_cannot_act_it_says_so(name: str) -> None:
     architecture = ZOO[name]
-    with raises_saying(fd.errors.MatchError, "prefix cannot act at", "attention interface", "soft prompt"):
+    with raises_saying(fd.errors.MatchError, "prefix cannot act at", "attention interface", "acts on hidden values"):
         fd.PrefixModel(architecture.build(), modified_modules=["[r].+"])
 
 

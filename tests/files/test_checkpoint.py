@@ -375,7 +375,7 @@ def test_leaves_without_values(tmp_path):
         save(delta, params | {name: leaf}, tmp_path / "run")
         return leaf
 
-    with pytest.raises(ParamsError, match=rf"the leaf '{name}' is inside a torch\.func transform"):
+    with pytest.raises(ParamsError, match=rf"The leaf '{name}' is inside a torch\.func transform"):
         torch.vmap(inside)(params[name].expand(2, *params[name].shape))
     assert not list(tmp_path.iterdir())
 

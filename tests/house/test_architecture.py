@@ -17,7 +17,7 @@ FROM_BELOW = (
     *("files", "structures", "methods", "plan", "fresh", "run", "deltas"),
     *("merge", "views", "derivatives", "grad", "habits", "optim", "apps.inspect", "inspect", "model", "loading"),
     *("distributed", "from_module", "packing", "algebra", "apps.picker", "auto", "interop", "__init__"),
-    *("recipes", "apps.train", "apps.bench", "apps.costs", "apps.cli", "apps", "__main__"),
+    *("recipes", "apps.train", "apps.bench", "apps.costs", "apps.docs", "apps.cli", "apps", "__main__"),
 )
 """Packages and modules right under ``funcdelta``; ``__init__`` is ``funcdelta`` itself, on which recipes build."""
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +13,8 @@ from typing import Any
 import pytest
 
 import funcdelta as fd
+from funcdelta.apps.docs.public import everything, lacking
+from funcdelta.apps.docs.public import names_of as public
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMESPACES = {
@@ -40,22 +40,6 @@ ALSO_AT_THE_TOP = {
 """Names of a namespace that may be written without it; they are not listed."""
 
 
-def public(module: ModuleType) -> list[str]:
-    """The names that a module promises."""
-    own = [name for name, value in vars(module).items() if inspect.isroutine(value) or inspect.isclass(value)]
-    here = [name for name in own if vars(module)[name].__module__ == module.__name__ and not name.startswith("_")]
-    return getattr(module, "__all__", here)
-
-
-def everything(module: ModuleType = fd, path: str = "fd") -> Iterator[tuple[str, Any]]:
-    """Every public name below ``module``, with what it is."""
-    for name in public(module):
-        value = getattr(module, name)
-        yield f"{path}.{name}", value
-        if isinstance(value, ModuleType):
-            yield from everything(value, f"{path}.{name}")
-
-
 EVERYTHING = dict(everything())
 
 
@@ -77,12 +61,8 @@ def test_the_contract_is_at_the_top() -> None:
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
-def test_a_public_name_has_a_docstring_with_an_example(name: str) -> None:
-    value = EVERYTHING[name]
-    text = inspect.getdoc(value) or ""
-    assert text.partition("\n")[0].strip(), f"{name} has no docstring"
-    # The examples of a namespace are those of its names.
-    assert isinstance(value, ModuleType) or ">>>" in text, f"the docstring of {name} has no example (>>>)"
+def test_a_public_name_is_typed_and_has_a_docstring_with_an_example(name: str) -> None:
+    assert lacking(name, EVERYTHING[name]) == []
 
 
 @pytest.mark.parametrize("name", sorted(NAMESPACES))

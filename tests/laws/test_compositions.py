@@ -173,6 +173,8 @@ def test_what_a_part_draws_depends_on_no_other() -> None:
         (lambda: fd.mixture(LORA, fd.ParallelAdapterConfig()), ["parallel_adapter", "another"]),
         (lambda: fd.mixture(LORA, gate="row"), ["gate='row'", "call"]),
         (lambda: fd.average(LORA, OTHER, shares=(1.0,)), ["shares", "2 parts"]),
+        (lambda: fd.average(LORA, OTHER, shares=0.5), ["shares=0.5", "2 parts"]),
+        (lambda: fd.DeltaModel(backbone(), fd.average(LORA.replace(name="shares"), **HERE)), ["'shares", "below"]),
         (lambda: fd.chain(LORA.replace(batch_dim=1)), ["batch_dim", "fd.chain(..., batch_dim=...)"]),
         (
             lambda: fd.chain(LORA.replace(modified_modules=["0"]), OTHER.replace(modified_modules=["2"])),
@@ -225,3 +227,27 @@ def test_gates_train() -> None:
         loss.backward()
         optimiser.step()
     assert gate[0] - gate[1] > 2
+
+
+def test_parts_with_other_sites_of_their_own_are_not_put_at_those_of_the_first() -> None:
+    with raises_saying(fd.MatchError, "fd.chain", "lora at", "adapter at", "modified_modules=[...]"):
+        fd.DeltaModel(backbone(), fd.chain(LORA, ADAPTER))
+
+
+def test_gates_of_tokens_find_the_features_of_a_convolution_together_and_apart() -> None:
+    """In a fold all members share one call only where features come last."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv1d(3, 4, 1)).eval(), torch.randn(4, 3, 4)
+    delta = fd.DeltaModel(model, fd.mixture(GateConfig(), GateConfig(), modified_modules=["0"]))
+    assert not delta.plan.all()[0].acts().tokenwise
+    stack = moved(delta.init(0, n=3), delta)
+    loop = delta.apply_many(stack, x, engine="loop")
+    close(delta.apply_many(stack, x, engine="fold"), loop)
+    assert delta.explain(stack, x)
+
+
+@pytest.mark.parametrize("config", [LORA, RowScaleConfig(), fd.parallel(LORA, OTHER)])
+def test_merging_a_coarse_member_rounds_no_weight_of_the_backbone(config: fd.BaseDeltaConfig) -> None:
+    model = backbone()
+    delta = fd.DeltaModel(model, config.replace(**HERE))
+    assert torch.equal(delta.merge(delta.init(0, dtype=torch.bfloat16))["0.weight"], model[0].weight)

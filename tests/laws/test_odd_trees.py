@@ -255,11 +255,14 @@ def test_changes_that_are_none_are_named() -> None:
     algebra, change = fd.algebra, {"w": torch.ones(2)}
     for call, words in (
         (lambda: algebra.ties("abc"), "list of dicts .* found str"),
-        (lambda: algebra.ties([torch.ones(2)]), "A change is a dict .* found Tensor"),
-        (lambda: algebra.prune(None, 0.5), "A change is a dict .* found NoneType"),
+        (lambda: algebra.ties([torch.ones(2)]), "A change must be a dict .* found Tensor"),
+        (lambda: algebra.prune(None, 0.5), "A change must be a dict .* found NoneType"),
         (lambda: algebra.dare({"w": torch.tensor([1])}, 0.5, 0), r"The change of 'w' is torch\.int64"),
         (lambda: algebra.dare({"w": 3}, 0.5, 0), "The change of 'w' is int"),
-        (lambda: algebra.task_arithmetic([change, change], ["a", "b"]), r"one weight a change, 2 numbers; found \['a'"),
+        (
+            lambda: algebra.task_arithmetic([change, change], ["a", "b"]),
+            r"one weight per change, 2 numbers; found \['a'",
+        ),
     ):
         with pytest.raises(fd.errors.ParamsError, match=words):
             call()
@@ -269,9 +272,9 @@ def test_changes_that_are_none_are_named() -> None:
     pair = (*pair, pair[0].init(0, n=2))
     for call, words in (
         (lambda: algebra.sum_exact(pair, weights=["a", "b"]), "a number or a tensor; found 'a'"),
-        (lambda: algebra.sum_exact(pair, weights=3), "one weight a summand, a list of 2; found 3"),
-        (lambda: algebra.soup(*pair, weights=["a", "b"]), "soup needs one weight a member, 2 numbers"),
-        (lambda: algebra.knots(pair, merge=lambda aligned: {}), r"gives a dict with the names .* no '0\.weight'"),
+        (lambda: algebra.sum_exact(pair, weights=3), "one weight per summand, a list of 2; found 3"),
+        (lambda: algebra.soup(*pair, weights=["a", "b"]), "soup needs one weight per member, 2 numbers"),
+        (lambda: algebra.knots(pair, merge=lambda aligned: {}), r"must return a dict with the names .* no '0\.weight'"),
         (lambda: algebra.knots(pair, merge=lambda aligned: None), "found NoneType"),
     ):
         with pytest.raises(fd.errors.ParamsError, match=words):

@@ -131,7 +131,7 @@ def test_urls_that_give_no_config(saved: Path, site: str, delta: fd.DeltaModel) 
     with raises_saying(fd.errors.CheckpointError, f"{site}/nothing.json", "404"):
         read(f"{site}/nothing.json")
     (saved.parent / "page.html").write_text("<html>")
-    with raises_saying(fd.errors.CheckpointError, f"{site}/page.html", "no JSON"):
+    with raises_saying(fd.errors.CheckpointError, f"{site}/page.html", "not JSON"):
         read(f"{site}/page.html")
     (saved.parent / "long.json").write_bytes(b" " * ((1 << 20) + 1))
     with raises_saying(fd.errors.CheckpointError, f"{site}/long.json", "1048576 bytes"):
@@ -143,7 +143,7 @@ def test_urls_that_give_no_config(saved: Path, site: str, delta: fd.DeltaModel) 
 
 
 def test_files_that_hold_no_config(tmp_path: Path) -> None:
-    for text, piece in (("{", "no JSON"), ("[]", "delta_type"), ('{"lora_r": 2}', "delta_type")):
+    for text, piece in (("{", "not JSON"), ("[]", "delta_type"), ('{"lora_r": 2}', "delta_type")):
         (tmp_path / "config.json").write_text(text)
         for place in (tmp_path, tmp_path / "config.json"):
             with raises_saying(fd.errors.CheckpointError, str(tmp_path / "config.json"), piece):

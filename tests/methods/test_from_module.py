@@ -214,7 +214,7 @@ def test_messages() -> None:
         register("test_bad")(lambda site, m: nn.Linear(m, m))
     with raises_saying(fd.errors.ConfigError, "'name'", "another name"):
         register("test_bad")(lambda site, name="x": nn.Linear(1, 1))
-    with raises_saying(fd.errors.ConfigError, "sizes, [1]", "tuple"):
+    with raises_saying(fd.errors.ConfigError, "sizes=[1]", "tuple"):
         register("test_bad")(lambda site, sizes=[1]: nn.Linear(1, 1))
     with raises_saying(fd.errors.ConfigError, "takes no argument", "site"):
         register("test_bad")(lambda: nn.Linear(1, 1))

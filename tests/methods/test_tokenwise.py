@@ -155,12 +155,12 @@ def method() -> Iterator[Callable[..., fd.DeltaModel]]:
 
 
 def test_a_method_that_is_not_tokenwise_though_it_says_so(method: Callable[..., fd.DeltaModel]) -> None:
-    delta = method(lambda p, y: (y * p["gain"]).sum(-2))
+    delta = method(lambda p, y: (y * p["gain"]).reshape(-1, 5, 6))
     with pytest.raises(fd.errors.ConfigError) as caught:
         delta.apply_many(delta.init(0, n=3), torch.ones(2, 5, 4), engine="fold")
     for piece in (
         "The method at 0",
-        "members' tokens (2, 10, 6) it made (2, 6)",
+        "members' tokens (2, 10, 6) it made (4, 5, 6)",
         "fd.linear",
         "leave tokenwise out",
     ):

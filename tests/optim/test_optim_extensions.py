@@ -431,7 +431,7 @@ PAIR: Tensors = {"l.w": torch.ones(2, 2), "l.b": torch.ones(2)}
     ("action", "kind", "words"),
     [
         (lambda: optim.lion(0.1, betas=WRONG), ConfigError, r"betas must be a pair .*; found 3"),
-        (lambda: optim.lion(0.1, betas=(0.9, 1.0)), ConfigError, r"beta2 lies in \[0, 1\)"),
+        (lambda: optim.lion(0.1, betas=(0.9, 1.0)), ConfigError, r"beta2 must be in \[0, 1\)"),
         (
             lambda: optim.muon(0.1, iterations=0),
             ConfigError,
@@ -440,7 +440,7 @@ PAIR: Tensors = {"l.w": torch.ones(2, 2), "l.b": torch.ones(2)}
         (
             lambda: optim.muon(0.1).init({"a": torch.ones(4, 2, 3)}),
             StackError,
-            r"Leaf 'a' has shape \(4, 2, 3\): of a stack write opt\.init\(stack, n=4\)",
+            r"Leaf 'a' has shape \(4, 2, 3\). For a stack write opt\.init\(stack, n=4\)",
         ),
         (
             lambda: optim.muon(0.1, matrices="b").init({"a.b": torch.ones(4, 2)}, n=4),
@@ -449,7 +449,7 @@ PAIR: Tensors = {"l.w": torch.ones(2, 2), "l.b": torch.ones(2)}
         ),
         (lambda: optim.muon(0.1, matrices="x").init(PAIR), MatchError, "No leaf is called 'x'"),
         (lambda: optim.sgd(0.1, groups=WRONG), ConfigError, r"groups must be a dict .*; found 3"),
-        (lambda: optim.sgd(0.1, groups={"b": -1.0}), ConfigError, r"groups\['b'\] lies in \[0, inf\); found -1\.0"),
+        (lambda: optim.sgd(0.1, groups={"b": -1.0}), ConfigError, r"groups\['b'\] must be in \[0, inf\); found -1\.0"),
         (
             lambda: optim.sgd(0.1, decay_mask=WRONG),
             ConfigError,
@@ -465,12 +465,12 @@ PAIR: Tensors = {"l.w": torch.ones(2, 2), "l.b": torch.ones(2)}
         (lambda: optim.cosine(0.1, steps=3, warmup=3), ConfigError, "warmup < steps; found steps=3, warmup=3"),
         (lambda: optim.linear(0.1, steps=0), ConfigError, "found steps=0"),
         (lambda: optim.cosine(0.1, steps=torch.tensor(3.0)), ConfigError, "steps counts updates"),
-        (lambda: optim.cosine(-0.1, steps=3), ConfigError, r"peak lies in \[0, inf\)"),
+        (lambda: optim.cosine(-0.1, steps=3), ConfigError, r"peak must be in \[0, inf\)"),
         (lambda: optim.cosine(optim.linear(1.0, 3), steps=3), ConfigError, "peak of a schedule must be a number"),  # type: ignore[arg-type]
         (
             lambda: optim.cosine(torch.ones(3), steps=3)(torch.zeros(2)),
             StackError,
-            r"peak of the schedule has 3 values.*of 2 members.*peak=peak\[index\]",
+            r"peak of the schedule has 3 values.*has 2 members.*peak=peak\[index\]",
         ),
         (lambda: fd.unroll(lambda s, i: s, ONE, -1), ParamsError, "steps=-1: write how many times fd.grad.unroll"),
         (lambda: fd.unroll(lambda s, i: {"x": s["w"]}, {"w": ONE}, 2), ParamsError, "output of step at i=0"),

@@ -94,11 +94,11 @@ RATES = torch.tensor([0.1, 0.2])
 @pytest.mark.parametrize(
     ("action", "kind", "words"),
     [
-        (lambda: optim.sgd(lr=-1.0), ConfigError, r"lr lies in \[0, inf\); found -1\.0"),
-        (lambda: optim.adam(0.1, betas=(0.9, 1.0)), ConfigError, r"beta2 lies in \[0, 1\); found 1\.0"),
+        (lambda: optim.sgd(lr=-1.0), ConfigError, r"lr must be in \[0, inf\); found -1\.0"),
+        (lambda: optim.adam(0.1, betas=(0.9, 1.0)), ConfigError, r"beta2 must be in \[0, 1\); found 1\.0"),
         (lambda: optim.adamw(0.1, betas=LIST[:1]), ConfigError, r"betas must be a pair .*; found \[0\.1\]"),
         (lambda: optim.adamw(LIST), ConfigError, r"Write lr=torch\.tensor\(\[0\.1, 0\.2\]\)"),
-        (lambda: optim.adamw(TEXT), ConfigError, "lr is a number, .* found 'fast'"),
+        (lambda: optim.adamw(TEXT), ConfigError, "lr must be a number, .* found 'fast'"),
         (lambda: optim.adamw(torch.ones(2, 1)), ConfigError, r"found shape \(2, 1\)"),
         (
             lambda: optim.adamw(RATES, weight_decay=torch.ones(3)),
@@ -149,7 +149,7 @@ RATES = torch.tensor([0.1, 0.2])
         (
             lambda: optim.adam(0.1).update({"l.b": torch.ones(4, device="meta")}, optim.adam(0.1).init(ONE), ONE),
             ParamsError,
-            r"The gradient of leaf 'l\.b' is on meta, the leaf on cpu",
+            r"The gradient of leaf 'l\.b' is on meta, but the leaf on cpu",
         ),
         (
             lambda: optim.adam(0.1).update({"l.w": torch.eye(4, 2).to_sparse()}, optim.adam(0.1).init(ONE), ONE),

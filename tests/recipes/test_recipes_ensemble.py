@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_named() -> None:
         ensemble.auroc(torch.zeros(0), torch.zeros(3))
     with pytest.raises(fd.errors.ParamsError, match="a and b at least 1"):
         ensemble.auroc(torch.tensor(0.0), torch.zeros(3))
-    with pytest.raises(fd.errors.ParamsError, match=r"for one member write entropy"):
+    with pytest.raises(fd.errors.ParamsError, match=r"for one member, entropy"):
         ensemble.disagreement(torch.ones(3))
 
 

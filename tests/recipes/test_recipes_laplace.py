@@ -333,13 +333,13 @@ def test_draws_follow_a_singular_covariance() -> None:
 
 def test_what_does_not_fit_is_named() -> None:
     params = {"w": torch.ones(2, 3)}
-    with pytest.raises(fd.errors.ParamsError, match=r"f gives outputs \(b, C\)"):
+    with pytest.raises(fd.errors.ParamsError, match=r"f must return outputs \(b, C\)"):
         laplace.ggn(lambda p, x: (x @ p["w"].mT).sum(), params, torch.ones(4, 3))
-    with pytest.raises(fd.errors.ParamsError, match=r"f gives outputs \(b, C\)"):
+    with pytest.raises(fd.errors.ParamsError, match=r"f must return outputs \(b, C\)"):
         laplace.ggn(lambda p, x: {"logits": x @ p["w"].mT}, params, torch.ones(4, 3))
-    with pytest.raises(fd.errors.ParamsError, match=r"6 entries is \(6, 6\); found \(5, 5\)"):
+    with pytest.raises(fd.errors.ParamsError, match=r"6 entries must be \(6, 6\); found \(5, 5\)"):
         laplace.full_posterior(params, torch.eye(5))
     with pytest.raises(fd.errors.ParamsError, match=r"only one of them has \['v'\]"):
         laplace.kfac_posterior(params, {"w": (torch.eye(3), torch.eye(2)), "v": (torch.eye(1), torch.eye(1))}, 4)
-    with pytest.raises(fd.errors.ParamsError, match=r"'w' is \(2, 3\) as a matrix .* for \(3, 2\)"):
+    with pytest.raises(fd.errors.ParamsError, match=r"'w' is \(2, 3\) as a matrix .* fit \(3, 2\)"):
         laplace.kfac_posterior(params, {"w": (torch.eye(2), torch.eye(3))}, 4)

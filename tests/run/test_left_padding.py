@@ -21,7 +21,7 @@ from zoo_architecture import builder
 from zoo_transformers import BERT_SIZES, LLAMA_SIZES, SPECIAL
 
 import funcdelta as fd
-from funcdelta.run.attention import attention_below
+from funcdelta.structures.modules.interface import attention_below
 
 P, PADDING = 3, 4
 TEXT = torch.tensor([[7, 8, 9, 10, 11]])

@@ -18,7 +18,7 @@ from zoo_architecture import builder, randomise
 from zoo_transformers import SPECIAL
 
 import funcdelta as fd
-from funcdelta.run.attention import attention_below
+from funcdelta.structures.modules.interface import attention_below
 
 # -- models that look tokens up a second time ------------------------------------------------------------------------
 

@@ -114,7 +114,7 @@ def test_what_does_not_fit(delta: fd.DeltaModel) -> None:
     ):
         resident.put(delta.init(0, n=3))
     missing = {name: leaf for name, leaf in params.items() if name != "head.bias"}
-    with raises_saying(fd.errors.ParamsError, "head.bias of (3,); found nothing"):
+    with raises_saying(fd.errors.ParamsError, "head.bias: expected (3,) in a member of this stack; found nothing"):
         resident.put(missing)
     with raises_saying(fd.errors.ParamsError, "head.weights: expected no such leaf"):
         resident.put(params | {"head.weights": torch.zeros(1)})
@@ -123,7 +123,7 @@ def test_what_does_not_fit(delta: fd.DeltaModel) -> None:
         (torch.zeros(3, device="meta"), "a meta tensor"),
         (torch.zeros(3).to_sparse(), "the layout torch.sparse_coo"),
     ):
-        with raises_saying(fd.errors.ParamsError, f"head.bias of (3,); found {found}"):
+        with raises_saying(fd.errors.ParamsError, f"head.bias: expected (3,) in a member of this stack; found {found}"):
             resident.put(params | {"head.bias": leaf})  # type: ignore[dict-item]
     with raises_saying(fd.errors.ParamsError, "a dict of tensors; found int"):
         resident.put(3)  # type: ignore[arg-type]
@@ -134,7 +134,7 @@ def test_what_does_not_fit(delta: fd.DeltaModel) -> None:
         resident.put(params)
     with raises_saying(fd.errors.ParamsError, "capacity=0", "at least 1"):
         fd.Resident(delta, 0)
-    with raises_saying(fd.errors.ParamsError, "'head.weights' is no leaf", "delta.names"):
+    with raises_saying(fd.errors.ParamsError, "'head.weights' is not a leaf", "delta.names"):
         fd.Resident(delta, 2, names=["head.weights"])
     with raises_saying(fd.errors.ParamsError, "3 members does not fit into capacity=2"):
         fd.Resident.of(delta, delta.init(0, n=3), 2)

@@ -222,7 +222,7 @@ def test_what_cannot_be_routed_says_what_to_write() -> None:
     inputs = padded("llama")
     with raises_saying(fd.errors.ParamsError, "4 rows", "runs 3, one per entry", "view.route(index)"):
         delta.bind_rows(stack, [0, 1, 2]).generate(**inputs, **GREEDY)
-    with raises_saying(fd.errors.ParamsError, "0 to 4", "0 to 3, and -1"):
+    with raises_saying(fd.errors.ParamsError, "0 to 4", "0 to 3, or -1"):
         delta.bind_rows(stack, [0, 4])
     with raises_saying(fd.errors.ParamsError, "index is empty"):
         delta.bind_rows(stack, [])

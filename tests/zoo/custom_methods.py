@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import funcdelta as fd
-from funcdelta.methods.layers import from_weight, to_weight
+from funcdelta.methods.layers import from_weight, spare_padding, to_weight
 
 
 @fd.register("test_gate")
@@ -196,7 +197,8 @@ class DoraConfig(fd.Additive):
         axis = site.features_axis(y)
         scale = self._scale(site, p, from_weight(site, p["own.weight"])).view(-1, *[1] * (-1 - axis))
         bare = y - p["own.bias"].view(-1, *[1] * (-1 - axis)) if "own.bias" in p else y
-        return y + (scale - 1) * bare + scale * (super().after(site, p, y, x) - y)
+        change = (scale - 1) * bare + scale * (super().after(site, p, y, x) - y)
+        return y + (spare_padding(site, change, x) if site.kind == "embedding" else change)
 
     def weights(self, site: fd.Site, p: dict[str, Tensor], w: dict[str, Tensor]) -> dict[str, Tensor]:
         weight = from_weight(site, w["weight"])
@@ -242,6 +244,57 @@ class VeraConfig(fd.Additive):
         return False
 
 
+# Where attention modules of Transformers keep their projections of keys and values.
+PROJECTIONS = (("k_proj", "v_proj"), ("key", "value"), ("k_lin", "v_lin"), ("k", "v"), ("key_proj", "value_proj"))
+
+
+@fd.register("test_llama_adapter")
+@dataclass(frozen=True)
+class LlamaAdapterConfig(fd.BaseDeltaConfig):
+    """``run(q, k, v) + g softmax(q K_Pᵀ / √d) V_P``: LLaMA-Adapter (Zhang et al. 2023).
+
+    K_P and V_P are the rows of a prompt through the module's own frozen projections, and gates g, one a head, start
+    at 0. A module whose projections are not layers of their own gets rows of keys and values instead of a prompt.
+    """
+
+    identity_at_start: ClassVar[bool] = True
+    prompt_rows: int = 3
+
+    def describe(self, site: fd.Site, module: nn.Module) -> fd.Site:
+        layers = {name for name, child in module.named_children() if isinstance(child, nn.Linear)}
+        found = next((pair for pair in PROJECTIONS if layers.issuperset(pair)), ("", ""))
+        return dataclasses.replace(site, options=(("projections", found),))
+
+    def leaves(self, site: fd.Site, own: Mapping[str, Tensor], rng: torch.Generator) -> fd.Leaves:
+        layers, shape, rows = self.layers(site), site.attention, self.prompt_rows
+        gates = {"gate": torch.zeros(shape.query_heads)}
+        if layers:
+            return {"prompt": torch.randn(rows, own[f"{layers[0]}.weight"].shape[1], generator=rng), **gates}
+        keys, values = (torch.randn(rows, width, generator=rng) for width in (shape.key_width, shape.value_width))
+        return {"keys": keys, "values": values, **gates}
+
+    def around(
+        self, site: fd.Site, p: dict[str, Tensor], q: Tensor, k: Tensor, v: Tensor, run: fd.methods.acts.Attention
+    ) -> Tensor:
+        heads, groups = site.attention.heads, site.attention.query_heads // site.attention.heads
+        layers = self.layers(site)
+        made = [F.linear(p["prompt"], p[f"own.{one}.weight"], p.get(f"own.{one}.bias")) for one in layers]
+        keys, values = (
+            rows.unflatten(-1, (heads, -1)).transpose(0, 1).repeat_interleave(groups, 0)
+            for rows in made or (p["keys"], p["values"])
+        )
+        seen = (q @ keys.mT / math.sqrt(q.shape[-1])).softmax(-1)
+        return run(q, k, v) + p["gate"].view(-1, 1, 1) * (seen @ values)
+
+    def acts(self, site: fd.Site) -> fd.Acts:
+        reads = tuple(f"{layer}.{name}" for layer in self.layers(site) for name in ("weight", "bias"))
+        return dataclasses.replace(super().acts(site), reads=reads)
+
+    def layers(self, site: fd.Site) -> tuple[str, ...]:
+        """The projections of keys and values, where they are layers of their own."""
+        return tuple(filter(None, dict(site.options)["projections"]))
+
+
 @fd.register("test_pissa")
 @dataclass(frozen=True)
 class PissaConfig(fd.Additive):
@@ -263,3 +316,34 @@ class PissaConfig(fd.Additive):
 
     def takes_tensors(self) -> bool:
         return False
+
+
+@fd.register("test_loreft")
+@dataclass(frozen=True)
+class LoreftConfig(fd.BaseDeltaConfig):
+    """``h + Rᵀ (W h + b - R h)`` on the first and the last tokens of the prompt: LoReFT (Wu et al. 2024).
+
+    The rows of R are orthonormal: they are those of Q in ``rotateᵀ = Q U``. Tokens that are generated from a cache
+    stay as they are. Without a cache the text so far is the prompt.
+    """
+
+    conditions: ClassVar[tuple[str, ...]] = ("mask", "positions", "lengths", "cached")
+    rank: int = 2
+    first: int = 1
+    last: int = 2
+
+    def init(self, site: fd.Site, rng: torch.Generator) -> fd.Leaves:
+        rotate = torch.linalg.qr(torch.randn(site.width, self.rank, generator=rng)).Q.mT
+        project = torch.randn(self.rank, site.width, generator=rng) / site.width**0.5
+        return {"rotate": rotate.contiguous(), "project": project, "bias": torch.zeros(self.rank)}
+
+    def after(self, site: fd.Site, p: dict[str, Tensor], y: Tensor, x: Tensor) -> Tensor:
+        rotate = torch.linalg.qr(p["rotate"].mT).Q.mT
+        moved = y + (fd.linear(y, p["project"], p["bias"]) - fd.linear(y, rotate)) @ rotate
+        return torch.where(self.chosen(p).unsqueeze(-1), moved, y)
+
+    def chosen(self, p: dict[str, Tensor]) -> Tensor:
+        """Which tokens are changed, (rows, tokens)."""
+        at, lengths = p["call.positions"], p["call.lengths"].unsqueeze(-1)
+        ends = (at < self.first) | (at >= lengths - self.last)
+        return p["call.mask"] & ends & (p["call.cached"] == 0)

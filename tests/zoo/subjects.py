@@ -24,7 +24,7 @@ UNDER_LAW = [
     if config.__module__.partition(".")[0] in ("funcdelta", "custom_methods")
 ]
 # Which of an architecture's modules a method acts on, where they are not its linears; none: it cannot act there.
-TARGETS = {"adapter": "blocks", "prefix": "attention"}
+TARGETS = {"adapter": "blocks", "prefix": "attention", "test_llama_adapter": "attention", "test_loreft": "blocks"}
 # Fields that make a method as small as the zoo, and outputs as long as the backbone's.
 SMALL: dict[str, dict[str, Any]] = {
     "prefix": {"prefix_token_num": 2, "embed_dim": 3, "mid_dim": 4},
@@ -58,12 +58,18 @@ CANNOT_ACT = {
     **{("soft_prompt", name): "no module has get_input_embeddings" for name in ("torch_transformer", "embedding")},
     ("soft_prompt", "vit"): "does not embed its input by a table of tokens",
 }
+# Where an architecture has (rows, tokens, features), if not at all of its blocks: OPT's layers see tokens in one axis.
+BY_TOKEN = {"embedding": ("tokens",), "opt": ("self_attn",)}
+# Where a method is refused in the call, because there is no text of whose tokens it could know; test_conditions.py.
+WITHOUT_TEXT = {("test_loreft", name): "no module around" for name in ("mlp", "conv1d", "conv2d", "vit")}
 
 
 def targets(method: str, architecture: Architecture) -> tuple[str, ...] | None:
     """The modules of ``architecture`` that ``method`` is tested on; ``None``: it finds its own."""
     if METHODS[method]().gives("own_sites"):
         return None
+    if method == "test_loreft" and architecture.name in BY_TOKEN:
+        return BY_TOKEN[architecture.name]
     if method == "test_rows" and "batch_free_target" in architecture.flags:
         return (architecture.default_target,)
     if METHODS[method]().gives("spans"):
@@ -76,7 +82,7 @@ EVERY_PAIR = [
     (method, name)
     for method in UNDER_LAW
     for name in ZOO
-    if targets(method, ZOO[name]) != () and (method, name) not in CANNOT_ACT
+    if targets(method, ZOO[name]) != () and (method, name) not in CANNOT_ACT | WITHOUT_TEXT
 ]
 
 

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ DEFAULT_SHAPES = ("64,1,16", "32,2,32", "8,8,64")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark: 0 when measured, 1 when contenders disagree, 2 for wrong arguments.
 
-    >>> main(["--shapes", "64,1"])  # the reason stands on standard error
+    >>> main(["--shapes", "64,1"])  # standard error says why
     2
     """
     options = parser().parse_args(argv)
@@ -101,7 +101,7 @@ def _run(options: argparse.Namespace) -> None:
     except ImportError as error:
         raise BenchError("the tables need rich: pip install 'funcdelta[demo]'") from error
     for path in (options.json, options.plot):
-        # Found out before minutes of measuring, not after.
+        # Better found out before minutes of measuring than after.
         if path is not None and not path.absolute().parent.is_dir():
             raise BenchError(f"{path}: the folder {path.absolute().parent} does not exist")
     try:
@@ -118,25 +118,20 @@ def _run(options: argparse.Namespace) -> None:
     names = {"all": ("minilm", "llama", "smollm"), "minilm": ("minilm", "smollm")}.get(options.model, (options.model,))
     chosen = {name: SUBJECTS[name] for name in names if name in SUBJECTS}
     speakers = {name: SPEAKERS[name] for name in names if name in SPEAKERS}
-    # In a file or a pipe there is no width to keep to, and folded cells cannot be read.
+    # A file or a pipe has no width to keep to, and wrapped cells are hard to read.
     console, errors = Console(width=None if sys.stdout.isatty() else 140), Console(stderr=True)
-    # Remarks of libraries on one another, while they are imported.
+    # Libraries warn about one another while they are imported.
     for library in ("torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    measured: list[measure.Table] = []
     with _threads(options.threads):
         facts = report.machine()
         console.print(report.heading(facts))
         with errors.status("starting") as status:
-            notify: Callable[[str], None] = status.update
-            measured = tables.run(
-                options.table,
-                chosen,
-                speakers,
-                replace(sizes, shapes=tuple(shapes)),
-                effort,
-                notify,
-                emit=lambda table: console.print(report.rich_table(table)),
-            )
+            sizes = replace(sizes, shapes=tuple(shapes))
+            for table in tables.run(options.table, chosen, speakers, sizes, effort, status.update):
+                measured.append(table)
+                console.print(report.rich_table(table))
     if options.json is not None:
         report.write_json(options.json, facts, measured)
     if options.plot is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import funcdelta as fd
 from funcdelta.apps.bench import contenders as c
-from funcdelta.apps.bench.measure import Notify, Row, Table, Target
+from funcdelta.apps.bench.measure import Notify, Row, Table, Target, silent
 from funcdelta.apps.bench.subjects import Shape, tiny_bert
 from funcdelta.apps.bench.timing import Ratio
 
@@ -25,12 +25,49 @@ Step = Callable[[], Any]
 class Count:
     """Calls of Python functions of this library, and the files that they are in.
 
-    `elsewhere` are those of neither this library nor the bare backbone: Python's own modules, called from here.
+    `elsewhere` counts calls into Python's own modules, beyond those of the bare backbone.
     """
 
     calls: int
     files: int
     elsewhere: int = 0
+
+
+BEFORE = {"apply": Count(114, 15), "fold": Count(240, 21)}
+ALLOWED = {"apply": Count(60, 8), "fold": Count(120, 12)}
+
+
+def calls_table(notify: Notify = silent) -> Table:
+    """What a later `apply` and a later fold call, in a BERT with LoRA at 4 sites."""
+    subject, shape = tiny_bert(), Shape(3, 2, 5)
+    delta = c.lora(subject)
+    title = f"calls of functions in a later call, {subject.name} with {len(delta.sites)} sites"
+    notify(title)
+    stack, tokens = c.random_stack(delta, shape.members), subject.tokens(shape)[0]
+    one, wide = fd.take(stack, 0), tokens.repeat(shape.members, 1)
+    found = {
+        "apply": counted(lambda: delta.apply(one, input_ids=tokens), lambda: subject.backbone(input_ids=tokens)),
+        "fold": counted(
+            lambda: delta.apply_many(stack, input_ids=tokens, engine="fold"), lambda: subject.backbone(input_ids=wide)
+        ),
+    }
+    rows = []
+    for label, count in found.items():
+        for what in ("calls", "files"):
+            value, before, allowed = (getattr(each, what) for each in (count, BEFORE[label], ALLOWED[label]))
+            note = f"before: {before}"
+            note += f"; {count.elsewhere} more in Python's own modules" if what == "calls" else ""
+            ratio, target = Ratio(*[value / before] * 3), Target.at_most(what, allowed, value)
+            rows.append(Row(f"{label}, {what}", value, ratio, None, target, note))
+    return Table(title, subject.name, "before", tuple(rows), what="one call", unit="", compared="")
+
+
+def counted(step: Step, bare: Step) -> Count:
+    """How many functions of this library a later `step` calls, and in how many files."""
+    files = [Path(code.co_filename) for code in called(step)]
+    own = [file for file in files if file.is_relative_to(PACKAGE) and not file.is_relative_to(BENCH)]
+    others = sum(map(_is_elsewhere, files)) - sum(_is_elsewhere(Path(code.co_filename)) for code in called(bare))
+    return Count(len(own), len(set(own)), others)
 
 
 def called(step: Step) -> list[CodeType]:
@@ -55,55 +92,5 @@ def called(step: Step) -> list[CodeType]:
     return found
 
 
-def counted(step: Step, bare: Step) -> Count:
-    """How many functions of this library a later `step` calls, and in how many files.
-
-    >>> layer = torch.nn.Linear(2, 2)
-    >>> delta, x = fd.LoraModel(torch.nn.Sequential(layer), modified_modules=["0"]), torch.ones(1, 2)
-    >>> params = delta.init(0)
-    >>> counted(lambda: layer(x), lambda: layer(x)), counted(lambda: delta.apply(params, x), lambda: layer(x)).calls > 9
-    (Count(calls=0, files=0, elsewhere=0), True)
-    """
-    files = [Path(code.co_filename) for code in called(step)]
-    own = [file for file in files if file.is_relative_to(PACKAGE) and not file.is_relative_to(BENCH)]
-    others = sum(map(_is_elsewhere, files)) - sum(_is_elsewhere(Path(code.co_filename)) for code in called(bare))
-    return Count(len(own), len(set(own)), others)
-
-
 def _is_elsewhere(file: Path) -> bool:
     return not {"torch", "transformers", PACKAGE.name} & {*file.parts}
-
-
-CALLS_BEFORE = {"apply": Count(114, 15), "fold": Count(240, 21)}
-CALLS_ALLOWED = {"apply": Count(60, 8), "fold": Count(120, 12)}
-
-
-def calls_table(notify: Notify = lambda _: None) -> Table:
-    """What a later `apply` and a later fold call, in a BERT with LoRA at 4 sites.
-
-    >>> [row.label for row in calls_table().rows]
-    ['apply, calls', 'apply, files', 'fold, calls', 'fold, files']
-    """
-    subject, shape = tiny_bert(), Shape(3, 2, 5)
-    delta = c.lora(subject)
-    title = f"calls of functions in a later call, {subject.name} with {len(delta.sites)} sites"
-    notify(title)
-    stack, tokens = c.random_stack(delta, shape.members), subject.tokens(shape)[0]
-    one, wide = fd.take(stack, 0), tokens.repeat(shape.members, 1)
-    steps: dict[str, tuple[Step, Step]] = {
-        "apply": (lambda: delta.apply(one, input_ids=tokens), lambda: subject.backbone(input_ids=tokens)),
-        "fold": (
-            lambda: delta.apply_many(stack, input_ids=tokens, engine="fold"),
-            lambda: subject.backbone(input_ids=wide),
-        ),
-    }
-    rows = []
-    for label, (step, bare) in steps.items():
-        found, before, allowed = counted(step, bare), CALLS_BEFORE[label], CALLS_ALLOWED[label]
-        more = f"{found.elsewhere} more in Python's own modules"
-        for what, note in (("calls", f"before: {before.calls}; {more}"), ("files", f"before: {before.files}")):
-            value, bound = getattr(found, what), getattr(allowed, what)
-            target = Target.at_most(what, bound, value)
-            ratio = Ratio(*[value / getattr(before, what)] * 3)
-            rows.append(Row(f"{label}, {what}", value, ratio, None, target, note))
-    return Table(title, subject.name, "before", tuple(rows), 0.0, 1, 0.0, what="one call", unit="", compared="")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +10,9 @@ from torch import Tensor
 
 import funcdelta as fd
 from funcdelta.apps.bench import contenders as c
-from funcdelta.apps.bench.measure import Effort, Notify, Row, Table, Target
+from funcdelta.apps.bench.measure import Effort, Notify, Row, Table, Target, silent
 from funcdelta.apps.bench.subjects import Shape, Subject
-from funcdelta.apps.bench.timing import Ratio, spread, timed
+from funcdelta.apps.bench.timing import ONCE, Ratio, measured, spread, timed
 from funcdelta.run.call import Call
 from funcdelta.run.engines import visible
 from funcdelta.run.inputs import Inputs
@@ -27,15 +26,34 @@ TIMES = 20
 STEP, ALL = "one training step, fold", "all checks"
 
 
-def checks_of(delta: fd.DeltaModel, stack: dict[str, Tensor], tokens: Tensor) -> dict[str, Callable[[], Any]]:
-    """`{what is checked: how}`, as one fold of `stack` on `tokens` (n, b, s) does it.
+def checks_table(subject: Subject, shape: Shape, effort: Effort, notify: Notify = silent) -> Table:
+    """Microseconds of each check of a call, and of all of them as a share of a training step."""
+    title = f"{subject.name} {shape} checks of every call"
+    delta = c.lora(subject)
+    stack = c.random_stack(delta, shape.members)
+    tokens, goals = subject.tokens(shape), subject.goals(shape)
+    checks = checks_of(delta, stack, tokens)
+    c.engine_step(delta, stack, tokens, goals, "fold")  # what the first call builds is not part of a step
+    seconds: dict[str, list[float]] = {label: [] for label in (STEP, *checks)}
+    for index in range(effort.repeats):
+        notify(f"{title}: round {index + 1} of {effort.repeats}")
+        seconds[STEP].append(timed(lambda: c.engine_step(delta, stack, tokens, goals, "fold")))
+        for label, check in checks.items():
+            seconds[label].append(timed(lambda check=check: [check() for _ in range(TIMES)]) / TIMES)
+    seconds[ALL] = [sum(each) for each in zip(*(seconds[label] for label in checks), strict=True)]
+    rows = [Row(STEP, 1e6 * measured(seconds[STEP]).median, ONCE)]
+    for label in (*checks, ALL):
+        ratio = Ratio.of([value / step for value, step in zip(seconds[label], seconds[STEP], strict=True)])
+        share = 100 * ratio.median
+        target = Target.at_most("% of a step", ALLOWED, share) if label == ALL and subject.judged else None
+        rows.append(Row(label, 1e6 * measured(seconds[label]).median, ratio, None, target, f"{share:.2f} %"))
+    kept = {label: tuple(values) for label, values in seconds.items()}
+    facts: dict[str, Any] = {"seconds": kept, "what": "checks of one call", "unit": "µs", "compared": ""}
+    return Table(title, subject.name, "step", tuple(rows), spread(seconds[STEP]), **facts)
 
-    >>> from funcdelta.apps.bench.subjects import tiny
-    >>> delta = c.lora(tiny())
-    >>> checks = checks_of(delta, c.random_stack(delta, 2), tiny().tokens(Shape(2, 1, 4)))
-    >>> len(checks), checks["the stack's leaves"]()
-    (7, 2)
-    """
+
+def checks_of(delta: fd.DeltaModel, stack: dict[str, Tensor], tokens: Tensor) -> dict[str, Callable[[], Any]]:
+    """`{what is checked: how}`, as one fold of `stack` on `tokens` (n, b, s) does it."""
     program, plan = delta.program, delta.plan
 
     def read() -> Inputs:
@@ -64,49 +82,3 @@ def checks_of(delta: fd.DeltaModel, stack: dict[str, Tensor], tokens: Tensor) ->
         "axes at the sites": sites,
         "sites reached, outputs": lambda: (program.is_verified(stack), visible(output)),
     }
-
-
-def checks_table(subject: Subject, shape: Shape, effort: Effort, notify: Notify = lambda _: None) -> Table:
-    """Microseconds of each check of a call, and of all of them as a share of a training step.
-
-    >>> from funcdelta.apps.bench.subjects import tiny
-    >>> table = checks_table(tiny(), Shape(2, 1, 4), Effort(repeats=1, attempts=1))
-    >>> table.rows[0].label, table.rows[-1].label
-    ('one training step, fold', 'all checks')
-    """
-    title = f"{subject.name} {shape} checks of every call"
-    delta = c.lora(subject)
-    stack = c.random_stack(delta, shape.members)
-    tokens, goals = subject.tokens(shape), subject.goals(shape)
-    checks = checks_of(delta, stack, tokens)
-    steps: list[float] = []
-    seconds: dict[str, list[float]] = {label: [] for label in checks}
-    for index in range(1 + effort.repeats):
-        notify(f"{title}: round {index} of {effort.repeats}")
-        step = timed(lambda: c.engine_step(delta, stack, tokens, goals, "fold"))
-        if not index:
-            continue  # what is built at the first call is no part of a step
-        steps.append(step)
-        for label, check in checks.items():
-            seconds[label].append(timed(lambda check=check: [check() for _ in range(TIMES)]) / TIMES)
-    seconds[ALL] = [sum(each) for each in zip(*seconds.values(), strict=True)]
-    rows = [Row(STEP, 1e6 * statistics.median(steps), Ratio(1.0, 1.0, 1.0))]
-    for label, values in seconds.items():
-        ratio = Ratio.of([value / step for value, step in zip(values, steps, strict=True)])
-        share = 100 * ratio.median
-        target = Target.at_most("% of a step", ALLOWED, share) if label == ALL and subject.judged else None
-        rows.append(Row(label, 1e6 * statistics.median(values), ratio, None, target, f"{share:.2f} %"))
-    kept = {STEP: tuple(steps), **{label: tuple(values) for label, values in seconds.items()}}
-    return Table(
-        title,
-        subject.name,
-        "step",
-        tuple(rows),
-        spread(steps),
-        1,
-        0.0,
-        kept,
-        what="checks of one call",
-        unit="µs",
-        compared="",
-    )

@@ -1,7 +1,7 @@
-"""Table 1's memory: what training n members holds and peaks at, against PEFT with n adapters loaded.
+"""What training n members holds and peaks at, against PEFT with n adapters loaded.
 
-Held are the backbone, the members' leaves, their gradients and two moments each, counted in tensors. The peak of a
-step is what Linux reports of the process above that: activations, and whatever is made on the way.
+What is held: the backbone, the members' leaves, their gradients and two moments each, counted in tensors. The peak of a
+step is what Linux reports for the process above that: activations and other temporary tensors.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 
 import funcdelta as fd
 from funcdelta.apps.bench import contenders as c
-from funcdelta.apps.bench.measure import Notify, Row, Table
-from funcdelta.apps.bench.rivals import Peft, regression_loss
+from funcdelta.apps.bench.measure import Notify, Row, Table, silent
+from funcdelta.apps.bench.rivals import Peft
 from funcdelta.apps.bench.subjects import Shape, Subject
 from funcdelta.apps.bench.timing import Ratio
 
@@ -31,13 +31,8 @@ HELD, PEAK = "held", "peak of a step"
 PEFT_HELD, PEFT_PEAK = "PEFT in turn, held", "PEFT in turn, peak of a step"
 
 
-def memory_table(subject: Subject, shape: Shape, notify: Notify = lambda _: None) -> Table:
-    """MiB held by a training of n members, and the peak of a step above it, by fold, in chunks and by PEFT.
-
-    >>> from funcdelta.apps.bench.subjects import tiny
-    >>> memory_table(tiny(), Shape(4, 1, 4)).rows[0].label
-    'PEFT in turn, held'
-    """
+def memory_table(subject: Subject, shape: Shape, notify: Notify = silent) -> Table:
+    """MiB held while training n members, and the peak of a step above that: folded, in chunks, and by PEFT."""
     title = f"{subject.name} {shape} memory of AdamW"
     notify(f"{title}: measuring")
     delta = c.lora(subject)
@@ -52,24 +47,18 @@ def memory_table(subject: Subject, shape: Shape, notify: Notify = lambda _: None
         base = figures[PEFT_HELD if held else PEFT_PEAK]
         once = Ratio(figure / base, figure / base, figure / base) if base else None
         rows.append(Row(label, figure / MIB, once, once, note=note if held else ""))
-    return Table(title, subject.name, "PEFT", tuple(rows), 0.0, 1, 0.0, what="memory", unit="MiB", compared="")
+    return Table(title, subject.name, "PEFT", tuple(rows), what="memory", unit="MiB", compared="")
 
 
 def by_peft(subject: Subject, stack: Leaves, tokens: Tensor, goals: Tensor) -> dict[str, int]:
-    """`{label: bytes}` of PEFT with every member an adapter, one trained after the other.
-
-    >>> from funcdelta.apps.bench.subjects import tiny
-    >>> stack, shape = c.random_stack(c.lora(tiny()), 2), Shape(2, 1, 4)
-    >>> list(by_peft(tiny(), stack, tiny().tokens(shape), tiny().goals(shape)))[0]
-    'PEFT in turn, held'
-    """
+    """`{label: bytes}` of PEFT with an adapter for every member, trained one after another."""
     rival = Peft(subject, fd.unstack(stack))
-    parameters = [parameter for own in rival.parameters for parameter in own.values()]
+    parameters = [parameter for own in rival.adapters for parameter in own.parameters.values()]
     optimizer = torch.optim.AdamW(parameters)
 
     def step() -> None:
-        for gradients, own in zip(rival.in_turn(tokens, goals), rival.parameters, strict=True):
-            for name, parameter in own.items():
+        for gradients, own in zip(rival.in_turn(tokens, goals), rival.adapters, strict=True):
+            for name, parameter in own.parameters.items():
                 parameter.grad = gradients[name]
         optimizer.step()
 
@@ -80,20 +69,12 @@ def by_peft(subject: Subject, stack: Leaves, tokens: Tensor, goals: Tensor) -> d
 
 
 def by_fold(delta: fd.DeltaModel, stack: Leaves, tokens: Tensor, goals: Tensor, backbone: int) -> dict[str, int]:
-    """`{label: bytes}` of a fold over all members, and over a few at a time; `backbone` bytes are held besides.
-
-    >>> from funcdelta.apps.bench.subjects import tiny
-    >>> delta, shape = c.lora(tiny()), Shape(2, 1, 4)
-    >>> list(by_fold(delta, c.random_stack(delta, 2), tiny().tokens(shape), tiny().goals(shape), 0))[0]
-    'fold, held'
-    """
+    """`{label: bytes}` of a fold over all members, and over a few at a time; `backbone` bytes are held, too."""
     optimizer = fd.optim.adamw(lr=1e-3)
     state = optimizer.init(stack)
     kept: list[Leaves] = []
 
-    def losses(params: Leaves, tokens: Tensor, goals: Tensor) -> Tensor:
-        output = delta.apply_many(params, input_ids=tokens, in_dims=0, engine="fold")
-        return regression_loss(output.last_hidden_state, goals)
+    losses = c.losses_by(delta, "fold")
 
     def step_of(chunk_size: int | None) -> Callable[[], None]:
         def step() -> None:
@@ -130,7 +111,7 @@ def peak_of(step: Callable[[], object]) -> int | None:
     """
     if sys.platform != "linux":
         return None
-    step()  # what is built at the first call is no part of a step
+    step()  # what the first call builds is not part of a step
     gc.collect()
     trim()
     try:
@@ -144,10 +125,7 @@ def peak_of(step: Callable[[], object]) -> int | None:
 
 
 def trim() -> None:
-    """Give freed memory back to the system, where the C library can.
-
-    >>> trim()
-    """
+    """Give freed memory back to the system, where the C library can."""
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)

@@ -1,4 +1,4 @@
-"""What is shown of the tables: rich text, JSON, a plot. Rich and matplotlib are imported where used."""
+"""The tables as rich text, JSON and a plot. Rich and matplotlib are imported where they are used."""
 
 from __future__ import annotations
 
@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 
 
 def machine() -> dict[str, Any]:
-    """What a reader must know of the machine: torch version, threads, cores, processor, system.
-
-    >>> sorted(machine())
-    ['cpu_count', 'funcdelta', 'peft', 'platform', 'processor', 'python', 'threads', 'torch', 'transformers']
-    """
+    """What a reader must know about the machine: torch version, threads, cores, processor, system."""
     return {
         "torch": torch.__version__,
         "transformers": _version("transformers"),
@@ -59,11 +55,7 @@ def _processor() -> str:
 
 
 def heading(facts: dict[str, Any]) -> str:
-    """One line about the machine.
-
-    >>> heading({**machine(), "torch": "2.13", "threads": 2}).split(", ")[0]
-    'torch 2.13'
-    """
+    """One line about the machine."""
     return (
         f"torch {facts['torch']}, {facts['threads']} threads of {facts['cpu_count']} cores "
         f"({facts['processor']}), transformers {facts['transformers']}, peft {facts['peft']}, "
@@ -72,11 +64,7 @@ def heading(facts: dict[str, Any]) -> str:
 
 
 def rich_table(table: Table) -> rich.table.Table:
-    """The table as rich shows it: medians, paired ratios with their range, targets.
-
-    >>> rich_table(Table("t", "s", "bare", (), 0.01, 1, 1e-6)).row_count
-    0
-    """
+    """The table as rich shows it: medians, paired ratios with their range, targets."""
     from rich.table import Table as RichTable
 
     caption = (
@@ -88,7 +76,7 @@ def rich_table(table: Table) -> rich.table.Table:
     shown = RichTable(title=table.title, caption=caption if table.compared else None)
     shown.add_column(table.what)
     shown.add_column(table.unit, justify="right")
-    # Where PEFT itself is the yardstick, one column says it.
+    # Where PEFT itself is the yardstick, one column is enough.
     against_yardstick = not table.yardstick.startswith("PEFT")
     if against_yardstick:
         shown.add_column("/ bare" if table.yardstick == BARE else f"/ {table.yardstick}", justify="right")
@@ -127,14 +115,7 @@ def _target(row: Row) -> tuple[str, str]:
 
 
 def write_json(path: Path, facts: dict[str, Any], tables: Sequence[Table]) -> None:
-    """Everything measured, every second of every round included, as JSON.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_json(Path(folder) / "bench.json", machine(), [])
-    ...     (Path(folder) / "bench.json").exists()
-    True
-    """
+    """Everything measured, every second of every round included, as JSON."""
     body = {
         "machine": facts,
         "tables": [{**dataclasses.asdict(table), "noisy": table.noisy} for table in tables],
@@ -143,15 +124,7 @@ def write_json(path: Path, facts: dict[str, Any], tables: Sequence[Table]) -> No
 
 
 def plot(path: Path, facts: dict[str, Any], tables: Sequence[Table]) -> None:
-    """Bars of each contender's ratio to its yardstick, one panel a table.
-
-    >>> table = Table("t", "s", "bare", (Row("fold", 1.0, Ratio(1.1, 1.0, 1.2)),), 0.01, 1, 1e-6)
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     plot(Path(folder) / "bench.png", machine(), [table])
-    ...     (Path(folder) / "bench.png").exists()
-    True
-    """
+    """Bars of each contender's ratio to its yardstick, one panel a table."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

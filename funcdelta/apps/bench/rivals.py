@@ -11,21 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from funcdelta.apps.bench.subjects import BenchError, Shape, Subject, tiny
+from funcdelta.apps.bench.subjects import BenchError, Subject
 
 RANK = 8
 ALPHA = 16
-
-
-def _example() -> tuple[Subject, dict[str, Tensor], Tensor, Tensor]:
-    """A tiny subject, one member's leaves, and two members' tokens and goals, for the examples of this file."""
-    subject, shape = tiny(), Shape(2, 2, 5)
-    leaves: dict[str, Tensor] = {}
-    for path, module in subject.backbone.named_modules():
-        if path.rpartition(".")[2] in subject.targets:
-            leaves[f"{path}.lora.lora_A"] = torch.full((RANK, module.in_features), 0.1)
-            leaves[f"{path}.lora.lora_B"] = torch.full((module.out_features, RANK), 0.1)
-    return subject, leaves, subject.tokens(shape), subject.goals(shape)
 
 
 def regression_loss(hidden: Tensor, goal: Tensor) -> Tensor:
@@ -40,12 +29,7 @@ def regression_loss(hidden: Tensor, goal: Tensor) -> Tensor:
 
 
 def bare_step(subject: Subject, tokens: Tensor, goals: Tensor) -> Tensor:
-    """The gradient of the summed loss in the input embeddings (n*b, s, d): the least a training step costs.
-
-    >>> subject, leaves, tokens, goals = _example()
-    >>> bare_step(subject, tokens, goals).shape
-    torch.Size([4, 5, 16])
-    """
+    """The gradient of the summed loss in the input embeddings (n*b, s, d): the least a training step costs."""
     members, rows, length = tokens.shape
     inputs = subject.backbone.get_input_embeddings()(tokens.reshape(members * rows, length)).requires_grad_()
     hidden = subject.backbone(inputs_embeds=inputs).last_hidden_state
@@ -71,6 +55,15 @@ class LoraLinear(nn.Module):
         return self.base(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
 
 
+def adapted(subject: Subject, leaves: Mapping[str, Tensor], layer: type[Any], scale: float) -> nn.Module:
+    """A copy of the backbone whose sites are `layer(base, A, B, scale)`, with the values of `leaves`."""
+    model = copy.deepcopy(subject.backbone)
+    for site in sites_of(leaves):
+        base = cast(nn.Linear, model.get_submodule(site))
+        model.set_submodule(site, layer(base, leaves[f"{site}.lora.lora_A"], leaves[f"{site}.lora.lora_B"], scale))
+    return model
+
+
 def sites_of(leaves: Mapping[str, Tensor]) -> list[str]:
     """The module paths in the names `<path>.lora.lora_A`, in their order.
 
@@ -80,65 +73,55 @@ def sites_of(leaves: Mapping[str, Tensor]) -> list[str]:
     return [name.removesuffix(".lora.lora_A") for name in leaves if name.endswith(".lora.lora_A")]
 
 
-class HandWritten:
-    """A copy of the backbone whose sites are `LoraLinear`, with the values of one member."""
+class Rival:
+    """A model with one member active: `paths` are the parameters' names in it, under the leaves' names."""
 
-    def __init__(self, subject: Subject, leaves: Mapping[str, Tensor]) -> None:
-        self.model = copy.deepcopy(subject.backbone)
-        self.parameters: dict[str, nn.Parameter] = {}
-        self._paths: dict[str, str] = {}
-        for site in sites_of(leaves):
-            down, up = leaves[f"{site}.lora.lora_A"], leaves[f"{site}.lora.lora_B"]
-            base = cast(nn.Linear, self.model.get_submodule(site))
-            layer = LoraLinear(base, down, up, ALPHA / RANK)
-            self.model.set_submodule(site, layer)
-            for leaf, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-                self.parameters[f"{site}.lora.{leaf}"] = parameter
-                self._paths[f"{site}.lora.{leaf}"] = f"{site}.{leaf}"
+    def __init__(self, model: Any, paths: Mapping[str, str]) -> None:
+        self.model, self.paths = model, paths
+        self.parameters: dict[str, nn.Parameter] = {name: model.get_parameter(path) for name, path in paths.items()}
 
     def load(self, leaves: Mapping[str, Tensor]) -> None:
-        """Writes the values of one member into the modules.
-
-        >>> subject, leaves, tokens, goals = _example()
-        >>> hand = HandWritten(subject, leaves)
-        >>> hand.load({name: 2 * leaf for name, leaf in leaves.items()})
-        >>> hand.parameters["layers.1.self_attn.v_proj.lora.lora_A"].unique()
-        tensor([0.2000], grad_fn=<Unique2Backward0>)
-        """
+        """Writes the values of one member into the modules."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(leaves[name])
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """The output (b, s, d) for tokens (b, s).
-
-        >>> subject, leaves, tokens, goals = _example()
-        >>> HandWritten(subject, leaves).hidden(tokens[0]).shape
-        torch.Size([2, 5, 16])
-        """
+        """The output (b, s, d) for tokens (b, s)."""
         return self.model(input_ids=tokens).last_hidden_state
 
-    def gradients(self, tokens: Tensor, goal: Tensor) -> dict[str, Tensor]:
-        """One training step by `torch.autograd.grad`.
-
-        >>> subject, leaves, tokens, goals = _example()
-        >>> HandWritten(subject, leaves).gradients(tokens[0], goals[0]).keys() == leaves.keys()
-        True
-        """
+    def gradients(self, tokens: Tensor, goal: Tensor, **options: Any) -> dict[str, Tensor]:
+        """One training step by `torch.autograd.grad`."""
         loss = regression_loss(self.hidden(tokens), goal)
-        return dict(zip(self.parameters, torch.autograd.grad(loss, list(self.parameters.values())), strict=True))
+        found = torch.autograd.grad(loss, list(self.parameters.values()), **options)
+        return dict(zip(self.parameters, found, strict=True))
 
     def functional_gradients(self, tokens: Tensor, goal: Tensor) -> dict[str, Tensor]:
-        """One training step by `torch.func.grad` of a `functional_call`.
+        """One training step by `torch.func.grad` of a `functional_call`."""
 
-        >>> subject, leaves, tokens, goals = _example()
-        >>> HandWritten(subject, leaves).functional_gradients(tokens[0], goals[0]).keys() == leaves.keys()
-        True
-        """
-        return _functional_gradients(self.model, self.parameters, self._paths, tokens, goal)
+        def loss(values: dict[str, Tensor]) -> Tensor:
+            return regression_loss(self.functional(values, tokens), goal)
+
+        return torch.func.grad(loss)({name: parameter.detach() for name, parameter in self.parameters.items()})
+
+    def functional(self, values: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
+        """The output (b, s, d) with the values given instead of the parameters'."""
+        swapped = {self.paths[name]: value for name, value in values.items()}
+        # By default torch walks every tensor of the model for ties at each call: not held against a rival.
+        output = torch.func.functional_call(self.model, swapped, kwargs={"input_ids": tokens}, tie_weights=False)
+        return output.last_hidden_state
 
 
-class Peft:
+class HandWritten(Rival):
+    """A copy of the backbone whose sites are `LoraLinear`, with the values of one member."""
+
+    def __init__(self, subject: Subject, leaves: Mapping[str, Tensor]) -> None:
+        model = adapted(subject, leaves, LoraLinear, ALPHA / RANK)
+        pairs = ((site, leaf) for site in sites_of(leaves) for leaf in ("lora_A", "lora_B"))
+        super().__init__(model, {f"{site}.lora.{leaf}": f"{site}.{leaf}" for site, leaf in pairs})
+
+
+class Peft(Rival):
     """PEFT's LoRA on a copy of the backbone: one adapter a member, loaded with that member's values.
 
     `task` is PEFT's name of what the model is for; `"CAUSAL_LM"` gives it a `generate` with adapter names.
@@ -158,89 +141,26 @@ class Peft:
             wrapped: Any = peft.get_peft_model(copy.deepcopy(subject.backbone), config, self.names[0])
             for name in self.names[1:]:
                 wrapped.add_adapter(name, config)
-        self.model: Any = wrapped.eval()
-        self.parameters: list[dict[str, nn.Parameter]] = []
-        self._paths: dict[str, str] = {}
-        for name, leaves in zip(self.names, members, strict=True):
-            self.parameters.append(self._load(name, leaves))
-        self.model.set_adapter(self.names[0])
-
-    def _load(self, adapter: str, leaves: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-        found: dict[str, nn.Parameter] = {}
-        for site in sites_of(leaves):
-            layer = self.model.base_model.model.get_submodule(site)
-            for leaf in ("lora_A", "lora_B"):
-                parameter = getattr(layer, leaf)[adapter].weight
-                with torch.no_grad():
-                    parameter.copy_(leaves[f"{site}.lora.{leaf}"])
-                found[f"{site}.lora.{leaf}"] = parameter
-                if adapter == self.names[0]:
-                    self._paths[f"{site}.lora.{leaf}"] = f"base_model.model.{site}.{leaf}.{adapter}.weight"
-        return found
-
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """The output (b, s, d) of the active adapter for tokens (b, s).
-
-        >>> subject, leaves, tokens, goals = _example()
-        >>> Peft(subject, [leaves]).hidden(tokens[0]).shape
-        torch.Size([2, 5, 16])
-        """
-        return self.model(input_ids=tokens).last_hidden_state
-
-    def gradients(self, tokens: Tensor, goal: Tensor, index: int = 0) -> dict[str, Tensor]:
-        """One training step of adapter `index`, which must be the active one, by `torch.autograd.grad`.
-
-        >>> subject, leaves, tokens, goals = _example()
-        >>> Peft(subject, [leaves]).gradients(tokens[0], goals[0]).keys() == leaves.keys()
-        True
-        """
-        parameters = self.parameters[index]
-        loss = regression_loss(self.hidden(tokens), goal)
-        return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+        wrapped.eval()
+        self.adapters = [Rival(wrapped, _paths(name, leaves)) for name, leaves in zip(self.names, members, strict=True)]
+        for adapter, leaves in zip(self.adapters, members, strict=True):
+            adapter.load(leaves)
+        wrapped.set_adapter(self.names[0])
+        super().__init__(wrapped, self.adapters[0].paths)
 
     def in_turn(self, tokens: Tensor, goals: Tensor) -> list[dict[str, Tensor]]:
-        """One step of every member, one adapter after the other, made active by `set_adapter`.
-
-        >>> subject, leaves, tokens, goals = _example()
-        >>> len(Peft(subject, [leaves, leaves]).in_turn(tokens, goals))
-        2
-        """
+        """One step of every member, one adapter after the other, made active by `set_adapter`."""
         result = []
-        for index, name in enumerate(self.names):
+        for name, adapter, batch, goal in zip(self.names, self.adapters, tokens, goals, strict=True):
             self.model.set_adapter(name)
-            result.append(self.gradients(tokens[index], goals[index], index))
+            result.append(adapter.gradients(batch, goal))
         return result
 
     def without_switching(self, tokens: Tensor, goals: Tensor) -> list[dict[str, Tensor]]:
-        """n steps of the active adapter, one a member's batch: what PEFT would cost if switching were free.
-
-        >>> subject, leaves, tokens, goals = _example()
-        >>> len(Peft(subject, [leaves]).without_switching(tokens, goals))
-        2
-        """
+        """n steps of the active adapter, one a member's batch: what PEFT would cost if switching were free."""
         return [self.gradients(batch, goal) for batch, goal in zip(tokens, goals, strict=True)]
 
-    def functional_gradients(self, tokens: Tensor, goal: Tensor) -> dict[str, Tensor]:
-        """One training step of the first adapter by `torch.func.grad` of a `functional_call`.
 
-        >>> subject, leaves, tokens, goals = _example()
-        >>> Peft(subject, [leaves]).functional_gradients(tokens[0], goals[0]).keys() == leaves.keys()
-        True
-        """
-        return _functional_gradients(self.model, self.parameters[0], self._paths, tokens, goal)
-
-
-def _functional_gradients(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    paths: Mapping[str, str],
-    tokens: Tensor,
-    goal: Tensor,
-) -> dict[str, Tensor]:
-    def loss(values: dict[str, Tensor]) -> Tensor:
-        swapped = {paths[name]: value for name, value in values.items()}
-        # By default torch walks every tensor of the model for ties at each call: not held against a rival.
-        output = torch.func.functional_call(model, swapped, kwargs={"input_ids": tokens}, tie_weights=False)
-        return regression_loss(output.last_hidden_state, goal)
-
-    return torch.func.grad(loss)({name: parameter.detach() for name, parameter in parameters.items()})
+def _paths(adapter: str, leaves: Mapping[str, Tensor]) -> dict[str, str]:
+    pairs = ((site, leaf) for site in sites_of(leaves) for leaf in ("lora_A", "lora_B"))
+    return {f"{site}.lora.{leaf}": f"base_model.model.{site}.{leaf}.{adapter}.weight" for site, leaf in pairs}

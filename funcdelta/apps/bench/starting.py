@@ -6,9 +6,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import funcdelta as fd
-from funcdelta.apps.bench.measure import Effort, Notify, Row, Table, Target, in_milliseconds
+from funcdelta.apps.bench.measure import Effort, Notify, Row, Table, Target, silent
 from funcdelta.apps.bench.timing import Ratio, spread
 
 TORCH = "import torch"
@@ -28,7 +29,7 @@ def starting(code: str) -> float:
     >>> 0 < starting("pass") < starting("import json, asyncio")
     True
     """
-    # Compiled modules are kept between the runs, as they are for whoever has installed the package.
+    # Bytecode is kept between runs, as it is once the package is installed.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     path = [str(Path(fd.__file__).parent.parent), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
@@ -37,12 +38,8 @@ def starting(code: str) -> float:
     return float(ended.stdout.split()[-1])
 
 
-def starting_table(effort: Effort, notify: Notify = lambda _: None) -> Table:
-    """Processor time of fresh processes, taken in turn.
-
-    >>> [row.label for row in starting_table(Effort(repeats=1, attempts=1)).rows]
-    ['import torch', 'import funcdelta', 'funcdelta --help']
-    """
+def starting_table(effort: Effort, notify: Notify = silent) -> Table:
+    """Processor time of fresh processes, taken in turn."""
     title = "starting, fresh processes"
     seconds: dict[str, list[float]] = {label: [] for label in STARTS}
     rounds = 2 * effort.repeats - 1
@@ -50,23 +47,14 @@ def starting_table(effort: Effort, notify: Notify = lambda _: None) -> Table:
         notify(f"{title}: round {index + 1} of {rounds}")
         for label, code in STARTS.items():
             seconds[label].append(starting(code))
-    # Others on the same processor, and modules that are compiled for the first time, only make a process slower.
+    # Other processes, and modules compiled for the first time, can only make a run slower.
     least = {label: min(values) for label, values in seconds.items()}
     rows = []
     for label, value in least.items():
         ratio = value / least[TORCH]
         target = Target.at_most(f"x {TORCH}", ALLOWED[label], ratio) if label in ALLOWED else None
         note = f"before: {BEFORE[label]} x" if label in BEFORE else ""
-        rows.append(Row(label, in_milliseconds((value,)), Ratio(ratio, ratio, ratio), None, target, note))
-    return Table(
-        title,
-        "fresh processes",
-        TORCH,
-        tuple(rows),
-        spread(seconds[TORCH]),
-        1,
-        0.0,
-        {label: tuple(values) for label, values in seconds.items()},
-        what="processor time",
-        compared="",
-    )
+        rows.append(Row(label, 1e3 * value, Ratio(ratio, ratio, ratio), None, target, note))
+    kept = {label: tuple(values) for label, values in seconds.items()}
+    facts: dict[str, Any] = {"seconds": kept, "what": "processor time", "compared": ""}
+    return Table(title, "fresh processes", TORCH, tuple(rows), spread(seconds[TORCH]), **facts)

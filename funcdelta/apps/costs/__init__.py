@@ -1,7 +1,7 @@
-"""``funcdelta plan``: the memory and the operations that n members on one backbone take, counted without any numbers.
+"""``funcdelta plan``: the memory and operations that n members on one backbone take, counted without computing.
 
-:mod:`.measured` runs one member on the meta device under torch's own counters, :mod:`.fused` has attention there keep
-what fused kernels keep, :mod:`.report` builds a backbone from its config and prints.
+:mod:`.measured` runs one member on the meta device under torch's own counters, :mod:`.fused` makes attention there keep
+only what fused kernels keep, and :mod:`.report` builds a backbone from its config and prints.
 """
 
 from .measured import Cost, measure

@@ -9,10 +9,10 @@ from ...functional.attention import AttentionBy
 
 
 class FusedAttention(AttentionBy):
-    """Inside of it ``scaled_dot_product_attention`` on meta tensors keeps queries, keys, values, output and row sums.
+    """Inside it, ``scaled_dot_product_attention`` on meta tensors keeps queries, keys, values, output and row sums.
 
-    By itself the meta device takes the plain composition, which keeps two matrices of scores a head; real devices
-    do so only where a model asks for it (``attn_implementation="eager"``), which stays as it is here.
+    Otherwise the meta device runs the plain composition, which keeps two matrices of scores for each head. Real devices
+    do so only where a model asks for it (``attn_implementation="eager"``), and that is left as it is here.
 
     >>> q = torch.empty(1, 2, 5, 8, device="meta", requires_grad=True)
     >>> with FusedAttention():
@@ -38,7 +38,7 @@ def _attention(
         times = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
     if attn_mask is not None:
-        # A mask of booleans becomes the numbers that the kernels add.
+        # Boolean masks become the numbers that the kernels add.
         attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
     kernel = torch.ops.aten._scaled_dot_product_efficient_attention
     return kernel(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]

@@ -1,7 +1,7 @@
 """What n members take, from one member's run on the meta device: exact bytes, and operations by torch's own counter.
 
-The backbone is there once; everything else is one member's, n times: members are independent, so that n of them in one
-batch multiply n times what one multiplies. No number is computed, and a backbone of any size takes no memory.
+The backbone counts once and everything else n times: members are independent, so n of them in one batch multiply n
+times what one multiplies. Nothing is computed, and a backbone of any size takes no memory.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Cost:
         parameters: numbers of the backbone, each tensor once.
         trained: numbers of one member that train.
         backbone, members, gradients, optimiser: bytes; the optimiser is AdamW with a learning rate a member.
-        activations: bytes that the forward pass of the members at a time keeps for the backward pass. What one layer
-            needs in passing comes on top.
-        forward, step: operations in the products of a forward pass, and of forward and backward together; fused
-            attention computes its scores a second time on the way back.
+        activations: bytes that the forward pass of ``chunk`` members keeps for the backward pass. What one layer needs
+            while it runs comes on top.
+        forward, step: operations in the products of a forward pass, and of forward and backward together, in which
+            fused attention computes its scores a second time.
 
     >>> Cost(5, 2, 20, 8, 8, 24, 100, 1000, 2500).total
     160
@@ -60,8 +60,8 @@ class Cost:
 def measure(delta: DeltaModel, members: int = 1, rows: int = 1, length: int = 512, chunk: int | None = None) -> Cost:
     """The cost of one step of ``members``, each with ``rows`` rows of ``length`` tokens, ``chunk`` of them at a time.
 
-    ``delta`` stands on a backbone on the meta device that takes token ids. The loss is a cross-entropy at every
-    position; there is no dropout.
+    The backbone of ``delta`` takes token ids and is on the meta device. The loss is a cross-entropy at every position,
+    without dropout.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
@@ -101,7 +101,7 @@ def measure(delta: DeltaModel, members: int = 1, rows: int = 1, length: int = 51
 
 
 class _Kept:
-    """The storages that autograd keeps, other than those of ``given`` tensors, which are there anyway."""
+    """The storages that autograd keeps, without those of the ``given`` tensors, which exist anyway."""
 
     def __init__(self, given: Iterable[Tensor]) -> None:
         self._given = {tensor.untyped_storage()._cdata for tensor in given}
@@ -126,7 +126,9 @@ def _inputs(backbone: Any, rows: int, length: int) -> dict[str, Tensor]:
     """Token ids for the backbone, and for its decoder where it has one of its own."""
     name = getattr(backbone, "main_input_name", None)
     if name != "input_ids":
-        raise ConfigError(f"{type(backbone).__name__} reads {name or 'no named input'}: give a model of input_ids.")
+        raise ConfigError(
+            f"{type(backbone).__name__} reads {name or 'no named input'}: give a model that takes input_ids."
+        )
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
     return {name: ids, "decoder_input_ids": ids} if backbone.config.is_encoder_decoder else {name: ids}
 

@@ -1,4 +1,4 @@
-"""``funcdelta plan`` as asked for on the command line: its options, and its answer as a table or as JSON."""
+"""The command ``funcdelta plan``: its options, and its answer as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def add_options(plan: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> str:
-    """The answer to ``options``; raises ``FuncdeltaError`` where they do not fit.
+    """The answer to ``options``; raises ``FuncdeltaError`` where they do not fit together.
 
     >>> from transformers import LlamaConfig
     >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
@@ -92,7 +92,7 @@ def _text(cost: Cost, options: argparse.Namespace) -> str:
 def backbone_of(folder: str, dtype: str | None = None) -> nn.Module:
     """The model that the ``config.json`` in ``folder`` describes, on the meta device: no weights are read.
 
-    ``dtype``: a name such as ``"bfloat16"``; else what the config says, or float32.
+    ``dtype`` is a name such as ``"bfloat16"``; by default what the config says, or float32.
 
     >>> from transformers import BertConfig
     >>> BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2).save_pretrained("tiny-bert")

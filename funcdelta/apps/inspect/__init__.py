@@ -1,8 +1,8 @@
-"""To look at: trees of modules with the delta in them, figures, and what an optimiser moves.
+"""Trees of modules with the delta in them, their figures, and what an optimiser moves.
 
 A page or a printer needs ``folded(model)`` (or ``folded(tree(delta.backbone, delta.plan, params))``), a
 :class:`Node` with ``name``, ``class_name``, ``paths``, ``leaves`` and ``children``, and ``unfold(node)``, which takes
-a folded one apart. ``node.paths`` are real module paths whatever the label says: they are what a choice means.
+a folded node apart. ``node.paths`` are the paths of the real modules, whatever the label says: a choice means them.
 """
 
 from ...structures import common_names

@@ -1,8 +1,8 @@
 """Fold equal siblings into one node, ``{0, 1, …, 11} → "0-11"``, and unfold them again.
 
-Two siblings are equal if class, tensors (names, shapes, dtypes, kinds, ties) and deltas are, and all below them, names
-included. Their own names do not count: ``query`` and ``value`` fold to ``query,value``. Every folded node knows the
-paths of the real modules that it stands for, so no name ever has to be read back from a label.
+Two siblings are equal if their classes, tensors (names, shapes, dtypes, kinds, ties) and deltas are equal, and so is
+everything below them, names included. Their own names do not count: ``query`` and ``value`` fold to ``query,value``.
+Every folded node knows the paths of the real modules that it represents, so no label is ever parsed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ __all__ = ["folded", "label", "unfold"]
 def folded(model: nn.Module | Node) -> Node:
     """The tree of ``model`` (or a tree of real nodes) with equal siblings folded, at every level.
 
-    A folded node stands at the place of its first member. A child of a folded node stands for modules in all of
-    them: its ``paths`` are the full list.
+    A folded node takes the place of its first member. A child of a folded node represents modules in all members: its
+    ``paths`` list them all.
 
     >>> class Block(torch.nn.Module):
     ...     def __init__(self):
@@ -36,10 +36,10 @@ def folded(model: nn.Module | Node) -> Node:
 
 
 def unfold(node: Node) -> list[Node]:
-    """A folded node taken apart by its own names, one level: ``0-11`` becomes ``0``, ``1``, …; inside all stays folded.
+    """A folded node taken apart one level: ``0-11`` becomes ``0``, ``1``, …, each still folded inside.
 
-    A node with one name is given back as it is. Where its parent is folded, each part still stands for a module in
-    every one of the parent's: ``query,value`` below ``0-11`` becomes ``query`` (12 paths) and ``value`` (12 paths).
+    A node with one name is returned as it is. Below a folded parent, each part still represents a module in each of the
+    parent's: ``query,value`` below ``0-11`` becomes ``query`` (12 paths) and ``value`` (12 paths).
 
     >>> model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
     >>> [(part.name, part.paths) for part in unfold(folded(model).children[0])]
@@ -74,12 +74,12 @@ def _is_number(name: str) -> bool:
 
 
 def _reals(nodes: Sequence[Node]) -> list[Node]:
-    """The real nodes that ``nodes`` stand for."""
+    """The real nodes that ``nodes`` represent."""
     return [real for node in nodes for real in (node.members or (node,))]
 
 
 def _fold(reals: Sequence[Node]) -> Node:
-    """One node for equal real nodes, whose children therefore agree one by one; folded inside."""
+    """One node for equal real nodes, folded inside; being equal, their children agree one by one."""
     first = reals[0]
     groups: dict[object, list[int]] = {}
     for position, child in enumerate(first.children):
@@ -99,7 +99,7 @@ def _fold(reals: Sequence[Node]) -> Node:
 
 
 def _merge(row: Sequence[Leaf]) -> Leaf:
-    """The leaf of equal nodes; where they are tied inside themselves, all of the first names."""
+    """One leaf for those of equal nodes; if they are tied, it lists the first names of all."""
     return replace(row[0], tied_to=tuple(dict.fromkeys(name for leaf in row for name in leaf.tied_to)))
 
 

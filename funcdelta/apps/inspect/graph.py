@@ -27,8 +27,8 @@ def structure_graph(
     Args:
         expand_params: every tensor on a line of its own.
         keep_non_params: keep modules without parameters, and buffers.
-        common_structure: add the backbone-independent names (``attn@.q@``) where there are.
-        only_common: show only what has a common name, and what is above it.
+        common_structure: add the backbone-independent names (``attn@.q@``) of modules that have one.
+        only_common: show only modules with a common name, and what is above them.
         print_tree: ``False`` returns the tree without printing it, and needs no rich.
 
     >>> linears = [torch.nn.Linear(4, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)]
@@ -41,8 +41,8 @@ def structure_graph(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(
-            f"structure_graph draws an nn.Module; found {type(model).__name__}. Write "
-            f"fd.inspect.structure_graph(model), or, for a backbone with a delta in it, delta.log(params)."
+            f"structure_graph draws an nn.Module; found {type(model).__name__}. "
+            "Write fd.inspect.structure_graph(model), or delta.log(params) for a backbone with a delta in it."
         )
     root = tree(model)
     common = common_names_of(model) if common_structure or only_common else {}
@@ -57,8 +57,8 @@ def structure_graph(
 def common_names_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """``{module path: (its common name,)}``, as ``modified_modules`` takes it, of the modules that have one.
 
-    The full common name also says where the module lies; what is left here is what a target is written with.
-    ``MatchError`` for a model of no known family.
+    The full common name also says where the module is; this is the part that targets are written with. Raises
+    ``MatchError`` for a model of an unknown family.
 
     >>> from transformers import BertConfig, BertModel
     >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}

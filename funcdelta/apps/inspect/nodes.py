@@ -1,7 +1,7 @@
 """The tree of the modules and tensors of any model, with the deltas where they act; plain frozen data.
 
-A tensor that stands in several places is listed at each and counted at the first. What trains, what is frozen and
-what belongs to a delta is read off the delta's plan, never off the backbone.
+A tensor with several names is listed under each and counted under the first. What trains, what is frozen and what
+belongs to a delta is read off the delta's plan, never off the backbone.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ class Node:
 
     Attributes:
         name: the last token of its path, or what several are called: ``0-11``, ``0-2,4-7``, ``query,value``.
-        paths: the path of every real module that it stands for, in the model's order; the root's is ``""``.
+        paths: the path of every real module that it represents, in the model's order; the root's is ``""``.
         class_name: the class of the module, or of the delta's config.
-        qualified_class: the class with its module, by which classes are told apart.
+        qualified_class: the class with its module, which tells classes of one name apart.
         kind: ``module`` or ``delta``.
         leaves: its own tensors, not those of its children.
         children: the modules and deltas in it.
-        members: the real nodes that a node of a folded tree stands for, in the order of ``paths``.
+        members: the real nodes that a node of a folded tree represents, in the order of ``paths``.
 
     >>> node = tree(torch.nn.Sequential(torch.nn.Linear(4, 8)))
     >>> node.children[0].paths, node.children[0].class_name, node.numel()
@@ -142,8 +142,8 @@ def tree(model: nn.Module, plan: Plan | None = None, params: Mapping[str, Tensor
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(
-            f"The tree is that of a module; found {type(model).__name__}. Write tree(model), or, with a delta in it, "
-            f"tree(delta.backbone, delta.plan)."
+            f"The tree is that of a module; found {type(model).__name__}. "
+            "Write tree(model), or tree(delta.backbone, delta.plan) for one with a delta in it."
         )
     return _Builder(plan, params).module("", "", model)
 
@@ -164,7 +164,7 @@ def pruned(node: Node) -> Node:
 
 
 class _Builder:
-    """Walks the modules; remembers where each module and each tensor stood first."""
+    """Walks the modules, and remembers the first name of each module and each tensor."""
 
     def __init__(self, plan: Plan | None, params: Mapping[str, Tensor] | None) -> None:
         self.plan = plan

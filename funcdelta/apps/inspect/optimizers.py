@@ -59,13 +59,13 @@ def inspect_optimizer(
     """
     if isinstance(optimizer, torch.optim.Optimizer):
         if params is not None:
-            raise ConfigError("params go with the state of a fd.optim optimiser; torch's optimisers hold their own.")
+            raise ConfigError("params go with the state of an fd.optim optimiser; torch's optimisers hold their own.")
         groups = tuple(_group(group) for group in optimizer.param_groups)
     elif isinstance(optimizer, State):
         groups = (_from_state(optimizer, params),)
     else:
         raise ConfigError(
-            f"inspect_optimizer takes a torch.optim.Optimizer or the state of a fd.optim optimiser "
+            "inspect_optimizer takes a torch.optim.Optimizer or the state of an fd.optim optimiser "
             f"(state = opt.init(params)); found {type(optimizer).__name__}."
         )
     for number, group in enumerate(groups) if verbose else ():
@@ -91,8 +91,8 @@ def _from_state(state: State, params: Mapping[str, Tensor] | None) -> OptimizerG
         unknown = [name for name in moments if name not in params]
         if unknown:
             raise ConfigError(
-                f"The state moves {unknown[0]!r}, which is no leaf of params: give the params that it was made for, "
-                f"state = opt.init(params)."
+                f"The state moves {unknown[0]!r}, which is not a leaf of params: "
+                "give the params that it was made for by state = opt.init(params)."
             )
         sizes = {name: params[name].numel() for name in params}
     elif isinstance(state, SGDState) and not any(moment.numel() for moment in moments.values()):

@@ -39,7 +39,7 @@ CommonNames = Mapping[str, tuple[str, ...]]
 
 
 def console(**options: Any) -> Console:
-    """A rich console; without rich an error with the line that installs it.
+    """A rich console; if rich is missing, an error says how to install it.
 
     >>> console(width=60).width
     60
@@ -49,7 +49,7 @@ def console(**options: Any) -> Console:
     except ImportError as error:
         raise FuncdeltaError(
             "Trees are drawn with rich, which is not installed. Run: pip install 'funcdelta[demo]' (or: pip install "
-            "rich); delta.log(params, visualization=False) gives the figures without it."
+            "rich). delta.log(params, visualization=False) gives the figures without it."
         ) from error
     return Console(**options)
 
@@ -75,9 +75,9 @@ def show(root: Node, expand_params: bool = False, common: CommonNames | None = N
 def drawn(root: Node, expand_params: bool = False, common: CommonNames | None = None) -> Tree:
     """The tree as a rich renderable; with ``expand_params`` every tensor has a line of its own.
 
-    Where some tensors train and others do not, those that do are marked with ``*``, so that a file without colours
-    says it too. ``= name`` says under which name a tied tensor is counted; a dtype is given where it is not the
-    tree's usual one. ``common`` has common names by path.
+    Where some tensors train and others do not, those that do are marked with ``*``, which survives without colours.
+    ``= name`` says under which name a tied tensor is counted. A dtype is shown where it differs from most others.
+    ``common`` has common names by path.
 
     >>> from funcdelta.apps.inspect import tree
     >>> print(drawn(tree(torch.nn.Linear(4, 4))).label)

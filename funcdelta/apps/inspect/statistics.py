@@ -1,4 +1,4 @@
-"""The figures of a delta: how many numbers it has, how many of them train, and what they take in memory."""
+"""The figures of a delta: how many numbers it has, how many of them train, and how much memory they take."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class DeltaStatistics:
         trainable_ratio: trainable_parameters / total_parameters.
         delta_parameters: the delta's leaves that train.
         delta_ratio: delta_parameters / total_parameters.
-        constant_parameters: the delta's leaves that never train (scales, frozen bases); in none of the others.
+        constant_parameters: the delta's leaves that never train (scales, frozen bases); not in any other count.
         params_bytes: the memory of one member's params, constants too.
         backbone_bytes: that of the backbone's parameters.
         members: n for a stack, 1 for one member.
         all_total_parameters, all_trainable_parameters, all_delta_parameters, all_params_bytes: of all members; what
             is frozen counts once.
-        cudamem, maxcudamem: memory taken by tensors now and at most, in GiB over all CUDA devices; 0.0 without one.
+        cudamem, maxcudamem: memory of tensors now and at its peak, in GiB over all CUDA devices; 0.0 without one.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8))
     >>> delta = fd.LoraModel(model, lora_r=2, modified_modules=["0"])

@@ -1,8 +1,8 @@
 """The page's web application: a small JSON protocol behind a token, for one model and one answer.
 
 ``GET /<token>/`` is the page, ``/<token>/tree`` what it shows. ``POST /<token>/count``, ``usual``, ``done`` and
-``cancel`` are its actions. Whoever does not know the token, asks for another host or comes from another page gets
-403; once it has ended, everybody gets 410. Flask is imported here and nowhere else.
+``cancel`` are its actions. Requests without the token, for another host or from another page get 403; once the page
+has ended, every request gets 410. Flask is imported only here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FILES = {
     "page.js": ("page.js", "text/javascript"),
 }
 LOOPBACK = ("127.0.0.1", "localhost")
-"""Hosts that the page answers to. Any port: it may be another one at the near end of an ssh tunnel."""
+"""Hosts that the page answers to, on any port: the near end of an ssh tunnel may use another one."""
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -47,7 +47,7 @@ HEADERS = {
     "X-Frame-Options": "DENY",
 }
 AS_GIVEN = "as given"
-"""The entry for the config of the delta that is being built, beside every method's defaults."""
+"""The entry for the config of the delta that is being built, listed with every method's defaults."""
 
 
 class Picking:
@@ -74,7 +74,7 @@ class Picking:
         if method == AS_GIVEN and self.given is not None:
             return self.given
         if method not in METHODS:
-            abort(400, f"There is no method {method!r}.")
+            abort(400, f"Unknown method {method!r}.")
         return METHODS[method]()
 
     def methods(self) -> list[dict[str, str]]:
@@ -114,7 +114,7 @@ def make_app(picking: Picking) -> Flask:
 
 
 def _guard(picking: Picking) -> None:
-    """Let in only who knows the token, speaks to the loopback address, and comes from this page."""
+    """Let in only requests with the token, to the loopback address, and from this page."""
     if urlsplit(f"//{request.host}").hostname not in LOOPBACK:
         abort(403, f"This page answers to {' and '.join(LOOPBACK)} only, not to {request.host!r}.")
     token = request.path.split("/")[1]
@@ -210,7 +210,7 @@ def _chosen(picking: Picking) -> list[str]:
     chosen = _sent("paths", list)
     unknown = [path for path in chosen if not isinstance(path, str) or path not in picking.paths]
     if unknown:
-        abort(400, f"There is no module {unknown[0]!r}.")
+        abort(400, f"Unknown module {unknown[0]!r}.")
     wanted = set(chosen)
     return [path for path in picking.paths if path in wanted]
 

@@ -19,7 +19,7 @@ from ...model import DeltaModel
 from .naming import exact_names, short_names
 
 LINE = 46
-"""Longer text has one name a line; as wide as the page's column."""
+"""The width of the page's column: longer text gets one name a line."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Choice:
         text: the same as a line of Python to paste.
         sites: how many modules the delta acts at.
         parameters: how many numbers of one member train.
-        error: why there is no such delta; empty if there is.
+        error: why the delta cannot be built; empty if it can.
         refused: ``{chosen path: why the method cannot act there}``.
     """
 
@@ -69,7 +69,7 @@ def assess(model: nn.Module, paths: Mapping[str, str], config: BaseDeltaConfig, 
 def at(config: BaseDeltaConfig, names: Sequence[str] | None) -> BaseDeltaConfig:
     """``config`` at other modules, which are named as the model names them.
 
-    A method that reads its names as pairs gets each twice: it acts beside every module, not from one to the next.
+    A method that reads its names as pairs gets each name twice: it acts around every module, not from one to the next.
 
     >>> at(fd.LoraConfig(modified_modules=["attn@.q@"]), ["query"]).modified_modules
     ('query',)
@@ -86,7 +86,7 @@ def refused(
 ) -> list[tuple[str, str]]:
     """``(path, why not)`` for every chosen module where the method cannot act alone.
 
-    One module stands for all of its kind, which have the same class, shapes and path but for numbers.
+    One module is tried for all of its kind: those with the same class, shapes and path, numbers aside.
 
     >>> from funcdelta.apps.picker.naming import paths_of
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8))

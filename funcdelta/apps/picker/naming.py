@@ -15,10 +15,10 @@ from ...errors import MatchError
 from ...match import REGEX_PREFIX, matches, near
 
 MOST_SINGLE_NAMES = 3
-"""From how many names of one module each on regular expressions are tried for these."""
+"""With more names than this that match one module each, regular expressions are tried instead."""
 
 Box = tuple[tuple[str, ...], ...]
-"""A set of paths as a product: for each position the tokens that may stand there."""
+"""A set of paths as a product: the tokens that may occur at each position."""
 
 
 def paths_of(model: nn.Module) -> dict[str, str]:
@@ -99,7 +99,7 @@ def _known(paths: Mapping[str, str], chosen: Iterable[str]) -> list[str]:
 
 
 def _suffixes(path: str) -> list[str]:
-    """Whole-token suffixes, the shortest first; not numbers alone, which say nothing to a reader."""
+    """Whole-token suffixes, the shortest first; no bare numbers, which mean nothing to a reader."""
     tokens = path.split(".")
     found = [".".join(tokens[-n:]) for n in range(1, len(tokens) + 1)]
     return [suffix for suffix in found if not suffix.isdigit() or suffix == path]
@@ -186,7 +186,7 @@ def _runs(numbers: Sequence[int]) -> list[list[int]]:
 
 
 def _needed(names: list[str], paths: Mapping[str, str], wanted: Sequence[str]) -> list[str]:
-    """``names`` without those that the others make superfluous."""
+    """``names`` without those that the others make redundant."""
     for name in list(names):
         others = [other for other in names if other != name]
         if others and set(selected(paths, others)) == set(wanted):

@@ -1,4 +1,4 @@
-"""Serve the page on the loopback address until it hands back its answer; then nothing is left running."""
+"""Serve the page on the loopback address until it hands back its answer, and leave nothing running."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def pick(
     Args:
         port: of the loopback address; 0 is any free one.
         open_browser: whether the page is opened; a function is called with its address instead.
-        timeout: seconds to wait at most.
+        timeout: the longest to wait, in seconds.
         config: whose figures the page shows first, instead of a method's defaults.
         compact: give the short names that the page shows instead of one full path a module. (A path that is also
             the end of another one is given as ``[r]^path$``.)
@@ -98,7 +98,7 @@ def served(picking: Picking, port: int = 0) -> Iterator[str]:
         protocol_version = "HTTP/1.0"
 
         def log(self, type: str, message: str, *args: object) -> None:
-            """Nothing: the token is no business of any log."""
+            """Nothing: the token must not end up in a log."""
 
     with _listening(port) as listener:
         bound = listener.getsockname()[1]
@@ -138,7 +138,7 @@ def _listening(port: int) -> socket.socket:
 
 
 def _open(address: str) -> None:
-    """Open the address in the person's browser, if there is a graphical one; it was printed in any case."""
+    """Open the address in a graphical browser, if there is one; the address has been printed anyway."""
     try:
         browser = webbrowser.get()
     except webbrowser.Error:
@@ -154,6 +154,6 @@ def _wait(picking: Picking, timeout: float | None) -> bool:
     while not picking.closed and time.monotonic() < deadline:
         picking.ended.wait(min(0.5, deadline - time.monotonic()))
     if picking.closed:
-        # Until the page has been told; one that was closed at once never is, and its choice counts all the same.
+        # Give the page time to receive the reply; if it has been closed already, its choice counts all the same.
         picking.ended.wait(1)
     return picking.closed

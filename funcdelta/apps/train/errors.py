@@ -1,4 +1,4 @@
-"""The error of the main job: one line that says what is wrong with what was asked for, and what to write instead."""
+"""The error of the main job: one line that says what is wrong with the command, and what to write instead."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ PACKAGES = {
     "rich": "rich",
     "matplotlib": "matplotlib",
 }
-"""The modules that every job needs beside torch, with the names to install them by."""
+"""The modules that every job needs besides torch, with the names to install them by."""
 
 
 class JobError(FuncdeltaError):
-    """The job cannot be run as it was asked for; nothing was written.
+    """The job cannot run as requested; nothing was written.
 
     >>> try:
     ...     raise JobError("news.csv is empty: give a file with a header and rows.")

@@ -77,12 +77,12 @@ class Job:
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Run a job and return its report, which also stands in ``report.json`` of the out folder.
+    """Run a job and return its report, which is also written to ``report.json`` in the out folder.
 
-    The out folder holds ``run.json`` and the last saved state while the run goes on, and when it has finished
-    ``members/`` (`fd.AutoDeltaModel.from_finetuned` reads it), ``report.json``, ``plot.png`` and ``run.json``. It is
-    replaced as a whole each time. Raises `FuncdeltaError` for whatever is wrong with what was asked for, before
-    anything is written, and `InterruptedRunError` on Ctrl-C, after which ``resume`` continues.
+    While the run goes on, the out folder holds ``run.json`` and the last saved state; once it has finished,
+    ``members/`` (for `fd.AutoDeltaModel.from_finetuned`), ``report.json``, ``plot.png`` and ``run.json``. It is
+    replaced as a whole each time. Raises `FuncdeltaError` if the options are wrong, before anything is written, and
+    `InterruptedRunError` on Ctrl-C, after which ``resume`` continues.
     """
     began = time.perf_counter()
     require(PACKAGES)
@@ -108,7 +108,7 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def prepare(settings: Settings) -> Job:
-    """Check the settings and load what they name; raises `FuncdeltaError` in one line for whatever is wrong."""
+    """Check the settings and load what they name; raises a `FuncdeltaError` of one line if anything is wrong."""
     settings.config()
     members = grid(settings.sweep, settings.seeds)
     source = backbones.locate(settings.backbone)
@@ -139,7 +139,7 @@ def build_delta(settings: Settings, model: backbones.TextClassifier) -> DeltaMod
                 "No site lies in a numbered layer, so --layers means nothing here; name the sites with "
                 "--set modified_modules=NAME,NAME."
             )
-        # The others are left out by name, so that what is named at a site (a part of its output) stays what it was.
+        # The others are excluded by name, so that what is named at a site (a part of its output) does not change.
         others = [path for path in delta.sites if path not in sites]
         config = config.replace(exclude_modules=(*(config.exclude_modules or ()), *others) or None)
         delta = DeltaModel(model, config)
@@ -235,8 +235,7 @@ def _finish(
     options: Options,
     began: float,
 ) -> None:
-    """Save the members, reload and test them, and put the finished folder in the place of the state."""
-
+    """Save the members, reload and test them, and replace the state by the finished folder."""
     with tempfile.TemporaryDirectory() as place:
         members = Path(place, MEMBERS)
         job.delta.save_finetuned(state.stack, members)
@@ -244,7 +243,7 @@ def _finish(
         report["speed"]["total_seconds"] = time.perf_counter() - began
 
         def write(folder: Path) -> None:
-            # The files that were tested are the files that are handed over.
+            # The files handed over are those that were tested.
             shutil.copytree(members, folder / MEMBERS)
             plot(report, folder / PLOT)
             for name, content in ((resume.RUN, described.to_dict()), (resume.REPORT, report)):
@@ -255,9 +254,9 @@ def _finish(
 
 
 def _reload(job: Job, folder: Path, chances: Tensor, options: Options) -> dict[str, Any]:
-    """Run the members as a stranger would get them: from the folder, on a backbone loaded anew.
+    """Run the members as anyone else would: from the folder, on a freshly loaded backbone.
 
-    The validation texts are enough to tell, and are half as many.
+    The validation texts suffice, and are half as many as the test texts.
     """
     from ...auto import AutoDeltaModel
 
@@ -273,7 +272,9 @@ def _reload(job: Job, folder: Path, chances: Tensor, options: Options) -> dict[s
     difference = (again - chances).abs().nan_to_num().max().item()
     if not bool(same.all()):
         wrong = (~same).nonzero().flatten().tolist()
-        raise JobError(f"The saved members {wrong} answer otherwise than the trained ones (by {difference:.1e}).")
+        raise JobError(
+            f"The saved members {wrong} do not answer like the trained ones (they differ by {difference:.1e})."
+        )
     return {"same_accuracy": int(same.sum()), "largest_difference": difference}
 
 

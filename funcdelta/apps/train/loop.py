@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Inputs = Mapping[str, Tensor]
 ROWS = 96
-"""How many rows an evaluation runs at once, members times texts: with more, hidden states outgrow the caches."""
+"""How many rows an evaluation runs at once, members times texts: with more, hidden states no longer fit the caches."""
 WARM_UP = 0.1
 """The share of the steps in which the learning rate grows."""
 
@@ -29,7 +29,7 @@ WARM_UP = 0.1
 def schedule(step: Tensor, steps: int) -> Tensor:
     """The share of the learning rate at ``step`` (from 0): up in a straight line for a tenth of the steps, down to 0.
 
-    Small batches need the small steps at the end: without them members differ by luck in their last batches.
+    Small batches need the small steps at the end; without them, luck in the last batches tells members apart.
 
     >>> schedule(torch.tensor([0, 1, 2, 11, 20]), steps=20)
     tensor([0.5000, 1.0000, 0.9474, 0.4737, 0.0000])
@@ -75,7 +75,7 @@ def steps(
         rows = batches[step]
         batch = {name: values[rows] for name, values in inputs.items()}
         with torch.random.fork_rng(devices=[]):
-            # Dropout then depends on the step alone, so that a run continues without the generator's state.
+            # Dropout depends on the step alone, so a resumed run needs no generator state.
             torch.manual_seed(derive(0, "dropout", step))
             losses, grads = gradients(state.stack, batch, labels[rows])
         stack, optimizer_state = optimizer.step(grads, state.optimizer, state.stack)
@@ -90,7 +90,7 @@ def probabilities(
     """Every member's class probabilities on every row, (n, rows, classes) float64.
 
     All members see the same rows, so what comes before the first adapted layer runs once for all of them. ``advance``
-    is told of every batch.
+    is called after every batch with its number of rows.
     """
     found = []
     rows = len(next(iter(inputs.values())))

@@ -1,4 +1,4 @@
-"""What a job is asked to do: the settings that decide its result, checked before any work."""
+"""What a job is to do: the settings that decide its result, checked before any work."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Settings:
         set: ``("field=value", ...)`` of the method's config.
         sweep: ``("lr=1e-3,3e-3", ...)``, one value a member.
         layers: how many of the last layers are adapted; ``None``: 2, or all sites that ``modified_modules`` names.
-        dropout: whether dropout acts in training. Left out, members train in evaluation mode: that is faster, and
-            of two equal members neither is luckier.
-        threads: how many threads torch uses; another number rounds otherwise. ``None``: as many as torch likes.
+        dropout: whether dropout acts in training. Without it, members train in evaluation mode: that is faster, and
+            equal members stay equal.
+        threads: how many threads torch uses; another number may round differently. ``None``: torch decides.
 
     >>> Settings(delta="adapter", set=("bottleneck_dim=16",)).config().bottleneck_dim
     16
@@ -75,9 +75,9 @@ class Settings:
         values = parse_fields(kind, self.set)
         unfrozen = tuple(values.pop("unfrozen_modules", None) or ("deltas",))
         unfrozen += () if "head" in unfrozen else ("head",)
-        # Copied heads would be one and the same head in every member.
+        # Copied heads would be the same head in every member.
         if any(entry.name == "strip" for entry in dataclasses.fields(kind)):
-            # The mean is over the positions of the text: those of a prompt have to be gone by then.
+            # The mean is over the positions of the text, so the prompt's must have been removed by then.
             values["strip"] = True
         config = kind(unfrozen_modules=unfrozen, unfrozen_init="fresh", **values)
         for name, value in values.items():
@@ -107,7 +107,7 @@ class Settings:
         names = [entry.name for entry in dataclasses.fields(cls)]
         for name in data:
             if name not in names:
-                raise JobError(f"There is no setting {name!r}.{near(name, names)}")
+                raise JobError(f"Unknown setting {name!r}.{near(name, names)}")
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
         }
@@ -116,7 +116,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Settings, and what does not touch the numbers: where to write, whether to continue, how much to say.
+    """Settings, and what does not affect the numbers: where to write, whether to continue, how much to print.
 
     >>> Options().out.name, Options().resume
     ('funcdelta-run', False)
@@ -128,7 +128,7 @@ class Options:
     resume: bool = False
     quiet: bool = False
     save_every: int = 10
-    """How many steps lie between two saves of the state."""
+    """How many steps pass between two saves of the state."""
 
 
 def flag(name: str) -> str:
@@ -203,7 +203,7 @@ def _parts(text: str) -> list[str]:
         try:
             values = json.loads(text)
         except json.JSONDecodeError:
-            # "[r]regex" starts with a bracket and is no list.
+            # "[r]regex" starts with a bracket but is not a list.
             values = None
         if isinstance(values, list):
             return [value if isinstance(value, str) else json.dumps(value) for value in values]

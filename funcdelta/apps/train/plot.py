@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 SMOOTHING = 0.8
-"""The weight of the past in the running mean of the losses that is drawn."""
+"""The weight of past losses in the running mean that is drawn."""
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
@@ -43,7 +43,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
 
 
 def _smooth(values: list[float | None]) -> list[float]:
-    """The running mean with the weight of its start taken out, up to the first loss that was not finite."""
+    """The running mean, corrected for its start, up to the first loss that is not finite."""
     mean, weight, found = 0.0, 0.0, []
     for value in values:
         if value is None:

@@ -1,4 +1,4 @@
-"""Progress on the terminal: a bar where someone watches, nothing where nobody wants to."""
+"""Progress on the terminal: a bar, or nothing with --quiet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What came out of a run: figures as JSON-ready data, and the same as a table on the terminal."""
+"""The results of a run: figures as JSON-ready data, and the same as a table on the terminal."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def results(
 ) -> dict[str, Any]:
     """Metrics of every member, the best one, and the ensemble, on ``validation`` and ``test``.
 
-    The ensemble is the mean of the members' probabilities; members with probabilities that are not finite are
-    left out of it and named in ``diverged``. The best member has the highest validation accuracy, then the lowest
-    validation negative log-likelihood; the test part has no say in it.
+    The ensemble is the mean of the members' probabilities, without members whose probabilities are not finite; those
+    are listed in ``diverged``. The best member has the highest validation accuracy, then the lowest validation negative
+    log-likelihood; the test part plays no role in the choice.
 
     Shapes: ``probabilities`` (n, rows, C) and ``labels`` (rows,) by part, ``losses`` (steps, n).
 
@@ -64,13 +64,13 @@ def _quality(figures: Mapping[str, float | None]) -> tuple[float, float]:
 
 
 def _number(value: Tensor) -> float | None:
-    """A figure for JSON, which knows no NaN and no infinity."""
+    """A figure for JSON, which has neither NaN nor infinity."""
     number = float(value)
     return number if math.isfinite(number) else None
 
 
 def show(report: Mapping[str, Any]) -> None:
-    """Print the table of a report: members, the best of them beside the ensemble, and the speed."""
+    """Print the table of a report: the members, the best one, the ensemble, and the speed."""
     from rich.console import Console
     from rich.table import Table
 
@@ -120,7 +120,7 @@ def _notes(report: Mapping[str, Any]) -> str:
 
 def _rate(report: Mapping[str, Any]) -> str:
     speed, n = report["speed"], len(report["members"])
-    # A run that is resumed after its last step has none to time.
+    # A run resumed after its last step has none to time.
     if speed["steps_per_second"] is None:
         return ""
     return (

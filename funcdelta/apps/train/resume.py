@@ -21,7 +21,7 @@ RUN, STATE, REPORT = "run.json", "state.safetensors", "report.json"
 
 @dataclass(frozen=True)
 class State:
-    """Where a run stands: ``step`` steps taken, the stack, the optimiser's state, and the losses (step, n) so far.
+    """How far a run has come: ``step`` steps taken, the stack, the optimiser's state, the losses (step, n) so far.
 
     >>> State(0, {"w": torch.zeros(2, 3)}, (), torch.zeros(0, 2)).step
     0
@@ -35,7 +35,7 @@ class State:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is, written once: its settings, and what they meant on the day it began.
+    """What identifies a run, written once: its settings, and what they referred to when it began.
 
     >>> run = Run(Settings(seeds=2), data="ab", backbone="fd1:cd", versions={"torch": "2"})
     >>> Run.from_dict(run.to_dict()) == run
@@ -82,7 +82,7 @@ def save(out: Path, run: Run, state: State) -> None:
 
 
 def load_run(out: Path, given: dict[str, Any]) -> Run:
-    """The run that stands in ``out``; raises `JobError` if there is none, or ``given`` settings are not its own.
+    """The run in ``out``; raises `JobError` if there is none, or if ``given`` settings differ from its own.
 
     >>> load_run(Path("no-such-run"), {})
     Traceback (most recent call last):
@@ -101,8 +101,8 @@ def load_run(out: Path, given: dict[str, Any]) -> Run:
     for name, value in Settings(**given).to_dict().items():
         if name in given and value != own[name]:
             raise JobError(
-                f"--resume: the run in {out} has {flag(name)} {_shown(own[name])}, not {_shown(value)}; leave "
-                f"{flag(name)} out, or start anew with another --out."
+                f"--resume: the run in {out} has {flag(name)} {_shown(own[name])}, not {_shown(value)}; "
+                f"leave {flag(name)} out, or start anew with another --out."
             )
     return run
 
@@ -119,8 +119,8 @@ def check_same(out: Path, saved: Run, found: Run) -> None:
     for what in ("data", "backbone"):
         if getattr(saved, what) != getattr(found, what):
             raise JobError(
-                f"--resume: the {what} is not the one that the run in {out} began with; bring it back, or start anew "
-                f"with another --out."
+                f"--resume: the {what} is not the one that the run in {out} began with; "
+                "bring it back, or start anew with another --out."
             )
 
 

@@ -1,4 +1,4 @@
-"""A fixed split of labelled texts: stratified, and decided by the texts alone, not by a generator or their order."""
+"""A fixed split of labelled texts: stratified, and decided by the texts alone, not by a generator or row order."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ class Split:
 def split(data: Texts, test: Texts | None = None) -> Split:
     """Train, validation and test parts of ``data``; with ``test`` given, only validation is set aside.
 
-    Of every class the texts with the smallest sha256 are set aside, so that the split is the same whatever the
-    order of the rows, and a new row hardly changes it. Repeated texts are left out first, and training texts that
-    stand in ``test``. Raises `JobError` for one class only, for a class that is too small to be in every part, and
-    for a label of ``test`` that is in no training text.
+    In every class, the texts with the smallest sha256 are set aside, so that the split does not depend on the order of
+    the rows and hardly changes with a new row. Repeated texts are dropped first, as are training texts that are also in
+    ``test``. Raises `JobError` if there is only one class, if a class is too small to be in every part, and if a label
+    of ``test`` occurs in no training text.
 
     >>> rows = Texts(tuple("abcdef"), ("x", "y") * 3)
     >>> backwards = rows.take(reversed(range(6)))
@@ -115,7 +115,7 @@ def apportion(sizes: Mapping[str, int], total: int) -> dict[str, int]:
     for name in by_remainder[: max(0, total - sum(shares.values()))]:
         shares[name] += 1
     while sum(shares.values()) > total:
-        # Classes that were lifted to one are paid for by the largest.
+        # The largest classes make up for those that were raised to one.
         shares[max(shares, key=lambda name: (shares[name], name))] -= 1
     return shares
 
@@ -134,7 +134,7 @@ def _parts(parts: Split) -> tuple[Texts, Texts, Texts]:
 def _check_classes(data: Texts, parts: int) -> None:
     sizes = _sizes(data, list(range(len(data))))
     if not sizes:
-        raise JobError("No training text is left: every text of --data stands in --test-data too.")
+        raise JobError("No training text is left: every text of --data is also in --test-data.")
     if len(sizes) < 2:
         raise JobError(f"The data has one label ({', '.join(sizes)}): a classifier needs at least two.")
     small = [name for name, size in sizes.items() if size < parts]

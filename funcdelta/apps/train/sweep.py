@@ -15,7 +15,7 @@ from ...trees.seeding import derive
 from .errors import JobError
 
 DEFAULTS = {"lr": (3e-3, 5e-3, 7e-3), "weight_decay": (0.01,)}
-"""What can have a value of its own in every member, and the values without ``--sweep``."""
+"""The hyper-parameters that can differ between members, and their values without ``--sweep``."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,11 @@ def batches(rows: int, steps: int, batch_size: int, seed: int) -> Tensor:
 
 
 def _numbers(text: str, entry: str, positive: bool) -> tuple[float, ...]:
-    wanted = "positive numbers" if positive else "numbers from 0 on"
+    wanted = "positive numbers" if positive else "numbers of at least 0"
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise JobError(f"--sweep {entry}: expected {wanted} with commas, found {text!r}.") from error
+        raise JobError(f"--sweep {entry}: expected {wanted} separated by commas, found {text!r}.") from error
     for number in numbers:
         if not math.isfinite(number) or number < 0 or (positive and number == 0):
             raise JobError(f"--sweep {entry}: expected {wanted}, found {number:g}.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from ...match import below
 from .spelling import SPELLINGS, attribute_name, attribute_of, owners_of
 
 OLD_BUFFERS = ("position_ids", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias", "inv_freq")
@@ -86,7 +87,7 @@ def _add_leaf(found: Keys, key: str, modules: set[str]) -> bool:
     tokens = key.split(".")
     for position, token in enumerate(tokens[:-1]):
         which, path = attribute_of(token), ".".join(tokens[:position])
-        if which is None or path not in modules or f"{path}.{token}".lstrip(".") in modules:
+        if which is None or path not in modules or below(path, token) in modules:
             continue
         delta_type, attribute, number = which
         spelling = SPELLINGS[delta_type]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from ...match import matches, within
+from ...match import within
 from ...methods.config import BaseDeltaConfig
 from ...model import DeltaModel
 from ...plan.spans import pair
@@ -72,23 +71,13 @@ def named(backbone: nn.Module, config: BaseDeltaConfig, spelling: Spelling, data
     return {path: sites[path] for path, _ in backbone.named_modules() if path in sites}
 
 
-def explicit(backbone: nn.Module, paths: Iterable[str]) -> tuple[str, ...]:
-    """Names that match exactly these modules: their paths, as anchored patterns if another path ends with one.
+def module_paths(backbone: nn.Module) -> list[str]:
+    """The paths of all modules, the backbone itself left out.
 
-    >>> explicit(nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.ModuleDict({"a": nn.Linear(1, 1)})}), ["a", "b.a"])
-    ('[r]^a$', 'b.a')
+    >>> module_paths(nn.Sequential(nn.Linear(1, 1)))
+    ['0']
     """
-    known = [path for path, _ in backbone.named_modules(remove_duplicate=False) if path]
-    return tuple(exactly(path) if sum(matches(other, path) for other in known) != 1 else path for path in paths)
-
-
-def exactly(name: str) -> str:
-    """A pattern that matches ``name`` alone, and no longer name that ends with it.
-
-    >>> exactly("classifier.weight")
-    '[r]^classifier\\\\.weight$'
-    """
-    return f"[r]^{re.escape(name)}$"
+    return [path for path, _ in backbone.named_modules(remove_duplicate=False) if path]
 
 
 def flat(sites: Sites, spans: bool) -> list[str]:

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError, MatchError
 from ...files.checkpoint import home
-from ...match import near
+from ...match import exactly, explicit, near
 from ...methods.config import BaseDeltaConfig
 from ...model import DeltaModel
 from .common_names import EXCLUDED
 from .fields import COMPAT, config_of, spelling_of
 from .folder import read_folder
 from .keys import Group, moved, only_kind, repeats, sort_keys
-from .places import Sites, exactly, explicit, flat, named, sites_at, sites_of
+from .places import Sites, flat, module_paths, named, sites_at, sites_of
 from .spelling import SPELLINGS, Spelling, attribute_name
 from .trained import trained_leaves
 
@@ -213,7 +213,7 @@ class _Reader:
         spans = config.gives("spans")
         if paths and spelling.sites and (not spans or meant is not None):
             sites = {path: (meant or {}).get(path, path) for path in paths}
-            tries.append((explicit(self.backbone, flat(sites, spans)), None))
+            tries.append((explicit(flat(sites, spans), module_paths(self.backbone)), None))
         found: Sites = {}
         for number, (names, left_out) in enumerate(tries):
             placed = config.replace(modified_modules=names, exclude_modules=left_out)

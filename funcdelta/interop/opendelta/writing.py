@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError, MatchError, ParamsError
 from ...files.checkpoint import backbone_facts
-from ...match import within
+from ...match import below, explicit, within
 from ...model import DeltaModel
 from ...packing.packed import Packed
 from ...plan.attachment import Attachment
@@ -19,7 +19,7 @@ from ...run.checked import checks_of
 from .common_names import EXCLUDED, named_sites
 from .fields import COMPAT, data_of, refuse_fields
 from .folder import write_folder
-from .places import Sites, explicit, flat, named, sites_of
+from .places import Sites, flat, module_paths, named, sites_of
 from .spelling import FORMAT_VERSION, SPELLINGS, Leaves, Spelling
 
 ELSEWHERE = "Save it in funcdelta's format: delta.save_finetuned(params, path)."
@@ -165,7 +165,7 @@ def _names(delta: DeltaModel, spelling: Spelling, places: Mapping[str, str]) -> 
             f"OpenDelta pairs the ends of {config.delta_type} in the order of the modules, but these are in another "
             f"order: {', '.join(paths[:4])}. {ELSEWHERE}"
         )
-    listed = list(explicit(backbone, paths))
+    listed = list(explicit(paths, module_paths(backbone)))
     return {"modified_modules": listed, "common_structure": False, "exclude_modules": []}
 
 
@@ -191,7 +191,7 @@ def _tensors(
             if leaf in spelling.derived:
                 continue
             if leaf not in spelling.own:
-                found[f"{places[site]}.{spelling.attribute}.{spelling.inner}{leaf}".lstrip(".")] = tensor
+                found[below(places[site], f"{spelling.attribute}.{spelling.inner}{leaf}")] = tensor
             elif not spelling.unsaved(modules[site]):
                 key = f"{places[site]}.{leaf}"
                 found[key] = _absolute(tensor, found.get(key, parameters.get(key)))

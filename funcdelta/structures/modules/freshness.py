@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import StaleBackboneError
+from ...match import below
 from .code import Reach, reach_of, reach_of_functions
 from .noted import FUNCTIONS, OWN, Noted, Owner, copied
 
@@ -195,7 +196,7 @@ class Fingerprint:
                 continue
             for name, was, found in _differences(facts.parts["_modules"], facts.module._modules):
                 gone |= {id(child) for child in was.modules()} if was is not None else set()
-                yield _of_module(_joined(facts.path, name), was, found)
+                yield _of_module(below(facts.path, name), was, found)
         for name, parameter, alias in zip(self._names, self._parameters, self._aliases, strict=True):
             if not _is_one(parameter, alias):
                 yield f"{name} has other storage (it was {_words(alias)}, is {_words(parameter)})"
@@ -278,12 +279,12 @@ def _changes_of(facts: _Facts, is_its_own: Callable[[Any], bool]) -> Iterator[st
     elif _forward(facts.kind) is not facts.class_forward:
         yield f"{facts.kind.__name__}.forward is another function"
     if vars(module).get("forward") is not facts.forward:
-        yield f"{_joined(path, 'forward')} was patched on the instance"
+        yield f"{below(path, 'forward')} was patched on the instance"
     for name, was, found in _differences(facts.parts["_parameters"], module._parameters):
-        yield _of_parameter(_joined(path, name), was, found)
+        yield _of_parameter(below(path, name), was, found)
     for name, was, found in _differences(facts.parts["_buffers"], module._buffers):
         if not _is_followed(module, name, was, found):
-            yield _of_parameter(_joined(path, name), was, found)
+            yield _of_parameter(below(path, name), was, found)
     for attribute, word in HOOKS.items():
         was, found = facts.parts[attribute], vars(module)[attribute]
         if any(found.get(key) is not hook for key, hook in was.items()):
@@ -379,10 +380,6 @@ def _kind(tensor: Tensor) -> tuple[Any, ...]:
 
 def _words(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
-
-
-def _joined(path: str, name: Any) -> str:
-    return f"{path}.{name}" if path else str(name)
 
 
 def _other(now: Any, before: Any) -> bool:

@@ -1,5 +1,5 @@
 "use strict";
-// The tree, the choice and its figures. What is chosen is a set of paths of real modules; a row stands for one or many.
+// The tree, the choice and its figures. The choice is a set of paths of real modules; a row represents one or many.
 
 const $ = (id) => document.getElementById(id);
 const chosen = new Set();
@@ -17,7 +17,7 @@ async function send(action, data) {
   const request = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(data) };
   if (action === "count") request.signal = counting.signal;
   const response = await fetch(action, request).catch((error) => {
-    throw error.name === "AbortError" ? error : new Error("Python does not listen to this page any more.");
+    throw error.name === "AbortError" ? error : new Error("Python is no longer listening to this page.");
   });
   const answer = await response.json();
   if (!response.ok) throw new Error(answer.error);
