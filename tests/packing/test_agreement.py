@@ -79,7 +79,7 @@ def test_what_is_true_is_packed(make: Callable[[int], fd.BaseDeltaConfig]) -> No
 @pytest.mark.parametrize("leaf", ["present", "source", "size.rank"])
 def test_names_that_packing_keeps_for_itself(leaf: str) -> None:
     config = sized("rank .", lambda self, site, p, y, x: y + p[leaf].sum(), leaf=leaf)
-    with raises_saying(fd.ConfigError, repr(leaf), "something else"):
+    with raises_saying(fd.ConfigError, repr(leaf), "Rename"):
         fd.pack(pairs_of(lambda k: config(k=k, **HERE)))
     with raises_saying(fd.ConfigError, "'size.lora_A'", "composition"):
         fd.pack(pairs_of(lambda k: fd.parallel(fd.LoraConfig(lora_r=k, name="size"), **HERE)))
