@@ -108,9 +108,9 @@ def changes(delta: Planned, params: Params, untie: bool = False) -> dict[str, Te
         for other in names[name]:
             if other not in changed or not torch.equal(changed[other], changed[name]):
                 raise MergeError(
-                    f"{name} is tied to {other}, and {acting} acts on {path} alone, or otherwise there: merged, the "
-                    f"two would differ. Write delta.merge(params, untie=True), and load it into an untied model "
-                    f"(tie_word_embeddings=False)."
+                    f"{name} is tied to {other}, but {acting} acts on {path} only, or otherwise there: merged, the "
+                    f"two would differ. Write delta.merge(params, untie=True), and load the result into an untied "
+                    f"model (tie_word_embeddings=False)."
                 )
             changed[other] = changed[name]
     return changed

@@ -108,7 +108,7 @@ class Conditions:
                     self.refusals[path] = str(error)
         self.by_token = {at: [p for p in by_token if self.of.get(p) == at] for at in self.of.values()}
         encoder = encoder_path(root)  # which generate calls by itself
-        self.entries = frozenset({"", *self.of.values(), *([] if encoder is None else [encoder])})
+        self.entries: frozenset[str] = frozenset({"", *self.of.values(), *([] if encoder is None else [encoder])})
         """The modules that may be given ``conditions``."""
         self.wanted = plan.conditions
         for path in dict.fromkeys(self.of.values()):

@@ -408,7 +408,7 @@ def test_what_a_span_cannot_mean_is_told() -> None:
             delta.apply(delta.init(0), x)
     pooled = nn.Sequential(nn.Linear(4, 4), nn.AdaptiveAvgPool1d(4), nn.Flatten(1), nn.Linear(20, 3))
     with raises_saying(
-        fd.errors.MatchError, "from 0 to 3", "(2, 5, 4)", "(2, 5, 3)", "(2, 3) leaves", "positions stay"
+        fd.errors.MatchError, "from 0 to 3", "(2, 5, 4)", "(2, 5, 3)", "output (2, 3)", "positions stay"
     ):
         call(pooled, torch.randn(2, 5, 4), "0", "3")
 

@@ -46,7 +46,7 @@ PARAMS: dict[str, Case] = {
     "a misspelt leaf": (
         fd.errors.ParamsError,
         lambda w: w.apply(a__lora__lora_A=None, a__lora__lora_a=torch.zeros(2, 4)),
-        ("'a.lora.lora_a'", "no leaf", "a.lora.lora_A"),
+        ("'a.lora.lora_a'", "not a leaf", "a.lora.lora_A"),
     ),
     "a leaf of another delta": (
         fd.errors.ParamsError,

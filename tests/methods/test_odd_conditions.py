@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -158,7 +158,7 @@ def pair() -> dict[str, Tensor]:
 
 
 def opt() -> nn.Module:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 16}
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 16}
     config = transformers.OPTConfig(vocab_size=40, word_embed_proj_dim=16, **sizes)
     return transformers.OPTForCausalLM(config).eval()
 

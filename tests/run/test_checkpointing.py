@@ -230,7 +230,7 @@ def test_an_output_that_is_gone_is_named() -> None:
     delta = fd.LoraModel(model, lora_r=2, modified_modules=["one.0"])
     params = {name: leaf.requires_grad_(delta.trainable(name)) for name, leaf in delta.init(0).items()}
     delta.apply(params, x)
-    with raises_saying(fd.errors.RecomputeError, "one.0", "Hold one"):
+    with raises_saying(fd.errors.RecomputeError, "one.0", "Keep one"):
         kept[-1].sum().backward()
 
 

@@ -254,18 +254,15 @@ def cache() -> DynamicCache:
         ({"use_cache": True}, "leave out use_cache=True", "Write"),
         ({}, "Write use_cache=False", "leave out"),
         ({"use_cache": False}, "despite use_cache=False", "Write use_cache"),
-        ({"past_key_values": cache(), "use_cache": False}, "past_key_values=", "although"),
+        ({"past_key_values": cache(), "use_cache": False}, "past_key_values=", "despite"),
     ],
     ids=["asked for", "said nothing", "said no", "gave one"],
 )
 def test_a_cache_is_refused_by_what_was_written(given: dict[str, Any], said: str, unsaid: str) -> None:
     output = {"logits": torch.zeros(2), "past_key_values": cache()}
-    with raises_saying(fd.errors.EngineError, "past_key_values", "DynamicCache", said):
-        stack_members([output, output], given)
-    with raises_saying(fd.errors.EngineError, "past_key_values", "DynamicCache", said):
-        check_visible(flatten(output)[0], names(output), given)
     with pytest.raises(fd.errors.EngineError) as caught:
-        stack_members([output, output], given)
+        check_visible(flatten(output)[0], names(output), given)
+    assert all(piece in str(caught.value) for piece in ("past_key_values", "DynamicCache", said))
     assert unsaid not in str(caught.value)
 
 

@@ -110,7 +110,7 @@ def test_a_generate_that_calls_parts_of_the_model_says_what_to_write() -> None:
         for r, i in enumerate(INDEX):
             own = member(delta, stack, i)(input_ids=tokens[r : r + 1], pixel_values=pixels[r : r + 1]).logits
             assert_close(found[r : r + 1], own, 1e-5)
-    with raises_saying(fd.EngineError, "vision_model", "member by member: delta.bind(fd.take(stack, i))"):
+    with raises_saying(fd.EngineError, "vision_model", "one by one: delta.bind(fd.take(stack, i))"):
         view.generate(input_ids=tokens.clone(), pixel_values=pixels, max_new_tokens=3)
     rows = [0, 3]
     assert (

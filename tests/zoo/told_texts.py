@@ -82,7 +82,9 @@ def t5() -> nn.Module:
 
 
 def bart() -> nn.Module:
-    sizes = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    sizes: dict[str, Any] = {
+        f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")
+    }
     config = transformers.BartConfig(
         vocab_size=40, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32, **sizes
     )
