@@ -194,7 +194,7 @@ def split_rows(value: Tensor, dim: int, n: int, rows: int, place: str) -> Tensor
             f"{place} has the shape {tuple(value.shape)}, whose axis {dim} should have the same number of entries for "
             f"each of the {n * rows} rows of {n} members: which rows are whose cannot be told there."
         )
-    return value.unflatten(dim, (n, size // n))
+    return value.view(*value.shape[:dim], n, size // n, *value.shape[dim + 1 :])  # Dynamo cannot always unflatten
 
 
 def members_of(leaf: Tensor, dim: int | None, n: int, rows: int, name: str = "of the model") -> Tensor:
