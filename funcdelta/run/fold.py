@@ -201,7 +201,7 @@ def split_rows(value: Tensor, dim: int, n: int, rows: int, place: str) -> Tensor
             f"{place} has the shape {tuple(value.shape)}, but its axis {dim} should have the same number of entries "
             f"for each of the {n * rows} rows of {n} members: it cannot be told which rows belong to which member."
         )
-    return value.unflatten(dim, (n, size // n))
+    return value.view(*value.shape[:dim], n, size // n, *value.shape[dim + 1 :])  # Dynamo cannot always unflatten
 
 
 def members_of(leaf: Tensor, dim: int | None, n: int, rows: int, name: str = "of the model") -> Tensor:
