@@ -46,9 +46,9 @@ class Noting(torch.Generator):
         self._asked = True
         return super().get_state()
 
-    def set_state(self, new_state: Tensor) -> None:
+    def set_state(self, new_state: Tensor) -> torch.Generator:
         self._asked = True
-        super().set_state(new_state)
+        return super().set_state(new_state)
 
     def clone_state(self) -> torch.Generator:
         self._asked = True
