@@ -32,7 +32,7 @@ def find_folder(path: str | os.PathLike[str], **fetching: Any) -> Path:
     >>> find_folder("no/such/folder")
     Traceback (most recent call last):
     ...
-    funcdelta.errors.CheckpointError: 'no/such/folder': there is no such folder.
+    funcdelta.errors.CheckpointError: There is no folder 'no/such/folder'.
     """
     given = Path(path)
     if given.name == CONFIG and given.is_file():
