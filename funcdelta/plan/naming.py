@@ -55,7 +55,7 @@ def select(
             )
         kept = [path for path in own if not any(within(path, out) for out in config.exclude_modules or ())]
         if not kept:
-            which = "the one site" if len(own) == 1 else "the last site"
+            which = "the only site" if len(own) == 1 else "the last site"
             raise MatchError(f"exclude_modules leaves out {own[-1] or 'the model'!r}, {which} of its method.")
         return dict.fromkeys(sorted({canonical[id(modules[path])] for path in kept}, key=list(modules).index), ())
     common = config.common_structure
