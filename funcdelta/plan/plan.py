@@ -92,6 +92,12 @@ class Plan:
         """What the methods want to know of each call, all together."""
 
     @property
+    def own_tensors(self) -> frozenset[str]:
+        """The modules whose own tensors may differ by member."""
+        ends = (end for names in self.trained.values() for end in names)
+        return frozenset(self.rewriting) | {end.rpartition(".")[0] for end in ends}
+
+    @property
     def uncalled(self) -> set[str]:
         """Sites whose tensors are read by the module above, which never calls them: they act by their weights."""
         return {path for path, group in self.attachments.items() if any(a.read_by_parent for a in group)}

@@ -103,8 +103,8 @@ class Skeleton:
             self._install(plan)
         self.memory = Memory(backbone, self.module)
         self._remembers = True
-        rewritten = plan is not None and bool(plan.trained or plan.rewriting)
-        self.pads = rewritten and padded(self.module.modules())
+        tables = plan.own_tensors if plan is not None else frozenset[str]()
+        self.pads = padded(map(self.module.get_submodule, tables))
 
     # -- installation ----------------------------------------------------------------------------------------------
 

@@ -176,7 +176,7 @@ def test_what_is_as_it_should_be_passes(world: World) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda leaf: leaf.long(), ("0.lora.lora_A", "torch.int64", "floating point", "leaf.to(torch.float32)")),
+        (lambda leaf: leaf.long(), ("0.lora.lora_A", "torch.int64", "floating-point", "leaf.to(torch.float32)")),
         (lambda leaf: leaf * 1j, ("0.lora.lora_A", "torch.complex64", "real", "leaf.real")),
         (lambda leaf: leaf.to(torch.float8_e4m3fn), ("0.lora.lora_A", "float8", "computes", "leaf.to(torch.float32)")),
         (lambda leaf: leaf.double(), ("0.lora.lora_A", "0.lora.lora_B", "one dtype", "leaf.to(torch.float64)")),
@@ -298,7 +298,7 @@ def test_no_members(world: World, n: int) -> None:
             function(world, n)
     empty = {name: leaf[:0] for name, leaf in world.stack.items()}
     for call in (MANY["apply_many auto"], MANY["apply_rows"], MANY["bind_rows"], MANY["value_and_grad"]):
-        with pytest.raises(fd.errors.StackError, match="at least one member"):
+        with pytest.raises(fd.errors.StackError, match=r"no members .* at least one"):
             call(world, empty)
 
 
