@@ -171,12 +171,16 @@ class MixedConfig(fd.methods.MixtureConfig):
 @fd.register("test_dora")
 @dataclass(frozen=True)
 class DoraConfig(fd.Additive):
-    """``m (W + B A) / ‖W + B A‖``, row by row: DoRA (Liu et al. 2024), in factors, from the site's own weight."""
+    """``m (W + B A) / ‖W + B A‖``, row by row: DoRA (Liu et al. 2024), in factors, from the site's own weight.
+
+    ``detach_norm`` takes the norm for a constant in gradients, as the paper does to save memory, and PEFT.
+    """
 
     identity_at_start: ClassVar[bool] = True
     acts_on_parts: ClassVar[bool] = False
     reads: ClassVar[tuple[str, ...]] = ("weight", "bias")
     rank: int = 2
+    detach_norm: bool = False
 
     def leaves(self, site: fd.Site, own: Mapping[str, Tensor], rng: torch.Generator) -> fd.Leaves:
         rows, *columns = self.matrix_shape(site)
@@ -209,7 +213,8 @@ class DoraConfig(fd.Additive):
         return dataclasses.replace(super().acts(site), factors=None, unfactored="it scales rows of the weight")
 
     def _scale(self, site: fd.Site, p: dict[str, Tensor], weight: Tensor) -> Tensor:
-        return p["magnitude"] / (weight + self.change(site, p)).flatten(1).norm(dim=1)
+        norm = (weight + self.change(site, p)).flatten(1).norm(dim=1)
+        return p["magnitude"] / (norm.detach() if self.detach_norm else norm)
 
     def takes_tensors(self) -> bool:
         return False
