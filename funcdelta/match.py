@@ -137,7 +137,8 @@ def near(name: str, names: Sequence[str], most: int = 5) -> str:
     wanted = name.removeprefix(REGEX_PREFIX)
     close = difflib.get_close_matches(wanted.rpartition(".")[2], list(last_tokens), n=most, cutoff=0.6)
     found = [f"{token} ({last_tokens[token]})" for token in close]
-    found += difflib.get_close_matches(wanted, list(names), n=most - len(found), cutoff=0.7) if "." in wanted else []
+    if "." in wanted and len(found) < most:
+        found += difflib.get_close_matches(wanted, list(names), n=most - len(found), cutoff=0.7)
     if found:
         return f" Near names: {', '.join(dict.fromkeys(found))}."
     words = [token for token in last_tokens if not token.isdigit()]

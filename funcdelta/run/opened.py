@@ -149,12 +149,12 @@ def _with_care(opened: Opened, call: Call | None, args: tuple[Any, ...], kwargs:
         else:
             dims = where(call, path)
             x_dim, y_dim = dims.x, dims.y
+    entered = x
     if begun or befores:
-        given = x
         for bound in befores:
             if bound.key in call.params:
-                x, x_dim = act(call, path, bound, opened.module.training, (x,), (x_dim,))
-        if x is not given:
+                x, x_dim = act(call, path, bound, opened.module.training, (x,), (x_dim,), entered)
+        if x is not entered:
             args, kwargs = ((x, *args[1:]), kwargs) if put_back is None else put_back(x)
         for attachment in begun:
             if attachment.key in call.params:
@@ -172,7 +172,7 @@ def _with_care(opened: Opened, call: Call | None, args: tuple[Any, ...], kwargs:
             given, given_dim = x, x_dim
             if bound.spans:
                 given, given_dim = take(call.note("spans"), bound.key, bound.attachment.site)
-            y, y_dim = act(call, path, bound, opened.module.training, (y, given), (y_dim, given_dim))
+            y, y_dim = act(call, path, bound, opened.module.training, (y, given), (y_dim, given_dim), entered)
             changed = True
     if not changed:
         return output
@@ -213,13 +213,22 @@ def where(call: Call, path: str) -> Hidden:
 
 
 def act(
-    call: Call, path: str, bound: Bound, training: bool, values: tuple[Tensor, ...], dims: tuple[int | None, ...]
+    call: Call,
+    path: str,
+    bound: Bound,
+    training: bool,
+    values: tuple[Tensor, ...],
+    dims: tuple[int | None, ...],
+    entered: Tensor | None = None,
 ) -> tuple[Tensor, int | None]:
-    """One method's function at a site, with the site named in whatever goes wrong."""
+    """One method's function at a site, with the site named in whatever goes wrong.
+
+    ``entered`` is what the model gave to the site, before other methods there changed it.
+    """
     p = bound.leaves(call.params)
     function, lift = bound.functions[training], call.lift
     if bound.conditions:
-        values, dims = told(call, path, bound, values, dims)
+        values, dims = told(call, path, bound, values, dims, entered)
     if torch.compiler.is_compiling():
         return (function(p, *values), None) if lift is None else lift(function, p, values, dims, path)
     if call.reached is not None:

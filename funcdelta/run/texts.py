@@ -128,7 +128,10 @@ def _whole_mask(mask: Any, rows: int, tokens: int, cached: int) -> tuple[Tensor 
     if mask.shape[0] not in (1, rows) or mask.shape[1] != cached + tokens:
         so_far = f"{rows} rows of {cached + tokens} tokens{f', {cached} of them cached' if cached else ''}"
         return None, f"its attention_mask is {tuple(mask.shape)}, and there are {so_far}"
-    if mask.is_floating_point() and readable(mask) and bool((mask < 0).any()):
+    if mask.is_floating_point() and not readable(mask):
+        why = "cannot be told from one that is added in compiled or mapped code; write attention_mask.bool()"
+        return None, f"its attention_mask of {mask.dtype} {why}"
+    if mask.is_floating_point() and bool((mask < 0).any()):
         return None, "its attention_mask has numbers below 0, as masks that are added have"
     return mask.ne(0).expand(rows, cached + tokens), ""
 
@@ -183,6 +186,9 @@ def _check_one_text(text: Text, numbers: Tensor) -> None:
     before = torch.where(real, numbers, -1).cummax(1).values
     if bool((real & (numbers <= torch.cat([last, before[:, :-1]], 1))).any()):
         raise ParamsError("position_ids begin again within a row, so it holds several texts, each with its own length")
+    first = torch.where(real, numbers, numbers.amax() + 1).amin(1)
+    if bool((real.any(1) & (first != 0)).any()):
+        raise ParamsError("position_ids do not begin with 0, so a row is the end of a text whose length is not known")
 
 
 OF_TEXTS: dict[str, Callable[[Text], Tensor]] = {

@@ -22,8 +22,12 @@ Values = tuple[Tensor, ...]
 Dims = tuple[int | None, ...]
 
 
-def told(call: Call, path: str, bound: Bound, values: Values, dims: Dims) -> tuple[Values, Dims]:
+def told(
+    call: Call, path: str, bound: Bound, values: Values, dims: Dims, entered: Tensor | None = None
+) -> tuple[Values, Dims]:
     """The hidden ``values`` at a site with the conditions that its method wants behind them, and their axes of rows.
+
+    ``entered`` is what the model gave to the site, before other methods there changed it.
 
     Raises ``MatchError`` where a condition is not known there, ``ParamsError`` where the caller should have given it.
     """
@@ -40,12 +44,19 @@ def told(call: Call, path: str, bound: Bound, values: Values, dims: Dims) -> tup
             f'per member, where they are not told apart. Use engine="auto", "vmap" or "loop".'
         )
     with contextlib.nullcontext() if call.watch is None else call.watch.paused():
-        more = [_one(call, found, name, path, bound, values, dims) for name in bound.conditions]
+        more = [_one(call, found, name, path, bound, values, dims, entered) for name in bound.conditions]
     return (*values, *[value for value, _ in more]), (*dims, *[dim for _, dim in more])
 
 
 def _one(
-    call: Call, found: Told, name: str, path: str, bound: Bound, values: Values, dims: Dims
+    call: Call,
+    found: Told,
+    name: str,
+    path: str,
+    bound: Bound,
+    values: Values,
+    dims: Dims,
+    entered: Tensor | None,
 ) -> tuple[Tensor, int | None]:
     """One condition, with the axis that counts the rows of all members; ``None``: it is the same for each of them."""
     given = found.given.get(name)
@@ -62,7 +73,8 @@ def _one(
             given = found.computed(name, text)
         except ParamsError as error:
             raise ParamsError(unknown(name, path, str(error))) from error
-        if any(_same(value, other) for value in values for other in text.others):
+        seen = values if entered is None else (*values, entered)
+        if any(_same(value, other) for value in seen for other in text.others):
             raise MatchError(unknown(name, path, "what enters it is not the text, but another input of the model"))
     if given.ndim == 0:
         return given, None

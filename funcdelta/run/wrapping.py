@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, FoldError
-from ..transforms import current_transform, outside_of_map
+from ..transforms import current_transform, innermost, outside_of_map
 from .bound import Bound
 from .call import Call, Lift, Params
 from .fold import split_rows
@@ -36,16 +36,24 @@ class OwnAttention:
         self.attention, self.given = attention, given
         self.scores: Any = None
         self._result: Tensor | None = None
+        self._written = 0
 
     def result(self) -> Tensor:
         """Of what was given, (rows, heads, queries, size)."""
         if self._result is None:
-            self._result = self.of(self.given)
+            output, self.scores = self.attention(*self.given)
+            self._result = output.transpose(1, 2)
+            self._written = _times_written(self._result)
+        elif self._written != _times_written(self._result):
+            raise ConfigError(
+                "What run(q, k, v) gave was changed in place and is needed again: write y = y * 2 instead of y.mul_(2)."
+            )
         return self._result
 
     def of(self, values: Triple) -> Tensor:
         """Of ``values``, whose shapes are those that were given."""
-        output, self.scores = self.attention(*values)
+        output, scores = self.attention(*values)
+        self.scores = scores if self._result is None else self.scores
         return output.transpose(1, 2)
 
     def __call__(self, *values: Tensor) -> Tensor:
@@ -73,6 +81,14 @@ def wrapped(
 
     output = checked(call, path, bound, module.training, p, given, compute)
     return output.transpose(1, 2).contiguous(), own.scores
+
+
+def _times_written(tensor: Tensor) -> int:
+    """How often torch has counted a write into ``tensor``; it counts none in compiled code and inference mode."""
+    if torch.compiler.is_compiling():
+        return 0
+    plain = innermost(tensor)
+    return 0 if plain.is_inference() else plain._version
 
 
 def _together(function: Callable[..., Tensor], p: Params, own: OwnAttention, lift: Lift, path: str) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import EngineError
 from ..run.conditions import check_given
 
 
@@ -22,6 +23,12 @@ class Conditioned:
     def generate(self, *args: Any, conditions: Mapping[str, Tensor] | None = None, **kwargs: Any) -> Any:
         """The model's own, with ``conditions`` in all of its calls: ``{name: tensor}``, one entry a prompt."""
         calls = self._funcdelta.calls
+        settings = kwargs.get("generation_config") or getattr(self, "generation_config", None)
+        if kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None)):
+            raise EngineError(
+                "With prefill_chunk_size a prompt is read in pieces, each of which would be told of itself alone. "
+                "Leave it out where methods want conditions of a call."
+            )
         if conditions is not None:
             check_given(self._funcdelta.delta.program.plan.conditions, conditions)
         with calls.given_to_all(conditions):

@@ -448,3 +448,52 @@ def test_what_is_read_folds() -> None:
     x = torch.randn(5, 4)
     outs = delta.apply_many(fd.stack([one, other]), x, engine="fold")
     torch.testing.assert_close(outs[1], delta.apply(other, x), rtol=1e-4, atol=1e-4)
+
+
+HOSTILE = {
+    "a number that is none": '{"peft_type": "LORA", "lora_alpha": NaN}',
+    "an endless number": '{"peft_type": "LORA", "lora_alpha": Infinity}',
+    "a huge number": '{"peft_type": "LORA", "lora_alpha": 1' + 400 * "0" + "}",
+    "a pattern's number": '{"peft_type": "LORA", "alpha_pattern": {"q": NaN}}',
+    "depth": 100_000 * "[" + 100_000 * "]",
+    "flags in mid-pattern": '{"peft_type": "LORA", "alpha_pattern": {"(?i)Q": 1}}',
+    "a huge repeat": '{"peft_type": "LORA", "alpha_pattern": {"a{99999999999}": 1}}',
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_configs(name: str, tmp_path: Path) -> None:
+    folder = written(tmp_path, FIELDS, small_tensors())
+    (folder / "adapter_config.json").write_text(HOSTILE[name])
+    with pytest.raises(fd.errors.CheckpointError, match="adapter_config"):
+        fd.load_peft(folder, Small())
+
+
+def test_a_version_of_many_digits(tmp_path: Path) -> None:
+    folder = written(tmp_path, {**FIELDS, "peft_version": 5000 * "9" + ".1"}, small_tensors())
+    assert fd.load_peft(folder, Small())[0].sites
+
+
+def test_other_files_in_the_folder_stay(tmp_path: Path) -> None:
+    backbone = Small().eval()
+    delta, params = fd.interop.from_peft(FIELDS, small_tensors(), backbone)
+    (tmp_path / "notes.txt").write_text("precious")
+    (tmp_path / "checkpoint-1").mkdir()
+    fd.save_peft(delta, params, tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "precious"
+    assert (tmp_path / "checkpoint-1").is_dir()
+    assert fd.load_peft(tmp_path, backbone)[0].sites == delta.sites
+
+
+def test_rules_that_are_no_expressions() -> None:
+    for rule in ({"(": ""}, {".*": r"\9"}):
+        with pytest.raises(fd.errors.CheckpointError, match="key_map"):
+            fd.interop.from_peft(FIELDS, small_tensors(), Small(), key_map=rule)
+
+
+def test_scales_that_no_file_may_hold(tmp_path: Path) -> None:
+    delta, params = fd.interop.from_peft(FIELDS, small_tensors(), Small().eval())
+    key = next(name for name in params if name.endswith("scale"))
+    for scale in (torch.nan, torch.inf, 1e38):
+        with pytest.raises(fd.errors.CheckpointError, match="no alpha"):
+            fd.save_peft(delta, {**params, key: torch.tensor(scale)}, tmp_path / "run")

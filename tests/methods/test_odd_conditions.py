@@ -212,6 +212,60 @@ def test_a_caller_may_say_what_a_model_does_not() -> None:
     close(plain.apply_many(stack, x, conditions=given, engine="vmap"), expected)
 
 
+@dataclasses.dataclass(frozen=True)
+class ShiftedInputConfig(fd.BaseDeltaConfig):
+    """x + s: what enters a site is another tensor."""
+
+    def init(self, site: fd.Site, rng: torch.Generator) -> fd.Leaves:
+        return {"shift": torch.zeros(site.in_features or site.width)}
+
+    def before(self, site: fd.Site, p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return x + p["shift"]
+
+
+@pytest.mark.parametrize("engine", ["apply", "loop", "fold"])
+def test_what_another_method_changed_is_still_the_encoders(engine: str) -> None:
+    site = ["decoder.layers.0.encoder_attn.k_proj"]
+    configs = ShiftedInputConfig(modified_modules=site), LoreftConfig(modified_modules=site)
+    delta = fd.DeltaModel(bart(), *configs)
+    batch = {**text(MASKS["left"]), "decoder_input_ids": text(MASKS["left"])["input_ids"]}
+    with raises_saying(fd.errors.MatchError, site[0], "not the text"):
+        if engine == "apply":
+            delta.apply(delta.init(0), **batch)
+        else:
+            delta.apply_many(delta.init(0, n=2), **batch, engine=engine)
+
+
+def test_positions_that_begin_later_tell_no_lengths() -> None:
+    delta = built(llama, ("layers.0",))
+    batch = text(MASKS["whole"])
+    ids = batch["input_ids"]
+    at = torch.arange(ids.shape[1]).expand(ids.shape)
+    params = random_stack(delta)
+    one = fd.take(params, 0)
+    close(delta.apply(one, input_ids=ids, position_ids=at).logits, delta.apply(one, input_ids=ids).logits)
+    with raises_saying(fd.errors.ParamsError, "layers.0", "do not begin with 0"):
+        delta.apply(one, input_ids=ids, position_ids=at + 7)
+
+
+def test_a_mask_that_is_added_is_refused_in_compiled_code_too() -> None:
+    delta = built(llama, ("layers.0",))
+    one, batch = fd.take(random_stack(delta), 0), text(MASKS["left"])
+    added = (1.0 - batch["attention_mask"].float()) * -1e9
+    compiled = torch.compile(
+        lambda p, ids, mask: delta.apply(p, input_ids=ids, attention_mask=mask).logits, backend="eager"
+    )
+    with pytest.raises(Exception, match="attention_mask"):
+        compiled(one, batch["input_ids"], added)
+
+
+def test_a_prompt_is_not_read_in_pieces() -> None:
+    delta = built(llama, ("layers.0",))
+    view = delta.bind(fd.take(random_stack(delta), 0))
+    with raises_saying(fd.errors.EngineError, "prefill_chunk_size"):
+        view.generate(**text(MASKS["left"]), prefill_chunk_size=3, max_new_tokens=2, do_sample=False)
+
+
 @pytest.mark.parametrize(("method", "name"), WITHOUT_TEXT)
 def test_where_there_is_no_text(method: str, name: str) -> None:
     architecture = ZOO[name]

@@ -621,3 +621,26 @@ def test_shapes_are_checked(many: bool) -> None:
                 delta.apply_many(delta.init(0, n=2), **inputs_of("bert"), engine="fold")
             else:
                 delta.apply(delta.init(0), **inputs_of("bert"))
+
+
+@dataclass(frozen=True)
+class WritesConfig(fd.BaseDeltaConfig):
+    """Writes into what the model's attention gave, and asks for it again."""
+
+    def init(self, site: fd.Site, rng: torch.Generator) -> fd.Leaves:
+        return {"gain": torch.ones(())}
+
+    def around(self, site: fd.Site, p: Params, q: Tensor, k: Tensor, v: Tensor, run: Any) -> Tensor:
+        y = run(q, k, v)
+        y.mul_(3.0)
+        return p["gain"] * y - 2 * run(q, k, v)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_what_run_gave_is_not_written(many: bool) -> None:
+    model = model_of("llama")
+    delta = fd.DeltaModel(model, WritesConfig(modified_modules=everywhere(model)))
+    call = functools.partial(delta.apply_many, delta.init(0, n=2), engine="fold") if many else None
+    call = call or functools.partial(delta.apply, delta.init(0))
+    with torch.no_grad(), pytest.raises(fd.errors.ConfigError, match="changed in place"):
+        call(**inputs_of("llama"))

@@ -11,6 +11,7 @@ from torch import nn
 from zoo import ZOO
 
 import funcdelta as fd
+from funcdelta.match import near
 
 LAYER = "bert.encoder.layer"
 
@@ -255,3 +256,8 @@ def test_weight_normed_layers_are_sites_not_their_parametrisation() -> None:
     assert torch.equal(delta.apply({}, x), model(x))
     torch.testing.assert_close(delta.apply(delta.init(0), x), model(x))
     assert list(fd.BitFitModel(model, modified_modules=["0"]).sites) == ["0"]
+
+
+def test_five_near_tokens_leave_no_room_for_whole_names() -> None:
+    names = [f"layer.self_attn.{token}" for token in ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj")]
+    assert near("self_atn.q_proj", names).startswith(" Near names: q_proj")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...deltas import LoraConfig
 from ...errors import CheckpointError
+from ...kinds import MOST
 from ...plan.attachment import Attachment
 from ...structures.parts import place
 from . import experts
@@ -64,6 +65,10 @@ class Written:
     def alpha(self, rslora: bool) -> float:
         """Alpha with ``s = alpha / r``, or by √r: the config's own where it is that."""
         divisor = math.sqrt(self.rank) if rslora else self.rank
+        if not abs(self.scale * divisor) <= MOST:
+            raise CheckpointError(
+                f"{self.name}: the scale {self.scale} has no alpha that PEFT's files may hold (at most {MOST})."
+            )
         for given in (self.config.lora_alpha, round(self.scale * divisor)):
             if float(torch.tensor(given / divisor)) == self.scale:
                 return given

@@ -51,8 +51,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     refuse_pointer(file)
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"'{file}' is not JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"'{file}' is not JSON that can be read: {error}.") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"'{file}': expected fields by name, found {type(data).__name__}.")
     return data
@@ -76,7 +76,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def write_folder(path: str | os.PathLike[str], data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """The folder ``path`` with both files, replaced as a whole; tensors of their own memory, on the CPU.
+    """The folder ``path`` with both files, which appear at once; others in it stay. Tensors are copied to the CPU.
 
     >>> import tempfile
     >>> folder = write_folder(tempfile.mkdtemp() + "/run", {"peft_type": "LORA"}, {"a": torch.ones(2)})
@@ -92,7 +92,7 @@ def write_folder(path: str | os.PathLike[str], data: Mapping[str, Any], tensors:
         save_file(plain, folder / SAFE, {"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(dict(data), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    return replace_folder(path, write)
+    return replace_folder(path, write, carry=True)
 
 
 def _with_config(folder: Path) -> Path:

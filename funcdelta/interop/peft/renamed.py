@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 
+from ...errors import CheckpointError
+
 RULES = (
     # what wraps a model
     (r"^module\.", ""),
@@ -52,7 +54,10 @@ def mapped(name: str, key_map: KeyMap | None) -> str:
     if not isinstance(key_map, Mapping):
         return key_map(name)
     for pattern, now in key_map.items():
-        name = re.sub(pattern, now, name)
+        try:
+            name = re.sub(pattern, now, name)
+        except re.error as error:
+            raise CheckpointError(f"key_map has {pattern!r}: {now!r}, no regular expression: {error}.") from error
     return name
 
 

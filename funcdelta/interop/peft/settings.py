@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import CheckpointError
+from ...kinds import MOST
 from .formats import check_type
 
 DEFAULT_ALPHA = 8
@@ -77,7 +78,7 @@ class Settings:
 
     def matching(self, name: str) -> list[str]:
         """The patterns that match the module or parameter called ``name``."""
-        return [key for key in self.alpha_pattern if re.match(rf"(.*\.)?({key})$", name)]
+        return [key for key in self.alpha_pattern if re.match(_WHOLE.format(key), name)]
 
     def alpha_of(self, name: str) -> float:
         """The alpha of the module or parameter that the file calls ``name``."""
@@ -102,6 +103,10 @@ class Settings:
                     stacklevel=4,
                 )
                 return
+
+
+_WHOLE = r"(.*\.)?({})$"
+"""How PEFT looks for a pattern in the path of a module."""
 
 
 def settings_of(where: str, data: Mapping[str, Any]) -> Settings:
@@ -133,8 +138,8 @@ def settings_of(where: str, data: Mapping[str, Any]) -> Settings:
         raise CheckpointError(f"'{where}': alpha_pattern is a dict of numbers by name; found {_short(pattern)}.")
     for key in pattern:
         try:
-            re.compile(key)
-        except re.error as error:
+            re.compile(_WHOLE.format(key))
+        except (re.error, OverflowError, RecursionError) as error:
             raise CheckpointError(f"'{where}': alpha_pattern has {key!r}, no regular expression: {error}.") from error
     return Settings(
         where=where,
@@ -155,6 +160,8 @@ def _number(where: str, data: Mapping[str, Any], field: str, default: float) -> 
         return float(default)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise CheckpointError(f"'{where}': {field} is a number; found {_short(value)}.")
+    if not abs(value) <= MOST:
+        raise CheckpointError(f"'{where}': {field}={_short(value)}; expected a finite number of at most {MOST}.")
     return float(value)
 
 
@@ -168,7 +175,7 @@ def _names(where: str, data: Mapping[str, Any], field: str) -> tuple[str, ...]:
 
 def _version(given: Any) -> tuple[int, ...]:
     """Major and minor of ``0.18.2.dev0@UNKNOWN``; a missing one is taken for new: old files say little else wrongly."""
-    found = re.match(r"(\d+)\.(\d+)", str(given or ""))
+    found = re.match(r"(\d{1,9})\.(\d{1,9})", str(given or ""))
     return (int(found[1]), int(found[2])) if found else (99,)
 
 
