@@ -150,7 +150,7 @@ def test_fields_do_not_depend_on_order(tmp_path: Path) -> None:
     assert fd.interop.to_peft(one, one.init(0))[0]["target_modules"] == "linear"  # a regex, of the whole name
 
 
-def test_the_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def test_older_weights_do_not_stay_beside_the_new_ones(tmp_path: Path) -> None:
     backbone = Small()
     delta = fd.LoraModel(backbone, lora_r=2, modified_modules=["q"])
     folder = tmp_path / "run"

@@ -92,7 +92,9 @@ def write_folder(path: str | os.PathLike[str], data: Mapping[str, Any], tensors:
         save_file(plain, folder / SAFE, {"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(dict(data), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    return replace_folder(path, write, carry=True)
+    final = replace_folder(path, write, carry=True)
+    (final / PICKLE).unlink(missing_ok=True)  # an older file of weights, which other readers might take
+    return final
 
 
 def _with_config(folder: Path) -> Path:

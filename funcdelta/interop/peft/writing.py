@@ -33,7 +33,7 @@ def save_peft(
     """The folder ``path`` with ``adapter_config.json`` and ``adapter_model.safetensors``, for one member of LoRA.
 
     ``PeftModel.from_pretrained(backbone, path)`` computes what the delta does. Sites are written as whole paths, so
-    that no other module is meant and the order of patterns does not matter. The folder is replaced as a whole.
+    that no other module is meant and the order of patterns does not matter. Other files in the folder stay.
 
     Args:
         compat: ``"peft"`` writes output projections of ``torch.nn.MultiheadAttention``, whose change PEFT adds twice;
