@@ -303,5 +303,5 @@ def test_cancelling_raises_and_a_page_left_over_says_so(driver: Any) -> None:
     with raises_saying(fd.errors.PickError, "within 0.1 s"):
         fd.pick(MLP(), open_browser=lambda address: left.append(Page(driver, address)), timeout=0.1)
     left[0].click_row("a")
-    left[0].until(lambda: "does not listen" in left[0].text("reason"))
+    left[0].until(lambda: "no longer listening" in left[0].text("reason"))
     driver.get_log("browser")

@@ -447,7 +447,7 @@ def test_where_it_cannot_act_it_says_so(name: str) -> None:
 def test_what_cannot_be_is_refused() -> None:
     bert = ZOO["bert"].build()
     with raises_saying(
-        fd.errors.MatchError, "bert.encoder.layer.0.attention.self.query", "Linear neither is nor contains"
+        fd.errors.MatchError, "bert.encoder.layer.0.attention.self.query", "Linear neither is nor holds"
     ):
         fd.PrefixModel(bert, modified_modules=["query"])
     with raises_saying(fd.errors.ConfigError, "prefix_token_num=0", "at least 1"):
@@ -487,7 +487,7 @@ def test_a_site_that_its_example_or_a_call_leaves_out_is_named() -> None:
     model = model_of("T5", "ForConditionalGeneration", **T5_SIZES)
     example = {"encoder_outputs": (torch.zeros(2, 6, 16),), "decoder_input_ids": tokens(2)}
     with raises_saying(
-        fd.errors.MatchError, "encoder.block.0.layer.0.SelfAttention", "did not call", "exclude_modules"
+        fd.errors.MatchError, "encoder.block.0.layer.0.SelfAttention", "did not go through", "exclude_modules"
     ):
         plain_prefix(model, example=example)
     delta, params = plain_prefix(model)

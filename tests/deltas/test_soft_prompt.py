@@ -328,7 +328,7 @@ def test_found_inside_wrappers() -> None:
     ):
         prompted(Wrapped(one, two))
     assert prompted(Wrapped(one, two), modified_modules=["models.1.model"])[0].sites == ("models.1.model",)
-    with pytest.raises(fd.errors.MatchError, match="exclude_modules excludes 'transformer'"):
+    with pytest.raises(fd.errors.MatchError, match="exclude_modules leaves out 'transformer'"):
         prompted(one, exclude_modules=["transformer"])
     with pytest.raises(fd.errors.MatchError, match=r"cannot act at .*c_attn: Conv1D has no get_input_embeddings"):
         prompted(one, modified_modules=["c_attn"])
