@@ -21,6 +21,7 @@ from ..methods.own import Own
 from ..methods.site import Site
 from ..model import DeltaModel
 from ..plan.attachment import Attachment
+from ..plan.forms import moved
 from ..plan.rewriting import LARGEST
 from ..transforms import outside_transforms
 from ..trees.drawing import own_defaults
@@ -50,7 +51,7 @@ def _compare(a: Attachment, origin: Origin, module: nn.Module, shared: Mapping[s
         given = as_leaves(config.leaves(site, Own(module, site.path), torch.Generator().manual_seed(0)), "leaves")
         member = {leaf: one for leaf, one in given.items() if one.of == "member"}
         rng = torch.Generator().manual_seed(0)
-        alone = {leaf: _moved(one.value, one.trains, rng) for leaf, one in member.items()}
+        alone = {leaf: moved(one.value, one.trains, rng) for leaf, one in member.items()}
         axes = growing({leaf: one.axes for leaf, one in member.items()})
         stacked, sizes = dict(alone), growing(a.axes)
         for name, own in axes.items():
@@ -58,7 +59,7 @@ def _compare(a: Attachment, origin: Origin, module: nn.Module, shared: Mapping[s
                 stacked[leaf] = longer(stacked[leaf], axis, sizes[name].size(a.own), own.pieces[leaf])
             if SIZE + name in a.leaves:
                 stacked[SIZE + name] = _number(own.size({leaf: tuple(t.shape) for leaf, t in alone.items()}))
-        common = {leaf: _moved(tensor, leaf in a.leaves, rng) for leaf, tensor in shared.items()}
+        common = {leaf: moved(tensor, leaf in a.leaves, rng) for leaf, tensor in shared.items()}
         fields = {name: _number(getattr(config, name)) for name in packed.varying}
         common = {leaf: tensor for leaf, tensor in common.items() if leaf != "source" and leaf not in fields}
         extra = {"source": _number(0.0), **({"present": _number(1.0)} if "present" in a.leaves else {})}
@@ -108,14 +109,6 @@ def _outputs(acts: Acts, site: Site, module: nn.Module, p: dict[str, Tensor]) ->
             x = acts.before(p, x) if acts.before is not None else x
             return [x, acts.after(p, y, x)] if acts.after is not None else [x]
     return list(acts.weights(p, own).values()) if acts.weights is not None and small else []
-
-
-def _moved(tensor: Tensor, trains: bool, rng: torch.Generator) -> Tensor:
-    tensor = tensor.detach().cpu()
-    if not tensor.is_floating_point():
-        return tensor
-    noise = 0.3 * torch.randn(tensor.shape, generator=rng, dtype=torch.float64)
-    return tensor.double() + noise if trains else tensor.double()
 
 
 def _number(value: float) -> Tensor:

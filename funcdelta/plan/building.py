@@ -22,8 +22,6 @@ from .sharing import Shared, share
 from .spans import select_spans, site_between
 
 ShapeProbe = Callable[[list[str]], Mapping[str, Shapes]]
-
-
 AttentionProbe = Callable[[list[str]], dict[str, AttentionShape]]
 
 

@@ -43,8 +43,10 @@ def compare_forms(
     plain = all(is_plain(t) for t in own.values()) and not any(t.is_meta for t in own.values())
     if x is None or not known or not plain or not own or sum(t.numel() for t in own.values()) > LARGEST:
         return
+    rng = torch.Generator().manual_seed(0)
     with torch.inference_mode(False), torch.no_grad(), outside_transforms(), own_defaults():
-        found = _both(acts, config.axis_order, module, _moved(p, constants), x)
+        away = {leaf: moved(tensor, leaf not in constants, rng) for leaf, tensor in p.items()}
+        found = _both(acts, config.axis_order, module, away, x)
     if found is None:
         return
     values, weights = found
@@ -85,18 +87,19 @@ def _both(
         return None
 
 
-def _moved(p: Mapping[str, Tensor], constants: frozenset[str]) -> dict[str, Tensor]:
-    """The leaves in double precision, moved away from their initial values: a fresh LoRA would agree with anything."""
-    rng = torch.Generator().manual_seed(0)
-    moved: dict[str, Tensor] = {}
-    for leaf, tensor in p.items():
-        tensor = tensor.detach().cpu()
-        if tensor.is_floating_point():
-            tensor = tensor.double()
-            if leaf not in constants:
-                tensor = tensor + SPREAD * torch.randn(tensor.shape, generator=rng, dtype=torch.float64)
-        moved[leaf] = tensor
-    return moved
+def moved(tensor: Tensor, trains: bool, rng: torch.Generator) -> Tensor:
+    """A leaf in double precision; one that ``trains`` is moved from its start: a fresh LoRA would agree with anything.
+
+    >>> moved(torch.ones(2), False, torch.Generator()), moved(torch.tensor(3), True, torch.Generator())
+    (tensor([1., 1.], dtype=torch.float64), tensor(3))
+    """
+    tensor = tensor.detach().cpu()
+    if not tensor.is_floating_point():
+        return tensor
+    tensor = tensor.double()
+    if not trains:
+        return tensor
+    return tensor + SPREAD * torch.randn(tensor.shape, generator=rng, dtype=torch.float64)
 
 
 def _input(site: Site) -> Tensor | None:
