@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +15,10 @@ from ...errors import CheckpointError
 from ...files.atomic import replace_folder
 from ...files.hub import CONFIG, fetch_folder
 from ...files.tensorfile import read_tensors
+from ..files import json_text, on_cpu, read_json, read_pickle
 
 WEIGHTS = "pytorch_model.bin"
+TENSORS_ALONE = f"save only the tensors: torch.save(model.state_dict(), '{WEIGHTS}')"
 
 
 def read_folder(path: str | os.PathLike[str], **fetching: Any) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
@@ -42,8 +42,12 @@ def read_folder(path: str | os.PathLike[str], **fetching: Any) -> tuple[Path, di
         )
     if WEIGHTS not in names and len(safe) > 1:
         raise CheckpointError(f"'{path}' has {', '.join(safe)}: keep only the one that holds the delta.")
-    data = _read_config(folder / CONFIG)
-    return folder, data, _read_pickle(folder / WEIGHTS) if WEIGHTS in names else _read_safe(folder / safe[0])
+    data = read_json(folder / CONFIG)
+    return (
+        folder,
+        data,
+        read_pickle(folder / WEIGHTS, TENSORS_ALONE) if WEIGHTS in names else _read_safe(folder / safe[0]),
+    )
 
 
 def write_folder(path: str | os.PathLike[str], data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
@@ -54,49 +58,13 @@ def write_folder(path: str | os.PathLike[str], data: Mapping[str, Any], tensors:
     >>> read_folder(folder)[1:]
     ({'delta_type': 'lora'}, {'a': tensor([1., 1.])})
     """
-    plain = OrderedDict(
-        (key, tensor.detach().to(device="cpu", copy=True, memory_format=torch.contiguous_format))
-        for key, tensor in tensors.items()
-    )
+    plain = OrderedDict(on_cpu(tensors))
 
     def write(folder: Path) -> None:
         torch.save(plain, folder / WEIGHTS)
-        text = json.dumps(dict(data), indent=2, sort_keys=True) + "\n"
-        (folder / CONFIG).write_text(text, encoding="utf-8")
+        (folder / CONFIG).write_text(json_text(data), encoding="utf-8")
 
     return replace_folder(path, write, carry=True)
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"'{file}' is not JSON: {error}.") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"'{file}': expected an object, found {type(data).__name__}.")
-    return data
-
-
-def _read_pickle(file: Path) -> dict[str, Tensor]:
-    try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch's message names what the pickle wanted to call, but also advises loading it without this protection.
-        wanted = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
-        raise CheckpointError(
-            f"'{file}' holds more than tensors, and reading that could run arbitrary code, so it is refused. {wanted} "
-            f"In the program that made it, save only the tensors: torch.save(model.state_dict(), '{WEIGHTS}')."
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        size = file.stat().st_size
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise CheckpointError(f"'{file}' is damaged or truncated ({size} bytes): {reason}.") from error
-    if not isinstance(found, Mapping):
-        raise CheckpointError(f"'{file}': expected tensors by key, found a {type(found).__name__}.")
-    for key, value in found.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"'{file}': expected tensors by key, found a {type(value).__name__} as {key!r}.")
-    return {str(key): tensor.detach() for key, tensor in found.items()}
 
 
 def _read_safe(file: Path) -> dict[str, Tensor]:

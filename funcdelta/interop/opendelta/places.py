@@ -71,15 +71,6 @@ def named(backbone: nn.Module, config: BaseDeltaConfig, spelling: Spelling, data
     return {path: sites[path] for path, _ in backbone.named_modules() if path in sites}
 
 
-def module_paths(backbone: nn.Module) -> list[str]:
-    """The paths of all modules, the backbone itself left out.
-
-    >>> module_paths(nn.Sequential(nn.Linear(1, 1)))
-    ['0']
-    """
-    return [path for path, _ in backbone.named_modules(remove_duplicate=False) if path]
-
-
 def flat(sites: Sites, spans: bool) -> list[str]:
     """The sites as a list; with ``spans``, each beginning is followed by its end.
 

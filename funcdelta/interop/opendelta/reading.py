@@ -15,15 +15,14 @@ from ...files.checkpoint import home
 from ...match import exactly, explicit, near
 from ...methods.config import BaseDeltaConfig
 from ...model import DeltaModel
+from ..files import module_paths, some
 from .common_names import EXCLUDED
 from .fields import COMPAT, config_of, spelling_of
 from .folder import read_folder
 from .keys import Group, moved, only_kind, repeats, sort_keys
-from .places import Sites, flat, module_paths, named, sites_at, sites_of
+from .places import Sites, flat, named, sites_at, sites_of
 from .spelling import SPELLINGS, Spelling, attribute_name
 from .trained import trained_leaves
-
-_SHOWN = 5
 
 
 def load_opendelta(
@@ -175,7 +174,7 @@ class _Reader:
             wanted = attribute_name(config.delta_type, 0)
             raise CheckpointError(
                 f"'{self.folder}' has {found}, but config.json describes {config.delta_type} ({wanted!r} in keys). Not "
-                f"known to {type(self.backbone).__name__}: {_some(self.keys.unknown) or 'nothing'}.{self._hint()}"
+                f"known to {type(self.backbone).__name__}: {some(self.keys.unknown) or 'nothing'}.{self._hint()}"
             )
         if len(left) > 1:
             example = next(name for name in left if name != mine[0])
@@ -228,8 +227,8 @@ class _Reader:
             if set(found) == set(paths) and (not spans or meant is None or all(found[p] == meant[p] for p in paths)):
                 return placed
         raise CheckpointError(
-            f"'{self.folder}': {config.delta_type} would act at {_some(list(found))}, but the file has leaves at "
-            f"{_some(paths)}. Pass modified_modules=[...] with the backbone's own names."
+            f"'{self.folder}': {config.delta_type} would act at {some(list(found))}, but the file has leaves at "
+            f"{some(paths)}. Pass modified_modules=[...] with the backbone's own names."
         )
 
     def _unfrozen(
@@ -248,7 +247,7 @@ class _Reader:
                 continue  # a name that had no effect in OpenDelta
             if delta.plan.trained.keys() == trained.keys():
                 return config
-        raise CheckpointError(f"'{self.folder}': tensors {_some(list(trained))} of the backbone cannot be trained.")
+        raise CheckpointError(f"'{self.folder}': tensors {some(list(trained))} of the backbone cannot be trained.")
 
     # -- what ------------------------------------------------------------------------------------------------------
 
@@ -306,7 +305,7 @@ class _Reader:
 
     def _note(self, what: str, names: Sequence[str], hint: str = "") -> None:
         if names:
-            self.problems.append(f"{len(names)} {what}: {_some(names)}.{hint}")
+            self.problems.append(f"{len(names)} {what}: {some(names)}.{hint}")
 
     def _stop(self) -> None:
         if self.problems:
@@ -325,8 +324,3 @@ class _Reader:
         # Up to the first token that is not in the backbone.
         end = next((i for i in range(1, len(tokens)) if ".".join(tokens[:i]) not in known), len(tokens))
         return other + near(".".join(tokens[:end]), known)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -16,10 +16,11 @@ from ...model import DeltaModel
 from ...packing.packed import Packed
 from ...plan.attachment import Attachment
 from ...run.checked import checks_of
+from ..files import module_paths
 from .common_names import EXCLUDED, named_sites
 from .fields import COMPAT, data_of, refuse_fields
 from .folder import write_folder
-from .places import Sites, flat, module_paths, named, sites_of
+from .places import Sites, flat, named, sites_of
 from .spelling import FORMAT_VERSION, SPELLINGS, Leaves, Spelling
 
 ELSEWHERE = "Save it in funcdelta's format: delta.save_finetuned(params, path)."

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,10 +14,12 @@ from ...errors import CheckpointError
 from ...files.atomic import replace_folder
 from ...files.hub import fetch_folder
 from ...files.tensorfile import read_tensors
+from ..files import json_text, on_cpu, read_json, read_pickle
 from .formats import refuse_pointer
 
 CONFIG = "adapter_config.json"
 SAFE, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+SAFE_INSTEAD = "save it anew: peft_model.save_pretrained(path, safe_serialization=True)"
 _FETCHED = [CONFIG, SAFE, PICKLE, *(f"*/{name}" for name in (CONFIG, SAFE, PICKLE))]
 
 
@@ -49,13 +48,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / CONFIG
     refuse_pointer(file)
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"'{file}' is not JSON that can be read: {error}.") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"'{file}': expected fields by name, found {type(data).__name__}.")
-    return data
+    return read_json(file)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -70,7 +63,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         return read_tensors(folder / SAFE)[0]
     if (folder / PICKLE).is_file():
         refuse_pointer(folder / PICKLE)
-        return _read_pickle(folder / PICKLE)
+        return read_pickle(folder / PICKLE, SAFE_INSTEAD)
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5])
     raise CheckpointError(f"'{folder}' has no tensors: expected {SAFE} or {PICKLE} in it, found {found}.")
 
@@ -83,14 +76,11 @@ def write_folder(path: str | os.PathLike[str], data: Mapping[str, Any], tensors:
     >>> sorted(file.name for file in folder.iterdir())
     ['adapter_config.json', 'adapter_model.safetensors']
     """
-    plain = {
-        key: tensor.detach().to(device="cpu", copy=True, memory_format=torch.contiguous_format)
-        for key, tensor in tensors.items()
-    }
+    plain = on_cpu(tensors)
 
     def write(folder: Path) -> None:
         save_file(plain, folder / SAFE, {"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps(dict(data), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / CONFIG).write_text(json_text(data), encoding="utf-8")
 
     final = replace_folder(path, write, carry=True)
     (final / PICKLE).unlink(missing_ok=True)  # an older file of weights, which other readers might take
@@ -113,19 +103,3 @@ def _with_config(folder: Path) -> Path:
             f"'{folder}' is no folder of PEFT: expected {CONFIG} and {SAFE} (or {PICKLE}) in it, found {found}."
         )
     return below[0]
-
-
-def _read_pickle(file: Path) -> dict[str, Tensor]:
-    try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"'{file}' holds more than tensors, and reading that could run any code, so it is refused. In the program "
-            f"that made it, save it anew: peft_model.save_pretrained(path, safe_serialization=True)."
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise CheckpointError(f"'{file}' is damaged or truncated ({file.stat().st_size} bytes): {reason}.") from error
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise CheckpointError(f"'{file}': expected tensors by key, found something else.")
-    return {str(key): tensor.detach() for key, tensor in found.items()}

@@ -14,6 +14,7 @@ from ...errors import CheckpointError
 from ...files.checkpoint import home
 from ...match import exactly, explicit, near
 from ...model import DeltaModel
+from ..files import module_paths, some
 from . import experts
 from .folder import CONFIG, find_folder, read_config, read_weights
 from .keys import Key, split_all
@@ -23,7 +24,6 @@ from .settings import Settings, settings_of
 from .values import trained_leaves
 
 COMPAT = "peft"
-_SHOWN = 5
 
 
 def load_peft(
@@ -148,7 +148,7 @@ class _Located:
             else:
                 self.values[place] = key
         if twice:
-            raise CheckpointError(f"{len(twice)} tensors mean what another of the file means, too: {_some(twice)}.")
+            raise CheckpointError(f"{len(twice)} tensors mean what another of the file means, too: {some(twice)}.")
 
     def hint(self) -> str:
         """What the first key without a place may have meant."""
@@ -190,7 +190,7 @@ def _built(
     device: torch.device | str | None,
 ) -> tuple[DeltaModel, dict[str, Tensor]]:
     """The delta with a config for each rank, alpha and dropout, and its params."""
-    known = [path for path, _ in backbone.named_modules(remove_duplicate=False) if path]
+    known = module_paths(backbone)
     known += [name for name, _ in backbone.named_parameters(remove_duplicate=False)]
     groups: dict[tuple[int, float, float], list[str]] = {}
     order = {name: position for position, name in enumerate(known)}
@@ -235,10 +235,5 @@ def _canonical(modules: Mapping[str, nn.Module], backbone: nn.Module, address: s
 
 
 def _stop(where: str, backbone: nn.Module, problems: Sequence[tuple[str, list[str], str]]) -> None:
-    lines = [f"{len(names)} {what}: {_some(names)}.{hint}" for what, names, hint in problems if names]
+    lines = [f"{len(names)} {what}: {some(names)}.{hint}" for what, names, hint in problems if names]
     raise CheckpointError(f"The tensors beside '{where}' do not fit {type(backbone).__name__}:\n" + "\n".join(lines))
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -16,6 +16,7 @@ from ...errors import CheckpointError, ParamsError
 from ...model import DeltaModel
 from ...packing.packed import Packed
 from ...run.checked import checks_of
+from ..files import module_paths
 from .factors import Written, settled, written_at
 from .folder import write_folder
 from .keys import PREFIX
@@ -101,7 +102,7 @@ def _check(delta: DeltaModel, params: Mapping[str, Tensor], compat: str | None) 
 
 def _fields(delta: DeltaModel, written: Sequence[Written], saved: Saved) -> dict[str, Any]:
     """The fields of ``adapter_config.json``."""
-    paths = [path for path, _ in delta.backbone.named_modules(remove_duplicate=False) if path]
+    paths = module_paths(delta.backbone)
     modules = list(dict.fromkeys(one.module for one in written if not one.parameter))
     parameters = [one.name for one in written if one.parameter]
     turned = [one.name for one in written if one.turned]
